@@ -132,6 +132,12 @@ Row = Tuple[str, Optional[str], str, str, int, int, Optional[str], str, str]
 
 Issue = Dict[str, Any]  # {"path": [field or index, ...], "message": words}
 
+HASH = "[0-9a-f]{64}"
+SHA = "[0-9a-fA-F]{7,40}"
+SLUG = "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+VERSION = "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"
+MAX_TOOLS = 1_000_000
+MAX_TOKENS = 1_000_000_000
 MAX_REFS = 200
 MAX_ISSUES = 100  # a body of 13,000 unknown keys is not worth an answer of a megabyte
 
@@ -205,7 +211,7 @@ def utc_milliseconds(value: Any) -> str:
     return "%s.%sZ" % (seconds, ((fraction or "") + "000")[:3])
 
 
-_slug = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}").fullmatch
+_slug = re.compile(SLUG).fullmatch
 
 
 def refs_json(value: Any) -> str:
@@ -221,8 +227,8 @@ def refs_json(value: Any) -> str:
     return '["%s"]' % '","'.join(value) if value else "[]"
 
 
-_hash = text_of("[0-9a-f]{64}", "must be a SHA-256 hash: 64 lowercase hex digits")
-_sha = text_of("[0-9a-fA-F]{7,40}", "must be a commit hash of 7 to 40 hex digits, or null")
+_hash = text_of(HASH, "must be a SHA-256 hash: 64 lowercase hex digits")
+_sha = text_of(SHA, "must be a commit hash of 7 to 40 hex digits, or null")
 NEEDED = object()  # stands in for a needed field that is not there; no check takes it
 
 # (field, its check, what an absent field counts as), in the order of COLUMNS
@@ -231,12 +237,11 @@ FIELDS: Tuple[Tuple[str, Check, Any], ...] = (
     ("github_hash", or_null(_hash), None),
     ("session_id_hash", _hash, NEEDED),
     ("ended_at", utc_milliseconds, NEEDED),
-    ("tool_count", whole_number(1_000_000), NEEDED),
-    ("tokens_saved", whole_number(1_000_000_000), NEEDED),
+    ("tool_count", whole_number(MAX_TOOLS), NEEDED),
+    ("tokens_saved", whole_number(MAX_TOKENS), NEEDED),
     ("branch_sha", or_null(lambda value: _sha(value).lower()), None),
     ("discovery_refs", refs_json, []),
-    ("plugin_version", text_of("[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}",
-                               "must be a version of 1 to 64 of A-Z a-z 0-9 . + _ -"), NEEDED),
+    ("plugin_version", text_of(VERSION, "must be a version of 1 to 64 of A-Z a-z 0-9 . + _ -"), NEEDED),
 )
 NAMES = {name for name, _check, _absent in FIELDS}
 
@@ -290,6 +295,30 @@ def all_issues(event: Dict[str, Any]) -> List[Issue]:
             found = fault.found if name in event else [([], "is required")]
             issues += [{"path": [name, *below], "message": words} for below, words in found]
     return issues + unknown_keys(event)
+
+
+# An event as emit.py and most clients write it: the fields in the contract's order, no blanks, no escapes.
+_canonical = re.compile(
+    r'\{{"identity_hash":"({HASH})",(?:"github_hash":(?:null|"({HASH})"),)?"session_id_hash":"({HASH})",'
+    r'"ended_at":"([0-9T:.Z+-]{{19,40}})","tool_count":(0|[1-9][0-9]{{0,6}}),"tokens_saved":(0|[1-9][0-9]{{0,9}}),'
+    r'(?:"branch_sha":(?:null|"({SHA})"),)?"discovery_refs":(\[(?:"{SLUG}"(?:,"{SLUG}"){{0,{MORE}}})?\]),'
+    r'"plugin_version":"({VERSION})"\}}'.format(
+        HASH=HASH, SHA=SHA, SLUG=SLUG, VERSION=VERSION, MORE=MAX_REFS - 1)).fullmatch
+
+
+def canonical_row(body: bytes) -> Optional[Row]:
+    """The row of an event in the usual form, or None for check_event to say: 2.3 us, where that takes 6.3."""
+    match = _canonical(body.decode("latin-1"))  # which takes any byte, and no shape takes one that is not ASCII
+    if not match:
+        return None
+    identity, github, session, ended_at, tools, tokens, sha, refs, version = match.groups()
+    if int(tools) > MAX_TOOLS or int(tokens) > MAX_TOKENS:
+        return None
+    try:
+        moment = utc_milliseconds(ended_at)
+    except Fault:
+        return None
+    return identity, github, session, moment, int(tools), int(tokens), sha and sha.lower(), refs, version
 
 
 def unknown_keys(event: Dict[str, Any]) -> List[Issue]:
@@ -610,7 +639,7 @@ def file_identity(path: str) -> Optional[Tuple[int, int]]:
 def judge(body: bytes) -> Union[Row, Answer]:
     """The row of the event in `body`, or the 400 that says what is wrong with it."""
     try:
-        return check_event(parse_json(body))
+        return canonical_row(body) or check_event(parse_json(body))
     except NotJSON:
         return failure(400, "Invalid JSON body")
     except NotAnEvent as wrong:
@@ -687,6 +716,9 @@ ROWS_A_TURN = 1024  # of all connections: bounds the time and the memory of a tr
 ACCEPTS_A_TURN = 256
 HOT_ROUTE = "POST " + ENDPOINT
 TICK = 0.25  # seconds: how late a deadline may be noticed
+# After a turn that answered somebody, look again for so long before going to sleep: being woken costs 60 us, so that a
+# client which waits for each answer gets 6,500 events/s stored instead of 4,700. With one CPU nobody else could run.
+SPIN_SECONDS = 0.00005 if (os.cpu_count() or 1) > 1 else 0.0
 
 # What a connection waits for. In each phase all have the same time, so the one that entered first times out first.
 PHASES = IDLE, READING, WRITING, LINGERING = "idle", "reading", "writing", "lingering"
@@ -872,6 +904,7 @@ class IngestServer(http.server.HTTPServer):
         self.backlog: Dict[Connection, None] = {}  # with whole requests that had no room in the last turn
         self.rows: List[Row] = []  # of this turn
         self.answering: List[Connection] = []  # connections with answers of this turn
+        self.answered = False  # somebody, in the last turn
         self.calls: Deque[Callable[[], None]] = collections.deque()  # from other threads and signal handlers
         self.stopping, self.stop_at = False, 0.0
         self.store_fault, self.store_checked = "", self.now  # what the store last said, and when
@@ -915,8 +948,18 @@ class IngestServer(http.server.HTTPServer):
         for connection in [c for phase in PHASES for c in self.waiting[phase]]:
             connection.close()
 
+    def wait(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
+        ready = self.selector.select(0)
+        if ready or self.backlog:
+            return ready
+        if self.answered:
+            until = time.perf_counter() + SPIN_SECONDS
+            while not ready and time.perf_counter() < until:
+                ready = self.selector.select(0)
+        return ready or self.selector.select(timeout)
+
     def turn(self, timeout: float) -> None:
-        ready = self.selector.select(0 if self.backlog else timeout)
+        ready = self.wait(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         backlog, self.backlog = self.backlog, {}
         for connection in backlog:
@@ -1014,6 +1057,7 @@ class IngestServer(http.server.HTTPServer):
     def answer(self, results: List[Answer]) -> None:
         """Send the turn's answers: nothing has left before, so nothing is acknowledged that is not durable."""
         answering, self.answering = self.answering, []
+        self.answered = bool(answering)
         for connection in answering:
             connection.unsent += b"".join([
                 answer if isinstance(answer, bytes) else self.framed(results[answer.row], answer.close, HOT_ROUTE)
