@@ -670,23 +670,30 @@ INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
 
 
+DELETE_OLD = (
+    "DELETE FROM session_events WHERE id IN (SELECT id FROM session_events"
+    " WHERE received_at < strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?) ORDER BY received_at LIMIT ?)")
+
+
 class Written(NamedTuple):
     """What became of a turn's rows."""
     stored: int  # new ones; the others were there already
     refused: Dict[int, Exception]  # place in the turn: what the database said of this one
+    swept: int  # old rows deleted
 
 
 class Store:
     """The one connection to the database. Raises StartError when it cannot be used.
 
     `path` may be `:memory:`. `max_bytes` bounds the database file (its log comes on top). With a `pepper` the three
-    hash columns hold HMAC-SHA256(pepper, hash) in place of the hash.
+    hash columns hold HMAC-SHA256(pepper, hash) in place of the hash. `retain_days` of 0 keeps all rows.
     """
 
     LOCK_SECONDS = 0.25  # how long a turn may wait for another process's write lock
 
-    def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None) -> None:
-        self.path, self.max_bytes, self.pepper = path, max_bytes, pepper
+    def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None,
+                 retain_days: int = 0) -> None:
+        self.path, self.max_bytes, self.pepper, self.retain_days = path, max_bytes, pepper, retain_days
         self.in_memory = path == ":memory:"
         self.moved = False
         try:
@@ -756,17 +763,22 @@ class Store:
         # After the commit, so that it holds when the answers go: one check covers a deletion before and during it.
         self.check_files()
 
-    def write(self, rows: List[Row]) -> Written:
-        """Store the rows of a turn in one transaction, durable on return. Raises Unavailable when none is stored."""
+    def write(self, rows: List[Row], sweep: int = 0) -> Written:
+        """Store the rows of a turn in one transaction, durable on return. Raises Unavailable when none is stored.
+
+        In the same transaction up to `sweep` of the rows that are older than `retain_days` are deleted: that costs
+        no fsync, and it keeps up with whatever comes in.
+        """
         received_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         hidden = [self.hide(row) for row in rows] if self.pepper else rows
         with self.transaction():
-            return self.insert([(*row, received_at) for row in hidden])
+            stored, refused = self.insert([(*row, received_at) for row in hidden])
+            return Written(stored, refused, self.delete_old(sweep) if sweep else 0)
 
-    def insert(self, rows: List[Tuple[Any, ...]]) -> Written:
+    def insert(self, rows: List[Tuple[Any, ...]]) -> Tuple[int, Dict[int, Exception]]:
         """All rows in one call, or, when the database refuses one of them, each by itself."""
         try:
-            return Written(self.db.executemany(INSERT_ALL, rows).rowcount, {})
+            return self.db.executemany(INSERT_ALL, rows).rowcount, {}
         except (sqlite3.Error, ValueError) as error:
             if passing(error):
                 raise
@@ -781,7 +793,7 @@ class Store:
                 if passing(error) or not self.db.in_transaction:
                     raise
                 refused[place] = error
-        return Written(stored, refused)
+        return stored, refused
 
     def hide(self, row: Row) -> Row:
         def hmac_of(digest: str) -> str:
@@ -789,13 +801,15 @@ class Store:
         identity, github, session, *rest = row
         return (hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)  # type: ignore[return-value]
 
-    def sweep(self, days: int, most: int) -> int:
-        """Delete up to `most` of the rows received more than `days` days ago, oldest first; returns how many."""
-        with self.transaction():
-            return self.db.execute(
-                "DELETE FROM session_events WHERE id IN (SELECT id FROM session_events"
-                " WHERE received_at < strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?) ORDER BY received_at LIMIT ?)",
-                ("-%d days" % days, most)).rowcount
+    def delete_old(self, most: int) -> int:
+        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
+        try:
+            return self.db.execute(DELETE_OLD, ("-%d days" % self.retain_days, most)).rowcount
+        except sqlite3.Error as error:  # another program's trigger, say: the turn's rows are not to blame
+            if passing(error) or not self.db.in_transaction:
+                raise
+            log("sweep_failed", reason=type(error).__name__)
+            return 0
 
     def size(self) -> int:
         """Bytes of the database and its log."""
@@ -957,8 +971,8 @@ SPIN_SECONDS = 0.00005 if (os.cpu_count() or 1) > 1 else 0.0
 PHASES = IDLE, READING, WRITING, LINGERING = "idle", "reading", "writing", "lingering"
 LINGER_SECONDS = 2.0  # a refused client may still be sending: a close at once would lose it the answer
 
-SWEEP_ROWS = 16  # in one piece, about 0.5 ms
-SWEEP_SHARE = 0.05  # of the time, while there are requests; all of it, while there are none
+SWEEP_MORE = 4  # old rows that a turn deletes beyond as many as it stores: sweeping is always a little faster
+SWEEP_IDLE = 64  # that a turn deletes when nobody was served for a second: 2 ms, which is what a request may wait
 SWEEP_EVERY = 60.0  # seconds, once all that is due is gone
 
 
@@ -969,7 +983,6 @@ class Limits(NamedTuple):
     write_seconds: float = 10.0  # without a byte of an answer taken
     max_connections: int = 4096
     rate: Optional[Rate] = None
-    retain_days: Optional[int] = None
 
 
 DEFAULTS = Limits()
@@ -1160,8 +1173,11 @@ class TLSConnection(Connection):
     __slots__ = ("shaken",)
     sock: ssl.SSLSocket
 
+    def __init__(self, server: IngestServer, sock: ssl.SSLSocket, peer: str, routes: Routes) -> None:
+        super().__init__(server, sock, peer, routes)
+        self.shaken = False  # the handshake is over
+
     def start(self) -> None:
-        self.shaken = False
         self.enter(READING)
         self.ready(READ)
 
@@ -1181,6 +1197,20 @@ class TLSConnection(Connection):
             self.shaken = True
             self.enter(IDLE)
             self.read()
+
+    def close(self) -> None:
+        self.say_goodbye()
+        super().close()
+
+    def finish(self) -> None:
+        self.say_goodbye()
+        super().finish()
+
+    def say_goodbye(self) -> None:
+        """Tell the client that nothing is missing (close_notify); its own goodbye is not waited for."""
+        if self.shaken:
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
 
     def receive(self) -> Optional[bytes]:
         # A TLS record is at most 16 KiB, so that one call leaves nothing in OpenSSL's buffer, where no selector looks.
@@ -1221,11 +1251,11 @@ class IngestServer(http.server.HTTPServer):
         self.held = 0  # bytes received and not taken, of all connections
         self.rows: List[Row] = []  # of this turn
         self.answering: List[Connection] = []  # connections with answers of this turn
-        self.answered = False  # somebody, in the last turn
+        self.answered_at = self.now  # when somebody was
         self.calls: Deque[Callable[[], None]] = collections.deque()  # from other threads and signal handlers
         self.stopping, self.stop_at = False, 0.0
         self.store_fault, self.store_checked = "", self.now  # what the store last said, and when
-        self.sweep_at = self.now if limits.retain_days is not None else float("inf")
+        self.sweep_at = self.now if store.retain_days else float("inf")
         self.inherited = inherited is not None
         self.address_family = inherited.family if inherited else family_of(address[0])
         super().__init__(address, IngestHandler, bind_and_activate=False)
@@ -1303,7 +1333,7 @@ class IngestServer(http.server.HTTPServer):
             connection.close()
 
     def turn(self, timeout: float) -> None:
-        ready = self.wait(min(timeout, max(0.0, self.sweep_at - self.now)))
+        ready = self.wait(0 if self.old_rows_due(0) else timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         backlog, self.backlog = self.backlog, {}
         for connection in backlog:
@@ -1313,14 +1343,12 @@ class IngestServer(http.server.HTTPServer):
             self.guarded(key.data, mask)
         self.expire()
         self.answer(self.commit())
-        if self.now >= self.sweep_at:
-            self.sweep()
 
     def wait(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
         ready = self.selector.select(0)
         if ready or self.backlog:
             return ready
-        if self.answered:
+        if self.answered_at == self.now:
             until = time.perf_counter() + SPIN_SECONDS
             while not ready and time.perf_counter() < until:
                 ready = self.selector.select(0)
@@ -1356,15 +1384,16 @@ class IngestServer(http.server.HTTPServer):
         return len(self.rows) < ROWS_A_TURN
 
     def accept(self, listener: socket.socket, mask: int) -> None:
-        for _ in range(ACCEPTS_A_TURN):
-            if sum(map(len, self.waiting.values())) >= self.limits.max_connections:
-                self.make_room()
+        for accepted in range(ACCEPTS_A_TURN):
             try:
                 sock, address = listener.accept()
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                # Without descriptors accept() fails even when nobody waits; at first somebody does.
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not accepted:
                     self.out_of_descriptors()
                 return
+            if sum(map(len, self.waiting.values())) >= self.limits.max_connections:
+                self.make_room()
             self.open_connection(sock, str(address[0]), self.listeners[listener])
 
     def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
@@ -1380,11 +1409,12 @@ class IngestServer(http.server.HTTPServer):
         TLSConnection(self, wrapped, peer, routes).start()
 
     def make_room(self) -> None:
-        """Close the connection that has waited longest, an idle one if there is any."""
+        """Close the connection that has waited longest, an idle one if there is any; none with an answer under way."""
         for phase in (IDLE, LINGERING, READING, WRITING):
-            if self.waiting[phase]:
-                next(iter(self.waiting[phase])).close()
-                return
+            for connection in self.waiting[phase]:
+                if not connection.answers:
+                    connection.close()
+                    return
 
     def out_of_descriptors(self) -> None:
         """The one that waits longest makes room; and nobody is accepted for a tick, so that this does not spin."""
@@ -1463,13 +1493,15 @@ class IngestServer(http.server.HTTPServer):
     def commit(self) -> List[Answer]:
         """Store the turn's rows; the answer to each, in order."""
         rows, self.rows = self.rows, []
-        if not rows:
+        sweep = self.old_rows_due(len(rows))
+        if not rows and not sweep:
             return []
         started = time.perf_counter()
         try:
-            written = self.store.write(rows)
+            written = self.store.write(rows, sweep)
         except Unavailable as reason:
             self.note_store(str(reason))
+            self.sweep_at = max(self.sweep_at, self.now + TICK)
             return [UNAVAILABLE] * len(rows)
         except Exception as error:
             log_fault(error)
@@ -1477,6 +1509,9 @@ class IngestServer(http.server.HTTPServer):
         self.note_store("")
         self.metrics.commits.add(time.perf_counter() - started)
         self.metrics.rows.add(len(rows))
+        self.metrics.swept += written.swept
+        if written.swept < sweep:
+            self.sweep_at = self.now + SWEEP_EVERY
         self.metrics.events["stored"] += written.stored
         self.metrics.events["already_there"] += len(rows) - written.stored - len(written.refused)
         results = [ACCEPTED] * len(rows)
@@ -1488,7 +1523,8 @@ class IngestServer(http.server.HTTPServer):
     def answer(self, results: List[Answer]) -> None:
         """Send the turn's answers: nothing has left before, so nothing is acknowledged that is not durable."""
         answering, self.answering = self.answering, []
-        self.answered = bool(answering)
+        if answering:
+            self.answered_at = self.now
         for connection in answering:
             connection.unsent += b"".join([
                 answer if isinstance(answer, bytes) else self.framed(results[answer.row], answer.close, HOT_ROUTE)
@@ -1514,18 +1550,13 @@ class IngestServer(http.server.HTTPServer):
                 self.note_store(str(reason))
         return not self.store_fault
 
-    def sweep(self) -> None:
-        """Delete one piece of what is older than `retain_days`, and say when the next one is due."""
-        started = time.monotonic()
-        try:
-            swept = self.store.sweep(self.limits.retain_days or 0, SWEEP_ROWS)
-        except Unavailable as reason:
-            self.note_store(str(reason))
-            swept = 0
-        self.metrics.swept += swept
-        took = time.monotonic() - started
-        pause = took * (1 / SWEEP_SHARE - 1) if self.answered else 0.0
-        self.sweep_at = time.monotonic() + (pause if swept == SWEEP_ROWS else SWEEP_EVERY)
+    def old_rows_due(self, rows: int) -> int:
+        """How many old rows a turn that stores so many is to delete."""
+        if self.now < self.sweep_at:
+            return 0
+        if rows:
+            return rows + SWEEP_MORE
+        return SWEEP_IDLE if self.now - self.answered_at > 1 else 0
 
     def server_close(self) -> None:
         super().server_close()
@@ -1703,7 +1734,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"), metavar="CIDR",
                    action="append", default=[], help="believe X-Forwarded-For from there; may be repeated (none)")
     add("--max-db-bytes", positive, "a positive number", "N", None, "size at which the database takes no more (none)")
-    add("--retain-days", positive, "a positive number", "N", None,
+    add("--retain-days", positive, "a positive number", "N", 0,
         "delete events received longer ago, in small pieces (keep all)")
     p.add_argument("--pepper-file", metavar="FILE",
                    help="store HMAC-SHA256(pepper, hash) for each hash; made when not there (store what was sent)")
@@ -1740,9 +1771,8 @@ def build(options: argparse.Namespace) -> IngestServer:
     tls = load_tls(options) if options.tls_cert else None
     pepper = load_pepper(options.pepper_file) if options.pepper_file else None
     connections = raise_descriptor_limit(options.max_connections)
-    store = Store(options.db, options.max_db_bytes, pepper)
-    limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds, connections, options.rate,
-                    options.retain_days)
+    store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
+    limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds, connections, options.rate)
     address = options.host, options.port
     try:
         server = IngestServer(address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
