@@ -346,7 +346,8 @@ OTHER_PROGRAM = """
     CREATE TABLE session_events (received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
       id INTEGER PRIMARY KEY AUTOINCREMENT, identity_hash TEXT NOT NULL, github_hash TEXT,
       session_id_hash TEXT NOT NULL, ended_at TEXT NOT NULL, tool_count INTEGER NOT NULL DEFAULT 0,
-      tokens_saved INTEGER NOT NULL DEFAULT 0, branch_sha TEXT, discovery_refs_json TEXT NOT NULL DEFAULT '[]', plugin_version TEXT NOT NULL);
+      tokens_saved INTEGER NOT NULL DEFAULT 0, branch_sha TEXT, discovery_refs_json TEXT NOT NULL DEFAULT '[]',
+      plugin_version TEXT NOT NULL);
     CREATE UNIQUE INDEX idx_session_events_identity_session_unique ON session_events (identity_hash, session_id_hash);
     CREATE INDEX idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
     CREATE INDEX idx_session_events_received_at ON session_events (received_at);
@@ -1223,7 +1224,8 @@ def certificate(folder, name):
     """A self-signed certificate for 127.0.0.1 and its key, as paths."""
     cert, key = folder / (name + ".crt"), folder / (name + ".key")
     done = run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                "-days", "2", "-subj", "/CN=" + name, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert])
+                "-days", "2", "-subj", "/CN=" + name, "-addext", "subjectAltName=IP:127.0.0.1",
+                "-keyout", key, "-out", cert])
     assert done.returncode == 0, done.stderr
     return cert, key
 
