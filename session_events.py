@@ -51,8 +51,20 @@ import urllib.parse
 import uuid
 import webbrowser
 from pathlib import Path
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO,
-                    Tuple)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+)
 
 # ======================================================================================================
 # The contract
@@ -225,9 +237,24 @@ class Window(NamedTuple):
     discovery: Optional[str] = None
 
 
+EVER = Window("")
+
+
 def last_days(days: float, github: Optional[bool] = None, discovery: Optional[str] = None) -> Window:
     """The window of the last `days` days, open at the end: a clock that runs ahead loses no session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
+
+
+def day_start(text: str) -> Optional[str]:
+    """The stored form of a date or a moment, None if it is neither."""
+    return moment_or_none(text) or moment_or_none(text + "T00:00:00")
+
+
+def window_between(days: int, since: str, until: str, github: Optional[bool], discovery: Optional[str]) -> Window:
+    """`since` to `until` (dates or moments); without `since`, the `days` days before `until`, or before now."""
+    end = day_start(until)
+    start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
+    return Window(start, end or END_OF_TIME, github, discovery)
 
 
 GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
@@ -566,13 +593,13 @@ class Edge(NamedTuple):
     refs: Tuple[str, ...]
 
 
-def edges_of(ordered: Sequence[Session]) -> List[Edge]:
-    """For each discovery, an edge from each session that touched it to the next one that did; edges between the
-    same two are one edge. `ordered` is in time order; so are the edges, by their target."""
+def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
+    """For each discovery (or for `only` that one), an edge from each session that touched it to the next one that
+    did; edges between the same two are one edge. `ordered` is in time order; so are the edges, by their target."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
-        for ref in s.refs:
+        for ref in s.refs if only is None else {only}.intersection(s.refs):
             source = last.get(ref)
             if source is not None:
                 carried.setdefault((source, target), []).append(ref)
@@ -590,11 +617,11 @@ def node_ids(ordered: Sequence[Session]) -> List[str]:
     return names
 
 
-def graph_of(ordered: Sequence[Session]) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape)."""
+def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
+    """The session graph of sessions in time order (see `graph` for the shape), or `only` one discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
-    found = edges_of(ordered)
+    found = edges_of(ordered, only)
     who = [s.developer for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
     hand_overs = 0
@@ -611,7 +638,8 @@ def graph_of(ordered: Sequence[Session]) -> Plain:
                        for (a, b), (edges, refs) in sorted(flows.items(), key=lambda item: (-item[1][1], item[0]))],
         "totals": {"sessions": len(ordered), "developers": len(shown), "tool_count": sum(s.tools for s in ordered),
                    "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs}), "hand_overs": hand_overs},
+                   "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+                   "hand_overs": hand_overs},
     }
 
 
@@ -624,7 +652,7 @@ def graph(reader: Reader, window: Window, limit: int = DRAWN) -> Plain:
     ...] most carried first, "totals": {"sessions", "developers", "tool_count", "tokens_saved", "discoveries",
     "hand_overs": how often a discovery went from one developer to another}}."""
     newest = reader.window(window, limit)
-    return dict(span(window), total_count_in_window=reader.count(window), **graph_of(newest[::-1]))
+    return dict(span(window), total_count_in_window=reader.count(window), **graph_of(newest[::-1], window.discovery))
 
 
 # ======================================================================================================
@@ -827,3 +855,1505 @@ def dot_text(result: Plain) -> str:
                                                   dot_string(label), color))
     return "\n".join(lines) + "\n}\n"
 
+
+# ======================================================================================================
+# Renderers: HTML (pure). Every value goes through `esc`; nothing on a page comes from elsewhere
+# ======================================================================================================
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430; --soft: #5a6675;
+  --line: #e2e4e2; --disc: #1f6fb2; --own: #8fa6bb; --cross: #d55e00; --lit: #1b2430; }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1; --soft: #9aa7b6;
+  --line: #29313c; --disc: #63b3f4; --own: #55708a; --cross: #ff9a3c; --lit: #ffffff; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+.wrap { max-width: 1880px; margin: 0 auto; padding: 0 clamp(12px, 2vw, 36px) 40px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 16px 0 12px }
+header b { font-size: 17px; letter-spacing: -.01em }
+nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
+nav a { color: var(--soft); text-decoration: none; padding: 3px 0; border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink); border-color: var(--cross) }
+a { color: var(--disc) }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--cross); outline-offset: 2px }
+h1 { font-size: 21px; line-height: 1.3; letter-spacing: -.01em; margin: 10px 0 2px; overflow-wrap: anywhere }
+h2 { font-size: 16px; margin: 28px 0 8px }
+p { margin: 4px 0 12px; max-width: 75ch }
+.note { color: var(--soft) }
+form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 14px; font-size: 13px }
+form label { display: grid; gap: 2px; color: var(--soft) }
+input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: 7px; padding: 5px 9px; min-height: 34px; max-width: 100% }
+button { cursor: pointer; font-weight: 600 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px;
+  margin: 0 0 14px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 10px; margin: 12px 0 14px }
+.tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 9px 14px 10px }
+.tiles dt { color: var(--soft); font-size: 13px }
+.tiles dd { margin: 0; font-size: 23px; line-height: 1.25; font-weight: 650; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums }
+.tiles dd small { font-size: 13px; font-weight: 400; letter-spacing: 0; color: var(--soft) }
+.controls { display: none; align-items: center; flex-wrap: wrap; gap: 8px 12px; margin-bottom: 10px }
+.live .controls { display: flex }
+.controls button { min-width: 82px; background: var(--disc); border-color: var(--disc); color: var(--card) }
+.controls input { flex: 1 1 220px; padding: 0; min-width: 120px; accent-color: var(--disc); border: 0 }
+.controls output { font-variant-numeric: tabular-nums; min-width: 10.5em; font-weight: 600 }
+.stage { overflow-x: auto }
+#chart { display: block; width: 100%; min-width: 760px; height: auto }
+.live #chart { min-width: 0 }
+#chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
+#lanes line { stroke: var(--line) }
+#ticks line { stroke: var(--line); stroke-dasharray: 2 4 }
+#ticks text { text-anchor: middle }
+#now { stroke: var(--cross); stroke-width: 1.5 }
+#arcs { fill: none; pointer-events: none }
+#arcs path { stroke: var(--own); stroke-width: 1.1; stroke-dasharray: 3 3; opacity: .75 }
+#arcs .x { stroke: var(--cross); stroke-width: 1.5; stroke-dasharray: none; opacity: .62 }
+.dense #arcs path { opacity: .28; stroke-width: .8 }
+.dense #arcs .x { opacity: .3 }
+#discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8; transition: opacity .25s }
+#discs .g { fill: var(--disc); fill-opacity: .82; stroke: var(--card); stroke-width: 1 }
+#discs a { cursor: pointer; outline: none }
+#discs .later { opacity: .12; pointer-events: none }
+#arcs .later { display: none }
+.lit #arcs path { opacity: .06 }
+.lit #arcs .on { opacity: 1; stroke-width: 2.2 }
+.lit #discs a:not(.on) { opacity: .16 }
+#discs .at circle { stroke: var(--lit); stroke-width: 2.5; fill-opacity: 1 }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px; margin-top: 8px }
+.legend span { display: inline-flex; align-items: center; gap: 7px }
+.legend svg { overflow: visible }
+.legend circle { fill: none; stroke: var(--disc); stroke-width: 1.8 }
+.legend .g { fill: var(--disc) }
+.legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
+.legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
+#panel { min-height: 92px }
+#panel strong { font-weight: 650 }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0 0; padding: 0; list-style: none }
+.chips li { max-width: 100% }
+.chips a, .chips span { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 1px 11px;
+  font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+caption { text-align: left; color: var(--soft); padding: 0 0 6px }
+th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
+th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td { overflow-wrap: anywhere }
+.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
+.m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px;
+  white-space: nowrap }
+.bar { width: 100%; min-width: 60px; padding-right: 0 }
+.bar svg { display: block; width: 100%; height: 16px; margin-top: 3px }
+.bar rect { fill: var(--disc) }
+summary { cursor: pointer }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
+dl.facts dt { color: var(--soft) }
+dl.facts dd { margin: 0; overflow-wrap: anywhere }
+.skip { position: absolute; left: -999px }
+.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
+@media (max-width: 640px) { .wide { display: none } th, td { padding-right: 12px }
+  .tiles { grid-template-columns: 1fr 1fr 1fr; gap: 6px } .tiles div { padding: 6px 9px } .tiles dd { font-size: 18px }
+  .card { padding: 10px 11px } dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px } }
+@media (prefers-reduced-motion: reduce) { * { transition: none !important } }
+"""
+
+SCRIPT = r"""
+"use strict";
+(() => {
+  const $ = id => document.getElementById(id);
+  const D = JSON.parse($("data").textContent), S = D.sessions, E = D.edges;
+  const chart = $("chart"), slider = $("slider"), play = $("play"), speed = $("speed"), panel = $("panel");
+  const links = [...chart.querySelectorAll("#discs a")], arcs = [...chart.querySelectorAll("#arcs path")];
+  const discs = links.map(a => a.firstElementChild), lanes = [...chart.querySelectorAll("#lanes line")];
+  const ticks = [...chart.querySelectorAll("#ticks g")], hint = panel.innerHTML;
+  const number = n => n.toLocaleString("en-US");
+  const clock = t => new Date(D.start + t).toISOString();
+
+  // What the counters say after the first n sessions, and how many arcs there are by then.
+  const totals = [[0, 0, 0, 0, 0]], arcsBy = [0], developers = new Set(), refs = new Set();
+  S.forEach((s, i) => {
+    const last = totals[i];
+    developers.add(s[1]);
+    s[4].forEach(ref => refs.add(ref));
+    totals.push([i + 1, developers.size, last[2] + s[3], refs.size, last[4] + s[5]]);
+    let n = arcsBy[i];
+    while (n < E.length && E[n][1] <= i) n++;
+    arcsBy.push(n);
+  });
+  const arcsOf = new Map();
+  E.forEach((e, j) => e[2].forEach(ref => arcsOf.has(ref) ? arcsOf.get(ref).push(j) : arcsOf.set(ref, [j])));
+
+  // The moment.
+  let moment = D.span, sessions = S.length, written = 0, frame = 0, before = 0;
+  const endedBy = t => {
+    let low = 0, high = S.length;
+    while (low < high) { const middle = (low + high) >> 1; if (S[middle][0] <= t) low = middle + 1; else high = middle; }
+    return low;
+  };
+  const reveal = (items, from, to) => {
+    for (let i = from; i < to; i++) items[i].classList.remove("later");
+    for (let i = to; i < from; i++) items[i].classList.add("later");
+  };
+  const show = t => {
+    moment = Math.min(D.span, Math.max(0, t));
+    const n = endedBy(moment), text = clock(moment);
+    reveal(links, sessions, n);
+    reveal(arcs, arcsBy[sessions], arcsBy[n]);
+    sessions = n;
+    totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
+    slider.value = moment;
+    slider.setAttribute("aria-valuetext", text.slice(0, 16).replace("T", " ") + " UTC, " + n + " sessions");
+    $("moment").textContent = text.slice(0, 16).replace("T", " ") + " UTC";
+    $("now").setAttribute("x1", x(moment));
+    $("now").setAttribute("x2", x(moment));
+  };
+  const write = () => { written = Date.now(); history.replaceState(null, "", "#t=" + clock(moment)); };
+  const read = () => {
+    const match = /^#t=(\d{4}-\d\d-\d\dT[\d:.]+Z)$/.exec(location.hash), t = match ? Date.parse(match[1]) : NaN;
+    if (!isNaN(t)) { stop(); show(t - D.start); }
+  };
+  const stop = () => {
+    if (frame) cancelAnimationFrame(frame);
+    frame = 0;
+    play.textContent = "Play";
+  };
+  const tick = time => {
+    const all = 40000;  // ms for the whole window at speed 1
+    show(moment + (time - before) / all * D.span * Number(speed.value));
+    before = time;
+    if (Date.now() - written > 500) write();  // browsers refuse more than some hundred in half a minute
+    if (moment < D.span) frame = requestAnimationFrame(tick);
+    else { stop(); write(); }
+  };
+  const toggle = () => {
+    if (frame) { stop(); write(); return; }
+    if (moment >= D.span) show(0);
+    play.textContent = "Pause";
+    before = performance.now();
+    frame = requestAnimationFrame(tick);
+  };
+  const go = t => { stop(); show(t); write(); };
+  const step = by => {
+    const n = Math.min(S.length, Math.max(1, by > 0 ? sessions + 1 : S.length && endedBy(moment - 1)));
+    go(S[n - 1][0]);
+  };
+  const faster = by => {
+    speed.selectedIndex = Math.min(speed.length - 1, Math.max(0, speed.selectedIndex + by));
+  };
+
+  // Geometry: the still picture's, with the width that there is. The same formulas as in `figure`.
+  let width = D.width, left = D.left;
+  const x = t => Math.round((left + t / D.span * (width - left - D.right)) * 10) / 10;
+  const y = lane => D.top + (lane + 0.5) * D.lane;
+  const arc = (a, b) => {
+    const x1 = x(a[0]), x2 = x(b[0]), y1 = y(a[1]), y2 = y(b[1]), run = x2 - x1;
+    if (a[1] === b[1]) return `M${x1} ${y1}Q${(x1 + x2) / 2} ${y1 - Math.min(D.lane * 1.1, 8 + run / 2)} ${x2} ${y2}`;
+    const bend = Math.max(12, run / 2);
+    return `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`;
+  };
+  const layout = () => {
+    const room = Math.round(chart.parentNode.clientWidth);
+    if (room === width || !room) return;
+    width = room;
+    left = Math.min(D.left, Math.max(70, width * 0.1));
+    chart.setAttribute("viewBox", `0 0 ${width} ${D.height}`);
+    S.forEach((s, i) => discs[i].setAttribute("cx", x(s[0])));
+    E.forEach((e, j) => arcs[j].setAttribute("d", arc(S[e[0]], S[e[1]])));
+    lanes.forEach(line => { line.setAttribute("x1", left); line.setAttribute("x2", width); });
+    let free = left - 30;
+    ticks.forEach((tick, i) => {
+      const at = x(D.ticks[i]), fits = at - 28 >= free && at < width - 26;
+      tick.firstElementChild.setAttribute("x1", at);
+      tick.firstElementChild.setAttribute("x2", at);
+      tick.lastElementChild.setAttribute("x", at);
+      tick.lastElementChild.setAttribute("visibility", fits ? "visible" : "hidden");
+      if (fits) free = at + 34;
+    });
+    show(moment);
+  };
+
+  // One session: what it knew, where that went, what it was.
+  let lit = -1;
+  const unlight = () => {
+    if (lit < 0) return;
+    lit = -1;
+    chart.classList.remove("lit");
+    chart.querySelectorAll(".on, .at").forEach(item => item.classList.remove("on", "at"));
+    panel.innerHTML = hint;
+  };
+  const light = i => {
+    if (i === lit) return;
+    unlight();
+    lit = i;
+    const went = new Set(), into = new Set();
+    S[i][4].forEach(ref => (arcsOf.get(ref) || []).forEach(j => { if (E[j][0] >= i) went.add(j); }));
+    E.forEach((e, j) => { if (e[1] === i) into.add(j); });
+    [...went, ...into].forEach(j => {
+      arcs[j].classList.add("on");
+      links[E[j][0]].classList.add("on");
+      links[E[j][1]].classList.add("on");
+    });
+    links[i].classList.add("on", "at");
+    chart.classList.add("lit");
+    describe(i, went, into);
+  };
+  const element = (name, text, parent) => {
+    const made = parent.appendChild(document.createElement(name));
+    made.textContent = text;
+    return made;
+  };
+  const describe = (i, went, into) => {
+    const s = S[i], reached = new Set([...went].map(j => S[E[j][1]][1]));
+    reached.delete(s[1]);
+    panel.textContent = "";
+    const line = panel.appendChild(document.createElement("div"));
+    element("strong", D.developers[s[1]], line);
+    line.append(` ended ${clock(s[0]).slice(0, 16).replace("T", " ")} UTC: ${number(s[2])} tool calls, ` +
+      `${number(s[3])} tokens saved. ` + (s[4].length ? `Built on ${into.size} earlier session${into.size === 1 ? "" : "s"}` +
+      `; what it touched went on to ${reached.size} other developer${reached.size === 1 ? "" : "s"}.` : "No discoveries."));
+    const chips = panel.appendChild(document.createElement("ul"));
+    chips.className = "chips";
+    s[4].slice(0, 40).forEach(ref => {
+      const chip = element(D.links ? "a" : "span", D.refs[ref], element("li", "", chips));
+      if (D.links) chip.href = "/discovery?ref=" + encodeURIComponent(D.names[ref] || D.refs[ref]);
+    });
+    if (s[4].length > 40) element("li", `and ${s[4].length - 40} more`, chips);
+  };
+
+  // Pointing, touching, keys.
+  const index = new Map(links.map((a, i) => [a, i]));
+  const nearest = event => {
+    const box = chart.getBoundingClientRect(), scale = width / box.width;
+    const px = (event.clientX - box.left) * scale, py = (event.clientY - box.top) * scale;
+    let best = -1, least = 20;
+    for (let i = 0; i < sessions; i++) {
+      const distance = Math.hypot(x(S[i][0]) - px, y(S[i][1]) - py);
+      if (distance < least) { least = distance; best = i; }
+    }
+    return best;
+  };
+  let touched = false;
+  const focused = () => index.has(document.activeElement) ? index.get(document.activeElement) : -1;
+  const rest = () => { if (focused() >= 0) light(focused()); else unlight(); };
+  const stops = i => { links.forEach((a, k) => a.setAttribute("tabindex", k === i ? "0" : "-1")); };
+  chart.addEventListener("pointermove", event => {
+    if (event.pointerType === "touch") return;
+    const i = nearest(event);
+    if (i >= 0) light(i); else rest();
+  });
+  chart.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") rest(); });
+  chart.addEventListener("pointerdown", event => { touched = event.pointerType === "touch"; });
+  chart.addEventListener("click", event => {
+    const direct = index.get(event.target.closest("a")), i = direct === undefined ? nearest(event) : direct;
+    if (i < 0) { unlight(); return; }
+    const first = touched && i !== lit;  // a finger cannot point: its first touch does
+    if (first || !D.links) event.preventDefault();
+    light(i);
+    if (!first && D.links && direct === undefined) location.href = links[i].href.baseVal;
+  });
+  chart.addEventListener("focusin", event => {
+    const i = index.get(event.target);
+    if (i !== undefined) { stops(i); light(i); }
+  });
+  chart.addEventListener("focusout", unlight);
+  chart.addEventListener("keydown", event => {
+    const i = focused(), lane = by => {
+      for (let k = i + by; k >= 0 && k < sessions; k += by) if (S[k][1] === S[i][1]) return k;
+      return i;
+    };
+    const moves = {ArrowLeft: i - 1, ArrowRight: i + 1, ArrowUp: lane(-1), ArrowDown: lane(1)};
+    if (i < 0 || !(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const to = Math.min(sessions - 1, Math.max(0, moves[event.key]));
+    if (to >= 0) { stops(to); links[to].focus(); }
+  });
+  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0),
+    End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1), Escape: unlight};
+  document.addEventListener("keydown", event => {
+    const at = event.target, typing = at.closest("select, input:not(#slider)");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
+    if (event.key === " " && at.closest("button, a, summary")) return;
+    if (at === slider && event.key !== " " && event.key !== "+" && event.key !== "-") return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+  play.addEventListener("click", toggle);
+  slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+  slider.addEventListener("change", write);
+  window.addEventListener("hashchange", read);
+  new ResizeObserver(layout).observe(chart.parentNode);
+
+  document.documentElement.classList.add("live");
+  slider.max = D.span;
+  slider.step = Math.max(1, Math.round(D.span / 500));
+  stops(S.length - 1);
+  layout();
+  show(moment);
+  read();
+})();
+"""
+
+
+def source_hash(text: str) -> str:
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# Only these two texts run or style a page; data: is the empty icon, which keeps browsers from asking for one.
+POLICY = ("default-src 'none'; script-src %s; style-src %s; img-src data:; base-uri 'none'; form-action 'self'"
+          % (source_hash(SCRIPT), source_hash(STYLE)))
+
+
+def esc(text: object) -> str:
+    """Text for an HTML text or a quoted attribute, made visible first."""
+    return html.escape(visible(str(text)), quote=True)
+
+
+def embedded(value: object) -> str:
+    """JSON inside a <script>: ASCII only, and without the three characters that could end or change the element."""
+    text = json.dumps(value, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">%s<title>%s</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
+        '<link rel="icon" href="data:,"><style>%s</style></head>\n<body><div class="wrap">%s</div></body></html>\n'
+        % (head, esc(title), STYLE, body))
+
+
+class HtmlColumn(NamedTuple):
+    """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class (n number, m hash or time, wide)."""
+
+    title: str
+    cell: Callable[[Plain], str]
+    kind: str = ""
+
+
+def html_table(caption: str, columns: Sequence[HtmlColumn], rows: Sequence[Plain]) -> str:
+    head = "".join('<th scope="col" class="%s">%s</th>' % (c.kind, esc(c.title)) for c in columns)
+    body = "".join("<tr>%s</tr>\n" % "".join('<td class="%s">%s</td>' % (c.kind, c.cell(row)) for c in columns)
+                   for row in rows)
+    return ('<div class="scroll"><table><caption>%s</caption><thead><tr>%s</tr></thead><tbody>\n%s</tbody></table>'
+            '</div>' % (esc(caption), head, body))
+
+
+def digits(value: int) -> str:
+    return "{:,}".format(value)
+
+
+def session_link(s: Plain) -> str:
+    return '<a href="/session/%s">%s</a>' % (esc(s["session_id_hash"]), esc(s["session_id_hash"][:12]))
+
+
+def discovery_link(ref: str, words: str = "") -> str:
+    return '<a href="/discovery?ref=%s">%s</a>' % (
+        urllib.parse.quote(ref.encode("utf-8", "replace"), safe=""), esc(words or fit(visible(ref), 128)))
+
+
+def discovery_links(refs: Sequence[str], most: int = 3) -> str:
+    more = " +%d" % (len(refs) - most) if len(refs) > most else ""
+    return ", ".join(map(discovery_link, refs[:most])) + more
+
+
+def tiles(values: Iterable[Tuple[str, str, str]]) -> str:
+    """Counters: (title, HTML, id or "")."""
+    return '<dl class="tiles">%s</dl>' % "".join(
+        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (esc(title), ' id="%s"' % name if name else "", value)
+        for title, value, name in values)
+
+
+COUNTERS = (("sessions", "sessions"), ("developers", "developers"), ("tokens saved", "tokens_saved"),
+            ("discoveries", "discoveries"), ("hand-overs", "hand_overs"))
+HTML_SESSIONS = (
+    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
+    HtmlColumn("Session", session_link, "m"),
+    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
+    HtmlColumn("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide"),
+    HtmlColumn("Tool calls", lambda s: digits(s["tool_count"]), "n"),
+    HtmlColumn("Tokens saved", lambda s: digits(s["tokens_saved"]), "n"),
+    HtmlColumn("Branch", lambda s: esc(s["branch_sha"] or "-"), "m wide"),
+    HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"])),
+)
+HTML_DISCOVERIES = (
+    HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"])),
+    HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n"),
+    HtmlColumn("Identities", lambda d: digits(d["distinct_identity_count"]), "n"),
+    HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide"),
+    HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m"),
+)
+HTML_FLOWS = (
+    HtmlColumn("From", lambda f: esc(f["source"]), "m"),
+    HtmlColumn("To", lambda f: esc(f["target"]), "m"),
+    HtmlColumn("Discoveries handed over", lambda f: digits(f["discoveries"]), "n"),
+    HtmlColumn("Between sessions", lambda f: digits(f["edges"]), "n"),
+)
+HTML_PATH = (
+    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
+    HtmlColumn("Session", session_link, "m"),
+    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
+    HtmlColumn("", lambda s: "from another developer" if s["crosses"] else ""),
+)
+
+
+# The picture. Lengths are px of a picture WIDE wide; the script lays it out again for the width that there is.
+
+WIDE, LEFT, RIGHT, TOP = 1200, 92, 16, 26
+TICK_STEPS = [step * 3_600_000 for step in (1, 3, 6, 12, 24, 48, 168, 720, 2160, 8760)]  # ms
+MOST_ARCS = 6000  # drawn; a page that has more says so
+
+Figure = Tuple[str, Plain, int]  # the picture, the data for the script, arcs left out
+
+
+def ticks_of(start: int, span: int) -> List[Tuple[int, str]]:
+    """(ms after `start`, label) of at most 10 round moments."""
+    step = next((step for step in TICK_STEPS if span <= 10 * step), 10 * TICK_STEPS[-1])
+    moments = range(-(-start // step) * step, start + span + 1, step)
+    return [(at - start, tick_label(at, step)) for at in moments[:12]]
+
+
+def tick_label(at: int, step: int) -> str:
+    text = moment_text(at)
+    return text[5:10] if step >= DAY_MS else text[5:10] + " " + text[11:16]
+
+
+def figure(ordered: Sequence[Session], only: Optional[str] = None, links: bool = True) -> Figure:
+    """Sessions in time order as an SVG and the data that brings it to life. `only`: arcs of this discovery alone;
+    `links`: the sessions have pages to go to. The script's `layout` knows the same formulas."""
+    start = ordered[0].ended
+    span_ms = max(1, ordered[-1].ended - start)
+    shown = labels(s.developer for s in ordered)
+    lanes = {key: n for n, key in enumerate(dict.fromkeys(s.developer for s in ordered))}
+    lane = max(14.0, min(46.0, round(600 / len(lanes), 1)))
+    height = round(TOP + lane * len(lanes) + 6, 1)
+    largest = max(s.tools for s in ordered) or 1
+    at = [(round(LEFT + (s.ended - start) / span_ms * (WIDE - LEFT - RIGHT), 1),
+           round(TOP + (lanes[s.developer] + .5) * lane, 1)) for s in ordered]
+    radius = [round(max(1.5, min(17.0, lane * .62) * math.sqrt(s.tools / largest)), 1) for s in ordered]
+    every = edges_of(ordered, only)
+    crosses = [ordered[e.source].developer != ordered[e.target].developer for e in every]
+    hand_overs = [0] * len(ordered)
+    for edge, crossing in zip(every, crosses):
+        hand_overs[edge.target] += len(edge.refs) if crossing else 0
+    drawn = [(e, crossing) for e, crossing in zip(every, crosses)][-MOST_ARCS:]
+    marks = ticks_of(start, span_ms)
+    svg = figure_svg(ordered, shown, lanes, (height, lane), at, radius, drawn, marks, links)
+    return svg, figure_data(ordered, only, shown, lanes, drawn, hand_overs, links, {
+        "start": start, "span": span_ms, "width": WIDE, "left": LEFT, "right": RIGHT, "top": TOP, "lane": lane,
+        "height": height, "ticks": [offset for offset, _ in marks]}), len(every) - len(drawn)
+
+
+def figure_svg(ordered: Sequence[Session], shown: Dict[str, str], lanes: Dict[str, int], size: Tuple[float, float],
+               at: Sequence[Tuple[float, float]], radius: Sequence[float], drawn: Sequence[Tuple[Edge, bool]],
+               marks: Sequence[Tuple[int, str]], links: bool) -> str:
+    height, lane = size
+    span_ms = max(1, ordered[-1].ended - ordered[0].ended)
+    parts = ['<svg id="chart" viewBox="0 0 %d %g" role="group" aria-label="%s"%s>' % (
+        WIDE, height, esc("Replay: %d sessions of %d developers over time; the tables of this page say the same"
+                          % (len(ordered), len(lanes))), ' class="dense"' if len(drawn) > 700 else "")]
+    parts.append('<g id="ticks">')
+    for offset, label in marks:
+        x = round(LEFT + offset / span_ms * (WIDE - LEFT - RIGHT), 1)
+        parts.append('<g><line x1="%g" x2="%g" y1="%d" y2="%g"/><text x="%g" y="14">%s</text></g>' % (
+            x, x, TOP - 6, height, x, esc(label)))
+    parts.append('</g><g id="lanes">')
+    for key, n in lanes.items():
+        y = round(TOP + (n + .5) * lane, 1)
+        parts.append('<line x1="%d" x2="%d" y1="%g" y2="%g"/><text x="0" y="%g">%s</text>' % (
+            LEFT, WIDE, y, y, y + 4, esc(shown[key])))
+    parts.append('</g><g id="arcs">')
+    for edge, crossing in drawn:
+        parts.append('<path%s d="%s"/>' % (' class="x"' if crossing else "",
+                                           arc_path(at[edge.source], at[edge.target], lane)))
+    parts.append('</g><g id="discs">')
+    for s, (x, y), r in zip(ordered, at, radius):
+        parts.append('<a%s aria-label="%s, %s, %d calls"><circle cx="%g" cy="%g" r="%g"%s/></a>' % (
+            ' href="/session/%s"' % s.session if links else "", shown[s.developer],
+            minute(moment_text(s.ended)), s.tools, x, y, r, ' class="g"' if s.github else ""))
+    return "".join([*parts, '</g><line id="now" x1="%d" x2="%d" y1="%d" y2="%g"/></svg>' % (
+        WIDE - RIGHT, WIDE - RIGHT, TOP - 6, height)])
+
+
+def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str:
+    """Within a lane a bow over it; from lane to lane a flow that leaves and arrives level."""
+    (x1, y1), (x2, y2) = a, b
+    run = x2 - x1
+    if y1 == y2:
+        return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), round(y1 - min(lane * 1.1, 8 + run / 2), 1),
+                                       x2, y2)
+    bend = max(12, run / 2)
+    return "M%g %gC%g %g %g %g %g %g" % (x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
+
+
+def figure_data(ordered: Sequence[Session], only: Optional[str], shown: Dict[str, str], lanes: Dict[str, int],
+                drawn: Sequence[Tuple[Edge, bool]], hand_overs: Sequence[int], links: bool, shape: Plain) -> Plain:
+    """What the script needs: `sessions` are [ms after start, lane, tool calls, tokens, [refs], hand-overs received],
+    `edges` [source, target, [refs], crosses 0|1], refs and lanes numbers into `refs` and `developers`. `refs` are as
+    shown; `names` {number: ref} holds those that look otherwise."""
+    numbers: Dict[str, int] = {}
+    if only is None:
+        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs] for s in ordered]
+    else:
+        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs if ref == only] for s in ordered]
+    return dict(
+        shape, links=links, developers=[shown[key] for key in lanes], refs=[fit(visible(ref), 128) for ref in numbers],
+        names={n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
+        sessions=[[s.ended - shape["start"], lanes[s.developer], s.tools, s.tokens, refs, received]
+                  for s, refs, received in zip(ordered, rows, hand_overs)],
+        edges=[[e.source, e.target, [numbers[ref] for ref in e.refs], int(crossing)] for e, crossing in drawn])
+
+
+LEGEND = (
+    '<div class="legend" aria-hidden="true">'
+    '<span><svg width="14" height="14"><circle class="g" cx="7" cy="7" r="5.5"/></svg>session, with GitHub</span>'
+    '<span><svg width="14" height="14"><circle cx="7" cy="7" r="5.5"/></svg>without</span>'
+    '<span>area = tool calls</span>'
+    '<span><svg width="26" height="8"><line x2="26" y1="4" y2="4"/></svg>discovery carried on</span>'
+    '<span><svg width="26" height="8"><line class="x" x2="26" y1="4" y2="4"/></svg>handed over to another developer'
+    '</span></div>')
+CONTROLS = (
+    '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play</button>'
+    '<input id="slider" type="range" min="0" aria-label="Moment"><output id="moment"></output>'
+    '<label>Speed <select id="speed" aria-label="Speed"><option value="0.5">&#189;&#215;</option>'
+    '<option value="1" selected>1&#215;</option><option value="2">2&#215;</option><option value="4">4&#215;</option>'
+    '<option value="8">8&#215;</option></select></label></div>')
+HINT = (
+    'Point at a session, or reach it with Tab and the arrow keys, to see what it knew and where that went. '
+    'Space plays and pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, '
+    '+ and &minus; change the speed.')
+
+
+def replay(ordered: Sequence[Session], total: int, only: Optional[str] = None, links: bool = True) -> str:
+    """The body of the replay: counters, controls, the picture, who handed over to whom. Sessions in time order."""
+    if not ordered:
+        return '<p class="card">No session ended in this window. A longer one may have some.</p>'
+    svg, data, left_out = figure(ordered, only, links)
+    result = graph_of(ordered, only)
+    notes = []
+    if total > len(ordered):
+        notes.append("Shown are the newest %s of %s sessions in this window, from %s UTC on." % (
+            digits(len(ordered)), digits(total), minute(moment_text(ordered[0].ended))))
+    if left_out:
+        notes.append("Drawn are the newest %s arcs; %s older ones are only counted." % (
+            digits(MOST_ARCS), digits(left_out)))
+    flows = [flow for flow in result["developers"] if flow["crosses"]]
+    table = html_table("Hand-overs from developer to developer, the %d largest of %s" % (
+        min(50, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:50]) if flows else ""
+    return "".join([
+        tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
+              for i, (title, key) in enumerate(COUNTERS)),
+        '<p class="note">%s</p>' % esc(" ".join(notes)) if notes else "",
+        '<div class="card">', CONTROLS, '<div class="stage">', svg, "</div>", LEGEND, "</div>",
+        '<div class="card" id="panel" aria-live="polite"><span class="note">%s</span></div>' % HINT, table,
+        '<script type="application/json" id="data">%s</script><script>%s</script>' % (embedded(data), SCRIPT)])
+
+
+def graph_html(ordered: Sequence[Session], total: int, only: Optional[str] = None) -> str:
+    """The replay as one self-contained file, which may be mailed: it opens without this program and asks nobody."""
+    policy = '<meta http-equiv="Content-Security-Policy" content="%s">' % POLICY
+    return document("Session replay", "<header><b>Session replay</b></header><main>%s</main>" % replay(
+        ordered, total, only, links=False), policy)
+
+
+# The pages of `view`.
+
+PAGES = (("/", "Replay"), ("/sessions", "Sessions"), ("/discoveries", "Discoveries"), ("/activity", "Activity"))
+DAY_CHOICES = (1, 7, 14, 30, 90)
+GITHUB_CHOICES = {"": "with and without", "true": "with GitHub", "false": "without GitHub"}
+
+
+class Filters(NamedTuple):
+    """What the address of a page asks for, as it came in but checked; "" where nothing was said."""
+
+    days: int = DAYS_DEFAULT
+    since: str = ""
+    until: str = ""
+    github: str = ""
+    discovery: str = ""
+
+    def window(self) -> Window:
+        github = {"": None, "true": True, "false": False}[self.github]
+        return window_between(self.days, self.since, self.until, github, self.discovery or None)
+
+    def query(self) -> str:
+        said = {name: value for name, value in self._asdict().items() if value != Filters._field_defaults[name]}
+        return "?" + urllib.parse.urlencode(said, errors="replace") if said else ""
+
+
+Query = Dict[str, str]  # the parameters of an address, the first of each name
+
+
+def number_in(query: Query, name: str, default: int, most: int) -> int:
+    """CONTRACT §7: a number that is too large is the largest, nonsense is the default."""
+    text = query.get(name, "")
+    if not re.fullmatch(r"[0-9]+", text) or not text.strip("0"):
+        return default
+    return most if len(text) > 9 else min(int(text), most)
+
+
+def filters_of(query: Query) -> Filters:
+    github = query.get("github", "")
+    since, until = (query.get(name, "") if day_start(query.get(name, "")) else "" for name in ("since", "until"))
+    return Filters(number_in(query, "days", DAYS_DEFAULT, 36_500), since, until,
+                   github if github in GITHUB_CHOICES else "", query.get("discovery", "").strip()[:1000])
+
+
+def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
+    return "".join('<option value="%s"%s>%s</option>' % (esc(value), " selected" if value == chosen else "", esc(text))
+                   for value, text in choices)
+
+
+def filter_form(path: str, filters: Filters, names: Sequence[str] = ("days", "since", "until", "github", "discovery")
+                ) -> str:
+    days = sorted({*DAY_CHOICES, filters.days})
+    fields = {
+        "days": '<label>Window<select name="days">%s</select></label>' % options(
+            [(str(n), "last %d day%s" % (n, "" if n == 1 else "s")) for n in days], str(filters.days)),
+        "since": '<label>or since (UTC)<input type="date" name="since" value="%s"></label>' % esc(filters.since[:10]),
+        "until": '<label>until before<input type="date" name="until" value="%s"></label>' % esc(filters.until[:10]),
+        "github": '<label>GitHub<select name="github">%s</select></label>' % options(
+            GITHUB_CHOICES.items(), filters.github),
+        "discovery": '<label>Discovery<input name="discovery" size="22" maxlength="200" placeholder="any" value="%s">'
+                     '</label>' % html.escape(filters.discovery, quote=True),
+    }
+    return '<form method="get" action="%s">%s<button>Show</button></form>' % (
+        esc(path), "".join(fields[name] for name in names))
+
+
+def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0) -> str:
+    nav = "".join('<a href="%s%s"%s>%s</a>' % (to, esc(filters.query()), ' aria-current="page"' if to == path else "",
+                                               name) for to, name in PAGES)
+    note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
+        "1 row was" if left_out == 1 else digits(left_out) + " rows were") if left_out else ""
+    return document(title + " - sessions", '<a class="skip" href="#main">Skip to the content</a><header>'
+                    '<b>Sessions</b><nav aria-label="Pages">%s</nav></header><main id="main">%s%s</main>'
+                    % (nav, main, note))
+
+
+def replay_page(reader: Reader, filters: Filters) -> str:
+    window = filters.window()
+    newest = reader.window(window, DRAWN)
+    body = filter_form("/", filters) + replay(newest[::-1], reader.count(window), window.discovery)
+    return page("Replay", "/", filters, body, reader.left_out)
+
+
+def sessions_page(reader: Reader, filters: Filters) -> str:
+    result = sessions(reader, filters.window(), 200)
+    caption = "The newest %s of %s sessions in this window" % (
+        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    return page("Sessions", "/sessions", filters, filter_form("/sessions", filters)
+                + html_table(caption, HTML_SESSIONS, result["sessions"]), reader.left_out)
+
+
+def session_page(reader: Reader, prefix: str) -> str:
+    """Raises NotFound."""
+    result = session(reader, prefix)
+    s = result["session"]
+    facts = [("Developer", '<span class="m">%s</span>' % esc(s["developer"])),
+             ("GitHub", "yes" if s["github_hash_prefix"] else "no"), ("Ended", esc(s["ended_at"])),
+             ("Tool calls", digits(s["tool_count"])), ("Tokens saved", digits(s["tokens_saved"])),
+             ("Branch", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
+             ("Discoveries", '<ul class="chips">%s</ul>' % "".join(
+                 "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"]) or "-")]
+    listed = "".join("<dt>%s</dt><dd>%s</dd>" % fact for fact in facts)
+    related = html_table("Other sessions of the same identity, last %d days" % RELATED_DAYS, HTML_SESSIONS,
+                         result["related"]) if result["related"] else (
+        '<p class="note">No other session of this identity in the last %d days.</p>' % RELATED_DAYS)
+    return page("Session " + s["session_id_hash"][:12], "/session", Filters(),
+                '<h1 class="m">%s</h1><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
+                    esc(s["session_id_hash"]), listed, related), reader.left_out)
+
+
+def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
+    result = discoveries(reader, filters.window(), 200, sort)
+    choice = '<label>Sorted by<select name="sort">%s</select></label><button>' % options(
+        zip(SORTS, ("sessions", "identities", "last seen")), sort)
+    form = filter_form("/discoveries", filters, ("days", "since", "until", "github")).replace("<button>", choice)
+    return page("Discoveries", "/discoveries", filters, form + html_table(
+        "%d discoveries touched in this window" % len(result["discoveries"]), HTML_DISCOVERIES,
+        result["discoveries"]), reader.left_out)
+
+
+def discovery_page(reader: Reader, ref: str) -> str:
+    """One discovery since ever. Raises NotFound."""
+    result = discovery(reader, ref, EVER)
+    newest = reader.window(EVER._replace(discovery=ref), DRAWN)
+    facts = tiles([("Sessions", digits(result["session_count"]), ""),
+                   ("Identities", digits(result["distinct_identity_count"]), ""),
+                   ("Developers", digits(result["developer_count"]), ""),
+                   ("First seen", "<small>%s UTC</small>" % esc(minute(result["first_seen_at"])), ""),
+                   ("Last seen", "<small>%s UTC</small>" % esc(minute(result["last_seen_at"])), "")])
+    path = html_table("Its path: the first %s of %s sessions" % (
+        digits(len(result["path"])), digits(result["session_count"])), HTML_PATH, result["path"])
+    return page(fit(visible(ref), 80), "/discovery", Filters(), "<h1>%s</h1>%s%s<h2>Path</h2>%s" % (
+        esc(ref), facts, replay(newest[::-1], result["session_count"], ref), path), reader.left_out)
+
+
+def bar(value: int, most: int) -> str:
+    return ('<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true"><rect width="%g" height="10"/>'
+            '</svg>' % round(100 * value / (most or 1), 2))
+
+
+def period_table(title: str, rows: Sequence[Plain]) -> str:
+    most = max((row["sessions"] for row in rows), default=0)
+    return html_table(title, (
+        HtmlColumn("", lambda p: esc(p["period"]), "m"),
+        HtmlColumn("Sessions", lambda p: digits(p["sessions"]), "n"),
+        HtmlColumn("", lambda p: bar(p["sessions"], most), "bar"),
+        HtmlColumn("Developers", lambda p: digits(p["developers"]), "n"),
+        HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n wide"),
+        HtmlColumn("Tool calls", lambda p: digits(p["tool_count"]), "n wide"),
+        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n"),
+    ), rows)
+
+
+def activity_page(reader: Reader, filters: Filters) -> str:
+    result = activity(reader, filters.window())
+    counters = tiles(("Active in %d day%s" % (row["days"], "" if row["days"] == 1 else "s"),
+                      '%s <small>%s came back</small>' % (digits(row["developers"]), digits(row["came_back"])), "")
+                     for row in result["active"])
+    tables = "".join(period_table("Per " + kind[:-1], result[kind][-400:]) for kind in PERIODS)
+    return page("Activity", "/activity", filters, filter_form("/activity", filters) + counters
+                + '<p class="note">Came back: developers who were also there in the period before.</p>' + tables,
+                reader.left_out)
+
+
+# ======================================================================================================
+# The database file
+# ======================================================================================================
+
+
+class Refused(Exception):
+    """The database cannot be read; the text says why and what to do."""
+
+
+REASONS = (  # what SQLite says, what a person wants to know
+    ("file is not a database", "it is not an SQLite database"),
+    ("file is encrypted", "it is not an SQLite database"),
+    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
+    ("locked", "another program keeps it locked: try again when that is done"),
+    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a server's last"
+                       " changes wait in the -wal file (run this as the server's user)"),
+    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run this as the"
+                 " server's user)"),
+    ("disk i/o error", "the disk answers with errors"),
+    ("no such table", "it does not hold the tables of a session-event store"),
+    ("no such column", "its tables are not those of a session-event store"),
+)
+
+
+def explained(error: sqlite3.Error, path: str) -> Refused:
+    said = str(error).lower()
+    return Refused("cannot read %s: %s" % (path, next((why for sign, why in REASONS if sign in said), str(error))))
+
+
+def connected(path: str) -> sqlite3.Connection:
+    """A read-only connection inside a transaction; sqlite3.Error if the file gives none."""
+    uri = Path(path).absolute().as_uri() + "?mode=ro"
+    try:
+        return begun(uri)
+    except sqlite3.OperationalError as error:
+        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file and none can be
+        # made. With no changes waiting in a -wal file, the database file alone is the whole truth.
+        waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
+        if waiting or not re.search("unable to open|readonly", str(error)):
+            raise
+        return begun(uri + "&immutable=1")
+
+
+def begun(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)
+    try:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold what is not UTF-8
+        for pragma in ("query_only = 1", "trusted_schema = 0", "cache_size = -65536",
+                       "mmap_size = 8589934592"):  # reading through a map takes a third off every long scan
+            connection.execute("PRAGMA " + pragma)
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # takes the snapshot
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check_schema(connection: sqlite3.Connection, path: str) -> None:
+    """Raises Refused unless the tables are those that this program knows."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "session_events" not in tables:
+        raise Refused("%s holds no session events: it is another program's database, or no server has opened it yet"
+                      % path)
+    if version > SCHEMA_VERSION:
+        raise Refused("%s has schema version %d and this program knows up to %d: use the session_events.py that came"
+                      " with its server.py" % (path, version, SCHEMA_VERSION))
+    if version < SCHEMA_VERSION:
+        raise Refused("%s has schema version %d, older than %d: start server.py on it once, which brings it up to date"
+                      % (path, version, SCHEMA_VERSION))
+    for table, columns in TABLES.items():
+        there = {row[1] for row in connection.execute("PRAGMA table_info(%s)" % table)}
+        missing = [column for column in columns if column not in there]
+        if missing:
+            raise Refused("%s is not a session-event store: its table %s lacks %s" % (path, table, ", ".join(missing)))
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[Reader]:
+    """One read transaction on the database file, as a Reader. Raises Refused, also in place of the sqlite3.Error of
+    any query in the block."""
+    if not os.path.exists(path):
+        raise Refused("there is no file %s" % path)
+    if not os.path.isfile(path):
+        raise Refused("%s is not a file" % path)
+    if not os.access(path, os.R_OK):
+        raise Refused("%s may not be read by this user" % path)
+    try:
+        with contextlib.closing(connected(path)) as connection:
+            check_schema(connection, path)
+            yield Reader(connection)
+    except sqlite3.Error as error:
+        raise explained(error, path) from error
+
+
+# ======================================================================================================
+# Viewer: the pages and CONTRACT §7 over HTTP, for this machine only
+# ======================================================================================================
+
+LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+PROTECTION = (
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", POLICY + "; frame-ancestors 'none'"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+HTML_TYPE, JSON_TYPE = "text/html; charset=utf-8", "application/json"
+
+
+class Answer(NamedTuple):
+    status: int
+    type: str
+    body: str
+    headers: Sequence[Tuple[str, str]] = ()
+
+
+def same(given: str, secret: str) -> bool:
+    """Equal? In a time that tells nothing about the secret, its length neither."""
+    return hmac.compare_digest(hashlib.sha256(given.encode("latin-1", "replace")).digest(),
+                               hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest())
+
+
+def query_of(text: str) -> Query:
+    try:
+        pairs = urllib.parse.parse_qsl(text, max_num_fields=50)
+    except ValueError:
+        return {}
+    return dict(reversed(pairs))
+
+
+def message_page(status: int, title: str, text: str) -> Answer:
+    return Answer(status, HTML_TYPE, document(title, "<main><h1>%s</h1><p>%s</p></main>" % (esc(title), esc(text))))
+
+
+def page_answer(db: str, path: str, query: Query) -> Answer:
+    """A page for somebody who may see it."""
+    filters = filters_of(query)
+    sort = query.get("sort", "")
+    pages: Dict[str, Callable[[Reader], str]] = {
+        "/": lambda reader: replay_page(reader, filters),
+        "/sessions": lambda reader: sessions_page(reader, filters),
+        "/discoveries": lambda reader: discoveries_page(reader, filters, sort if sort in SORTS else SORTS[0]),
+        "/discovery": lambda reader: discovery_page(reader, query.get("ref", "")),
+        "/activity": lambda reader: activity_page(reader, filters),
+    }
+    if path.startswith("/session/"):
+        show: Optional[Callable[[Reader], str]] = lambda reader: session_page(reader, path[len("/session/"):])
+    else:
+        show = pages.get(path)
+    if show is None:
+        return message_page(404, "Not found", "There is no such page.")
+    try:
+        with reading(db) as reader:
+            return Answer(200, HTML_TYPE, show(reader))
+    except NotFound as error:
+        return message_page(404, "Not found", str(error)[:1].upper() + str(error)[1:] + ".")
+    except Refused as error:
+        return message_page(503, "The database cannot be read now", str(error))
+
+
+def admin_answer(db: str, path: str, query: Query, authorization: str, secret: str) -> Answer:
+    """CONTRACT §7, to the letter. `secret` "" means that no token is configured."""
+    request_id = uuid.uuid4().hex
+
+    def answer(status: int, headers: Sequence[Tuple[str, str]] = (), **body: Any) -> Answer:
+        return Answer(status, JSON_TYPE, json.dumps(dict(body, requestId=request_id)), headers)
+
+    scheme, _, given = authorization.partition(" ")
+    if not secret:
+        return answer(503, error="Endpoint disabled (admin trigger token not configured)")
+    if not (same(given.strip(), secret) and scheme.lower() == "bearer"):
+        return answer(401, [("WWW-Authenticate", "Bearer")], error="Unauthorized")
+    try:
+        with reading(db) as reader:
+            body = admin_body(reader, path, query)
+    except Refused:
+        return answer(503, [("Retry-After", "5")], error="The database cannot be read now")
+    return answer(404, error="Not found") if body is None else answer(200, **body)
+
+
+def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
+    if path == "/admin/sessions":
+        github = {"true": True, "false": False}.get(query.get("logged_in", ""))
+        window = last_days(number_in(query, "days", 7, 90), github)
+        found = reader.window(window, number_in(query, "limit", 50, 200))
+        return {"sessions": list(map(plain_session, found)), "total_count_in_window": reader.count(window)}
+    if path == "/admin/discoveries/propagation":
+        sort = query.get("sort", "")
+        result = discoveries(reader, EVER, number_in(query, "limit", 50, 500), sort if sort in SORTS else SORTS[0])
+        return {"discoveries": result["discoveries"]}
+    match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
+    try:
+        result = session(reader, match.group(1)) if match else None
+    except NotFound:
+        result = None
+    return result and {"session": without_developer(result["session"]),
+                       "related": list(map(without_developer, result["related"]))}
+
+
+def without_developer(s: Plain) -> Plain:
+    return {name: value for name, value in s.items() if name != "developer"}
+
+
+class Viewer(http.server.ThreadingHTTPServer):
+    """The pages on one database file. `ticket` opens them once, in exchange for the cookie."""
+
+    daemon_threads = True
+
+    def __init__(self, db: str, port: int, admin_token: str) -> None:
+        super().__init__(("127.0.0.1", port), ViewerHandler)
+        self.db, self.admin_token = db, admin_token
+        self.ticket: Optional[str] = secrets.token_urlsafe(24)
+        self.cookie = secrets.token_urlsafe(24)
+        self.cookie_name = "session_events_%d" % self.server_address[1]  # cookies do not tell ports apart
+        self.lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
+
+    def redeem(self, given: str) -> bool:
+        with self.lock:
+            good = self.ticket is not None and same(given, self.ticket)
+            if good:
+                self.ticket = None
+            return good
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line, and nothing of the request: a browser that went away is not worth even that."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print("session_events: a request failed: %s" % type(error).__name__, file=sys.stderr, flush=True)
+
+
+class ViewerHandler(http.server.BaseHTTPRequestHandler):
+    server: Viewer
+    timeout = 30  # s that a silent connection is kept
+
+    def version_string(self) -> str:
+        return "session-events"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: an address line names sessions."""
+
+    def do_GET(self) -> None:
+        host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
+        if not host or host.group(1).lower() not in LOCAL_NAMES:
+            # A page elsewhere whose name was made to point at this machine comes with its own name (DNS rebinding).
+            self.send(Answer(403, "text/plain", "This server answers to 127.0.0.1 and localhost only.\n"))
+            return
+        try:
+            answer = self.answer()
+        except Exception as error:
+            where_from = error.__traceback__
+            while where_from and where_from.tb_next:
+                where_from = where_from.tb_next
+            print("session_events: a page failed: %s in line %s" % (
+                type(error).__name__, where_from.tb_lineno if where_from else "?"), file=sys.stderr, flush=True)
+            answer = message_page(500, "This page failed", "The terminal shows a line about it.")
+        self.send(answer)
+
+    do_HEAD = do_GET
+
+    def refuse(self) -> None:
+        self.send(Answer(405, "text/plain", "Only GET and HEAD.\n", [("Allow", "GET, HEAD")]))
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
+
+    def answer(self) -> Answer:
+        address = urllib.parse.urlsplit("http://local" + self.path if self.path.startswith("/") else "")
+        query = query_of(address.query)
+        if address.path == "/admin" or address.path.startswith("/admin/"):
+            return admin_answer(self.server.db, address.path, query, self.headers.get("Authorization", ""),
+                                self.server.admin_token)
+        if "token" in query:
+            return self.exchange(query)
+        if not self.may_see():
+            return message_page(403, "Closed", "Open the address that the terminal shows; it works once.")
+        return page_answer(self.server.db, address.path, query)
+
+    def exchange(self, query: Query) -> Answer:
+        """The one-time token for a cookie, and on to the address without the token."""
+        rest = {name: value for name, value in query.items() if name != "token"}
+        to = [("Location", "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else ""))]
+        if self.server.redeem(query["token"]):
+            cookie = "%s=%s; Path=/; HttpOnly; SameSite=Strict" % (self.server.cookie_name, self.server.cookie)
+            return Answer(303, "text/plain", "", [*to, ("Set-Cookie", cookie)])
+        if self.may_see():
+            return Answer(303, "text/plain", "", to)
+        return message_page(403, "Closed", "This address was used already, or is not this viewer's. Start it again"
+                                           " for a new one.")
+
+    def may_see(self) -> bool:
+        cookies = [part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";")]
+        return any(name == self.server.cookie_name and same(value, self.server.cookie) for name, _, value in cookies)
+
+    def send(self, answer: Answer) -> None:
+        body = answer.body.encode("utf-8", "replace")
+        self.send_response(answer.status)
+        for name, value in (("Content-Type", answer.type), ("Content-Length", str(len(body))), *PROTECTION,
+                            *answer.headers):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """What `http.server` itself refuses (a malformed or huge head), without repeating any of it."""
+        self.close_connection = True
+        self.command = self.command or ""
+        self.send(Answer(code, "text/plain", "The request is not understood.\n"))
+
+
+def can_open_browser() -> bool:
+    """Is there a screen? Without one `webbrowser` would start a browser inside the terminal."""
+    return sys.platform in ("win32", "darwin") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
+
+
+def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
+    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is shown."""
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with reading(db):
+        pass  # refuses now rather than on the first page
+    try:
+        viewer = Viewer(db, port, os.environ.get(ADMIN_TOKEN_VARIABLE, ""))
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise Refused("cannot listen on port %d: %s" % (
+            port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
+    signal.signal(signal.SIGTERM, stop)
+    with viewer:
+        print("open %s%s" % (viewer.address, path), flush=True)
+        print("it works once and on this machine only; Ctrl-C ends", flush=True)
+        if open_it:
+            webbrowser.open(viewer.address + path)
+        with contextlib.suppress(KeyboardInterrupt):
+            viewer.serve_forever()
+    return 0
+
+
+# ======================================================================================================
+# Demo: synthetic sessions, the same every time
+# ======================================================================================================
+
+SCHEMA = r"""-- The session-event store: CONTRACT.md section 3, for SQLite 3.38 or newer (or an older one built with JSON1).
+-- Runs on a fresh file, and brings a file that holds session_events already up to this version: every statement
+-- may run again without changing anything. server.py carries this text to the letter.
+
+CREATE TABLE IF NOT EXISTS session_events (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  identity_hash TEXT NOT NULL,
+  github_hash TEXT,
+  session_id_hash TEXT NOT NULL,
+  ended_at TEXT NOT NULL,
+  tool_count INTEGER NOT NULL DEFAULT 0,
+  tokens_saved INTEGER NOT NULL DEFAULT 0,
+  branch_sha TEXT,
+  discovery_refs_json TEXT NOT NULL DEFAULT '[]',
+  plugin_version TEXT NOT NULL,
+  received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+);
+
+CREATE UNIQUE INDEX IF NOT EXISTS idx_session_events_identity_session_unique
+  ON session_events (identity_hash, session_id_hash);
+CREATE INDEX IF NOT EXISTS idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
+CREATE INDEX IF NOT EXISTS idx_session_events_received_at ON session_events (received_at);
+CREATE INDEX IF NOT EXISTS idx_session_events_ended_at ON session_events (ended_at);
+
+-- Which session touched which discovery: the edges of the session graph.
+CREATE TABLE IF NOT EXISTS session_discoveries (
+  discovery_ref TEXT NOT NULL,
+  event_id INTEGER NOT NULL,
+  PRIMARY KEY (discovery_ref, event_id)
+) WITHOUT ROWID;
+
+-- Refs that are not a JSON array of strings, in a row that somebody else wrote, give no edge and no error.
+CREATE TRIGGER IF NOT EXISTS session_events_discoveries_insert AFTER INSERT ON session_events
+WHEN CASE WHEN json_valid(NEW.discovery_refs_json) THEN json_type(NEW.discovery_refs_json) = 'array' END
+BEGIN
+  INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
+    SELECT value, NEW.id FROM json_each(NEW.discovery_refs_json) WHERE type = 'text';
+END;
+
+CREATE TRIGGER IF NOT EXISTS session_events_discoveries_delete AFTER DELETE ON session_events
+WHEN CASE WHEN json_valid(OLD.discovery_refs_json) THEN json_type(OLD.discovery_refs_json) = 'array' END
+BEGIN
+  DELETE FROM session_discoveries
+    WHERE event_id = OLD.id
+      AND discovery_ref IN (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
+END;
+
+-- Rows that were there before the triggers.
+INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
+  SELECT value, session_events.id
+    FROM session_events,
+         json_each(CASE WHEN NOT json_valid(discovery_refs_json) THEN '[]'
+                        WHEN json_type(discovery_refs_json) = 'array' THEN discovery_refs_json
+                        ELSE '[]' END)
+    WHERE json_each.type = 'text';
+
+PRAGMA user_version = 1;
+"""  # schema.sql, to the letter
+
+DEMO_DAYS, DEMO_DEVELOPERS, DEMO_TEAM = 21, 14, 5
+DEMO_REFS = (
+    "auth-jwt-flow rate-limit-buckets sqlite-wal-checkpoint flaky-login-test ci-cache-key retry-with-jitter"
+    " pagination-cursor n-plus-one-orders timezone-dst-bug webhook-signature s3-multipart-upload grpc-deadlines"
+    " idempotency-key blue-green-switch css-grid-overflow schema-codegen vector-index-recall utf8-truncation"
+    " docker-layer-order terraform-state-lock oauth-refresh-race worker-memory-leak trace-context-loss"
+    " lock-order-deadlock search-ranking-tie email-bounce-loop audit-log-shape mobile-deep-links feature-flag-ramp"
+    " cold-start-imports backfill-in-batches queue-visibility-timeout").split()
+
+
+def demo_hash(*words: object) -> str:
+    return hashlib.sha256(("demo " + " ".join(map(str, words))).encode()).hexdigest()
+
+
+def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
+    """(minute since the first midnight, developer) of each session's end, in time order. Each developer has hours,
+    a pace, and days off."""
+    moments = []
+    for developer in range(DEMO_DEVELOPERS):
+        morning, pace = 7 * 60 + chance() * 420, 1.2 + 3.2 * chance()
+        for day in range(DEMO_DAYS):
+            if chance() < (.8 if day % 7 in (5, 6) else .18):
+                continue
+            for _ in range(1 + int(pace * chance() + chance())):
+                moments.append((int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440), developer))
+    return sorted(moments)
+
+
+def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int, chance: Callable[[], float],
+               fresh: List[str]) -> Tuple[List[str], int]:
+    """The discoveries of one session and how many of them it found there. What is recent is likelier, what one's own
+    team touched likelier still. `known` {ref: [(minute, developer) ...]} learns them; `fresh` gives up new ones."""
+    touched = []
+    for ref, visits in known.items():
+        near = any(developer // DEMO_TEAM == who // DEMO_TEAM for _, who in visits[-3:])
+        heat = math.exp((visits[-1][0] - at) / 1800) * (.3 if near else .05)
+        if chance() < heat:
+            touched.append(ref)
+    found = len(touched)
+    if fresh and chance() < .09:
+        touched.append(fresh.pop(0))
+    for ref in touched:
+        known.setdefault(ref, []).append((at, developer))
+    return touched[:6], found
+
+
+def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
+    """The rows of session_events without `id`, oldest first, all before `end` (ms). Only `random()` is used: what it
+    gives is the same in every Python."""
+    chance = random.Random("session events").random
+    known: Dict[str, List[Tuple[int, int]]] = {}
+    fresh = list(DEMO_REFS)
+    for n, (at, developer) in enumerate(demo_starts(chance)):
+        refs, found = demo_touch(known, at, developer, chance, fresh)
+        tools = int(math.exp(1.6 + 2.9 * chance()) + 6 * len(refs))
+        tokens = int(tools * 40 * chance() + found * (1500 + 6000 * chance()))
+        ended = end - DEMO_DAYS * DAY_MS + at * 60_000 + int(chance() * 59_000)
+        yield (demo_hash("identity", developer), demo_hash("login", developer) if developer % 3 else None,
+               demo_hash("session", n), moment_text(ended), tools, tokens, demo_hash("branch", n // 3)[:12],
+               json.dumps(refs, separators=(",", ":")), "1.%d.0" % (28 + at // 10_080),
+               moment_text(ended + 700)[:19] + "Z")
+
+
+def write_demo(path: str) -> int:
+    """A new database of synthetic sessions, up to the last midnight; returns how many. Refused if the file is there
+    or cannot be made."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise Refused("%s is there already; synthetic sessions are only written into a new file" % path) from None
+    except OSError as error:
+        raise Refused("cannot make %s: %s" % (path, error.strerror)) from error
+    rows = list(demo_rows(now_ms() // DAY_MS * DAY_MS))
+    names = ", ".join(TABLES["session_events"][1:])
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.executescript("BEGIN;" + SCHEMA)
+            connection.executemany("INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?,?)" % names, rows)
+            connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise Refused("cannot write %s: %s" % (path, error)) from error
+    return len(rows)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page on it."""
+    if options.db:
+        print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="session-events-") as folder:
+        db = os.path.join(folder, "demo.db")
+        print("%d synthetic sessions of %d developers who do not exist" % (write_demo(db), DEMO_DEVELOPERS), flush=True)
+        return serve(db, options.port, can_open_browser(), "&days=14")
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+class Usage(Exception):
+    """The command line asks for what cannot be; the text says so."""
+
+
+def window_of(options: argparse.Namespace) -> Window:
+    for name in ("since", "until"):
+        if getattr(options, name) is not None and day_start(getattr(options, name)) is None:
+            raise Usage("--%s takes a date (2026-05-22) or a moment (2026-05-22T12:34:56Z)" % name)
+    if options.since and options.days:
+        raise Usage("--days and --since say the same twice; give one")
+    window = window_between(options.days or DAYS_DEFAULT, options.since or "", options.until or "",
+                            GITHUB_FLAGS[getattr(options, "github", "any")], getattr(options, "discovery", None))
+    if window.since >= window.until:
+        raise Usage("--until must be after --since")
+    return window
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError("a whole number from %d to %d" % (least, most))
+        return int(text)
+    return convert
+
+
+def ran_sessions(reader: Reader, options: argparse.Namespace) -> Plain:
+    return sessions(reader, window_of(options), options.limit or 50)
+
+
+def ran_session(reader: Reader, options: argparse.Namespace) -> Plain:
+    return session(reader, options.session)
+
+
+def ran_discoveries(reader: Reader, options: argparse.Namespace) -> Plain:
+    return discoveries(reader, window_of(options), options.limit or 50, options.sort)
+
+
+def ran_discovery(reader: Reader, options: argparse.Namespace) -> Plain:
+    return discovery(reader, options.ref, window_of(options), options.limit or 200)
+
+
+def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
+    window = window_of(options)
+    if options.format != "html":
+        return graph(reader, window, options.limit or DRAWN)
+    newest = reader.window(window, options.limit or DRAWN)
+    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window), window.discovery)}
+
+
+def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
+    return activity(reader, window_of(options))
+
+
+def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
+    window = window_of(options)
+    rows = exported(reader, window)
+    if sys.stderr.isatty():
+        rows = with_progress(rows, reader.count(window), sys.stderr)
+    return {"rows": rows}
+
+
+def with_progress(rows: Iterator[Plain], total: int, screen: TextIO) -> Iterator[Plain]:
+    n = 0
+    for n, row in enumerate(rows, 1):
+        if n % 5000 == 0:
+            screen.write("\r{:,} of {:,} sessions".format(n, total))
+            screen.flush()
+        yield row
+    screen.write("\r{:,} of {:,} sessions\n".format(n, total))
+
+
+def json_stream(rows: Iterable[Plain]) -> Iterator[str]:
+    before = "[\n"
+    for row in rows:
+        yield before + json.dumps(row)
+        before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def csv_stream(rows: Iterable[Plain]) -> Iterator[str]:
+    return (csv_text([row], header=n == 0) for n, row in enumerate(rows))
+
+
+Format = Callable[[Plain], Iterable[str]]  # a command's result to pieces of text
+
+
+def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
+    """The forms of a command whose result has a list of rows under `key`."""
+    return {"text": lambda r: [text(r)], "json": lambda r: [json_text(r)], "csv": lambda r: [csv_text(r[key])],
+            "jsonl": lambda r: [jsonl_text(r[key])]}
+
+
+class Question(NamedTuple):
+    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first is the default),
+    and which part of the result is empty when nothing was found."""
+
+    help: str
+    example: str
+    arguments: Sequence[str]
+    ask: Callable[[Reader, argparse.Namespace], Plain]
+    forms: Dict[str, Format]
+    found: str
+
+
+class Action(NamedTuple):
+    """A command that does something else."""
+
+    help: str
+    example: str
+    arguments: Sequence[str]
+    run: Callable[[argparse.Namespace], int]
+
+
+def view(options: argparse.Namespace) -> int:
+    return serve(options.db, options.port, options.open)
+
+
+GITHUB_FLAGS = {"any": None, "with": True, "without": False}
+ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
+    "db": ("--db", {"metavar": "FILE", "required": True, "help": "the database that server.py writes"}),
+    "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500), "help": "the last N days (%d)" % DAYS_DEFAULT}),
+    "since": ("--since", {"metavar": "TIME", "help": "from this date or moment on (UTC), in place of --days"}),
+    "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
+    "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any", "help": "sessions with GitHub, or without"}),
+    "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
+    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
+    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
+    "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
+    "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
+    "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
+                        "help": "the port to listen on (8788); 0 is any free one"}),
+    "open": ("--open", {"action": "store_true", "help": "open the page in a browser"}),
+    "demo_db": ("--db", {"metavar": "FILE", "help": "only write them into this new file"}),
+}
+WINDOWED = ("db", "days", "since", "until", "github")
+QUESTIONS = {
+    "sessions": Question(
+        "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
+        ran_sessions, forms("sessions", sessions_text), "sessions"),
+    "session": Question(
+        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
+        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
+    "discoveries": Question(
+        "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
+        (*WINDOWED, "limit", "sort"), ran_discoveries,
+        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+    "discovery": Question(
+        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
+    "graph": Question(
+        "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
+        (*WINDOWED, "discovery", "limit"), ran_graph,
+        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+    "activity": Question(
+        "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
+        (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
+    "export": Question(
+        "every session of a window, oldest first", "export --db events.db --days 365 --format csv > sessions.csv",
+        (*WINDOWED, "discovery"), ran_export,
+        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]), "csv": lambda r: csv_stream(r["rows"]),
+         "json": lambda r: json_stream(r["rows"])}, "rows"),
+}
+ACTIONS = {
+    "view": Action("the replay page and the tables, in a browser", "view --db events.db --open",
+                   ("db", "port", "open"), view),
+    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        "session_events.py", formatter_class=shape, description="Shows the sessions that server.py stored.",
+        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is nothing in the"
+               " window), 1 not found or\nnot readable, 2 the command line is wrong")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in {**QUESTIONS, **ACTIONS}.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help, formatter_class=shape,
+                                  epilog="example: python3 session_events.py " + command.example)
+        for argument in command.arguments:
+            flag, details = ARGUMENTS[argument]
+            sub.add_argument(flag, **details)
+        if isinstance(command, Question):
+            sub.add_argument("--format", choices=list(command.forms), default=next(iter(command.forms)),
+                             help="the form of the answer (%(default)s)")
+    return top
+
+
+def ask(question: Question, options: argparse.Namespace, out: Callable[[str], Any]) -> None:
+    """Prints the answer; what is said about it goes to standard error."""
+    with reading(options.db) as reader:
+        result = question.ask(reader, options)
+        written = 0
+        for piece in question.forms[options.format](result):
+            out(piece)
+            written += 1
+        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if not found:
+            print("nothing in this window; --days looks further back", file=sys.stderr)
+        if reader.left_out:
+            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs one command; the exit status."""
+    options = parser().parse_args(arguments)
+
+    def out(text: str) -> None:
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+
+    try:
+        if options.command in ACTIONS:
+            return ACTIONS[options.command].run(options)
+        ask(QUESTIONS[options.command], options, out)
+        sys.stdout.flush()
+        return 0
+    except (NotFound, Refused, Usage) as error:
+        print("session_events: %s" % visible(str(error)), file=sys.stderr)
+        return 2 if isinstance(error, Usage) else 1
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`). Nothing more can be written there, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
