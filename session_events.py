@@ -53,8 +53,21 @@ import urllib.parse
 import uuid
 import webbrowser
 from pathlib import Path
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
-                    TextIO, Tuple, Union)
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Union,
+)
 
 # ======================================================================================================
 # The contract
@@ -273,7 +286,9 @@ class Reader:
         self.left_out = 0
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        return self.connection.execute(sql, values)
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row can be meant by them.
+        return self.connection.execute(sql, [
+            v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
     def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
         """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
@@ -589,6 +604,8 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
     All labels have one length, the least at which no two developers of the window look alike; finding it
     reads the developers once, in order, and remembers one of them."""
+    for pragma in ("mmap_size = 0", "cache_size = -8192"):  # a map of a large file would count as memory
+        reader.rows("PRAGMA " + pragma)
     sql, values = where(window)
     length, before = PREFIX, ""
     for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
@@ -855,8 +872,11 @@ def json_text(result: Plain) -> str:
     return json.dumps(result, indent=2) + "\n"
 
 
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def jsonl_text(rows: Iterable[Plain]) -> str:
-    return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    return "".join(compact_json(row) + "\n" for row in rows)
 
 
 def dot_string(text: str) -> str:
@@ -1266,8 +1286,7 @@ def esc(text: object) -> str:
 def embedded(value: object) -> str:
     """JSON inside a <script>: ASCII only, without the three characters that could end or change the
     element."""
-    text = json.dumps(value, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return compact_json(value).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def document(title: str, body: str, head: str = "") -> str:
@@ -1708,6 +1727,9 @@ REASONS = (  # what SQLite says, what a person wants to know
 )
 
 
+BUSY_SECONDS = 5.0  # how long another program's lock is waited for
+
+
 def explained(error: sqlite3.Error, path: str) -> Refused:
     said = str(error).lower()
     reason = next((why for sign, why in REASONS if sign in said), str(error))
@@ -1729,7 +1751,7 @@ def connected(path: str) -> sqlite3.Connection:
 
 
 def begun(uri: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold any bytes
         for pragma in ("query_only = 1", "trusted_schema = 0", "cache_size = -65536",
@@ -2006,6 +2028,7 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         """What `http.server` itself refuses (a malformed or huge head), without repeating any of it."""
         self.close_connection = True
         self.command = self.command or ""
+        self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
         self.send(Answer(code, "text/plain", "The request is not understood.\n"))
 
 

@@ -7,16 +7,27 @@ programs together). Everything that emit.py and server.py print in any test is r
 for anything that could name a person or a session.
 """
 import contextlib
+import csv
+import datetime
 import glob
 import hashlib
+import io
+import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from pathlib import Path
+
+import pytest
+
+import session_events
 
 ROOT = Path(__file__).resolve().parent
 
@@ -138,6 +149,706 @@ def serving(db, *flags, **options):
 # ======================================================================================================
 # session_events.py
 # ======================================================================================================
+
+
+def stored(db, *rows, journal="WAL"):
+    """A database at `db` with schema.sql and these rows (dicts of columns, any values); returns its path as text."""
+    with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=" + journal)
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.executescript((ROOT / "schema.sql").read_text())
+        connection.execute("BEGIN")
+        for row in rows:
+            connection.execute("INSERT INTO session_events (%s) VALUES (%s)" % (
+                ", ".join(row), ", ".join("?" * len(row))), list(row.values()))
+        connection.execute("COMMIT")
+    return str(db)
+
+
+def sha(*words):
+    return hashlib.sha256(" ".join(map(str, words)).encode()).hexdigest()
+
+
+def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **changes):
+    """The columns of session `n` of developer `who`."""
+    return dict({"identity_hash": sha("identity", who), "github_hash": sha("login", who) if github else None,
+                 "session_id_hash": sha("session", n), "ended_at": at, "tool_count": 10, "tokens_saved": 100,
+                 "branch_sha": "abc123def456", "discovery_refs_json": json.dumps(list(refs)),
+                 "plugin_version": "1.31.0"}, **changes)
+
+
+def read(*argv, **options):
+    """One command of session_events.py. Not through `run`: showing sessions and discoveries is what it is for."""
+    done = subprocess.run([sys.executable, str(ROOT / "session_events.py"), *map(str, argv)], timeout=60,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in done.stderr
+    return done
+
+
+MAY = {"since": "2026-05-01T00:00:00.000Z", "until": "2026-06-01T00:00:00.000Z"}
+IN_MAY = ("--since", "2026-05-01", "--until", "2026-06-01")
+# Four sessions of three developers (cay has no GitHub), and one from before the window. x goes ann -> bob -> cay,
+# y goes ann -> ann and on to cay together with x; z stays with bob.
+STORY = (
+    row("old", "ann", "2026-04-20T10:00:00.000Z", ["x"]),
+    row(1, "ann", "2026-05-04T10:00:00.000Z", ["x", "y"], tool_count=1, tokens_saved=5),
+    row(2, "bob", "2026-05-05T10:00:00.000Z", ["x", "z", "x"], tool_count=2, tokens_saved=7),
+    row(3, "ann", "2026-05-12T10:00:00.000Z", ["y"], tool_count=4, tokens_saved=11),
+    row(4, "cay", "2026-05-12T11:00:00.000Z", ["y", "x"], github=False, tool_count=8, tokens_saved=13),
+)
+ANN, BOB, CAY = sha("login ann"), sha("login bob"), sha("identity cay")
+
+
+def story_session(n):
+    stored_row = STORY[n]
+    return {"session_id_hash": sha("session", n), "identity_hash_prefix": stored_row["identity_hash"][:8],
+            "github_hash_prefix": stored_row["github_hash"] and stored_row["github_hash"][:8],
+            "ended_at": stored_row["ended_at"], "tool_count": stored_row["tool_count"],
+            "tokens_saved": stored_row["tokens_saved"], "branch_sha": "abc123def456",
+            "discovery_refs": list(dict.fromkeys(json.loads(stored_row["discovery_refs_json"])))}
+
+
+def test_schema_in_the_reader():
+    assert session_events.SCHEMA == (ROOT / "schema.sql").read_text()
+
+
+def test_moments():
+    """Every form that an event may have, read back as the stored form; what is none is no time."""
+    for text, stored_form in (
+            ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"), ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
+            ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"), ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+            ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
+            ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"), ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
+            ("2026-05-22", None), ("2026-02-30T00:00:00Z", None), ("2026-05-22T24:00:01Z", None),
+            ("2026-05-22T12:34:56Z\n", None), ("٢٠٢٦-05-22T12:34:56Z", None), ("2026-05-22T12:34:56+25:00", None),
+            ("0000-01-01T00:00:00Z", None), ("", None), (None, None), (5, None), (b"2026-05-22T12:34:56Z", None)):
+        assert session_events.moment_or_none(text) == stored_form, text
+
+
+def test_answers_worked_out_by_hand(tmp_path):
+    db = stored(tmp_path / "e.db", *STORY)
+    window = session_events.Window(**MAY)
+    a, b, c = ANN[:8], BOB[:8], CAY[:8]
+    s1, s2, s3, s4 = (sha("session", n) for n in (1, 2, 3, 4))
+    with session_events.reading(db) as reader:
+        assert session_events.sessions(reader, window, 2) == dict(
+            MAY, sessions=[dict(story_session(4), developer=c), dict(story_session(3), developer=a)],
+            total_count_in_window=4)
+        assert session_events.sessions(reader, window._replace(github=False))["total_count_in_window"] == 1
+        assert session_events.sessions(reader, window._replace(discovery="z"))["total_count_in_window"] == 1
+
+        may_13 = session_events.instant("2026-05-13T00:00:00Z")
+        assert session_events.session(reader, s1[:6], may_13) == {
+            "session": dict(story_session(1), developer=a),
+            "related": [dict(story_session(3), developer=a), dict(story_session(0), developer=a,
+                                                                  session_id_hash=sha("session old"))]}
+        assert len(session_events.session(reader, s1, may_13 + 10 * 86_400_000)["related"]) == 1
+
+        listed = session_events.discoveries(reader, window)["discoveries"]
+        assert [(d["discovery_id"], d["session_count"], d["distinct_identity_count"], d["first_seen_at"],
+                 d["last_seen_at"]) for d in listed] == [
+            ("x", 3, 3, STORY[1]["ended_at"], STORY[4]["ended_at"]),
+            ("y", 3, 2, STORY[1]["ended_at"], STORY[4]["ended_at"]),
+            ("z", 1, 1, STORY[2]["ended_at"], STORY[2]["ended_at"])]
+
+        assert session_events.discovery(reader, "x", window) == dict(
+            MAY, discovery_id="x", first_seen_at=STORY[1]["ended_at"], last_seen_at=STORY[4]["ended_at"],
+            session_count=3, distinct_identity_count=3, developer_count=3,
+            reached=[{"at": STORY[n]["ended_at"], "developer": who, "session_id_hash": sha("session", n)}
+                     for n, who in ((1, a), (2, b), (4, c))],
+            path=[{"session_id_hash": sha("session", n), "developer": who, "ended_at": STORY[n]["ended_at"],
+                   "crosses": n != 1} for n, who in ((1, a), (2, b), (4, c))])
+
+        graph = session_events.graph(reader, window)
+        assert [node["id"] for node in graph["nodes"]] == [s1, s2, s3, s4]
+        assert graph["edges"] == [
+            {"source": s1, "target": s2, "discoveries": ["x"], "crosses": True},
+            {"source": s1, "target": s3, "discoveries": ["y"], "crosses": False},
+            {"source": s3, "target": s4, "discoveries": ["y"], "crosses": True},
+            {"source": s2, "target": s4, "discoveries": ["x"], "crosses": True}]
+        assert sorted((f["source"], f["target"], f["edges"], f["discoveries"]) for f in graph["developers"]) == sorted(
+            [(a, b, 1, 1), (a, a, 1, 1), (a, c, 1, 1), (b, c, 1, 1)])
+        assert graph["totals"] == {"sessions": 4, "developers": 3, "tool_count": 15, "tokens_saved": 36,
+                                   "discoveries": 3, "hand_overs": 3}
+        only_y = session_events.graph(reader, window._replace(discovery="y"))
+        assert [(e["source"], e["target"]) for e in only_y["edges"]] == [(s1, s3), (s3, s4)]
+
+        activity = session_events.activity(reader, window, may_13 - 1)
+        assert [(w["period"], w["developers"], w["came_back"], w["sessions"], w["tool_count"], w["tokens_saved"])
+                for w in activity["weeks"]] == [("2026-W19", 2, 0, 2, 3, 12), ("2026-W20", 2, 1, 2, 12, 24)]
+        assert [d["sessions"] for d in activity["days"]] == [1, 1, 0, 0, 0, 0, 0, 0, 2]
+        assert [m["developers"] for m in activity["months"]] == [3]
+        assert activity["active"] == [{"days": 1, "developers": 2, "came_back": 0},
+                                      {"days": 7, "developers": 2, "came_back": 1},
+                                      {"days": 28, "developers": 3, "came_back": 0}]
+
+
+def reference_edges(rows):
+    """{(source, target): discoveries} by the definition, over rows in time order, a pair at a time."""
+    edges = {}
+    for ref in {ref for r in rows for ref in json.loads(r["discovery_refs_json"])}:
+        touched = [r["session_id_hash"] for r in rows if ref in json.loads(r["discovery_refs_json"])]
+        for source, target in zip(touched, touched[1:]):
+            edges.setdefault((source, target), set()).add(ref)
+    return edges
+
+
+def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
+    """Random sessions, also ended in the same moment. The ways around a missing index (newest rows, steps through
+    identities, bounds on counts) are made short, so that each is taken, left half-way, and must agree."""
+    monkeypatch.setattr(session_events, "BATCH", 3)
+    monkeypatch.setattr(session_events, "NEWEST", 20)
+    chance = random.Random(11)
+    rows = []
+    for n in range(400):
+        refs = ["r%d" % int(12 * chance.random() ** 2) for _ in range(chance.randrange(4))]
+        rows.append(row(n, "dev%d" % chance.randrange(9), "2026-05-%02dT%02d:00:00.000Z" % (
+            chance.randrange(1, 29), chance.randrange(24)), dict.fromkeys(refs), github=chance.random() < .5))
+    db = stored(tmp_path / "e.db", *rows)
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["ended_at"], i))
+    for since, until, github in (("2026-05-01", "2026-05-29", None), ("2026-05-07", "2026-05-15", True),
+                                 ("2026-05-10T05:00:00Z", "2026-05-10T06:00:00Z", None), ("2026-05-20", "", False)):
+        window = session_events.window_between(7, since, until, github, None)
+        inside = [rows[i] for i in order if window.since <= rows[i]["ended_at"] < window.until
+                  and github in (None, rows[i]["github_hash"] is not None)]
+        with session_events.reading(db) as reader:
+            listed = session_events.sessions(reader, window, 1000)["sessions"]
+            assert [s["session_id_hash"] for s in listed] == [r["session_id_hash"] for r in inside][::-1]
+            check_discoveries(reader, window, inside)
+            graph = session_events.graph(reader, window)
+            found = {(e["source"], e["target"]): set(e["discoveries"]) for e in graph["edges"]}
+            assert found == reference_edges(inside)
+            who = {r["session_id_hash"]: r["github_hash"] or r["identity_hash"] for r in inside}
+            assert all(e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"])
+            activity = session_events.activity(reader, window)
+            for period in activity["days"]:
+                day = [r for r in inside if r["ended_at"][:10] == period["period"]]
+                assert (period["sessions"], period["developers"]) == (
+                    len(day), len({r["github_hash"] or r["identity_hash"] for r in day}))
+            exported = list(session_events.exported(reader, window))
+            assert [s["session_id_hash"] for s in exported] == [r["session_id_hash"] for r in inside]
+    for identities in (0, 3, 1000):  # no step, too few, all of them
+        monkeypatch.setattr(session_events, "IDENTITIES", identities)
+        with session_events.reading(db) as reader:
+            for r in chance.sample(rows, 20):
+                for digits in (64, 12):
+                    found = session_events.find_session(reader, r["session_id_hash"][:digits])
+                    assert (found.session, found.identity) == (r["session_id_hash"], r["identity_hash"])
+            with pytest.raises(session_events.NotFound, match="no session"):
+                session_events.find_session(reader, "0" * 64)
+
+
+def check_discoveries(reader, window, inside):
+    expected = []
+    for ref in {ref for r in inside for ref in json.loads(r["discovery_refs_json"])}:
+        touched = [r for r in inside if ref in json.loads(r["discovery_refs_json"])]
+        expected.append((ref, len(touched), len({r["identity_hash"] for r in touched}), touched[0]["ended_at"],
+                         touched[-1]["ended_at"]))
+    for sort, column in (("session_count", 1), ("distinct_identity_count", 2), ("recent", 4)):
+        ranked = sorted(sorted(expected), key=lambda d: d[column], reverse=True)
+        for limit in (1, 4, 100):
+            listed = session_events.discoveries(reader, window, limit, sort)["discoveries"]
+            assert [(d["discovery_id"], d["session_count"], d["distinct_identity_count"], d["first_seen_at"],
+                     d["last_seen_at"]) for d in listed] == ranked[:limit], (sort, limit)
+
+
+def test_prefixes_that_look_alike():
+    keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
+    assert session_events.labels(keys) == {keys[0]: keys[0][:11], keys[1]: keys[1][:12], keys[2]: keys[2][:12],
+                                           keys[3]: "0" * 8}
+
+
+HOSTILE_REFS = ["</script><script>document.title='owned'</script>", "\"'><img src=x onerror=\"document.title='owned'\">",
+                "\u202egnp.exe\u2066", "\x1b]0;owned\x07\x1b[31m", "=HYPERLINK(\"http://example.com\")", "<!--", "\\",
+                "a\nb\rc\x00d", "\U0001f600", "&amp;&#60;", "x" * 5000]
+JUNK = (None, 5, -1, 2.5, 10 ** 18, b"\xff\x00", "", "zzzz", "</script>", "\x1b[2J", "2026-05-99T00:00:00.000Z")
+
+
+def hostile_rows():
+    """A row with every hostile discovery, and for each column and each junk a row that has it there."""
+    rows = [row("hostile", "mallory", "2026-05-20T10:00:00.000Z", HOSTILE_REFS)]
+    refs = ["[[[[", "{}", "[1, null, {\"a\": []}, \"kept\"]", "null", "[" * 100000, "[\"\\ud800\"]"]
+    rows += [row("refs %d" % n, "mallory", "2026-05-20T11:00:00.000Z", discovery_refs_json=text)
+             for n, text in enumerate(refs)]
+    for column in sorted(row(0)):
+        for n, junk in enumerate(JUNK):
+            rows.append(row("%s %d" % (column, n), "mallory", "2026-05-20T12:00:00.000Z", ["x"], **{column: junk}))
+    return rows
+
+
+def looser(db):
+    """A table like the contract's that forbids nothing: what a program that ignores the contract could leave."""
+    with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
+        schema = (ROOT / "schema.sql").read_text().replace(" NOT NULL", "").replace("UNIQUE INDEX", "INDEX")
+        connection.executescript(schema)
+        for r in hostile_rows():
+            with contextlib.suppress(sqlite3.OperationalError):  # the trigger's own limits: JSON nested too deep
+                connection.execute("INSERT INTO session_events (%s) VALUES (%s)" % (
+                    ", ".join(r), ", ".join("?" * len(r))), list(r.values()))
+        connection.execute("INSERT INTO session_discoveries VALUES (?, 1), (?, 2)", (b"\xff", 7.5))
+        connection.execute("UPDATE session_events SET plugin_version = CAST(x'fffe' AS TEXT) WHERE id = 1")
+    return str(db)
+
+
+def commands(db, session):
+    """Every reading command in every form."""
+    asked = {"sessions": [], "session": [session], "discoveries": [], "discovery": ["x"], "graph": [], "activity": [],
+             "export": []}
+    for name, arguments in asked.items():
+        window = [] if name == "session" else IN_MAY
+        for form in session_events.QUESTIONS[name].forms:
+            yield name, form, [name, *arguments, "--db", db, *window, "--format", form]
+
+
+def answered(capfdbinary, argv):
+    """(exit status, standard output, standard error) of a command run in this process."""
+    capfdbinary.readouterr()
+    status = session_events.main(list(map(str, argv)))
+    out, err = capfdbinary.readouterr()
+    return status, out.decode(), err.decode()
+
+
+def test_hostile_rows_change_nothing(tmp_path, capfdbinary):
+    """What is no session is left out and counted; a hostile discovery is shown, and is text wherever it is shown."""
+    db = looser(tmp_path / "hostile.db")
+    for name, form, argv in commands(db, sha("session hostile")):
+        status, out, err = answered(capfdbinary, argv)
+        assert status == 0, (name, form, err)
+        assert "owned" not in out or "\x1b" not in out
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f\ud800-\udfff]", out), (name, form)
+        if form in ("json", "html"):
+            assert "</script><script>document" not in out.replace("\\", "") or form == "json"
+        if form == "json":
+            json.loads(out)
+        if form == "jsonl":
+            [json.loads(line) for line in out.splitlines()]
+        if form == "csv":
+            assert not re.search(r"(?m)(^|,)\"?[=+@]", out), name
+        if form == "html":
+            assert out.lower().count("<script") == out.lower().count("</script") == 2 and "<img" not in out
+    status, out, err = answered(capfdbinary, ["sessions", "--db", db, *IN_MAY, "--limit", 1000, "--format", "json"])
+    left = {s["session_id_hash"]: s for s in json.loads(out)["sessions"]}
+    assert left[sha("session hostile")]["discovery_refs"] == HOSTILE_REFS
+    assert left[sha("session refs 2")]["discovery_refs"] == ["kept"]
+    assert left[sha("session tool_count 4")]["tool_count"] == 0 and "left out: " in err
+    assert sha("session identity_hash 0") not in left and sha("session github_hash 8") in left
+
+
+def test_what_it_refuses(tmp_path, capfdbinary):
+    """Each way in which a file is no session-event store: one line that says which, exit status 1."""
+    good = stored(tmp_path / "good.db", *STORY)
+    other = tmp_path / "other.db"
+    sqlite3.connect(str(other)).execute("CREATE TABLE t (x)").connection.close()
+    (tmp_path / "text.db").write_bytes(b"not a database, but long enough to look like one" * 40)
+    (tmp_path / "empty.db").write_bytes(b"")
+    shutil.copy(good, str(tmp_path / "cut.db"))
+    with open(str(tmp_path / "cut.db"), "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xee" * 40000)
+
+    def changed(name, *statements):
+        with contextlib.closing(sqlite3.connect(stored(tmp_path / name))) as connection:
+            for statement in statements:
+                connection.execute(statement)
+            connection.commit()
+
+    changed("v0.db", "PRAGMA user_version = 0")
+    changed("v2.db", "PRAGMA user_version = 2")
+    changed("lacks.db", "DROP TABLE session_discoveries")
+    changed("column.db", "DROP TABLE session_discoveries", "CREATE TABLE session_discoveries (discovery_ref)")
+    for name, says in (("none.db", "there is no file"), (".", "is not a file"), ("text.db", "not an SQLite database"),
+                       ("empty.db", "holds no session events"), ("other.db", "holds no session events"),
+                       ("cut.db", "damaged"), ("v0.db", "start server.py on it once"), ("v2.db", "schema version 2"),
+                       ("lacks.db", "session_discoveries lacks discovery_ref, event_id"),
+                       ("column.db", "lacks event_id")):
+        for command in ("sessions", "graph"):
+            status, out, err = answered(capfdbinary, [command, "--db", tmp_path / name, *IN_MAY])
+            assert (status, out, err.count("\n")) == (1, "", 1) and says in err, (name, err)
+    assert not (tmp_path / "none.db").exists()
+    for argv, says, expected in (
+            (["session", "ffff", "--db", good], "no session starts", 1),
+            (["session", "xyz", "--db", good], "4 to 64 hex digits", 1),
+            (["discovery", "nobody", "--db", good, *IN_MAY], "no session of this window", 1),
+            (["discovery", "\udcff", "--db", good, *IN_MAY], "no session of this window", 1),
+            (["sessions", "--db", good, "--since", "yesterday"], "--since takes a date", 2),
+            (["sessions", "--db", good, "--since", "2026-05-01", "--days", "3"], "give one", 2),
+            (["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"], "must be after", 2),
+            (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"], "nothing in this window", 0),
+            (["export", "--db", good, "--until", "2020-02-01"], "nothing in this window", 0)):
+        status, out, err = answered(capfdbinary, argv)
+        assert (status, says in err) == (expected, True), (argv, err)
+    for argv in ([], ["sessions"], ["sessions", "--db", good, "--days", "0"], ["sessions", "--db", good, "--days", "x"],
+                 ["view", "--db", good, "--port", "65536"]):
+        with pytest.raises(SystemExit) as stopped:
+            session_events.main(argv)
+        assert stopped.value.code == 2
+
+
+def test_an_ambiguous_prefix_says_which(tmp_path, capfdbinary):
+    hashes = ["abcd1" + "0" * 59, "abcd2" + "0" * 59, "abcd2" + "1" * 59]
+    db = stored(tmp_path / "e.db", *[row(n, session_id_hash=h) for n, h in enumerate(hashes)])
+    status, _, err = answered(capfdbinary, ["session", "abcd", "--db", db])
+    assert status == 1 and "3 sessions start with these digits" in err and hashes[1][:16] in err
+    status, out, _ = answered(capfdbinary, ["session", "ABCD1", "--db", db])
+    assert status == 0 and hashes[0] in out
+
+
+def test_forms_for_people_and_programs(tmp_path, capfdbinary):
+    rows = [*STORY, row("wide", "dee", "2026-05-30T00:00:00.000Z", ["r" * 128] * 3, tool_count=10 ** 6,
+                        tokens_saved=10 ** 9), *[row(100 + n, "dev%d" % n, "2026-05-25T00:00:00.000Z", ["x"])
+                                                  for n in range(30)]]
+    db = stored(tmp_path / "e.db", *rows)
+    texts = {}
+    for name, form, argv in commands(db, sha("session", 1)):
+        status, texts[name, form], err = answered(capfdbinary, argv)
+        assert (status, err) == (0, ""), (name, form)
+        if form == "text":
+            assert max(map(len, texts[name, form].splitlines())) <= 80, name
+    exported = [json.loads(line) for line in texts["export", "jsonl"].splitlines()]
+    assert exported == json.loads(texts["export", "json"]) and len(exported) == len(rows) - 1
+    assert exported[0] == dict(story_session(1), developer=ANN[:8], plugin_version="1.31.0")
+    listed = list(csv.DictReader(io.StringIO(texts["export", "csv"])))
+    assert [r["session_id_hash"] for r in listed] == [r["session_id_hash"] for r in exported]
+    assert listed[0]["discovery_refs"] == "x y"
+    assert list(csv.DictReader(io.StringIO(texts["graph", "csv"])))[0]["discoveries"] == "x"
+    dot = texts["graph", "dot"]
+    assert '"%s" -> "%s" [label="x" color' % (sha("session 1"), sha("session 2")) in dot
+    assert dot.count("{") == dot.count("}")
+    assert "default-src 'none'" in texts["graph", "html"] and "href=\"/" not in texts["graph", "html"]
+
+
+def test_as_a_program(tmp_path):
+    """Alone in a folder, without site-packages; help with an example; a reader of the output that leaves early."""
+    shutil.copy(str(ROOT / "session_events.py"), str(tmp_path))
+    for python in interpreters((3, 8)).values():
+        done = subprocess.run([python, "-I", "-S", "session_events.py", "demo", "--db", "demo%s.db" % abs(hash(python))],
+                              cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
+        assert done.returncode == 0 and b"synthetic" in done.stdout
+    first, *others = [read("export", "--days", 60, "--db", path).stdout for path in tmp_path.glob("*.db")]
+    assert len(first) > 50_000 and all(other == first for other in others)  # the same in every Python
+    for command in [[], *[[name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS)]]:
+        assert "example: python3 session_events.py" in read(*command, "--help").stdout
+    db = next(iter(tmp_path.glob("*.db")))
+    again = read("demo", "--db", db)
+    assert again.returncode == 1 and "is there already" in again.stderr
+    process = subprocess.Popen([sys.executable, str(ROOT / "session_events.py"), "export", "--days", "60", "--db", str(db)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 128 + signal.SIGPIPE and process.stderr.read() == b""
+    process.stderr.close()
+
+
+PEAK = """import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+    print(end.code, peak.split()[1], file=sys.stderr)
+"""
+
+
+def test_export_in_constant_memory(tmp_path):
+    """Ten times the rows may not need noticeably more memory; and a terminal sees how far it is."""
+    peaks = []
+    for count in (5_000, 50_000):
+        db = stored(tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count)))
+        if os.path.exists("/proc/self/status"):
+            done = subprocess.run([sys.executable, "-c", PEAK, str(ROOT / "session_events.py"), "export", "--db", db,
+                                   *IN_MAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+            status, peak = done.stderr.split()[-2:]
+            assert status == b"0" and done.stdout.count(b"\n") == count
+            peaks.append(int(peak))
+    assert not peaks or peaks[1] < peaks[0] + 16_000  # KiB; 45,000 rows as Python objects would be 60,000
+    if hasattr(os, "openpty"):
+        ours, theirs = os.openpty()
+        subprocess.run([sys.executable, str(ROOT / "session_events.py"), "export", "--db", db, *IN_MAY],
+                       stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
+        os.close(theirs)
+        assert b"50,000 of 50,000 sessions" in os.read(ours, 1 << 16)
+        os.close(ours)
+
+
+def test_every_condition_of_the_file(tmp_path, monkeypatch):
+    """A server in the middle of writing, gone cleanly, killed; a folder where nobody may write; a lock."""
+    folder = tmp_path / "a folder? with #odd%20 characters"
+    folder.mkdir()
+    db = stored(folder / "e.db", *STORY)
+
+    def count():
+        with session_events.reading(db) as reader:
+            return reader.count(session_events.EVER)
+
+    assert count() == 5  # closed cleanly, no -wal there
+    writer = sqlite3.connect(db, isolation_level=None)
+    writer.execute("PRAGMA wal_autocheckpoint=0")
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("DELETE FROM session_events WHERE tool_count = 1")
+    assert count() == 5  # not committed
+    with session_events.reading(db) as reader:
+        assert reader.count(session_events.EVER) == 5
+        writer.execute("COMMIT")
+        assert reader.count(session_events.EVER) == 5  # one moment for the whole command
+    assert count() == 4
+    copied = tmp_path / "copied"  # as after a kill: changes wait in the -wal file
+    shutil.copytree(str(folder), str(copied))
+    writer.close()
+    for suffix in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(db + suffix)
+    os.unlink(str(copied / "e.db-shm"))
+    sealed = [forked_count(folder), forked_count(copied)]
+    assert sealed[0] == "4", sealed
+    assert "-wal file" in sealed[1], sealed  # never the old state as if it were the new one
+
+    monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
+    locked = stored(tmp_path / "locked.db", *STORY, journal="DELETE")
+    with contextlib.closing(sqlite3.connect(locked, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(session_events.Refused, match="keeps it locked"):
+            with session_events.reading(locked):
+                pass
+
+
+def forked_count(folder):
+    """What a user who may only read there gets: the number of rows, or what the refusal says."""
+    for path in (folder, *folder.iterdir(), *folder.parents):
+        with contextlib.suppress(PermissionError):
+            path.chmod(0o755 if path in folder.parents else 0o555 if path.is_dir() else 0o444)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = "the child failed"
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            with session_events.reading(str(folder / "e.db")) as reader:
+                said = str(reader.count(session_events.EVER))
+        except session_events.Refused as error:
+            said = str(error)
+        finally:
+            os.write(theirs, said.encode())
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    folder.chmod(0o755)
+    return said
+
+
+def test_queries_use_the_indexes(tmp_path):
+    """What keeps the answers fast at a million rows: no plan reads the table from end to end or sorts a window."""
+    db = stored(tmp_path / "e.db", *STORY)
+    plans = []
+    with session_events.reading(db) as reader:
+        rows = reader.rows
+
+        def watched(sql, values=()):
+            plans.extend((sql, line[3]) for line in rows("EXPLAIN QUERY PLAN " + sql, values))
+            return rows(sql, values)
+
+        reader.rows = watched
+        window = session_events.Window(**MAY)
+        session_events.sessions(reader, window)
+        session_events.graph(reader, window)
+        session_events.session(reader, sha("session", 1)[:8])
+        session_events.discoveries(reader, window)
+        session_events.discoveries(reader, window, sort="recent")
+        session_events.discovery(reader, "x", window)
+    assert len(plans) > 8
+    for sql, step in plans:
+        assert not re.fullmatch(r"SCAN (TABLE )?(session_events|e)", step), sql
+        if "TEMP B-TREE FOR ORDER BY" in step:
+            assert sql.startswith(session_events.BOUNDS[:20]) or "discovery_ref = ?" in sql, sql
+
+
+def http(address, path="/", headers=(), method="GET", raw=None):
+    """(status, headers, body) of one exchange with a viewer; `raw`: bytes to send in place of a request."""
+    with socket.create_connection(address, 60) as connection:
+        lines = ["%s %s HTTP/1.1" % (method, path), *("%s: %s" % header for header in dict(
+            {"Host": "127.0.0.1:%d" % address[1]}, **dict(headers)).items())]
+        connection.sendall(raw or ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1"))
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            data = answer.read()
+    head, _, body = data.partition(b"\r\n\r\n")
+    first, *fields = head.decode("latin-1").split("\r\n")
+    return int(first.split()[1]), {k.lower(): v for k, v in (f.split(": ", 1) for f in fields)}, body.decode()
+
+
+class View:
+    """A real `session_events.py view` process. `.address` to connect to, `.url` with its one-time token."""
+
+    def __init__(self, db, *flags, **variables):
+        environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+        environment.pop(session_events.ADMIN_TOKEN_VARIABLE, None)
+        command = ["view", "--db", str(db)] if db else ["demo"]
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "session_events.py"), *command, "--port", "0", *flags],
+            env=dict(environment, **variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.said = []
+        while not self.said or not self.said[-1].startswith("open "):
+            line = self.process.stdout.readline().decode()
+            assert line, self.process.stderr.read()
+            self.said.append(line.strip())
+        self.url = self.said[-1].split()[1]
+        self.base = self.url.partition("/?")[0]
+        self.address = ("127.0.0.1", int(self.base.rpartition(":")[2]))
+
+    def __enter__(self):
+        return self
+
+    def cookie(self):
+        status, headers, _ = http(self.address, self.url[len(self.base):])
+        assert status == 303
+        return headers["set-cookie"].split(";")[0]
+
+    def __exit__(self, *error):
+        self.process.send_signal(signal.SIGINT)
+        self.status = self.process.wait(30)
+        self.complaints = self.process.stderr.read().decode()
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+def test_the_door_of_the_viewer(tmp_path):
+    """The token opens once; without the cookie, or under another name, nothing; no other site is allowed anything."""
+    db = stored(tmp_path / "e.db", *STORY)
+    with View(db) as view:
+        inside = [(path, "x") for path in ("/", "/sessions", "/session/" + sha("session 1"), "/discovery?ref=x", "/nowhere")]
+        refused = {http(view.address, path)[::2] for path, _ in inside}
+        assert len(refused) == 1 and next(iter(refused))[0] == 403  # the same answer, whatever there is
+        assert http(view.address, "/?token=wrong")[0] == 403
+        status, headers, _ = http(view.address, view.url[len(view.base):] + "&days=30")
+        assert (status, headers["location"]) == (303, "/?days=30")
+        assert re.fullmatch(r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
+                            headers["set-cookie"])
+        cookie = {"Cookie": "other=1; " + headers["set-cookie"].split(";")[0]}
+        assert http(view.address, view.url[len(view.base):])[0] == 403  # used
+        assert http(view.address, view.url[len(view.base):], cookie)[0] == 303  # but for who is inside already
+        for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example", "", "localhost@evil"):
+            assert http(view.address, "/", dict(cookie, Host=host))[0] == 403, host
+        for host in ("localhost:%d" % view.address[1], "LOCALHOST", "127.0.0.1:9000"):  # 9000: an SSH tunnel
+            assert http(view.address, "/", dict(cookie, Host=host))[0] == 200, host
+        status, headers, body = http(view.address, "/?days=9999", cookie)
+        assert status == 200 and "<svg" in body and headers["server"] == "session-events"
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert headers["cache-control"] == "no-store" and headers["referrer-policy"] == "no-referrer"
+        assert not any(name.startswith("access-control") for name in headers)
+        for path, expected in (("/sessions", 200), ("/discoveries?sort=nonsense&days=x", 200), ("/activity", 200),
+                               ("/session/" + sha("session 1"), 200), ("/session/" + "0" * 64, 404), ("/session/", 404),
+                               ("/discovery?ref=x", 200), ("/discovery?ref=%ff%00", 404), ("/discovery", 404),
+                               ("/nowhere", 404), ("//evil.example/", 404), ("/?since=%FF&until=2026-99-99&github=3", 200),
+                               ("/?" + "&".join("a%d=1" % n for n in range(99)), 200)):
+            assert http(view.address, path, cookie)[0] == expected, path
+        status, headers, body = http(view.address, "/sessions", cookie, "HEAD")
+        assert (status, body) == (200, "") and int(headers["content-length"]) > 1000
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+            status, headers, _ = http(view.address, "/", cookie, method)
+            assert (status, headers["allow"]) == (405, "GET, HEAD")
+        for raw in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"BREW / HTTP/1.1\r\n\r\n",
+                    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
+            status, headers, body = http(view.address, raw=raw)
+            assert status >= 400 and body == "The request is not understood.\n" and headers["server"] == "session-events"
+        taken = read("view", "--db", db, "--port", view.address[1])
+        assert taken.returncode == 1 and "--port 0" in taken.stderr
+    assert (view.status, view.complaints) == (0, "")
+
+
+def test_the_endpoints_to_the_letter(tmp_path):
+    """CONTRACT §7, line by line."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def ago(days, **more):
+        return (now - datetime.timedelta(days=days, **more)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+    rows = [row(n, "ann", ago(0, minutes=n), ["x", "r%d" % n], github=n % 2 == 0) for n in range(1, 61)]
+    rows += [row("d%d" % days, "bob", ago(days), ["x"]) for days in (6, 8, 29, 31, 89, 91)]
+    db = stored(tmp_path / "e.db", *rows)
+    secret = "a token"
+    with View(db) as view:
+        for path in ("/admin/sessions", "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
+            for headers in ({}, {"Authorization": "Bearer " + secret}, {"Cookie": view.process and "x=1"}):
+                status, _, body = http(view.address, path, headers)
+                assert status == 503 and sorted(json.loads(body)) == ["error", "requestId"]
+                assert json.loads(body)["error"] == "Endpoint disabled (admin trigger token not configured)"
+    with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: secret}) as view:
+        allowed = {"Authorization": "Bearer " + secret}
+
+        def get(path, headers=allowed):
+            status, _, body = http(view.address, path, headers)
+            body = json.loads(body)
+            assert re.fullmatch("[0-9a-f]{32}", body.pop("requestId"))
+            return status, body
+
+        for wrong in ({}, {"Authorization": "Bearer b token"}, {"Authorization": "Bearer a"}, {"Authorization": secret},
+                      {"Authorization": "Bearer " + secret * 2}, {"Authorization": "Basic " + secret},
+                      {"Authorization": "Bearer "}, {"Authorization": "Bearer \xff"}, {"Cookie": view.cookie()}):
+            for path in ("/admin/sessions", "/admin/sessions/zzz", "/admin/nowhere"):
+                assert get(path, wrong) == (401, {"error": "Unauthorized"}), wrong
+        status, body = get("/admin/sessions")
+        assert status == 200 and sorted(body) == ["sessions", "total_count_in_window"]
+        assert body["total_count_in_window"] == 61 and len(body["sessions"]) == 50
+        assert body["sessions"][0] == {
+            "session_id_hash": sha("session 1"), "identity_hash_prefix": sha("identity ann")[:8], "github_hash_prefix": None,
+            "ended_at": rows[0]["ended_at"], "tool_count": 10, "tokens_saved": 100, "branch_sha": "abc123def456",
+            "discovery_refs": ["x", "r1"]}
+        assert [s["ended_at"] for s in body["sessions"]] == sorted((s["ended_at"] for s in body["sessions"]), reverse=True)
+        for query, total, listed in (
+                ("days=90", 65, 50), ("days=91", 65, 50), ("days=" + "9" * 5000, 65, 50), ("days=30&limit=200", 63, 63),
+                ("limit=1", 61, 1), ("limit=201", 61, 61), ("limit=0", 61, 50), ("limit=-1", 61, 50), ("limit=1.5", 61, 50),
+                ("days=x&limit=x", 61, 50), ("days=0", 61, 50), ("days=%D9%A3", 61, 50), ("logged_in=true", 31, 31),
+                ("logged_in=false&limit=9", 30, 9), ("logged_in=maybe", 61, 50), ("days=7&days=90", 61, 50)):
+            status, body = get("/admin/sessions?" + query)
+            assert (status, body["total_count_in_window"], len(body["sessions"])) == (200, total, listed), query[:40]
+        status, body = get("/admin/sessions/" + sha("session d8"))
+        assert status == 200 and sorted(body) == ["related", "session"]
+        assert body["session"]["session_id_hash"] == sha("session d8") and "developer" not in body["session"]
+        assert [s["session_id_hash"] for s in body["related"]] == [sha("session d6"), sha("session d29")]
+        assert len(get("/admin/sessions/" + sha("session 1"))[1]["related"]) == 50
+        for unknown in ("0" * 64, "zzz", sha("session 1")[:63], sha("session 1") + "0", sha("session 1").upper(), "%00",
+                        sha("session 1") + "%0a", ""):
+            assert get("/admin/sessions/" + unknown) == (404, {"error": "Not found"}), unknown
+        status, body = get("/admin/discoveries/propagation")
+        assert status == 200 and len(body["discoveries"]) == 50
+        first = body["discoveries"][0]
+        assert sorted(first) == ["discovery_id", "distinct_identity_count", "first_seen_at", "last_aggregated_at",
+                                 "last_seen_at", "session_count"]
+        assert (first["discovery_id"], first["session_count"], first["distinct_identity_count"]) == ("x", 66, 2)
+        assert (first["first_seen_at"], first["last_seen_at"]) == (rows[-1]["ended_at"], rows[0]["ended_at"])
+        for sort in ("session_count", "distinct_identity_count", "recent", "nonsense"):
+            listed = get("/admin/discoveries/propagation?limit=501&sort=" + sort)[1]["discoveries"]
+            assert len(listed) == 61 and not re.search("[0-9a-f]{64}", json.dumps(listed))
+            if sort == "recent":
+                assert [d["discovery_id"] for d in listed[:3]] == ["r1", "x", "r2"]
+        assert http(view.address, "/admin/sessions", allowed, "POST")[0] == 405
+        os.rename(db, db + ".away")
+        assert get("/admin/sessions")[0] == 503
+    assert (view.status, view.complaints) == (0, "")
+
+
+def test_no_output_has_a_whole_developer(tmp_path, capfdbinary):
+    """CONTRACT §8 for the reading side: whatever is shown of a developer is a prefix; a log is not written at all."""
+    db = stored(tmp_path / "e.db", *STORY)
+    whole = [sha("identity", who)[:9] for who in ("ann", "bob", "cay")] + [sha("login", who)[:9] for who in ("ann", "bob")]
+    outputs = ["".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))]
+    with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: "t"}) as view:
+        headers = {"Cookie": view.cookie(), "Authorization": "Bearer t"}
+        for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"), "/discoveries?days=9999",
+                     "/discovery?ref=x", "/activity?days=9999", "/admin/sessions?days=90",
+                     "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
+            status, _, body = http(view.address, path, headers)
+            assert status == 200
+            outputs.append(body)
+    outputs.append(view.complaints)
+    assert sum(ANN[:8] in output for output in outputs) > 15  # so the prefixes were there to be seen
+    for digits in whole:
+        assert not any(digits in output for output in outputs)
+    assert view.complaints == ""
 
 
 # ======================================================================================================
