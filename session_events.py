@@ -164,16 +164,18 @@ def whole(value: object, most: int) -> int:
 
 
 def refs_of(text: object) -> Tuple[str, ...]:
-    """The discoveries in `discovery_refs_json`: each string once, in order; what is no array gives none.
+    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
 
-    The same as the table's triggers make of it. A string may hold anything: renderers neutralise it."""
+    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
+    anything: renderers neutralise it."""
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         values = None
-    if not isinstance(values, list):
-        return ()
-    strings = (value.encode("utf-8", "replace").decode() for value in values if isinstance(value, str))
+    if isinstance(values, dict):
+        values = list(values.values())
+    strings = (value.encode("utf-8", "replace").decode() for value in (
+        values if isinstance(values, list) else [values]) if isinstance(value, str))
     return tuple(dict.fromkeys(strings))[:MOST_REFS]
 
 
@@ -925,6 +927,7 @@ a { color: var(--disc) }
 a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, summary:focus-visible {
   outline: 2px solid var(--cross); outline-offset: 2px }
 h1 { font-size: 21px; line-height: 1.3; letter-spacing: -.01em; margin: 10px 0 2px; overflow-wrap: anywhere }
+h1.m { font-size: 15px; white-space: normal; margin-bottom: 10px }
 h2 { font-size: 16px; margin: 28px 0 8px }
 p { margin: 4px 0 12px; max-width: 75ch }
 .note { color: var(--soft) }
@@ -1838,7 +1841,10 @@ def query_of(text: str) -> Query:
         pairs = urllib.parse.parse_qsl(text, max_num_fields=50)
     except ValueError:
         return {}
-    return dict(reversed(pairs))
+    query: Query = {}
+    for name, value in pairs:
+        query.setdefault(name, value)
+    return query
 
 
 def message_page(status: int, title: str, text: str) -> Answer:
@@ -2097,29 +2103,30 @@ CREATE TABLE IF NOT EXISTS session_discoveries (
   PRIMARY KEY (discovery_ref, event_id)
 ) WITHOUT ROWID;
 
--- Refs that are not a JSON array of strings, in a row that somebody else wrote, give no edge and no error.
+-- No SQL function is called while a row is inserted (json_each is a table): a function might abort the statement, and
+-- for that SQLite would copy each page first, a fifth of the whole cost of an event. So a row whose refs are not JSON
+-- text is refused. The upsert clause, unlike OR IGNORE, holds under any OR clause of the statement that inserts.
 CREATE TRIGGER IF NOT EXISTS session_events_discoveries_insert AFTER INSERT ON session_events
-WHEN CASE WHEN json_valid(NEW.discovery_refs_json) THEN json_type(NEW.discovery_refs_json) = 'array' END
+WHEN NEW.discovery_refs_json <> '[]'
 BEGIN
-  INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
-    SELECT value, NEW.id FROM json_each(NEW.discovery_refs_json) WHERE type = 'text';
+  INSERT INTO session_discoveries (discovery_ref, event_id)
+    SELECT value, NEW.id FROM json_each(NEW.discovery_refs_json) WHERE type = 'text'
+    ON CONFLICT DO NOTHING;
 END;
 
 CREATE TRIGGER IF NOT EXISTS session_events_discoveries_delete AFTER DELETE ON session_events
-WHEN CASE WHEN json_valid(OLD.discovery_refs_json) THEN json_type(OLD.discovery_refs_json) = 'array' END
+WHEN OLD.discovery_refs_json <> '[]' AND json_valid(OLD.discovery_refs_json)
 BEGIN
   DELETE FROM session_discoveries
     WHERE event_id = OLD.id
       AND discovery_ref IN (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
 END;
 
--- Rows that were there before the triggers.
+-- Rows that were there before the triggers; whatever they hold, this does not fail.
 INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
   SELECT value, session_events.id
     FROM session_events,
-         json_each(CASE WHEN NOT json_valid(discovery_refs_json) THEN '[]'
-                        WHEN json_type(discovery_refs_json) = 'array' THEN discovery_refs_json
-                        ELSE '[]' END)
+         json_each(CASE WHEN json_valid(discovery_refs_json) THEN discovery_refs_json ELSE '[]' END)
     WHERE json_each.type = 'text';
 
 PRAGMA user_version = 1;
