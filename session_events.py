@@ -288,7 +288,7 @@ class Reader:
         self.left_out = 0
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row can be meant by them.
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
@@ -999,6 +999,7 @@ td { overflow-wrap: anywhere }
 .n { text-align: right; white-space: nowrap; overflow-wrap: normal }
 .m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px;
   white-space: nowrap }
+.d { min-width: 180px }
 .bar { width: 50vw; min-width: 60px; padding-right: 0 }
 .bar svg { display: block; width: 100%; height: 16px; margin-top: 3px }
 .bar rect { fill: var(--disc) }
@@ -1301,8 +1302,8 @@ def document(title: str, body: str, head: str = "") -> str:
 
 
 class HtmlColumn(NamedTuple):
-    """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class (n number, m hash or time,
-    wide)."""
+    """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class: n number, m hash or
+    time, d discoveries, wide what a narrow screen leaves out."""
 
     title: str
     cell: Callable[[Plain], str]
@@ -1353,7 +1354,7 @@ HTML_SESSIONS = (
     HtmlColumn("Tool calls", lambda s: digits(s["tool_count"]), "n"),
     HtmlColumn("Tokens saved", lambda s: digits(s["tokens_saved"]), "n"),
     HtmlColumn("Branch", lambda s: esc(s["branch_sha"] or "-"), "m wide"),
-    HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"])),
+    HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"]), "d"),
 )
 HTML_DISCOVERIES = (
     HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"])),
@@ -1503,8 +1504,8 @@ CONTROLS = (
     '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label></div>')
 PANEL = (
     '<div id="panel" aria-live="polite"><span class="note">Point at a session, or reach it with Tab and the '
-    'arrow keys, to see what it knew and where that went. Space plays and pauses, &larr; and &rarr; step from '
-    'session to session, Home and End go to the ends, + and &minus; change the speed.</span></div>')
+    'arrow keys, to see what it knew and where that went. Space plays and pauses, &larr; and &rarr; step '
+    'from session to session, Home and End go to the ends, + and &minus; change the speed.</span></div>')
 
 
 def replay(ordered: Sequence[Session], total: int, only: Optional[str] = None, links: bool = True) -> str:
@@ -1612,9 +1613,9 @@ def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0) 
         to, esc(filters.query()), ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
     note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
         "1 row was" if left_out == 1 else digits(left_out) + " rows were") if left_out else ""
-    return document(title + " - sessions", '<a class="skip" href="#main">Skip to the content</a><header>'
-                    '<b>Sessions</b><nav aria-label="Pages">%s</nav></header><main id="main">%s%s</main>'
-                    % (nav, main, note))
+    header = ('<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
+              '<nav aria-label="Pages">%s</nav></header>' % nav)
+    return document(title + " - sessions", '%s<main id="main">%s%s</main>' % (header, main, note))
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
@@ -1665,15 +1666,13 @@ def discovery_page(reader: Reader, ref: str) -> str:
     """One discovery since ever. Raises NotFound."""
     result = discovery(reader, ref, EVER)
     newest = reader.window(EVER._replace(discovery=ref), DRAWN)
-    facts = tiles([("Sessions", digits(result["session_count"]), ""),
-                   ("Identities", digits(result["distinct_identity_count"]), ""),
-                   ("Developers", digits(result["developer_count"]), ""),
-                   ("First seen", "<small>%s UTC</small>" % esc(minute(result["first_seen_at"])), ""),
-                   ("Last seen", "<small>%s UTC</small>" % esc(minute(result["last_seen_at"])), "")])
+    facts = "First seen %s, last %s UTC, in %s sessions of %s developers under %s identities." % (
+        minute(result["first_seen_at"]), minute(result["last_seen_at"]), digits(result["session_count"]),
+        digits(result["developer_count"]), digits(result["distinct_identity_count"]))
     path = html_table("Its path: the first %s of %s sessions" % (
         digits(len(result["path"])), digits(result["session_count"])), HTML_PATH, result["path"])
-    return page(fit(visible(ref), 80), "/discovery", Filters(), "<h1>%s</h1>%s%s<h2>Path</h2>%s" % (
-        esc(ref), facts, replay(newest[::-1], result["session_count"], ref), path), reader.left_out)
+    return page(fit(visible(ref), 80), "/discovery", Filters(), "<h1>%s</h1><p>%s</p>%s<h2>Path</h2>%s" % (
+        esc(ref), esc(facts), replay(newest[::-1], result["session_count"], ref), path), reader.left_out)
 
 
 def bar(value: int, most: int) -> str:
@@ -1690,7 +1689,7 @@ def period_table(title: str, rows: Sequence[Plain]) -> str:
         HtmlColumn("Developers", lambda p: digits(p["developers"]), "n"),
         HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n wide"),
         HtmlColumn("Tool calls", lambda p: digits(p["tool_count"]), "n wide"),
-        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n"),
+        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n wide"),
     ), rows)
 
 

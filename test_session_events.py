@@ -157,7 +157,8 @@ def serving(db, *flags, **options):
 
 
 def stored(db, *rows, journal="WAL"):
-    """A database at `db` with schema.sql and these rows (dicts of columns, any values); returns its path as text."""
+    """A database at `db` with schema.sql and these rows (dicts of columns, any values); returns its path as
+    text."""
     with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode=" + journal)
         connection.execute("PRAGMA synchronous=OFF")
@@ -183,7 +184,8 @@ def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **cha
 
 
 def read(*argv, **options):
-    """One command of session_events.py. Not through `run`: showing sessions and discoveries is what it is for."""
+    """One command of session_events.py. Not through `run`: showing sessions and discoveries is what it is
+    for."""
     done = subprocess.run([sys.executable, str(ROOT / "session_events.py"), *map(str, argv)], timeout=60,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
@@ -193,8 +195,8 @@ def read(*argv, **options):
 
 MAY = {"since": "2026-05-01T00:00:00.000Z", "until": "2026-06-01T00:00:00.000Z"}
 IN_MAY = ("--since", "2026-05-01", "--until", "2026-06-01")
-# Four sessions of three developers (cay has no GitHub), and one from before the window. x goes ann -> bob -> cay,
-# y goes ann -> ann and on to cay together with x; z stays with bob.
+# Four sessions of three developers (cay has no GitHub), and one from before the window. x goes from ann to bob
+# to cay, y from ann to ann to cay; z stays with bob.
 STORY = (
     row("old", "ann", "2026-04-20T10:00:00.000Z", ["x"]),
     row(1, "ann", "2026-05-04T10:00:00.000Z", ["x", "y"], tool_count=1, tokens_saved=5),
@@ -215,19 +217,25 @@ def story_session(n):
 
 
 def test_schema_in_the_reader():
-    assert session_events.SCHEMA == (ROOT / "schema.sql").read_text()
+    text = (ROOT / "schema.sql").read_text()
+    assert text == session_events.SCHEMA
 
 
 def test_moments():
     """Every form that an event may have, read back as the stored form; what is none is no time."""
     for text, stored_form in (
-            ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"), ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
-            ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"), ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+            ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
+            ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
+            ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
+            ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
             ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
-            ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"), ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
+            ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
+            ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
             ("2026-05-22", None), ("2026-02-30T00:00:00Z", None), ("2026-05-22T24:00:01Z", None),
-            ("2026-05-22T12:34:56Z\n", None), ("٢٠٢٦-05-22T12:34:56Z", None), ("2026-05-22T12:34:56+25:00", None),
-            ("0000-01-01T00:00:00Z", None), ("", None), (None, None), (5, None), (b"2026-05-22T12:34:56Z", None)):
+            ("2026-05-22T12:34:56Z\n", None), ("٢٠٢٦-05-22T12:34:56Z", None),
+            ("2026-05-22T12:34:56+25:00", None),
+            ("0000-01-01T00:00:00Z", None), ("", None), (None, None), (5, None),
+            (b"2026-05-22T12:34:56Z", None)):
         assert session_events.moment_or_none(text) == stored_form, text
 
 
@@ -272,7 +280,8 @@ def test_answers_worked_out_by_hand(tmp_path):
             {"source": s1, "target": s3, "discoveries": ["y"], "crosses": False},
             {"source": s3, "target": s4, "discoveries": ["y"], "crosses": True},
             {"source": s2, "target": s4, "discoveries": ["x"], "crosses": True}]
-        assert sorted((f["source"], f["target"], f["edges"], f["discoveries"]) for f in graph["developers"]) == sorted(
+        assert sorted((f["source"], f["target"], f["edges"], f["discoveries"])
+                      for f in graph["developers"]) == sorted(
             [(a, b, 1, 1), (a, a, 1, 1), (a, c, 1, 1), (b, c, 1, 1)])
         assert graph["totals"] == {"sessions": 4, "developers": 3, "tool_count": 15, "tokens_saved": 36,
                                    "discoveries": 3, "hand_overs": 3}
@@ -280,7 +289,8 @@ def test_answers_worked_out_by_hand(tmp_path):
         assert [(e["source"], e["target"]) for e in only_y["edges"]] == [(s1, s3), (s3, s4)]
 
         activity = session_events.activity(reader, window, may_13 - 1)
-        assert [(w["period"], w["developers"], w["came_back"], w["sessions"], w["tool_count"], w["tokens_saved"])
+        assert [(w["period"], w["developers"], w["came_back"], w["sessions"], w["tool_count"],
+                 w["tokens_saved"])
                 for w in activity["weeks"]] == [("2026-W19", 2, 0, 2, 3, 12), ("2026-W20", 2, 1, 2, 12, 24)]
         assert [d["sessions"] for d in activity["days"]] == [1, 1, 0, 0, 0, 0, 0, 0, 2]
         assert [m["developers"] for m in activity["months"]] == [3]
@@ -300,8 +310,9 @@ def reference_edges(rows):
 
 
 def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
-    """Random sessions, also ended in the same moment. The ways around a missing index (newest rows, steps through
-    identities, bounds on counts) are made short, so that each is taken, left half-way, and must agree."""
+    """Random sessions, also ended in the same moment. The ways around a missing index (newest rows, steps
+    through identities, bounds on counts) are made short, so that each is taken, left half-way, and must
+    agree."""
     monkeypatch.setattr(session_events, "BATCH", 3)
     monkeypatch.setattr(session_events, "NEWEST", 20)
     chance = random.Random(11)
@@ -313,7 +324,8 @@ def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
     db = stored(tmp_path / "e.db", *rows)
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["ended_at"], i))
     for since, until, github in (("2026-05-01", "2026-05-29", None), ("2026-05-07", "2026-05-15", True),
-                                 ("2026-05-10T05:00:00Z", "2026-05-10T06:00:00Z", None), ("2026-05-20", "", False)):
+                                 ("2026-05-10T05:00:00Z", "2026-05-10T06:00:00Z", None),
+                                 ("2026-05-20", "", False)):
         window = session_events.window_between(7, since, until, github, None)
         inside = [rows[i] for i in order if window.since <= rows[i]["ended_at"] < window.until
                   and github in (None, rows[i]["github_hash"] is not None)]
@@ -348,7 +360,8 @@ def check_discoveries(reader, window, inside):
     expected = []
     for ref in {ref for r in inside for ref in json.loads(r["discovery_refs_json"])}:
         touched = [r for r in inside if ref in json.loads(r["discovery_refs_json"])]
-        expected.append((ref, len(touched), len({r["identity_hash"] for r in touched}), touched[0]["ended_at"],
+        expected.append((ref, len(touched), len({r["identity_hash"] for r in touched}),
+                         touched[0]["ended_at"],
                          touched[-1]["ended_at"]))
     for sort, column in (("session_count", 1), ("distinct_identity_count", 2), ("recent", 4)):
         ranked = sorted(sorted(expected), key=lambda d: d[column], reverse=True)
@@ -360,14 +373,18 @@ def check_discoveries(reader, window, inside):
 
 def test_prefixes_that_look_alike():
     keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
-    assert session_events.labels(keys) == {keys[0]: keys[0][:11], keys[1]: keys[1][:12], keys[2]: keys[2][:12],
+    assert session_events.labels(keys) == {keys[0]: keys[0][:11], keys[1]: keys[1][:12],
+                                           keys[2]: keys[2][:12],
                                            keys[3]: "0" * 8}
 
 
-HOSTILE_REFS = ["</script><script>document.title='owned'</script>", "\"'><img src=x onerror=\"document.title='owned'\">",
-                "\u202egnp.exe\u2066", "\x1b]0;owned\x07\x1b[31m", "=HYPERLINK(\"http://example.com\")", "<!--", "\\",
+HOSTILE_REFS = ["</script><script>document.title='owned'</script>",
+                "\"'><img src=x onerror=\"document.title='owned'\">",
+                "\u202egnp.exe\u2066", "\x1b]0;owned\x07\x1b[31m", "=HYPERLINK(\"http://example.com\")",
+                "<!--", "\\",
                 "a\nb\rc\x00d", "\U0001f600", "&amp;&#60;", "x" * 5000]
-JUNK = (None, 5, -1, 2.5, 10 ** 18, b"\xff\x00", "", "zzzz", "</script>", "\x1b[2J", "2026-05-99T00:00:00.000Z")
+JUNK = (None, 5, -1, 2.5, 10 ** 18, b"\xff\x00", "", "zzzz", "</script>", "\x1b[2J",
+        "2026-05-99T00:00:00.000Z")
 
 
 def hostile_rows():
@@ -378,12 +395,14 @@ def hostile_rows():
              for n, text in enumerate(refs)]
     for column in row(0):
         for n, junk in enumerate(JUNK):
-            rows.append(row("%s %d" % (column, n), "mallory", "2026-05-20T12:00:00.000Z", ["x"], **{column: junk}))
+            rows.append(row("%s %d" % (column, n), "mallory", "2026-05-20T12:00:00.000Z", ["x"],
+                            **{column: junk}))
     return rows
 
 
 def looser(db):
-    """A table like the contract's that forbids nothing: what a program that ignores the contract could leave."""
+    """A table like the contract's that forbids nothing: what a program that ignores the contract could
+    leave."""
     with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
         schema = (ROOT / "schema.sql").read_text().replace(" NOT NULL", "").replace("UNIQUE INDEX", "INDEX")
         connection.executescript(schema)
@@ -399,7 +418,8 @@ def looser(db):
 
 def commands(db, session):
     """Every reading command in every form."""
-    asked = {"sessions": [], "session": [session], "discoveries": [], "discovery": ["x"], "graph": [], "activity": [],
+    asked = {"sessions": [], "session": [session], "discoveries": [], "discovery": ["x"], "graph": [],
+             "activity": [],
              "export": []}
     for name, arguments in asked.items():
         window = [] if name == "session" else IN_MAY
@@ -416,24 +436,23 @@ def answered(capfdbinary, argv):
 
 
 def test_hostile_rows_change_nothing(tmp_path, capfdbinary):
-    """What is no session is left out and counted; a hostile discovery is shown, and is text wherever it is shown."""
+    """What is no session is left out and counted; a hostile discovery is shown, and is text wherever it is
+    shown."""
     db = looser(tmp_path / "hostile.db")
     for name, form, argv in commands(db, sha("session hostile")):
         status, out, err = answered(capfdbinary, argv)
         assert status == 0, (name, form, err)
-        assert "owned" not in out or "\x1b" not in out
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f\ud800-\udfff]", out), (name, form)
-        if form in ("json", "html"):
-            assert "</script><script>document" not in out.replace("\\", "") or form == "json"
         if form == "json":
             json.loads(out)
         if form == "jsonl":
-            [json.loads(line) for line in out.splitlines()]
+            assert all(json.loads(line) for line in out.splitlines())
         if form == "csv":
             assert not re.search(r"(?m)(^|,)\"?[=+@]", out), name
         if form == "html":
             assert out.lower().count("<script") == out.lower().count("</script") == 2 and "<img" not in out
-    status, out, err = answered(capfdbinary, ["sessions", "--db", db, *IN_MAY, "--limit", 1000, "--format", "json"])
+    status, out, err = answered(capfdbinary,
+                                ["sessions", "--db", db, *IN_MAY, "--limit", 1000, "--format", "json"])
     left = {s["session_id_hash"]: s for s in json.loads(out)["sessions"]}
     assert left[sha("session hostile")]["discovery_refs"] == HOSTILE_REFS
     assert left[sha("session refs 2")]["discovery_refs"] == ["kept"]
@@ -463,9 +482,11 @@ def test_what_it_refuses(tmp_path, capfdbinary):
     changed("v2.db", "PRAGMA user_version = 2")
     changed("lacks.db", "DROP TABLE session_discoveries")
     changed("column.db", "DROP TABLE session_discoveries", "CREATE TABLE session_discoveries (discovery_ref)")
-    for name, says in (("none.db", "there is no file"), (".", "is not a file"), ("text.db", "not an SQLite database"),
+    for name, says in (("none.db", "there is no file"), (".", "is not a file"),
+                       ("text.db", "not an SQLite database"),
                        ("empty.db", "holds no session events"), ("other.db", "holds no session events"),
-                       ("cut.db", "damaged"), ("v0.db", "start server.py on it once"), ("v2.db", "schema version 2"),
+                       ("cut.db", "damaged"), ("v0.db", "start server.py on it once"),
+                       ("v2.db", "schema version 2"),
                        ("lacks.db", "session_discoveries lacks discovery_ref, event_id"),
                        ("column.db", "lacks event_id")):
         for command in ("sessions", "graph"):
@@ -479,12 +500,15 @@ def test_what_it_refuses(tmp_path, capfdbinary):
             (["discovery", "\udcff", "--db", good, *IN_MAY], "no session of this window", 1),
             (["sessions", "--db", good, "--since", "yesterday"], "--since takes a date", 2),
             (["sessions", "--db", good, "--since", "2026-05-01", "--days", "3"], "give one", 2),
-            (["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"], "must be after", 2),
-            (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"], "nothing in this window", 0),
+            (["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"], "must be after",
+             2),
+            (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"],
+             "nothing in this window", 0),
             (["export", "--db", good, "--until", "2020-02-01"], "nothing in this window", 0)):
         status, out, err = answered(capfdbinary, argv)
         assert (status, says in err) == (expected, True), (argv, err)
-    for argv in ([], ["sessions"], ["sessions", "--db", good, "--days", "0"], ["sessions", "--db", good, "--days", "x"],
+    for argv in ([], ["sessions"], ["sessions", "--db", good, "--days", "0"],
+                 ["sessions", "--db", good, "--days", "x"],
                  ["view", "--db", good, "--port", "65536"]):
         with pytest.raises(SystemExit) as stopped:
             session_events.main(argv)
@@ -517,7 +541,7 @@ def test_forms_for_people_and_programs(tmp_path, capfdbinary):
     listed = list(csv.DictReader(io.StringIO(texts["export", "csv"])))
     assert [r["session_id_hash"] for r in listed] == [r["session_id_hash"] for r in exported]
     assert listed[0]["discovery_refs"] == "x y"
-    assert list(csv.DictReader(io.StringIO(texts["graph", "csv"])))[0]["discoveries"] == "x"
+    assert next(csv.DictReader(io.StringIO(texts["graph", "csv"])))["discoveries"] == "x"
     dot = texts["graph", "dot"]
     assert '"%s" -> "%s" [label="x" color' % (sha("session 1"), sha("session 2")) in dot
     assert dot.count("{") == dot.count("}")
@@ -525,10 +549,12 @@ def test_forms_for_people_and_programs(tmp_path, capfdbinary):
 
 
 def test_as_a_program(tmp_path):
-    """Alone in a folder, without site-packages; help with an example; a reader of the output that leaves early."""
+    """Alone in a folder, without site-packages; help with an example; a reader of the output that leaves
+    early."""
     shutil.copy(str(ROOT / "session_events.py"), str(tmp_path))
     for python in interpreters((3, 8)).values():
-        done = subprocess.run([python, "-I", "-S", "session_events.py", "demo", "--db", "demo%s.db" % abs(hash(python))],
+        done = subprocess.run([python, "-I", "-S", "session_events.py", "demo", "--db",
+                               "demo%s.db" % abs(hash(python))],
                               cwd=str(tmp_path), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
         assert done.returncode == 0 and b"synthetic" in done.stdout
     first, *others = [read("export", "--days", 60, "--db", path).stdout for path in tmp_path.glob("*.db")]
@@ -538,7 +564,8 @@ def test_as_a_program(tmp_path):
     db = next(iter(tmp_path.glob("*.db")))
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
-    process = subprocess.Popen([sys.executable, str(ROOT / "session_events.py"), "export", "--days", "60", "--db", str(db)],
+    process = subprocess.Popen([sys.executable, str(ROOT / "session_events.py"), "export", "--days", "60",
+                                "--db", str(db)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -551,7 +578,7 @@ sys.argv = sys.argv[1:]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as end:
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")][0]
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(end.code, peak.split()[1], file=sys.stderr)
 """
 
@@ -562,7 +589,8 @@ def test_export_in_constant_memory(tmp_path):
     for count in (5_000, 50_000):
         db = stored(tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count)))
         if os.path.exists("/proc/self/status"):
-            done = subprocess.run([sys.executable, "-c", PEAK, str(ROOT / "session_events.py"), "export", "--db", db,
+            done = subprocess.run([sys.executable, "-c", PEAK, str(ROOT / "session_events.py"), "export",
+                                   "--db", db,
                                    *IN_MAY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
             status, peak = done.stderr.split()[-2:]
             assert status == b"0" and done.stdout.count(b"\n") == count
@@ -646,7 +674,8 @@ def forked_count(folder):
 
 
 def test_queries_use_the_indexes(tmp_path):
-    """What keeps the answers fast at a million rows: no plan reads the table from end to end or sorts a window."""
+    """What keeps the answers fast at a million rows: no plan reads the table from end to end or sorts a
+    window."""
     db = stored(tmp_path / "e.db", *STORY)
     plans = []
     with session_events.reading(db) as reader:
@@ -689,12 +718,14 @@ class View:
     """A real `session_events.py view` process. `.address` to connect to, `.url` with its one-time token."""
 
     def __init__(self, db, *flags, **variables):
-        environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
+        environment = {name: value for name, value in os.environ.items()
+                       if name not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")}
         environment.pop(session_events.ADMIN_TOKEN_VARIABLE, None)
         command = ["view", "--db", str(db)] if db else ["demo"]
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "session_events.py"), *command, "--port", "0", *flags],
-            env=dict(environment, **variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            env=dict(environment, **variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE)
         self.said = []
         while not self.said or not self.said[-1].startswith("open "):
             line = self.process.stdout.readline().decode()
@@ -721,34 +752,43 @@ class View:
 
 
 def test_the_door_of_the_viewer(tmp_path):
-    """The token opens once; without the cookie, or under another name, nothing; no other site is allowed anything."""
+    """The token opens once; without the cookie, or under another name, nothing; no other site is allowed
+    anything."""
     db = stored(tmp_path / "e.db", *STORY)
     with View(db) as view:
-        inside = [(path, "x") for path in ("/", "/sessions", "/session/" + sha("session 1"), "/discovery?ref=x", "/nowhere")]
+        inside = [(path, "x") for path in ("/", "/sessions", "/session/" + sha("session 1"),
+                                           "/discovery?ref=x", "/nowhere")]
         refused = {http(view.address, path)[::2] for path, _ in inside}
         assert len(refused) == 1 and next(iter(refused))[0] == 403  # the same answer, whatever there is
         assert http(view.address, "/?token=wrong")[0] == 403
         status, headers, _ = http(view.address, view.url[len(view.base):] + "&days=30")
         assert (status, headers["location"]) == (303, "/?days=30")
-        assert re.fullmatch(r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
+        assert re.fullmatch(
+            r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
                             headers["set-cookie"])
         cookie = {"Cookie": "other=1; " + headers["set-cookie"].split(";")[0]}
         assert http(view.address, view.url[len(view.base):])[0] == 403  # used
-        assert http(view.address, view.url[len(view.base):], cookie)[0] == 303  # but for who is inside already
-        for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example", "", "localhost@evil"):
+        # ... but for who is inside already
+        assert http(view.address, view.url[len(view.base):], cookie)[0] == 303
+        for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example", "",
+                     "localhost@evil"):
             assert http(view.address, "/", dict(cookie, Host=host))[0] == 403, host
         for host in ("localhost:%d" % view.address[1], "LOCALHOST", "127.0.0.1:9000"):  # 9000: an SSH tunnel
             assert http(view.address, "/", dict(cookie, Host=host))[0] == 200, host
         status, headers, body = http(view.address, "/?days=9999", cookie)
         assert status == 200 and "<svg" in body and headers["server"] == "session-events"
         policy = headers["content-security-policy"]
-        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
         assert headers["cache-control"] == "no-store" and headers["referrer-policy"] == "no-referrer"
         assert not any(name.startswith("access-control") for name in headers)
-        for path, expected in (("/sessions", 200), ("/discoveries?sort=nonsense&days=x", 200), ("/activity", 200),
-                               ("/session/" + sha("session 1"), 200), ("/session/" + "0" * 64, 404), ("/session/", 404),
+        for path, expected in (("/sessions", 200), ("/discoveries?sort=nonsense&days=x", 200),
+                               ("/activity", 200),
+                               ("/session/" + sha("session 1"), 200), ("/session/" + "0" * 64, 404),
+                               ("/session/", 404),
                                ("/discovery?ref=x", 200), ("/discovery?ref=%ff%00", 404), ("/discovery", 404),
-                               ("/nowhere", 404), ("//evil.example/", 404), ("/?since=%FF&until=2026-99-99&github=3", 200),
+                               ("/nowhere", 404), ("//evil.example/", 404),
+                               ("/?since=%FF&until=2026-99-99&github=3", 200),
                                ("/?" + "&".join("a%d=1" % n for n in range(99)), 200)):
             assert http(view.address, path, cookie)[0] == expected, path
         status, headers, body = http(view.address, "/sessions", cookie, "HEAD")
@@ -756,10 +796,13 @@ def test_the_door_of_the_viewer(tmp_path):
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
             status, headers, _ = http(view.address, "/", cookie, method)
             assert (status, headers["allow"]) == (405, "GET, HEAD")
-        for raw in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"BREW / HTTP/1.1\r\n\r\n",
-                    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
+        for raw in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                    b"BREW / HTTP/1.1\r\n\r\n",
+                    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+                    b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
             status, headers, body = http(view.address, raw=raw)
-            assert status >= 400 and body == "The request is not understood.\n" and headers["server"] == "session-events"
+            assert status >= 400 and body == "The request is not understood.\n"
+            assert headers["server"] == "session-events"
         taken = read("view", "--db", db, "--port", view.address[1])
         assert taken.returncode == 1 and "--port 0" in taken.stderr
     assert (view.status, view.complaints) == (0, "")
@@ -777,7 +820,8 @@ def test_the_endpoints_to_the_letter(tmp_path):
     db = stored(tmp_path / "e.db", *rows)
     secret = "a token"
     with View(db) as view:
-        for path in ("/admin/sessions", "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
+        for path in ("/admin/sessions", "/admin/sessions/" + sha("session 1"),
+                     "/admin/discoveries/propagation"):
             for headers in ({}, {"Authorization": "Bearer " + secret}, {"Cookie": view.process and "x=1"}):
                 status, _, body = http(view.address, path, headers)
                 assert status == 503 and sorted(json.loads(body)) == ["error", "requestId"]
@@ -791,40 +835,52 @@ def test_the_endpoints_to_the_letter(tmp_path):
             assert re.fullmatch("[0-9a-f]{32}", body.pop("requestId"))
             return status, body
 
-        for wrong in ({}, {"Authorization": "Bearer b token"}, {"Authorization": "Bearer a"}, {"Authorization": secret},
+        for wrong in ({}, {"Authorization": "Bearer b token"}, {"Authorization": "Bearer a"},
+                      {"Authorization": secret},
                       {"Authorization": "Bearer " + secret * 2}, {"Authorization": "Basic " + secret},
-                      {"Authorization": "Bearer "}, {"Authorization": "Bearer \xff"}, {"Cookie": view.cookie()}):
+                      {"Authorization": "Bearer "}, {"Authorization": "Bearer \xff"},
+                      {"Cookie": view.cookie()}):
             for path in ("/admin/sessions", "/admin/sessions/zzz", "/admin/nowhere"):
                 assert get(path, wrong) == (401, {"error": "Unauthorized"}), wrong
         status, body = get("/admin/sessions")
         assert status == 200 and sorted(body) == ["sessions", "total_count_in_window"]
         assert body["total_count_in_window"] == 61 and len(body["sessions"]) == 50
         assert body["sessions"][0] == {
-            "session_id_hash": sha("session 1"), "identity_hash_prefix": sha("identity ann")[:8], "github_hash_prefix": None,
-            "ended_at": rows[0]["ended_at"], "tool_count": 10, "tokens_saved": 100, "branch_sha": "abc123def456",
+            "session_id_hash": sha("session 1"), "identity_hash_prefix": sha("identity ann")[:8],
+            "github_hash_prefix": None,
+            "ended_at": rows[0]["ended_at"], "tool_count": 10, "tokens_saved": 100,
+            "branch_sha": "abc123def456",
             "discovery_refs": ["x", "r1"]}
-        assert [s["ended_at"] for s in body["sessions"]] == sorted((s["ended_at"] for s in body["sessions"]), reverse=True)
+        assert [s["ended_at"] for s in body["sessions"]] == sorted((s["ended_at"] for s in body["sessions"]),
+                                                                   reverse=True)
         for query, total, listed in (
-                ("days=90", 65, 50), ("days=91", 65, 50), ("days=" + "9" * 5000, 65, 50), ("days=30&limit=200", 63, 63),
-                ("limit=1", 61, 1), ("limit=201", 61, 61), ("limit=0", 61, 50), ("limit=-1", 61, 50), ("limit=1.5", 61, 50),
-                ("days=x&limit=x", 61, 50), ("days=0", 61, 50), ("days=%D9%A3", 61, 50), ("logged_in=true", 31, 31),
+                ("days=90", 65, 50), ("days=91", 65, 50), ("days=" + "9" * 5000, 65, 50),
+                ("days=30&limit=200", 63, 63),
+                ("limit=1", 61, 1), ("limit=201", 61, 61), ("limit=0", 61, 50), ("limit=-1", 61, 50),
+                ("limit=1.5", 61, 50),
+                ("days=x&limit=x", 61, 50), ("days=0", 61, 50), ("days=%D9%A3", 61, 50),
+                ("logged_in=true", 31, 31),
                 ("logged_in=false&limit=9", 30, 9), ("logged_in=maybe", 61, 50), ("days=7&days=90", 61, 50)):
             status, body = get("/admin/sessions?" + query)
-            assert (status, body["total_count_in_window"], len(body["sessions"])) == (200, total, listed), query[:40]
+            answer = (status, body["total_count_in_window"], len(body["sessions"]))
+            assert answer == (200, total, listed), query[:40]
         status, body = get("/admin/sessions/" + sha("session d8"))
         assert status == 200 and sorted(body) == ["related", "session"]
         assert body["session"]["session_id_hash"] == sha("session d8") and "developer" not in body["session"]
         assert [s["session_id_hash"] for s in body["related"]] == [sha("session d6"), sha("session d29")]
         assert len(get("/admin/sessions/" + sha("session 1"))[1]["related"]) == 50
-        for unknown in ("0" * 64, "zzz", sha("session 1")[:63], sha("session 1") + "0", sha("session 1").upper(), "%00",
+        for unknown in ("0" * 64, "zzz", sha("session 1")[:63], sha("session 1") + "0",
+                        sha("session 1").upper(), "%00",
                         sha("session 1") + "%0a", ""):
             assert get("/admin/sessions/" + unknown) == (404, {"error": "Not found"}), unknown
         status, body = get("/admin/discoveries/propagation")
         assert status == 200 and len(body["discoveries"]) == 50
         first = body["discoveries"][0]
-        assert sorted(first) == ["discovery_id", "distinct_identity_count", "first_seen_at", "last_aggregated_at",
+        assert sorted(first) == ["discovery_id", "distinct_identity_count", "first_seen_at",
+                                 "last_aggregated_at",
                                  "last_seen_at", "session_count"]
-        assert (first["discovery_id"], first["session_count"], first["distinct_identity_count"]) == ("x", 66, 2)
+        assert (first["discovery_id"], first["session_count"]) == ("x", 66)
+        assert first["distinct_identity_count"] == 2
         assert (first["first_seen_at"], first["last_seen_at"]) == (rows[-1]["ended_at"], rows[0]["ended_at"])
         for sort in ("session_count", "distinct_identity_count", "recent", "nonsense"):
             listed = get("/admin/discoveries/propagation?limit=501&sort=" + sort)[1]["discoveries"]
@@ -838,13 +894,15 @@ def test_the_endpoints_to_the_letter(tmp_path):
 
 
 def test_no_output_has_a_whole_developer(tmp_path, capfdbinary):
-    """CONTRACT §8 for the reading side: whatever is shown of a developer is a prefix; a log is not written at all."""
+    """CONTRACT §8 for the reading side: whatever is shown of a developer is a prefix; a log is not written at
+    all."""
     db = stored(tmp_path / "e.db", *STORY)
-    whole = [sha("identity", who)[:9] for who in ("ann", "bob", "cay")] + [sha("login", who)[:9] for who in ("ann", "bob")]
+    whole = [sha(kind, who)[:9] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
     outputs = ["".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))]
     with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: "t"}) as view:
         headers = {"Cookie": view.cookie(), "Authorization": "Bearer t"}
-        for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"), "/discoveries?days=9999",
+        for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"),
+                     "/discoveries?days=9999",
                      "/discovery?ref=x", "/activity?days=9999", "/admin/sessions?days=90",
                      "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
             status, _, body = http(view.address, path, headers)
@@ -858,13 +916,15 @@ def test_no_output_has_a_whole_developer(tmp_path, capfdbinary):
 
 
 class Chromium:
-    """A headless Chromium with one tab, driven over its pipe (DevTools protocol: JSON, parted by NUL bytes)."""
+    """A headless Chromium with one tab, driven over its pipe (DevTools protocol: JSON, parted by NUL
+    bytes)."""
 
-    FLAGS = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --hide-scrollbars"
-             " --disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe").split()
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
+             "--remote-debugging-pipe")
 
     def __init__(self, program, profile):
-        ours, theirs = os.pipe(), os.pipe()  # what the test says, what the browser says; it has them as 3 and 4
+        ours, theirs = os.pipe(), os.pipe()  # what the test says, what the browser says: its 3 and its 4
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (ours[0], theirs[1])]
         self.process = subprocess.Popen(
             [program, *self.FLAGS, "--user-data-dir=%s" % profile,
@@ -907,7 +967,7 @@ class Chromium:
             self.events.append(self.listen())
 
     def open(self, url):
-        for address in ("about:blank", url):  # first away, so that an address that differs by its #... is loaded
+        for address in ("about:blank", url):  # first away: another #... alone would load nothing
             self.follow(lambda address=address: self.call("Page.navigate", url=address))
 
     def follow(self, action):
@@ -923,8 +983,8 @@ class Chromium:
 
     def until(self, expression):
         """Waits until the page says yes, looking at each frame."""
-        self.js("new Promise(done => { const look = () => (%s) ? done() : requestAnimationFrame(look); look(); })"
-                % expression)
+        self.js("new Promise(done => { const look = () => (%s) ? done() : requestAnimationFrame(look);"
+                " look(); })" % expression)
 
     def key(self, key, code=0):
         text = {"text": key} if len(key) == 1 else {}
@@ -932,8 +992,14 @@ class Chromium:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
     def screen(self, width, height, scheme="light"):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def picture(self):
+        """The whole page as a PNG file."""
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        return base64.b64decode(answer["data"])
 
     def complaints(self):
         """What the console showed: errors, refusals of the page's own policy, and anything printed."""
@@ -971,7 +1037,8 @@ SEEN = """({discs: document.querySelectorAll("#discs a:not(.later)").length,
 
 
 def test_the_replay_in_chromium(tmp_path, chromium):
-    """The picture at three moments; playing, stepping and pointing by keyboard; filters; nothing asked elsewhere."""
+    """The picture at three moments; playing, stepping and pointing by keyboard; filters; nothing asked
+    elsewhere."""
     with View(stored(tmp_path / "e.db", *STORY)) as view:
         may = "since=2026-05-01&until=2026-06-01"
         chromium.events = []
@@ -982,7 +1049,8 @@ def test_the_replay_in_chromium(tmp_path, chromium):
                 ("2026-05-04T10:00:00.000Z", 1, 0, ["1", "1", "5", "2", "0"]),
                 ("2026-05-08T00:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"]),
                 ("2026-05-12T11:00:00.000Z", 4, 4, ["4", "3", "36", "3", "3"])):
-            chromium.js('new Promise(done => { addEventListener("hashchange", () => setTimeout(done), {once: true});'
+            chromium.js('new Promise(done => {'
+                        ' addEventListener("hashchange", () => setTimeout(done), {once: true});'
                         ' location.hash = "t=%s"; })' % moment)
             seen = chromium.js(SEEN)
             assert (seen["discs"], seen["arcs"], seen["counters"]) == (discs, arcs, counters), moment
@@ -1010,13 +1078,14 @@ def test_the_replay_in_chromium(tmp_path, chromium):
         chromium.key("End", 35)
         assert chromium.js(SEEN)["discs"] == 4
 
-        lit = '[document.querySelectorAll("#arcs .on").length, document.querySelectorAll("#discs .on").length]'
+        lit = '["arcs", "discs"].map(id => document.querySelectorAll("#" + id + " .on").length)'
         chromium.js('document.querySelector("#discs a[tabindex=\\"0\\"]").focus()')
         chromium.key("ArrowLeft", 37)
         chromium.key("ArrowLeft", 37)  # from the last to bob's, which had x from ann and gave it to cay
         assert chromium.js(lit) == [2, 3]
         panel = chromium.js('document.getElementById("panel").textContent')
-        assert panel.startswith(BOB[:8]) and "2 tool calls, 7 tokens saved" in panel and "1 other developer." in panel
+        assert panel.startswith(BOB[:8]) and "2 tool calls, 7 tokens saved" in panel
+        assert panel.endswith("1 other developer.xz")
         chromium.key("ArrowLeft", 37)
         assert chromium.js(lit) == [4, 4]  # everything came from ann's first
         box = chromium.js('(b => [b.x + b.width / 2, b.y + b.height / 2])'
@@ -1024,7 +1093,7 @@ def test_the_replay_in_chromium(tmp_path, chromium):
         chromium.js("document.activeElement.blur()")
         chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 6, y=box[1] + 6)
         chromium.until(lit + " == '2,3'")
-        button = dict(x=box[0], y=box[1], button="left", clickCount=1)
+        button = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
         chromium.call("Input.dispatchMouseEvent", type="mousePressed", **button)
         chromium.follow(lambda: chromium.call("Input.dispatchMouseEvent", type="mouseReleased", **button))
         assert chromium.js("location.pathname") == "/session/" + sha("session", 3)
@@ -1045,17 +1114,17 @@ def test_the_replay_in_chromium(tmp_path, chromium):
         assert {("slider", "Moment"), ("button", "Play"), ("combobox", "Speed"), ("navigation", "Pages"),
                 ("link", "%s, 2026-05-05 10:00, 2 calls" % BOB[:8])} <= names
 
-        for path in ("/", "/sessions", "/session/" + sha("session 1"), "/discoveries", "/discovery", "/activity"):
+        for path in ("/", "/sessions", "/session/" + sha("session 1"), "/discoveries", "/discovery",
+                     "/activity"):
             for width in (400, 2000):
                 for scheme in ("light", "dark"):
                     chromium.screen(width, 1000, scheme)
                     chromium.open(view.base + path + "?ref=x&" + may)
                     assert chromium.js("document.documentElement.scrollWidth") == width, (path, width)
-                    light = chromium.js("getComputedStyle(document.body).backgroundColor") == "rgb(246, 246, 243)"
-                    assert light == (scheme == "light")
-                    picture = chromium.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
-                    (tmp_path / ("%s %d %s.png" % (path.split("/")[1] or "replay", width, scheme))).write_bytes(
-                        base64.b64decode(picture["data"]))
+                    paper = chromium.js("getComputedStyle(document.body).backgroundColor")
+                    assert (paper == "rgb(246, 246, 243)") == (scheme == "light")
+                    name = "%s %d %s.png" % (path.split("/")[1] or "replay", width, scheme)
+                    (tmp_path / name).write_bytes(chromium.picture())
         assert chromium.complaints() == []
         assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
 
@@ -1074,7 +1143,8 @@ def test_pages_without_script_and_without_the_viewer(tmp_path, chromium):
             assert chromium.js('document.querySelectorAll("#arcs path").length') == 4
             assert chromium.js('document.querySelector(".controls").offsetHeight') == 0
             assert BOB[:8] in chromium.js('document.querySelector("table").textContent')
-            assert chromium.js('document.querySelector("#discs a").href.baseVal') == "/session/" + sha("session 1")
+            first = chromium.js('document.querySelector("#discs a").href.baseVal')
+            assert first == "/session/" + sha("session 1")
         finally:
             chromium.call("Emulation.setScriptExecutionDisabled", value=False)
     (tmp_path / "page.html").write_text(read("graph", "--db", db, *IN_MAY, "--format", "html").stdout)
@@ -1086,7 +1156,8 @@ def test_pages_without_script_and_without_the_viewer(tmp_path, chromium):
 
 
 def test_hostile_pages_in_chromium(tmp_path, chromium):
-    """Nothing that a row holds runs, closes an element or changes a page; each discovery still has its own page."""
+    """Nothing that a row holds runs, closes an element or changes a page; each discovery still has its own
+    page."""
     window = "since=2026-05-01&until=2026-06-01"
     with View(looser(tmp_path / "hostile.db")) as view:
         chromium.events = []
@@ -1114,7 +1185,8 @@ def test_hostile_pages_in_chromium(tmp_path, chromium):
 def test_two_thousand_sessions_in_chromium(tmp_path, chromium):
     """The page says which it shows, is less than 1 MB, and draws at once."""
     chance = random.Random(3)
-    rows = [row(n, chance.randrange(60), "2026-05-%02dT%02d:%02d:00.000Z" % (1 + n // 1440 % 28, n // 60 % 24, n % 60),
+    rows = [row(n, chance.randrange(60),
+                "2026-05-%02dT%02d:%02d:00.000Z" % (1 + n // 1440 % 28, n // 60 % 24, n % 60),
                 {"disc-%d" % (300 * chance.random() ** 2), "disc-%d" % (300 * chance.random() ** 2)})
             for n in range(2010)]
     with View(stored(tmp_path / "e.db", *rows)) as view:
@@ -1141,7 +1213,8 @@ def test_the_demo(tmp_path):
 
 
 def test_beside_a_server_under_load_and_a_sweep(tmp_path):
-    """While a server writes and old rows are swept away, every answer is right for one moment, and none fails."""
+    """While a server writes and old rows are swept away, every answer is right for one moment, and none
+    fails."""
     db = tmp_path / "e.db"
     stop = threading.Event()
     failures = []
@@ -1152,8 +1225,9 @@ def test_beside_a_server_under_load_and_a_sweep(tmp_path):
             try:
                 while not stop.is_set():
                     n += 1
-                    connection.request("POST", "/v1/session-events", json.dumps(event(
-                        "load %d" % n, ended_at="2026-05-22T12:%02d:%02d.000Z" % (n // 60 % 60, n % 60))))
+                    connection.request("POST", "/v1/session-events", json.dumps(dict(
+                        EVENT, session_id_hash=sha("load", n),
+                        ended_at="2026-05-22T12:%02d:%02d.000Z" % (n // 60 % 60, n % 60))))
                     answer = connection.getresponse()
                     if answer.status != 202 or answer.read() != b'{"ok":true}':
                         failures.append(answer.status)
@@ -1180,8 +1254,9 @@ def test_beside_a_server_under_load_and_a_sweep(tmp_path):
                     graph = session_events.graph(reader, window, 10 ** 6)
                     found = session_events.discoveries(reader, window)["discoveries"]
                     total = listed["total_count_in_window"]
-                    assert total == len(listed["sessions"]) == len(graph["nodes"]) == graph["totals"]["sessions"]
-                    assert {d["session_count"] for d in found} <= {total} and len(graph["edges"]) == max(0, total - 1)
+                    assert total == len(listed["sessions"]) == len(graph["nodes"])
+                    assert {d["session_count"] for d in found} <= {total}
+                    assert len(graph["edges"]) == max(0, total - 1)
                     totals.add(total)
         finally:
             stop.set()
