@@ -983,7 +983,7 @@ button { cursor: pointer; font-weight: 600 }
 .legend .g { fill: var(--disc) }
 .legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
 .legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
-#panel { display: none; min-height: 66px; margin-bottom: 6px }
+#panel { display: none; min-height: 84px; margin-bottom: 6px }
 .live #panel { display: block }
 #panel strong { font-weight: 650 }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0 0; padding: 0; list-style: none }

@@ -195,8 +195,8 @@ def read(*argv, **options):
 
 MAY = {"since": "2026-05-01T00:00:00.000Z", "until": "2026-06-01T00:00:00.000Z"}
 IN_MAY = ("--since", "2026-05-01", "--until", "2026-06-01")
-# Four sessions of three developers (cay has no GitHub), and one from before the window. x goes from ann to bob
-# to cay, y from ann to ann to cay; z stays with bob.
+# Four sessions of three developers (cay has no GitHub), and one from before the window. x goes from ann to
+# bob to cay, y from ann to ann to cay; z stays with bob.
 STORY = (
     row("old", "ann", "2026-04-20T10:00:00.000Z", ["x"]),
     row(1, "ann", "2026-05-04T10:00:00.000Z", ["x", "y"], tool_count=1, tokens_saved=5),
@@ -920,8 +920,8 @@ class Chromium:
     bytes)."""
 
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars",
-             "--remote-debugging-pipe")
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe")
 
     def __init__(self, program, profile):
         ours, theirs = os.pipe(), os.pipe()  # what the test says, what the browser says: its 3 and its 4
