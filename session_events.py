@@ -334,7 +334,7 @@ IDENTITY_IDS = """WITH RECURSIVE one (identity) AS (
   SELECT e.id, identity IS NULL FROM one LEFT JOIN session_events e
     ON e.identity_hash = identity AND e.session_id_hash >= ? AND e.session_id_hash < ?
     WHERE e.id IS NOT NULL OR identity IS NULL"""
-ALL_IDS = "SELECT id FROM session_events WHERE session_id_hash >= ? AND session_id_hash < ?"
+ALL_IDS = "SELECT id FROM session_events WHERE session_id_hash >= ? AND session_id_hash < ? LIMIT ?"
 
 
 def session_ids(reader: Reader, prefix: str) -> List[int]:
@@ -342,7 +342,7 @@ def session_ids(reader: Reader, prefix: str) -> List[int]:
 
     No index starts with the session. So, for a whole hash, first the newest rows (2 ms); then a step per
     identity through the unique index, as far as that pays (all of 4,000 identities: 20 ms); then all of the
-    index (of a million rows: 60 ms)."""
+    index (of a million rows: 60 ms). Where a step finds a whole hash, it is the last."""
     whole_hash = len(prefix) == 64
     bounds = [prefix, prefix + "g"]  # "g" is above every digit
     newest = reader.rows(NEWEST_IDS, [NEWEST, *bounds]).fetchall() if whole_hash else []
@@ -350,10 +350,12 @@ def session_ids(reader: Reader, prefix: str) -> List[int]:
         return [row_id for row_id, in newest]
     found: List[int] = []
     for row_id, at_end in reader.rows(IDENTITY_IDS, [IDENTITIES, *bounds]):
-        if at_end or (whole_hash and found):
+        if at_end:
             return found
         found.append(row_id)
-    return found[:1] if whole_hash and found else [row_id for row_id, in reader.rows(ALL_IDS, bounds)]
+        if whole_hash:
+            return found
+    return [row_id for row_id, in reader.rows(ALL_IDS, [*bounds, 1 if whole_hash else -1])]
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
@@ -427,10 +429,16 @@ def by_bound(reader: Reader, window: Window, limit: int, column: int,
     return found
 
 
-def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE that were seen last: back in time, their names come in that order."""
+def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
+    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
+    order. Where there are not more than `limit` at all, all of them."""
+    names = dict.fromkeys(name for name, in reader.rows(
+        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
+        [limit + 1]))
+    if len(names) <= limit:
+        return list(names)
+    names.clear()
     sql, values = where(window._replace(discovery=None))
-    names: Dict[str, None] = {}
     full_at = ""
     for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
                                       + sql + " ORDER BY e.ended_at DESC", values):
@@ -438,12 +446,17 @@ def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int])
             break
         names.update(dict.fromkeys(refs_of(refs)))
         full_at = full_at or (ended_at if len(names) >= limit else "")
+    return list(names)
+
+
+def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
+    """The `limit` rows of AGGREGATE that were seen last."""
     found: List[Aggregate] = []
-    every = list(names)
+    every = recent_names(reader, window, limit)
     for start in range(0, len(every), BATCH):
-        some = every[start:start + BATCH]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(some)), GITHUB[window.github]),
-                             [*some, *ids, window.since, window.until])
+        names = every[start:start + BATCH]
+        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
+                             [*names, *ids, window.since, window.until])
     found.sort(key=lambda row: str(row[0]))
     found.sort(key=lambda row: str(row[4]), reverse=True)
     return found[:limit]

@@ -725,7 +725,8 @@ class View:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "session_events.py"), *command, "--port", "0", *flags],
             env=dict(environment, **variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE)
+            stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
         self.said = []
         while not self.said or not self.said[-1].startswith("open "):
             line = self.process.stdout.readline().decode()
