@@ -1412,8 +1412,9 @@ def tick_label(at: int, step: int) -> str:
 
 
 def figure(ordered: Sequence[Session], only: Optional[str] = None, links: bool = True) -> Figure:
-    """Sessions in time order as an SVG and the data that brings it to life. `only`: arcs of this discovery
-    alone; `links`: the sessions have pages to go to. The script's `layout` knows the same formulas."""
+    """One or more sessions in time order as an SVG and the data that brings it to life. `only`: arcs of this
+    discovery alone; `links`: the sessions have pages to go to. The script's `layout` knows the same
+    formulas."""
     start = ordered[0].ended
     span_ms = max(1, ordered[-1].ended - start)
     shown = labels(s.developer for s in ordered)

@@ -250,6 +250,8 @@ def test_answers_worked_out_by_hand(tmp_path):
             total_count_in_window=4)
         assert session_events.sessions(reader, window._replace(github=False))["total_count_in_window"] == 1
         assert session_events.sessions(reader, window._replace(discovery="z"))["total_count_in_window"] == 1
+        edges = window._replace(since=STORY[1]["ended_at"], until=STORY[4]["ended_at"])  # in, and not in
+        assert session_events.sessions(reader, edges)["total_count_in_window"] == 3
 
         may_13 = session_events.instant("2026-05-13T00:00:00Z")
         assert session_events.session(reader, s1[:6], may_13) == {
@@ -338,6 +340,11 @@ def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
             assert found == reference_edges(inside)
             who = {r["session_id_hash"]: r["github_hash"] or r["identity_hash"] for r in inside}
             assert all(e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"])
+            hand_overs = sum(len(refs) for (a, b), refs in found.items() if who[a] != who[b])
+            assert graph["totals"]["hand_overs"] == hand_overs
+            if inside:
+                _, data, left_out = session_events.figure(reader.window(window)[::-1])
+                assert (sum(s[5] for s in data["sessions"]), left_out) == (hand_overs, 0)
             activity = session_events.activity(reader, window)
             for period in activity["days"]:
                 day = [r for r in inside if r["ended_at"][:10] == period["period"]]
@@ -451,6 +458,15 @@ def test_hostile_rows_change_nothing(tmp_path, capfdbinary):
             assert not re.search(r"(?m)(^|,)\"?[=+@]", out), name
         if form == "html":
             assert out.lower().count("<script") == out.lower().count("</script") == 2 and "<img" not in out
+    filters = session_events.Filters(since="2026-05-01", until="2026-06-01")
+    with session_events.reading(db) as reader:
+        pages = [session_events.replay_page(reader, filters), session_events.sessions_page(reader, filters),
+                 session_events.session_page(reader, sha("session hostile")),
+                 session_events.discoveries_page(reader, filters, "recent"),
+                 *(session_events.discovery_page(reader, ref) for ref in HOSTILE_REFS if "\0" not in ref)]
+    for page in pages:
+        assert "<img" not in page and "<!--" not in page and "\x1b" not in page and "\u202e" not in page
+        assert page.count("<script") == page.count("</script")
     status, out, err = answered(capfdbinary,
                                 ["sessions", "--db", db, *IN_MAY, "--limit", 1000, "--format", "json"])
     left = {s["session_id_hash"]: s for s in json.loads(out)["sessions"]}
@@ -690,6 +706,7 @@ def test_queries_use_the_indexes(tmp_path):
         session_events.sessions(reader, window)
         session_events.graph(reader, window)
         session_events.session(reader, sha("session", 1)[:8])
+        session_events.session(reader, sha("session", 1))
         session_events.discoveries(reader, window)
         session_events.discoveries(reader, window, sort="recent")
         session_events.discovery(reader, "x", window)
@@ -746,7 +763,10 @@ class View:
 
     def __exit__(self, *error):
         self.process.send_signal(signal.SIGINT)
-        self.status = self.process.wait(30)
+        try:
+            self.status = self.process.wait(60)
+        finally:
+            self.process.kill()
         self.complaints = self.process.stderr.read().decode()
         self.process.stdout.close()
         self.process.stderr.close()
