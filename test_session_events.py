@@ -2348,10 +2348,10 @@ def test_the_replay_in_chromium(tmp_path, chromium):
         chromium.js('document.getElementById("speed").value = "8"')
         chromium.key(" ", 32)
         assert chromium.js('document.getElementById("play").textContent') == "Pause"
-        chromium.until('document.querySelectorAll("#discs a:not(.later)").length == 2')
+        chromium.until('document.querySelectorAll("#discs a:not(.later)").length >= 2')
         chromium.key(" ", 32)
         paused = chromium.js(SEEN)
-        assert chromium.js('document.getElementById("play").textContent') == "Play" and paused["discs"] == 2
+        assert chromium.js('document.getElementById("play").textContent') == "Play" and paused["discs"] >= 2
         assert paused["address"][3:19].replace("T", " ") + " UTC" == paused["moment"]
         chromium.key("End", 35)
         assert chromium.js(SEEN)["discs"] == 4
