@@ -2217,6 +2217,7 @@ class Chromium:
         self.tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(domain + ".enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def listen(self):
         while b"\0" not in self.heard:
@@ -2240,19 +2241,25 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def wait(self, method):
-        while not any(event.get("method") == method for event in self.events):
+    def loaded(self, wanted):
+        """Waits until a page is there: the first whose loader's id is `wanted`."""
+        while True:
+            for event in self.events:
+                at = event["params"] if event.get("method") == "Page.lifecycleEvent" else {}
+                if at.get("name") == "load" and wanted(at["loaderId"]):
+                    return
             self.events.append(self.listen())
 
     def open(self, url):
         for address in ("about:blank", url):  # first away: another #... alone would load nothing
-            self.follow(lambda address=address: self.call("Page.navigate", url=address))
+            self.loaded(self.call("Page.navigate", url=address)["loaderId"].__eq__)
 
     def follow(self, action):
         """Does what leads to another page, and waits until that is there."""
-        self.events = [event for event in self.events if event.get("method") != "Page.loadEventFired"]
+        known = {event["params"]["loaderId"] for event in self.events
+                 if event.get("method") == "Page.lifecycleEvent"}
         action()
-        self.wait("Page.loadEventFired")
+        self.loaded(lambda loader: loader not in known)
 
     def js(self, expression):
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
