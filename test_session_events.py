@@ -1881,7 +1881,9 @@ def test_export_in_constant_memory(tmp_path):
         subprocess.run([sys.executable, str(ROOT / "session_events.py"), "export", "--db", db, *IN_MAY],
                        stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
         os.close(theirs)
-        assert b"50,000 of 50,000 sessions" in os.read(ours, 1 << 16)
+        shown = os.read(ours, 1 << 16)
+        assert b"\r5,000 of 50,000 sessions\r10,000 of" in shown
+        assert shown.endswith(b"\r50,000 of 50,000 sessions\r\n")
         os.close(ours)
 
 
@@ -2052,6 +2054,8 @@ def test_the_door_of_the_viewer(tmp_path):
             r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
                             headers["set-cookie"])
         cookie = {"Cookie": "other=1; " + headers["set-cookie"].split(";")[0]}
+        for guess in ("=", "=x", "=" + "A" * 32, ""):
+            assert http(view.address, "/", {"Cookie": "session_events_%d%s" % (view.address[1], guess)})[0] == 403
         assert http(view.address, view.url[len(view.base):])[0] == 403  # used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base):], cookie)[0] == 303
