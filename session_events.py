@@ -1,0 +1,2490 @@
+#!/usr/bin/env python3
+"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file, no install.
+
+    python3 session_events.py demo                                try it: synthetic sessions, the page on them
+    python3 session_events.py view --db events.db --open          the page on your own
+    python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
+
+Promises: the database is opened read-only, each command reads one moment of it (one transaction), and a
+running server goes first. Every row is checked when it is read: what is no session is left out and
+counted, and what somebody wrote into a discovery is shown as text, whatever it contains. A developer appears
+as the first digits of a hash, never as the whole; the page answers this machine only, and asks nothing of any
+other.
+
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
+is the same developer on both sides of its first day. Times are UTC; so are a day, a week (from Monday), a
+month.
+
+As a library (all results are plain dicts and lists, the same as `--format json`):
+
+    import session_events
+    with session_events.reading("events.db") as reader:
+        week = session_events.last_days(7)
+        print(session_events.graph(reader, week)["totals"])
+
+Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database file →
+viewer → demo → command line.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import csv
+import datetime
+import errno
+import hashlib
+import hmac
+import html
+import http.server
+import io
+import json
+import math
+import os
+import random
+import re
+import secrets
+import signal
+import sqlite3
+import sys
+import tempfile
+import threading
+import urllib.parse
+import uuid
+import webbrowser
+from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    Union,
+)
+
+# ======================================================================================================
+# The contract
+# ======================================================================================================
+
+SCHEMA_VERSION = 1
+TABLES = {
+    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
+                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
+    "session_discoveries": ("discovery_ref", "event_id"),
+}
+MOST_TOOLS, MOST_TOKENS, MOST_REFS = 1_000_000, 1_000_000_000, 200
+PREFIX = 8  # digits of a developer's hash that are shown
+ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
+RELATED_DAYS, RELATED_LIMIT = 30, 50
+DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
+SORTS = ("session_count", "distinct_identity_count", "recent")
+END_OF_TIME = "9999"  # above every moment that can be written, below any other junk that starts with a letter
+
+Plain = Dict[str, Any]  # what json.dumps takes
+
+# ======================================================================================================
+# A row: every cell is hostile until it has been through here
+# ======================================================================================================
+
+is_hash = re.compile(r"[0-9a-f]{64}").fullmatch
+is_branch = re.compile(r"[0-9a-f]{7,40}").fullmatch
+is_version = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}").fullmatch
+MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+                    re.ASCII)
+EPOCH = datetime.datetime(1970, 1, 1)
+DAY_MS = 86_400_000
+
+
+class Session(NamedTuple):
+    """One row that has been checked. `ended` is milliseconds since 1970, UTC."""
+
+    id: int
+    identity: str
+    github: Optional[str]
+    session: str
+    ended: int
+    tools: int
+    tokens: int
+    branch: Optional[str]
+    refs: Tuple[str, ...]
+    version: str
+
+    @property
+    def developer(self) -> str:
+        """The whole key of who it was; goes through `labels` before anybody sees it."""
+        return self.github or self.identity
+
+
+def instant(text: object) -> Optional[int]:
+    """Milliseconds since 1970 of an ISO 8601 date and time (CONTRACT §1), None if it is not one."""
+    match = MOMENT.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        return None
+    year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
+    try:
+        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+    except ValueError:
+        return None
+    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "") + "000")[:3])
+    if not sign:
+        return ms
+    if int(off_hour) > 23 or int(off_minute) > 59:
+        return None
+    return ms - (int(off_hour) * 60 + int(off_minute)) * 60_000 * (1 if sign == "+" else -1)
+
+
+def moment_text(ms: int) -> str:
+    """The stored form of a moment: UTC with milliseconds, so that text order is time order."""
+    try:
+        moment = EPOCH + datetime.timedelta(milliseconds=ms)
+    except OverflowError:
+        moment = datetime.datetime.min if ms < 0 else datetime.datetime.max
+    return moment.isoformat(timespec="milliseconds") + "Z"
+
+
+def moment_or_none(text: object) -> Optional[str]:
+    ms = instant(text)
+    return None if ms is None else moment_text(ms)
+
+
+def now_ms() -> int:
+    return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
+
+
+def whole(value: object, most: int) -> int:
+    """A count as the contract has it: anything else counts as 0."""
+    return value if isinstance(value, int) and 0 <= value <= most else 0
+
+
+def refs_of(text: object) -> Tuple[str, ...]:
+    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
+
+    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
+    anything: renderers neutralise it."""
+    try:
+        values = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        values = list(values.values())
+    strings = (value.encode("utf-8", "replace").decode() for value in (
+        values if isinstance(values, list) else [values]) if isinstance(value, str))
+    return tuple(dict.fromkeys(strings))[:MOST_REFS]
+
+
+COLUMNS = ("e.id, e.identity_hash, e.github_hash, e.session_id_hash, e.ended_at, e.tool_count,"
+           " e.tokens_saved, e.branch_sha, e.discovery_refs_json, e.plugin_version")
+
+
+def session_of(row: Sequence[Any]) -> Optional[Session]:
+    """A row of COLUMNS as a Session, or None if who, which or when is not what the contract says.
+
+    The other columns have a harmless stand-in each: 0, None, no discoveries, version "0.0.0"."""
+    identity, github, session, ended = row[1], row[2], row[3], instant(row[4])
+    if not (isinstance(identity, str) and is_hash(identity)):
+        return None
+    if not (isinstance(session, str) and is_hash(session)) or ended is None:
+        return None
+    branch, version = row[7], row[9]
+    return Session(
+        row[0], identity, github if isinstance(github, str) and is_hash(github) else None, session, ended,
+        whole(row[5], MOST_TOOLS), whole(row[6], MOST_TOKENS),
+        branch if isinstance(branch, str) and is_branch(branch) else None,
+        refs_of(row[8]), version if isinstance(version, str) and is_version(version) else "0.0.0")
+
+
+def alike(a: str, b: str) -> int:
+    """How many characters two texts have in common from the start."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def labels(keys: Iterable[str]) -> Dict[str, str]:
+    """{whole hash: what is shown of it}: 8 digits, longer only where two would look alike."""
+    ordered = sorted(set(keys))
+    shown = {}
+    for before, key, after in zip(["", *ordered], ordered, [*ordered[1:], ""]):
+        shown[key] = key[:max(PREFIX, alike(before, key) + 1, alike(key, after) + 1)]
+    return shown
+
+
+def plain_session(s: Session) -> Plain:
+    """S of CONTRACT §7, to the letter."""
+    return {"session_id_hash": s.session, "identity_hash_prefix": s.identity[:PREFIX],
+            "github_hash_prefix": s.github and s.github[:PREFIX], "ended_at": moment_text(s.ended),
+            "tool_count": s.tools, "tokens_saved": s.tokens, "branch_sha": s.branch,
+            "discovery_refs": list(s.refs)}
+
+
+def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
+    """S of each, with `developer`: the label under which the graph and the pages know who it was."""
+    shown = labels(s.developer for s in sessions)
+    return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
+
+
+# ======================================================================================================
+# Queries
+# ======================================================================================================
+
+
+class NotFound(Exception):
+    """What was asked for is not there, or is not one thing; the text says so to a person."""
+
+
+class Window(NamedTuple):
+    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a GitHub hash
+    (None: both), touching one discovery (None: any)."""
+
+    since: str
+    until: str = END_OF_TIME
+    github: Optional[bool] = None
+    discovery: Optional[str] = None
+
+
+EVER = Window("")
+
+
+def last_days(days: float, github: Optional[bool] = None, discovery: Optional[str] = None) -> Window:
+    """The window of the last `days` days, open at the end: a clock that runs ahead loses no session."""
+    return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
+
+
+def day_start(text: str) -> Optional[str]:
+    """The stored form of a date or a moment, None if it is neither."""
+    return moment_or_none(text) or moment_or_none(text + "T00:00:00")
+
+
+def window_between(days: int, since: str, until: str, github: Optional[bool],
+                   discovery: Optional[str]) -> Window:
+    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or now)."""
+    end = day_start(until)
+    start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
+    return Window(start, end or END_OF_TIME, github, discovery)
+
+
+GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
+
+
+def where(window: Window) -> Tuple[str, List[Any]]:
+    """The window as a condition on `session_events e`, and its parameters."""
+    sql, values = "e.ended_at >= ? AND e.ended_at < ?" + GITHUB[window.github], [window.since, window.until]
+    if window.discovery is not None:
+        sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
+        values.append(window.discovery)
+    return sql, values
+
+
+class Reader:
+    """One read transaction. `left_out` counts the rows met so far that were no sessions."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+        self.left_out = 0
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
+        return self.connection.execute(sql, [
+            v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
+
+    def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
+        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
+        for row in self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values):
+            session = session_of(row)
+            if session is None:
+                self.left_out += 1
+            else:
+                yield session
+
+    def window(self, window: Window, limit: int = -1) -> List[Session]:
+        """The sessions of a window, newest first (the later stored first where two ended together)."""
+        sql, values = where(window)
+        return list(self.sessions("WHERE " + sql + " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
+                                  [*values, limit]))
+
+    def count(self, window: Window) -> int:
+        sql, values = where(window)
+        return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
+
+
+def span(window: Window) -> Plain:
+    return {"since": window.since, "until": None if window.until == END_OF_TIME else window.until}
+
+
+def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
+    """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
+    found = reader.window(window, limit)
+    return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+
+
+NEWEST = 2000  # rows looked at first: most of the sessions that people ask for are recent
+IDENTITIES, AT_ONCE = 5000, 500  # identities looked through one by one, and so many in one query
+NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
+    WHERE session_id_hash >= ? AND session_id_hash < ?"""
+IDENTITY_IDS = """WITH RECURSIVE one (identity) AS (
+    SELECT min(identity_hash) FROM session_events WHERE identity_hash > ?
+    UNION ALL
+    SELECT (SELECT min(identity_hash) FROM session_events WHERE identity_hash > identity) FROM one
+      WHERE identity IS NOT NULL LIMIT ?)
+  SELECT max(identity), max(identity IS NULL), group_concat(e.id) FROM one LEFT JOIN session_events e
+    ON e.identity_hash = identity AND e.session_id_hash >= ? AND e.session_id_hash < ?"""
+ALL_IDS = "SELECT id FROM session_events WHERE session_id_hash >= ? AND session_id_hash < ? LIMIT ?"
+
+
+def session_ids(reader: Reader, prefix: str) -> List[int]:
+    """The ids of the rows whose session starts with `prefix`; of a whole hash, those found first are enough.
+
+    No index starts with the session. So, for a whole hash, first the newest rows (2 ms); then a step per
+    identity through the unique index, as far as that pays (all of 4,000 identities: 20 ms); then all of the
+    index (of a million rows: 60 ms)."""
+    whole_hash = len(prefix) == 64
+    bounds = [prefix, prefix + "g"]  # "g" is above every digit
+    found = [row_id for row_id, in reader.rows(NEWEST_IDS, [NEWEST, *bounds])] if whole_hash else []
+    if found:
+        return found
+    identity = ""
+    for _ in range(0, IDENTITIES, AT_ONCE):
+        identity, at_end, ids = reader.rows(IDENTITY_IDS, [identity, AT_ONCE, *bounds]).fetchone()
+        found += map(int, ids.split(",")) if ids else []
+        if at_end or (whole_hash and found):
+            return found
+    return [row_id for row_id, in reader.rows(ALL_IDS, [*bounds, 1 if whole_hash else -1])]
+
+
+def find_session(reader: Reader, prefix: str) -> Session:
+    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as over the end
+    of a quarter, one of the two rows). Raises NotFound when there is none, or when the prefix fits several
+    sessions."""
+    prefix = prefix.lower()
+    if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
+        raise NotFound("a session is named by 4 to 64 hex digits of its hash")
+    ids = session_ids(reader, prefix)
+    found: List[Session] = []
+    for row_id in ids[:1000]:
+        found += reader.sessions("WHERE e.id = ?", [row_id])
+    if not found:
+        raise NotFound("no session starts with these digits")
+    names = sorted({s.session for s in found})
+    if len(names) > 1:
+        raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
+            "at least " if len(ids) > 1000 else "", len(names), ", ".join(name[:16] for name in names[:4]),
+            " ..." if names[4:] else ""))
+    return max(found, key=lambda s: (s.ended, s.id))
+
+
+def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
+    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of the last 30
+    days, newest first, at most 50. Raises NotFound."""
+    one = find_session(reader, prefix)
+    since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
+    related = list(reader.sessions(
+        "WHERE e.identity_hash = ? AND e.ended_at >= ? AND e.ended_at < ? AND e.id <> ?"
+        " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
+        [one.identity, since, END_OF_TIME, one.id, RELATED_LIMIT]))
+    first, *rest = plain_sessions([one, *related])
+    return {"session": first, "related": rest}
+
+
+AGGREGATE = """SELECT d.discovery_ref, count(*), count(DISTINCT e.identity_hash), min(e.ended_at),
+    max(e.ended_at)
+  FROM session_discoveries d CROSS JOIN session_events e ON e.id = d.event_id
+  WHERE d.discovery_ref IN (%s) AND d.event_id BETWEEN ? AND ? AND e.ended_at >= ? AND e.ended_at < ?%s
+  GROUP BY 1"""
+BOUNDS = """SELECT discovery_ref, count(*) FROM session_discoveries
+  WHERE event_id BETWEEN ? AND ? AND typeof(discovery_ref) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"""
+BATCH = 50
+Aggregate = Tuple[Any, ...]  # a row of AGGREGATE
+
+
+def by_bound(reader: Reader, window: Window, limit: int, column: int,
+             ids: Tuple[int, int]) -> List[Aggregate]:
+    """The `limit` rows of AGGREGATE with the largest `column` (1 sessions, 2 identities).
+
+    Looking up every session of every discovery costs 1 s for the 670,000 edges of a month; counting edges in
+    their own table costs 0.1 s and can only be too high. So discoveries are looked at in the order of that
+    bound, until none that is left can still be among the first: 0.3 s where some lead, as they do."""
+    found: List[Aggregate] = []
+
+    def rank(row: Aggregate) -> Tuple[int, str]:
+        return -row[column], row[0]
+
+    bounds = reader.rows(BOUNDS, ids)
+    batch = bounds.fetchmany(BATCH)
+    while batch:
+        names = [name for name, _ in batch]
+        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
+                             [*names, *ids, window.since, window.until])
+        found.sort(key=rank)
+        del found[limit:]
+        batch = bounds.fetchmany(BATCH)
+        if batch and len(found) == limit and rank(found[-1]) < (-batch[0][1], batch[0][0]):
+            break
+    return found
+
+
+def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
+    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
+    order. Where there are not more than `limit` at all, all of them."""
+    names = dict.fromkeys(name for name, in reader.rows(
+        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
+        [limit + 1]))
+    if len(names) <= limit:
+        return list(names)
+    names.clear()
+    sql, values = where(window._replace(discovery=None))
+    full_at = ""
+    for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
+                                      + sql + " ORDER BY e.ended_at DESC", values):
+        if full_at and ended_at != full_at:
+            break
+        names.update(dict.fromkeys(refs_of(refs)))
+        full_at = full_at or (ended_at if len(names) >= limit else "")
+    return list(names)
+
+
+def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
+    """The `limit` rows of AGGREGATE that were seen last."""
+    found: List[Aggregate] = []
+    every = recent_names(reader, window, limit)
+    for start in range(0, len(every), BATCH):
+        names = every[start:start + BATCH]
+        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
+                             [*names, *ids, window.since, window.until])
+    found.sort(key=lambda row: str(row[0]))
+    found.sort(key=lambda row: str(row[4]), reverse=True)
+    return found[:limit]
+
+
+def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count") -> Plain:
+    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
+    "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
+    within the window; its `discovery` is not looked at. A time that is no time is None."""
+    now = moment_text(now_ms())
+    ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
+                      [window.since, window.until]).fetchone()
+    if ids[0] is None:
+        found = []
+    elif sort == "recent":
+        found = by_recency(reader, window, limit, ids)
+    else:
+        found = by_bound(reader, window, limit, 1 + SORTS.index(sort), ids)
+    return dict(span(window), discoveries=[
+        {"discovery_id": name, "first_seen_at": moment_or_none(first), "last_seen_at": moment_or_none(last),
+         "session_count": count, "distinct_identity_count": identities, "last_aggregated_at": now}
+        for name, count, identities, first, last in found])
+
+
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Plain:
+    """How one discovery went round in the window: {"discovery_id", "first_seen_at", "last_seen_at",
+    "session_count", "distinct_identity_count", "developer_count", "reached": [{"at", "developer",
+    "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash", "developer",
+    "ended_at", "crosses"} ...] in time order}, both lists cut after `limit`. Raises NotFound when no session
+    of the window touched it."""
+    sql, values = where(window._replace(discovery=None))
+    identities: Set[str] = set()
+    reached: Dict[str, Session] = {}
+    path: List[Session] = []
+    count = 0
+    last = None
+    for last in reader.sessions("JOIN session_discoveries d ON d.event_id = e.id WHERE d.discovery_ref = ?"
+                                " AND " + sql + " ORDER BY e.ended_at, e.id", [ref, *values]):
+        count += 1
+        identities.add(last.identity)
+        reached.setdefault(last.developer, last)
+        if len(path) < limit:
+            path.append(last)
+    if last is None:
+        raise NotFound("no session of this window touched this discovery")
+    shown = labels(reached)
+    return dict(
+        span(window), discovery_id=ref, first_seen_at=moment_text(path[0].ended),
+        last_seen_at=moment_text(last.ended), session_count=count, distinct_identity_count=len(identities),
+        developer_count=len(reached),
+        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
+                 for s in list(reached.values())[:limit]],
+        path=[{"session_id_hash": s.session, "developer": shown[s.developer],
+               "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
+              for before, s in zip([path[0], *path], path)])
+
+
+DONE = """SELECT e.ended_at, coalesce(e.github_hash, e.identity_hash), e.tool_count, e.tokens_saved
+  FROM session_events e WHERE """
+ACTIVE_DAYS = (1, 7, 28)
+
+
+class Tally(NamedTuple):
+    """What one developer did on one day (`datetime.date.toordinal`)."""
+
+    day: int
+    developer: str
+    sessions: int
+    tools: int
+    tokens: int
+
+
+def tallied(reader: Reader, window: Window) -> List[Tally]:
+    """The window's sessions by day and developer. Adding up here takes half the time of SQLite's GROUP BY,
+    which sorts every row by 75 characters."""
+    sql, values = where(window)
+    sums: Dict[Tuple[str, str], List[int]] = {}
+    for ended_at, developer, tools, tokens in reader.rows(DONE + sql, values):
+        row = sums.setdefault((str(ended_at)[:10], str(developer)), [0, 0, 0])
+        row[0] += 1
+        row[1] += whole(tools, MOST_TOOLS)
+        row[2] += whole(tokens, MOST_TOKENS)
+    tallies = []
+    for (date, developer), counts in sums.items():
+        midnight = instant(date + "T00:00:00")
+        if midnight is None or not is_hash(developer):
+            reader.left_out += counts[0]
+        else:
+            tallies.append(Tally(midnight // DAY_MS + EPOCH.toordinal(), developer, *counts))
+    return tallies
+
+
+def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
+    "developers", "came_back"} ...]}, P = {"period", "developers", "came_back", "sessions", "tool_count",
+    "tokens_saved"}.
+
+    `came_back` of a period: how many of its developers were there in the period before it, too (within the
+    window); of the active: in as many days before. The active are counted to the end of the window, its last
+    day included. A row that is no session in the days before the window is counted as left out, too."""
+    end = min(window.until, moment_text((now_ms() if now is None else now) + 1))
+    last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
+    first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
+    inside = tallied(reader, window)
+    before = tallied(reader, earlier) if earlier.since < earlier.until else []
+    return dict(span(window), active=active([*before, *inside], last_day), **periods(inside))
+
+
+def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
+    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days before."""
+    def who(first: int, last: int) -> Set[str]:
+        return {t.developer for t in tallies if first <= t.day <= last}
+
+    spans = [(days, who(last_day - days + 1, last_day), who(last_day - 2 * days + 1, last_day - days))
+             for days in ACTIVE_DAYS]
+    return [{"days": days, "developers": len(here), "came_back": len(here & before)}
+            for days, here, before in spans]
+
+
+def week_name(day: int) -> str:
+    year, week, _ = datetime.date.fromordinal(day).isocalendar()
+    return "%04d-W%02d" % (year, week)
+
+
+PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its name, a day of the one before
+    "days": (lambda day: datetime.date.fromordinal(day).isoformat(), lambda day: day - 1),
+    "weeks": (week_name, lambda day: day - 7),
+    "months": (lambda day: datetime.date.fromordinal(day).isoformat()[:7],
+               lambda day: day - datetime.date.fromordinal(day).day),
+}
+FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
+
+
+def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
+    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order."""
+    days = sorted({t.day for t in tallies})
+    if days and days[-1] - days[0] <= FILLED_DAYS:
+        days = list(range(days[0], days[-1] + 1))
+    rolled = {}
+    for kind, (name, before) in PERIODS.items():
+        totals: Dict[str, List[Any]] = {name(day): [set(), 0, 0, 0, name(max(1, before(day)))]
+                                        for day in days}
+        for t in tallies:
+            total = totals[name(t.day)]
+            total[0].add(t.developer)
+            total[1] += t.sessions
+            total[2] += t.tools
+            total[3] += t.tokens
+        rolled[kind] = [
+            {"period": period, "developers": len(who),
+             "came_back": len(who & totals[previous][0]) if previous in totals and previous != period else 0,
+             "sessions": count, "tool_count": tools, "tokens_saved": tokens}
+            for period, (who, count, tools, tokens, previous) in totals.items()]
+    return rolled
+
+
+def exported(reader: Reader, window: Window) -> Iterator[Plain]:
+    """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
+
+    All labels have one length, the least at which no two developers of the window look alike; finding it
+    reads the developers once, in order, and remembers one of them."""
+    for pragma in ("mmap_size = 0", "cache_size = -8192"):  # a map of a large file would count as memory
+        reader.rows("PRAGMA " + pragma)
+    sql, values = where(window)
+    length, before = PREFIX, ""
+    for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
+                              " WHERE " + sql + " ORDER BY 1", values):
+        if isinstance(key, str) and is_hash(key):
+            length = max(length, alike(before, key) + 1)
+            before = key
+    for s in reader.sessions("WHERE " + sql + " ORDER BY e.ended_at, e.id", values):
+        yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
+
+
+# ======================================================================================================
+# The graph (pure: sessions in, plain data out)
+# ======================================================================================================
+
+
+class Edge(NamedTuple):
+    """Knowledge carried on: positions of two sessions in a list in time order, and the discoveries."""
+
+    source: int
+    target: int
+    refs: Tuple[str, ...]
+
+
+def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
+    """For each discovery (or for `only` that one), an edge from each session that touched it to the next one
+    that did; edges between the same two are one edge. `ordered` is in time order; so are the edges, by
+    target."""
+    last: Dict[str, int] = {}
+    carried: Dict[Tuple[int, int], List[str]] = {}
+    for target, s in enumerate(ordered):
+        for ref in s.refs if only is None else {only}.intersection(s.refs):
+            source = last.get(ref)
+            if source is not None:
+                carried.setdefault((source, target), []).append(ref)
+            last[ref] = target
+    return [Edge(source, target, tuple(refs)) for (source, target), refs in carried.items()]
+
+
+def node_ids(ordered: Sequence[Session]) -> List[str]:
+    """What names each node: its session's hash, with "-2" where a second machine or quarter has the same."""
+    seen: Dict[str, int] = {}
+    names = []
+    for s in ordered:
+        seen[s.session] = seen.get(s.session, 0) + 1
+        names.append(s.session if seen[s.session] == 1 else "%s-%d" % (s.session, seen[s.session]))
+    return names
+
+
+def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
+    """The session graph of sessions in time order (see `graph` for the shape), or `only` one discovery's."""
+    shown = labels(s.developer for s in ordered)
+    names = node_ids(ordered)
+    found = edges_of(ordered, only)
+    who = [s.developer for s in ordered]
+    flows: Dict[Tuple[str, str], List[int]] = {}
+    hand_overs = 0
+    for edge in found:
+        flow = flows.setdefault((shown[who[edge.source]], shown[who[edge.target]]), [0, 0])
+        flow[0] += 1
+        flow[1] += len(edge.refs)
+        hand_overs += len(edge.refs) if who[edge.source] != who[edge.target] else 0
+    return {
+        "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
+                  for name, s in zip(names, ordered)],
+        "edges": [{"source": names[e.source], "target": names[e.target], "discoveries": list(e.refs),
+                   "crosses": who[e.source] != who[e.target]} for e in found],
+        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs, "crosses": a != b}
+                       for (a, b), (edges, refs) in sorted(flows.items(), key=lambda f: (-f[1][1], f[0]))],
+        "totals": {"sessions": len(ordered), "developers": len(shown),
+                   "tool_count": sum(s.tools for s in ordered),
+                   "tokens_saved": sum(s.tokens for s in ordered),
+                   "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+                   "hand_overs": hand_overs},
+    }
+
+
+def graph(reader: Reader, window: Window, limit: int = DRAWN) -> Plain:
+    """The session graph of the newest `limit` sessions of a window (negative: of all):
+
+    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest first,
+    "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer to another} ...],
+    "developers": [{"source", "target" (developers), "edges", "discoveries" (how often one was carried),
+    "crosses"} ...] most carried first, "totals": {"sessions", "developers", "tool_count", "tokens_saved",
+    "discoveries", "hand_overs": how often a discovery went from one developer to another}}."""
+    newest = reader.window(window, limit)
+    return dict(span(window), total_count_in_window=reader.count(window),
+                **graph_of(newest[::-1], window.discovery))
+
+
+# ======================================================================================================
+# Renderers: text, CSV, DOT (pure: plain data in, text out)
+# ======================================================================================================
+
+COLUMNS_OF_A_TERMINAL = 80
+UNSEEN = re.compile(r"[^ -~]")
+
+
+def visible(text: str) -> str:
+    """The text with everything but printable ASCII as \\u escapes. All that the contract allows comes out as
+    it is; what else a stranger's row can hold (terminal commands, right-to-left marks) loses its power."""
+    return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def fit(text: str, width: int) -> str:
+    return text if len(text) <= width else text[:max(0, width - 3)] + "..."
+
+
+def minute(moment: Optional[str]) -> str:
+    return "-" if moment is None else moment[:16].replace("T", " ")
+
+
+def refs_cell(refs: Sequence[str], width: int = 20) -> str:
+    first = fit(visible(refs[0]), width) if refs else "-"
+    return first + (" +%d" % (len(refs) - 1) if len(refs) > 1 else "")
+
+
+class Column(NamedTuple):
+    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's length."""
+
+    title: str
+    cell: Callable[[Plain], Any]
+    elastic: bool = False
+
+
+def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
+    values = [[column.cell(row) for column in columns] for row in rows]
+    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line] for line in values]
+    widths = [max(map(len, column)) for column in zip([c.title for c in columns], *cells)]
+    right = [any(isinstance(line[i], int) for line in values) for i in range(len(columns))]
+    for i, column in enumerate(columns):
+        if column.elastic:
+            others = sum(widths) - widths[i] + 2 * (len(widths) - 1)
+            widths[i] = max(len(column.title), min(widths[i], COLUMNS_OF_A_TERMINAL - others))
+    lines = []
+    for line in [[c.title for c in columns], *cells]:
+        padded = [(fit(cell, w).rjust if r else fit(cell, w).ljust)(w)
+                  for cell, w, r in zip(line, widths, right)]
+        lines.append("  ".join(padded).rstrip() + "\n")
+    return "".join(lines)
+
+
+ENDED = Column("ended (UTC)", lambda row: minute(row["ended_at"]))
+SESSION = Column("session", lambda row: row["session_id_hash"][:12])
+DEVELOPER = Column("developer", lambda row: row["developer"])
+SESSION_COLUMNS = (
+    ENDED, SESSION, DEVELOPER,
+    Column("calls", lambda row: row["tool_count"]),
+    Column("saved", lambda row: row["tokens_saved"]),
+    Column("discoveries", lambda row: refs_cell(row["discovery_refs"], 128), elastic=True),
+)
+DISCOVERY_COLUMNS = (
+    Column("discovery", lambda row: row["discovery_id"], elastic=True),
+    Column("sessions", lambda row: row["session_count"]),
+    Column("identities", lambda row: row["distinct_identity_count"]),
+    Column("first seen", lambda row: minute(row["first_seen_at"])[:10]),
+    Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
+)
+FLOW_COLUMNS = (
+    Column("from", lambda row: row["source"]),
+    Column("to", lambda row: row["target"]),
+    Column("discoveries", lambda row: row["discoveries"]),
+    Column("sessions", lambda row: row["edges"]),
+)
+REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
+PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
+                Column("", lambda row: "from another developer" if row["crosses"] else ""))
+
+
+def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
+    most = max((row["sessions"] for row in rows), default=0) or 1
+    return (
+        Column("period", lambda row: row["period"]),
+        Column("developers", lambda row: row["developers"]),
+        Column("came back", lambda row: row["came_back"]),
+        Column("sessions", lambda row: row["sessions"]),
+        Column("calls", lambda row: row["tool_count"]),
+        Column("saved", lambda row: row["tokens_saved"]),
+        Column("", lambda row: "#" * math.ceil(16 * row["sessions"] / most), elastic=True),
+    )
+
+
+def sessions_text(result: Plain) -> str:
+    shown, total = len(result["sessions"]), result["total_count_in_window"]
+    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown, total) if total > shown else ""
+    return text_table(SESSION_COLUMNS, result["sessions"]) + more
+
+
+def session_text(result: Plain) -> str:
+    s = result["session"]
+    lines = [("session", s["session_id_hash"]), ("developer", s["developer"]),
+             ("with GitHub", "yes" if s["github_hash_prefix"] else "no"), ("ended", s["ended_at"]),
+             ("tool calls", digits(s["tool_count"])), ("tokens saved", digits(s["tokens_saved"])),
+             ("branch", s["branch_sha"] or "-")]
+    lines += [("" if i else "discoveries", fit(visible(ref), 64))
+              for i, ref in enumerate(s["discovery_refs"])]
+    text = "".join("%-13s %s\n" % line for line in lines)
+    if not result["related"]:
+        return text + "\nno other session of this identity in the last %d days\n" % RELATED_DAYS
+    return text + "\nthe same identity, last %d days\n" % RELATED_DAYS + text_table(SESSION_COLUMNS,
+                                                                                    result["related"])
+
+
+def discovery_text(result: Plain) -> str:
+    text = "%s\n%s to %s: %s sessions, %s developers\n\n" % (
+        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
+        minute(result["last_seen_at"]), "{:,}".format(result["session_count"]),
+        "{:,}".format(result["developer_count"]))
+    text += text_table(REACHED_COLUMNS, result["reached"]) + "\n" + text_table(PATH_COLUMNS, result["path"])
+    if result["session_count"] > len(result["path"]):
+        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
+    return text
+
+
+FLOWS_SHOWN = 20
+
+
+def graph_text(result: Plain) -> str:
+    totals = result["totals"]
+    flows = [flow for flow in result["developers"] if flow["crosses"]]
+    text = "".join("%-16s %12s\n" % (name, "{:,}".format(totals[key])) for name, key in COUNTERS)
+    if result["total_count_in_window"] > totals["sessions"]:
+        text += "\nof the newest {:,} sessions of {:,}; --limit takes more\n".format(
+            totals["sessions"], result["total_count_in_window"])
+    if flows:
+        text += "\nfrom developer to developer\n" + text_table(FLOW_COLUMNS, flows[:FLOWS_SHOWN])
+    if len(flows) > FLOWS_SHOWN:
+        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
+    return text
+
+
+def activity_text(result: Plain) -> str:
+    active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
+        row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
+    tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
+    return "".join(active_lines) + "\n" + "\n".join(tables)
+
+
+FORMULA = re.compile(r"[=+\-@]")  # what makes a spreadsheet compute a cell
+
+
+def csv_cell(value: object) -> object:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    if not isinstance(value, str):
+        return value
+    shown = visible(value)
+    return "'" + shown if FORMULA.match(shown) else shown
+
+
+def csv_text(rows: Iterable[Plain], header: bool = True) -> str:
+    """CSV with a header line; a list is one cell, its items parted by blanks."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    for row in rows:
+        if header:
+            writer.writerow(row)
+            header = False
+        writer.writerow(map(csv_cell, row.values()))
+    return out.getvalue()
+
+
+def json_text(result: Plain) -> str:
+    return json.dumps(result, indent=2) + "\n"
+
+
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def jsonl_text(rows: Iterable[Plain]) -> str:
+    return "".join(compact_json(row) + "\n" for row in rows)
+
+
+def dot_string(text: str) -> str:
+    return '"' + visible(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def dot_text(result: Plain) -> str:
+    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
+    boxes: Dict[str, List[Plain]] = {}
+    for node in result["nodes"]:
+        boxes.setdefault(node["developer"], []).append(node)
+    lines = ["digraph sessions {",
+             "  rankdir=LR; node [shape=circle fontsize=9]; edge [fontsize=8 color=gray60]"]
+    for developer, nodes in boxes.items():
+        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer), dot_string(developer)))
+        lines += ["    %s [label=%s]" % (dot_string(n["id"]), dot_string(n["session_id_hash"][:PREFIX]))
+                  for n in nodes]
+        lines.append("  }")
+    for edge in result["edges"]:
+        label = ", ".join(edge["discoveries"][:2]) + (", ..." if edge["discoveries"][2:] else "")
+        color = ' color="#d55e00" penwidth=2' if edge["crosses"] else ""
+        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]), dot_string(edge["target"]),
+                                                  dot_string(label), color))
+    return "\n".join(lines) + "\n}\n"
+
+
+# ======================================================================================================
+# Renderers: HTML (pure). Every value goes through `esc`; nothing on a page comes from elsewhere
+# ======================================================================================================
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430; --soft: #5a6675;
+  --line: #e2e4e2; --disc: #1f6fb2; --own: #8fa6bb; --cross: #d55e00; --lit: #1b2430; }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1;
+  --soft: #9aa7b6; --line: #29313c; --disc: #63b3f4; --own: #55708a; --cross: #ff9a3c; --lit: #ffffff; } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system,
+  "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
+.wrap { max-width: 1880px; margin: 0 auto; padding: 0 clamp(12px, 2vw, 36px) 40px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 16px 0 12px }
+header b { font-size: 17px; letter-spacing: -.01em }
+nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
+nav a { color: var(--soft); text-decoration: none; padding: 3px 0; border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink); border-color: var(--cross) }
+a { color: var(--disc) }
+a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, summary:focus-visible {
+  outline: 2px solid var(--cross); outline-offset: 2px }
+h1 { font-size: 21px; line-height: 1.3; letter-spacing: -.01em; margin: 10px 0 2px; overflow-wrap: anywhere }
+h1.m { font-size: 15px; white-space: normal; margin-bottom: 10px }
+h2 { font-size: 16px; margin: 28px 0 8px }
+p { margin: 4px 0 12px; max-width: 75ch }
+.note { color: var(--soft) }
+form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 14px; font-size: 13px }
+form label { display: grid; gap: 2px; color: var(--soft) }
+input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: 7px; padding: 5px 9px; min-height: 34px; max-width: 100% }
+button { cursor: pointer; font-weight: 600 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px;
+  margin: 0 0 14px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 10px;
+  margin: 12px 0 14px }
+.tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 9px 14px 10px }
+.tiles dt { color: var(--soft); font-size: 13px }
+.tiles dd { margin: 0; font-size: 23px; line-height: 1.25; font-weight: 650; letter-spacing: -.02em;
+  font-variant-numeric: tabular-nums }
+.tiles dd small { font-size: 13px; font-weight: 400; letter-spacing: 0; color: var(--soft) }
+.controls { display: none; align-items: center; flex-wrap: wrap; gap: 8px 12px; margin-bottom: 10px }
+.live .controls { display: flex }
+.controls button { min-width: 82px; background: var(--disc); border-color: var(--disc); color: var(--card) }
+.controls input { flex: 1 1 220px; padding: 0; min-width: 120px; accent-color: var(--disc); border: 0 }
+.controls output { font-variant-numeric: tabular-nums; min-width: 10.5em; font-weight: 600 }
+.stage { overflow-x: auto }
+#chart { display: block; width: 100%; min-width: 760px; height: auto }
+.live #chart { min-width: 0 }
+#panel .note { font-size: 14px }
+#chart text { fill: var(--soft);
+  font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
+#lanes line { stroke: var(--line) }
+#ticks line { stroke: var(--line); stroke-dasharray: 2 4 }
+#ticks text { text-anchor: middle }
+#now { stroke: var(--cross); stroke-width: 1.5 }
+#arcs { fill: none; pointer-events: none }
+#arcs path { stroke: var(--own); stroke-width: 1.1; stroke-dasharray: 3 3; opacity: .75 }
+#arcs .x { stroke: var(--cross); stroke-width: 1.5; stroke-dasharray: none; opacity: .62 }
+.dense #arcs path { opacity: .28; stroke-width: .8 }
+.dense #arcs .x { opacity: .3 }
+#discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8; transition: opacity .25s }
+#discs .g { fill: var(--disc); fill-opacity: .82; stroke: var(--card); stroke-width: 1 }
+#discs a { cursor: pointer; outline: none }
+#discs .later { opacity: .12; pointer-events: none }
+#arcs .later { display: none }
+.lit #arcs path { opacity: .06 }
+.lit #arcs .on { opacity: 1; stroke-width: 2.2 }
+.lit #discs a:not(.on) { opacity: .16 }
+#discs .at circle { stroke: var(--lit); stroke-width: 2.5; fill-opacity: 1 }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px;
+  margin-top: 8px }
+.legend span { display: inline-flex; align-items: center; gap: 7px }
+.legend svg { overflow: visible }
+.legend circle { fill: none; stroke: var(--disc); stroke-width: 1.8 }
+.legend .g { fill: var(--disc) }
+.legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
+.legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
+#panel { display: none; min-height: 84px; margin-bottom: 6px }
+.live #panel { display: block }
+#panel strong { font-weight: 650 }
+.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0 0; padding: 0; list-style: none }
+.chips li { max-width: 100% }
+.chips a, .chips span { display: inline-block; border: 1px solid var(--line); border-radius: 99px;
+  padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
+.scroll { overflow-x: auto; margin-top: 18px }
+table { border-collapse: collapse; min-width: min(100%, 620px); font-variant-numeric: tabular-nums }
+caption { text-align: left; color: var(--soft); padding: 0 0 6px }
+th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
+th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td { overflow-wrap: anywhere }
+.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
+.m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px;
+  white-space: nowrap }
+.d { min-width: 180px }
+.bar { width: 50vw; min-width: 60px; padding-right: 0 }
+.bar svg { display: block; width: 100%; height: 16px; margin-top: 3px }
+.bar rect { fill: var(--disc) }
+summary { cursor: pointer }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
+dl.facts dt { color: var(--soft) }
+dl.facts dd { margin: 0; overflow-wrap: anywhere }
+.skip { position: absolute; left: -999px }
+.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
+@media (max-width: 640px) {
+  form { display: grid; grid-template-columns: 1fr 1fr }
+  form input, form select { width: 100% }
+  .wide { display: none }
+  th, td { padding-right: 12px }
+  .tiles { grid-template-columns: 1fr 1fr 1fr; gap: 6px }
+  .tiles div { padding: 6px 9px }
+  .tiles dd { font-size: 18px }
+  .card { padding: 10px 11px }
+  dl.facts { grid-template-columns: 1fr; gap: 0 }
+  dl.facts dd { margin-bottom: 7px }
+}
+@media (prefers-reduced-motion: reduce) { * { transition: none !important } }
+"""
+
+SCRIPT = r"""
+"use strict";
+(() => {
+  const $ = id => document.getElementById(id);
+  const D = JSON.parse($("data").textContent), S = D.sessions, E = D.edges;
+  const chart = $("chart"), slider = $("slider"), play = $("play"), speed = $("speed"), panel = $("panel");
+  const links = [...chart.querySelectorAll("#discs a")], arcs = [...chart.querySelectorAll("#arcs path")];
+  const discs = links.map(a => a.firstElementChild), radii = discs.map(disc => disc.r.baseVal.value);
+  const lanes = [...chart.querySelectorAll("#lanes line")];
+  const ticks = [...chart.querySelectorAll("#ticks g")], hint = panel.innerHTML;
+  const number = n => n.toLocaleString("en-US");
+  const clock = t => new Date(D.start + t).toISOString();
+
+  // What the counters say after the first n sessions, and how many arcs there are by then.
+  const totals = [[0, 0, 0, 0, 0]], arcsBy = [0], developers = new Set(), refs = new Set();
+  S.forEach((s, i) => {
+    const last = totals[i];
+    developers.add(s[1]);
+    s[4].forEach(ref => refs.add(ref));
+    totals.push([i + 1, developers.size, last[2] + s[3], refs.size, last[4] + s[5]]);
+    let n = arcsBy[i];
+    while (n < E.length && E[n][1] <= i) n++;
+    arcsBy.push(n);
+  });
+  const arcsOf = new Map();
+  E.forEach((e, j) => e[2].forEach(ref => arcsOf.has(ref) ? arcsOf.get(ref).push(j) : arcsOf.set(ref, [j])));
+
+  // The moment.
+  let moment = D.span, sessions = S.length, written = 0, frame = 0, before = 0;
+  const endedBy = t => {
+    let low = 0, high = S.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (S[middle][0] <= t) low = middle + 1; else high = middle;
+    }
+    return low;
+  };
+  const reveal = (items, from, to) => {
+    for (let i = from; i < to; i++) items[i].classList.remove("later");
+    for (let i = to; i < from; i++) items[i].classList.add("later");
+  };
+  const show = t => {
+    moment = Math.min(D.span, Math.max(0, t));
+    const n = endedBy(moment), text = clock(moment);
+    reveal(links, sessions, n);
+    reveal(arcs, arcsBy[sessions], arcsBy[n]);
+    sessions = n;
+    totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
+    slider.value = moment;
+    slider.setAttribute("aria-valuetext", text.slice(0, 16).replace("T", " ") + " UTC, " + n + " sessions");
+    $("moment").textContent = text.slice(0, 16).replace("T", " ") + " UTC";
+    $("now").setAttribute("x1", x(moment));
+    $("now").setAttribute("x2", x(moment));
+  };
+  const write = () => { written = Date.now(); history.replaceState(null, "", "#t=" + clock(moment)); };
+  const read = () => {
+    const match = /^#t=(\d{4}-\d\d-\d\dT[\d:.]+Z)$/.exec(location.hash);
+    const t = match ? Date.parse(match[1]) : NaN;
+    if (!isNaN(t)) { stop(); show(t - D.start); }
+  };
+  const stop = () => {
+    if (frame) cancelAnimationFrame(frame);
+    frame = 0;
+    play.textContent = "Play";
+  };
+  const tick = time => {
+    const all = 40000;  // ms for the whole window at speed 1
+    const passed = Math.min(250, time - before);  // a page that was out of sight goes on where it was
+    show(moment + passed / all * D.span * Number(speed.value));
+    before = time;
+    if (Date.now() - written > 500) write();  // browsers refuse more than some hundred in half a minute
+    if (moment < D.span) frame = requestAnimationFrame(tick);
+    else { stop(); write(); }
+  };
+  const toggle = () => {
+    if (frame) { stop(); write(); return; }
+    if (moment >= D.span) show(0);
+    play.textContent = "Pause";
+    before = performance.now();
+    frame = requestAnimationFrame(tick);
+  };
+  const go = t => { stop(); show(t); write(); };
+  const step = by => {
+    const n = Math.min(S.length, Math.max(1, by > 0 ? sessions + 1 : S.length && endedBy(moment - 1)));
+    go(S[n - 1][0]);
+  };
+  const faster = by => {
+    speed.selectedIndex = Math.min(speed.length - 1, Math.max(0, speed.selectedIndex + by));
+  };
+
+  // Geometry: the still picture's, with the width that there is. The same formulas as in `figure`.
+  let width = D.width, left = D.left;
+  const x = t => Math.round((left + t / D.span * (width - left - D.right)) * 10) / 10;
+  const y = lane => D.top + (lane + 0.5) * D.lane;
+  const arc = (a, b) => {
+    const x1 = x(a[0]), x2 = x(b[0]), y1 = y(a[1]), y2 = y(b[1]), run = x2 - x1;
+    if (a[1] === b[1])
+      return `M${x1} ${y1}Q${(x1 + x2) / 2} ${y1 - Math.min(D.lane * 1.1, 8 + run / 2)} ${x2} ${y2}`;
+    const bend = Math.max(12, run / 2);
+    return `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`;
+  };
+  const layout = () => {
+    const room = Math.round(chart.parentNode.clientWidth);
+    if (room === width || !room) return;
+    width = room;
+    left = Math.min(D.left, Math.max(70, width * 0.1));
+    chart.setAttribute("viewBox", `0 0 ${width} ${D.height}`);
+    const scale = Math.min(1, Math.max(0.45, width / 1000));
+    S.forEach((s, i) => {
+      discs[i].setAttribute("cx", x(s[0]));
+      discs[i].setAttribute("r", Math.max(1.5, radii[i] * scale));
+    });
+    E.forEach((e, j) => arcs[j].setAttribute("d", arc(S[e[0]], S[e[1]])));
+    lanes.forEach(line => { line.setAttribute("x1", left); line.setAttribute("x2", width); });
+    let free = left - 30;
+    ticks.forEach((tick, i) => {
+      const at = x(D.ticks[i]), fits = at - 28 >= free && at < width - 26;
+      tick.firstElementChild.setAttribute("x1", at);
+      tick.firstElementChild.setAttribute("x2", at);
+      tick.lastElementChild.setAttribute("x", at);
+      tick.lastElementChild.setAttribute("visibility", fits ? "visible" : "hidden");
+      if (fits) free = at + 34;
+    });
+    show(moment);
+  };
+
+  // One session: what it knew, where that went, what it was.
+  let lit = -1;
+  const unlight = () => {
+    if (lit < 0) return;
+    lit = -1;
+    chart.classList.remove("lit");
+    chart.querySelectorAll(".on, .at").forEach(item => item.classList.remove("on", "at"));
+    panel.innerHTML = hint;
+  };
+  const light = i => {
+    if (i === lit) return;
+    unlight();
+    lit = i;
+    const went = new Set(), into = new Set();
+    S[i][4].forEach(ref => (arcsOf.get(ref) || []).forEach(j => { if (E[j][0] >= i) went.add(j); }));
+    E.forEach((e, j) => { if (e[1] === i) into.add(j); });
+    [...went, ...into].forEach(j => {
+      arcs[j].classList.add("on");
+      links[E[j][0]].classList.add("on");
+      links[E[j][1]].classList.add("on");
+    });
+    links[i].classList.add("on", "at");
+    chart.classList.add("lit");
+    describe(i, went, into);
+  };
+  const element = (name, text, parent) => {
+    const made = parent.appendChild(document.createElement(name));
+    made.textContent = text;
+    return made;
+  };
+  const describe = (i, went, into) => {
+    const s = S[i], reached = new Set([...went].map(j => S[E[j][1]][1]));
+    reached.delete(s[1]);
+    panel.textContent = "";
+    const line = panel.appendChild(document.createElement("div"));
+    element("strong", D.developers[s[1]], line);
+    const some = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
+    line.append(` ended ${clock(s[0]).slice(0, 16).replace("T", " ")} UTC: ${some(s[2], "tool call")}, ` +
+      `${some(s[3], "token")} saved. ` + (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
+      `what it touched went on to ${some(reached.size, "other developer")}.` : "No discoveries."));
+    const chips = panel.appendChild(document.createElement("ul"));
+    chips.className = "chips";
+    s[4].slice(0, 40).forEach(ref => {
+      const chip = element(D.links ? "a" : "span", D.refs[ref], element("li", "", chips));
+      if (D.links) chip.href = "/discovery?ref=" + encodeURIComponent(D.names[ref] || D.refs[ref]);
+    });
+    if (s[4].length > 40) element("li", `and ${s[4].length - 40} more`, chips);
+  };
+
+  // Pointing, touching, keys.
+  const index = new Map(links.map((a, i) => [a, i]));
+  const nearest = event => {
+    const box = chart.getBoundingClientRect(), scale = width / box.width;
+    const px = (event.clientX - box.left) * scale, py = (event.clientY - box.top) * scale;
+    let best = -1, least = 20;
+    for (let i = 0; i < sessions; i++) {
+      const distance = Math.hypot(x(S[i][0]) - px, y(S[i][1]) - py);
+      if (distance < least) { least = distance; best = i; }
+    }
+    return best;
+  };
+  let touched = false;
+  const focused = () => index.has(document.activeElement) ? index.get(document.activeElement) : -1;
+  const rest = () => { if (focused() >= 0) light(focused()); else unlight(); };
+  const stops = i => { links.forEach((a, k) => a.setAttribute("tabindex", k === i ? "0" : "-1")); };
+  chart.addEventListener("pointermove", event => {
+    if (event.pointerType === "touch") return;
+    const i = nearest(event);
+    if (i >= 0) light(i); else rest();
+  });
+  chart.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") rest(); });
+  chart.addEventListener("pointerdown", event => { touched = event.pointerType === "touch"; });
+  chart.addEventListener("click", event => {
+    const direct = index.get(event.target.closest("a")), i = direct === undefined ? nearest(event) : direct;
+    if (i < 0) { unlight(); return; }
+    const first = touched && i !== lit;  // a finger cannot point: its first touch does
+    if (first || !D.links) event.preventDefault();
+    light(i);
+    if (!first && D.links && direct === undefined) location.href = links[i].href.baseVal;
+  });
+  chart.addEventListener("focusin", event => {
+    const i = index.get(event.target);
+    if (i !== undefined) { stops(i); light(i); }
+  });
+  chart.addEventListener("focusout", unlight);
+  chart.addEventListener("keydown", event => {
+    const i = focused(), lane = by => {
+      for (let k = i + by; k >= 0 && k < sessions; k += by) if (S[k][1] === S[i][1]) return k;
+      return i;
+    };
+    const moves = {ArrowLeft: i - 1, ArrowRight: i + 1, ArrowUp: lane(-1), ArrowDown: lane(1)};
+    if (i < 0 || !(event.key in moves)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const to = Math.min(sessions - 1, Math.max(0, moves[event.key]));
+    if (to >= 0) { stops(to); links[to].focus(); }
+  });
+  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0),
+    End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1), Escape: unlight};
+  document.addEventListener("keydown", event => {
+    const at = event.target, typing = at.closest("select, input:not(#slider)");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
+    if (event.key === " " && at.closest("button, a, summary")) return;
+    if (at === slider && event.key !== " " && event.key !== "+" && event.key !== "-") return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+  play.addEventListener("click", toggle);
+  slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+  slider.addEventListener("change", write);
+  window.addEventListener("hashchange", read);
+  new ResizeObserver(layout).observe(chart.parentNode);
+
+  document.documentElement.classList.add("live");
+  slider.max = D.span;
+  slider.step = Math.max(1, Math.round(D.span / 500));
+  stops(S.length - 1);
+  layout();
+  show(moment);
+  read();
+})();
+"""
+
+
+def source_hash(text: str) -> str:
+    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+# Only these two texts run or style a page; data: is the empty icon, which keeps browsers from asking for one.
+POLICY = ("default-src 'none'; script-src %s; style-src %s; img-src data:; base-uri 'none';"
+          " form-action 'self'" % (source_hash(SCRIPT), source_hash(STYLE)))
+
+
+def esc(text: object) -> str:
+    """Text for an HTML text or a quoted attribute, made visible first."""
+    return html.escape(visible(str(text)), quote=True)
+
+
+def embedded(value: object) -> str:
+    """JSON inside a <script>: ASCII only, without the three characters that could end or change the
+    element."""
+    return compact_json(value).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def document(title: str, body: str, head: str = "") -> str:
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">%s<title>%s</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,"><style>%s</style>'
+        '</head>\n<body><div class="wrap">%s</div></body></html>\n' % (head, esc(title), STYLE, body))
+
+
+class HtmlColumn(NamedTuple):
+    """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class: n number, m hash or
+    time, d discoveries, wide what a narrow screen leaves out."""
+
+    title: str
+    cell: Callable[[Plain], str]
+    kind: str = ""
+
+
+def html_table(caption: str, columns: Sequence[HtmlColumn], rows: Sequence[Plain]) -> str:
+    head = "".join('<th scope="col" class="%s">%s</th>' % (c.kind, esc(c.title)) for c in columns)
+    body = "".join(
+        "<tr>%s</tr>\n" % "".join('<td class="%s">%s</td>' % (c.kind, c.cell(row)) for c in columns)
+        for row in rows)
+    return ('<div class="scroll"><table><caption>%s</caption><thead><tr>%s</tr></thead><tbody>\n%s</tbody>'
+            '</table></div>' % (esc(caption), head, body))
+
+
+def digits(value: int) -> str:
+    return "{:,}".format(value)
+
+
+def session_link(s: Plain) -> str:
+    return '<a href="/session/%s">%s</a>' % (esc(s["session_id_hash"]), esc(s["session_id_hash"][:12]))
+
+
+def discovery_link(ref: str, words: str = "") -> str:
+    return '<a href="/discovery?ref=%s">%s</a>' % (
+        urllib.parse.quote(ref.encode("utf-8", "replace"), safe=""), esc(words or fit(visible(ref), 128)))
+
+
+def discovery_links(refs: Sequence[str], most: int = 3) -> str:
+    more = " +%d" % (len(refs) - most) if len(refs) > most else ""
+    return ", ".join(map(discovery_link, refs[:most])) + more
+
+
+def tiles(values: Iterable[Tuple[str, str, str]]) -> str:
+    """Counters: (title, HTML, id or "")."""
+    return '<dl class="tiles">%s</dl>' % "".join(
+        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (esc(title), ' id="%s"' % name if name else "", value)
+        for title, value, name in values)
+
+
+COUNTERS = (("sessions", "sessions"), ("developers", "developers"), ("tokens saved", "tokens_saved"),
+            ("discoveries", "discoveries"), ("hand-overs", "hand_overs"))
+HTML_SESSIONS = (
+    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
+    HtmlColumn("Session", session_link, "m"),
+    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
+    HtmlColumn("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide"),
+    HtmlColumn("Tool calls", lambda s: digits(s["tool_count"]), "n"),
+    HtmlColumn("Tokens saved", lambda s: digits(s["tokens_saved"]), "n"),
+    HtmlColumn("Branch", lambda s: esc(s["branch_sha"] or "-"), "m wide"),
+    HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"]), "d"),
+)
+HTML_DISCOVERIES = (
+    HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"])),
+    HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n"),
+    HtmlColumn("Identities", lambda d: digits(d["distinct_identity_count"]), "n"),
+    HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide"),
+    HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m"),
+)
+HTML_FLOWS = (
+    HtmlColumn("From", lambda f: esc(f["source"]), "m"),
+    HtmlColumn("To", lambda f: esc(f["target"]), "m"),
+    HtmlColumn("Discoveries", lambda f: digits(f["discoveries"]), "n"),
+    HtmlColumn("Sessions", lambda f: digits(f["edges"]), "n"),
+)
+HTML_PATH = (
+    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
+    HtmlColumn("Session", session_link, "m"),
+    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
+    HtmlColumn("", lambda s: "from another developer" if s["crosses"] else ""),
+)
+
+
+# The picture. Lengths are px of a picture WIDE wide; the script lays it out again for the width there is.
+
+WIDE, LEFT, RIGHT, TOP = 1200, 92, 16, 26
+TICK_STEPS = [step * 3_600_000 for step in (1, 3, 6, 12, 24, 48, 168, 720, 2160, 8760)]  # ms
+MOST_ARCS = 6000  # drawn; a page that has more says so
+
+Figure = Tuple[str, Plain, int]  # the picture, the data for the script, arcs left out
+
+
+def ticks_of(start: int, span: int) -> List[Tuple[int, str]]:
+    """(ms after `start`, label) of at most 10 round moments."""
+    step = next((step for step in TICK_STEPS if span <= 10 * step), 10 * TICK_STEPS[-1])
+    moments = range(-(-start // step) * step, start + span + 1, step)
+    return [(at - start, tick_label(at, step)) for at in moments[:12]]
+
+
+def tick_label(at: int, step: int) -> str:
+    text = moment_text(at)
+    return text[5:10] if step >= DAY_MS else text[5:10] + " " + text[11:16]
+
+
+def figure(ordered: Sequence[Session], only: Optional[str] = None, links: bool = True) -> Figure:
+    """One or more sessions in time order as an SVG and the data that brings it to life. `only`: arcs of this
+    discovery alone; `links`: the sessions have pages to go to. The script's `layout` knows the same
+    formulas."""
+    start = ordered[0].ended
+    span_ms = max(1, ordered[-1].ended - start)
+    shown = labels(s.developer for s in ordered)
+    lanes = {key: n for n, key in enumerate(dict.fromkeys(s.developer for s in ordered))}
+    lane = max(14.0, min(42.0, round(600 / len(lanes), 1)))
+    height = round(TOP + lane * len(lanes) + 6, 1)
+    largest = max(s.tools for s in ordered) or 1
+    at = [(round(LEFT + (s.ended - start) / span_ms * (WIDE - LEFT - RIGHT), 1),
+           round(TOP + (lanes[s.developer] + .5) * lane, 1)) for s in ordered]
+    radius = [round(max(1.5, min(17.0, lane * .62) * math.sqrt(s.tools / largest)), 1) for s in ordered]
+    every = edges_of(ordered, only)
+    crosses = [ordered[e.source].developer != ordered[e.target].developer for e in every]
+    hand_overs = [0] * len(ordered)
+    for edge, crossing in zip(every, crosses):
+        hand_overs[edge.target] += len(edge.refs) if crossing else 0
+    drawn = [(e, crossing) for e, crossing in zip(every, crosses)][-MOST_ARCS:]
+    marks = ticks_of(start, span_ms)
+    svg = figure_svg(ordered, shown, lanes, (height, lane), at, radius, drawn, marks, links)
+    return svg, figure_data(ordered, only, shown, lanes, drawn, hand_overs, links, {
+        "start": start, "span": span_ms, "width": WIDE, "left": LEFT, "right": RIGHT, "top": TOP,
+        "lane": lane, "height": height, "ticks": [offset for offset, _ in marks]}), len(every) - len(drawn)
+
+
+def figure_svg(ordered: Sequence[Session], shown: Dict[str, str], lanes: Dict[str, int],
+               size: Tuple[float, float], at: Sequence[Tuple[float, float]], radius: Sequence[float],
+               drawn: Sequence[Tuple[Edge, bool]], marks: Sequence[Tuple[int, str]], links: bool) -> str:
+    height, lane = size
+    span_ms = max(1, ordered[-1].ended - ordered[0].ended)
+    parts = ['<svg id="chart" viewBox="0 0 %d %g" role="group" aria-label="%s"%s>' % (
+        WIDE, height, esc("Replay: %d sessions of %d developers over time; the tables say the same" % (
+            len(ordered), len(lanes))), ' class="dense"' if len(drawn) > 700 else "")]
+    parts.append('<g id="ticks">')
+    for offset, label in marks:
+        x = round(LEFT + offset / span_ms * (WIDE - LEFT - RIGHT), 1)
+        parts.append('<g><line x1="%g" x2="%g" y1="%d" y2="%g"/><text x="%g" y="14">%s</text></g>' % (
+            x, x, TOP - 6, height, x, esc(label)))
+    parts.append('</g><g id="lanes">')
+    for key, n in lanes.items():
+        y = round(TOP + (n + .5) * lane, 1)
+        parts.append('<line x1="%d" x2="%d" y1="%g" y2="%g"/><text x="0" y="%g">%s</text>' % (
+            LEFT, WIDE, y, y, y + 4, esc(shown[key])))
+    parts.append('</g><g id="arcs">')
+    for edge, crossing in drawn:
+        parts.append('<path%s d="%s"/>' % (' class="x"' if crossing else "",
+                                           arc_path(at[edge.source], at[edge.target], lane)))
+    parts.append('</g><g id="discs">')
+    for s, (x, y), r in zip(ordered, at, radius):
+        parts.append('<a%s aria-label="%s, %s, %d calls"><circle cx="%g" cy="%g" r="%g"%s/></a>' % (
+            ' href="/session/%s"' % s.session if links else "", shown[s.developer],
+            minute(moment_text(s.ended)), s.tools, x, y, r, ' class="g"' if s.github else ""))
+    return "".join([*parts, '</g><line id="now" x1="%d" x2="%d" y1="%d" y2="%g"/></svg>' % (
+        WIDE - RIGHT, WIDE - RIGHT, TOP - 6, height)])
+
+
+def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str:
+    """Within a lane a bow over it; from lane to lane a flow that leaves and arrives level."""
+    (x1, y1), (x2, y2) = a, b
+    run = x2 - x1
+    if y1 == y2:
+        bow = round(y1 - min(lane * 1.1, 8 + run / 2), 1)
+        return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
+    bend = max(12, run / 2)
+    return "M%g %gC%g %g %g %g %g %g" % (x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
+
+
+def figure_data(ordered: Sequence[Session], only: Optional[str], shown: Dict[str, str], lanes: Dict[str, int],
+                drawn: Sequence[Tuple[Edge, bool]], hand_overs: Sequence[int], links: bool,
+                shape: Plain) -> Plain:
+    """What the script needs: `sessions` are [ms after start, lane, tool calls, tokens, [refs], hand-overs
+    received], `edges` [source, target, [refs], crosses 0|1], refs and lanes numbers into `refs` and
+    `developers`. `refs` are as shown; `names` {number: ref} holds those that look otherwise."""
+    numbers: Dict[str, int] = {}
+    if only is None:
+        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs] for s in ordered]
+    else:
+        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs if ref == only] for s in ordered]
+    return dict(
+        shape, links=links, developers=[shown[key] for key in lanes],
+        refs=[fit(visible(ref), 128) for ref in numbers],
+        names={n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
+        sessions=[[s.ended - shape["start"], lanes[s.developer], s.tools, s.tokens, refs, received]
+                  for s, refs, received in zip(ordered, rows, hand_overs)],
+        edges=[[e.source, e.target, [numbers[ref] for ref in e.refs], int(crossing)]
+               for e, crossing in drawn])
+
+
+LEGEND = (
+    '<div class="legend" aria-hidden="true">'
+    '<span><svg width="14" height="14"><circle class="g" cx="7" cy="7" r="5.5"/></svg>session, with GitHub'
+    '</span>'
+    '<span><svg width="14" height="14"><circle cx="7" cy="7" r="5.5"/></svg>without</span>'
+    '<span>area = tool calls</span>'
+    '<span><svg width="26" height="8"><line x2="26" y1="4" y2="4"/></svg>discovery carried on</span>'
+    '<span><svg width="26" height="8"><line class="x" x2="26" y1="4" y2="4"/></svg>'
+    'handed over to another developer</span></div>')
+CONTROLS = (
+    '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play</button>'
+    '<input id="slider" type="range" min="0" aria-label="Moment"><output id="moment"></output>'
+    '<label>Speed <select id="speed" aria-label="Speed"><option value="0.5">&#189;&#215;</option>'
+    '<option value="1" selected>1&#215;</option><option value="2">2&#215;</option>'
+    '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label></div>')
+PANEL = (
+    '<div id="panel" aria-live="polite"><span class="note">Point at a session, or reach it with Tab and the '
+    'arrow keys, to see what it knew and where that went. Space plays and pauses, &larr; and &rarr; step '
+    'from session to session, Home and End go to the ends, + and &minus; change the speed.</span></div>')
+
+
+def replay(ordered: Sequence[Session], total: int, only: Optional[str] = None, links: bool = True) -> str:
+    """The body of the replay: counters, controls, the picture, hand-overs. Sessions in time order."""
+    if not ordered:
+        return '<p class="card">No session ended in this window. A longer one may have some.</p>'
+    svg, data, left_out = figure(ordered, only, links)
+    result = graph_of(ordered, only)
+    notes = []
+    if total > len(ordered):
+        notes.append("Shown are the newest %s of %s sessions in this window, from %s UTC on." % (
+            digits(len(ordered)), digits(total), minute(moment_text(ordered[0].ended))))
+    if left_out:
+        notes.append("Drawn are the newest %s arcs; %s older ones are only counted." % (
+            digits(MOST_ARCS), digits(left_out)))
+    flows = [flow for flow in result["developers"] if flow["crosses"]]
+    table = html_table("Who handed over to whom: the first %d of %s pairs of developers" % (
+        min(FLOWS_SHOWN, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:FLOWS_SHOWN]) if flows else ""
+    return "".join([
+        tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
+              for i, (title, key) in enumerate(COUNTERS)),
+        '<p class="note">%s</p>' % esc(" ".join(notes)) if notes else "",
+        '<div class="card">', CONTROLS, PANEL, '<div class="stage">', svg, "</div>", LEGEND, "</div>", table,
+        '<script type="application/json" id="data">%s</script>' % embedded(data),
+        "<script>%s</script>" % SCRIPT])
+
+
+def graph_html(ordered: Sequence[Session], total: int, only: Optional[str] = None) -> str:
+    """The replay as one self-contained file: it opens without this program and asks nobody."""
+    policy = '<meta http-equiv="Content-Security-Policy" content="%s">' % POLICY
+    return document("Session replay", "<header><b>Session replay</b></header><main>%s</main>" % replay(
+        ordered, total, only, links=False), policy)
+
+
+# The pages of `view`.
+
+PAGES = (("/", "Replay"), ("/sessions", "Sessions"), ("/discoveries", "Discoveries"),
+         ("/activity", "Activity"))
+DAY_CHOICES = (1, 7, 14, 30, 90)
+GITHUB_CHOICES = {"": "with and without", "true": "with GitHub", "false": "without GitHub"}
+
+
+class Filters(NamedTuple):
+    """What the address of a page asks for, as it came in but checked; "" where nothing was said."""
+
+    days: int = DAYS_DEFAULT
+    since: str = ""
+    until: str = ""
+    github: str = ""
+    discovery: str = ""
+
+    def window(self) -> Window:
+        github = {"": None, "true": True, "false": False}[self.github]
+        return window_between(self.days, self.since, self.until, github, self.discovery or None)
+
+    def query(self) -> str:
+        said = {name: value for name, value in self._asdict().items()
+                if value != Filters._field_defaults[name]}
+        return "?" + urllib.parse.urlencode(said, errors="replace") if said else ""
+
+
+Query = Dict[str, str]  # the parameters of an address, the first of each name
+
+
+def number_in(query: Query, name: str, default: int, most: int) -> int:
+    """CONTRACT §7: a number that is too large is the largest, nonsense is the default."""
+    text = query.get(name, "")
+    if not re.fullmatch(r"[0-9]+", text) or not text.strip("0"):
+        return default
+    return most if len(text) > 9 else min(int(text), most)
+
+
+def filters_of(query: Query) -> Filters:
+    github = query.get("github", "")
+    since, until = (query[name] if day_start(query.get(name, "")) else "" for name in ("since", "until"))
+    return Filters(number_in(query, "days", DAYS_DEFAULT, 36_500), since, until,
+                   github if github in GITHUB_CHOICES else "", query.get("discovery", "").strip()[:1000])
+
+
+def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
+    return "".join('<option value="%s"%s>%s</option>' % (
+        esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices)
+
+
+def filter_form(path: str, filters: Filters, names: Sequence[str] = Filters._fields) -> str:
+    days = sorted({*DAY_CHOICES, filters.days})
+    fields = {
+        "days": '<label>Window<select name="days">%s</select></label>' % options(
+            [(str(n), "last %d day%s" % (n, "" if n == 1 else "s")) for n in days], str(filters.days)),
+        "since": '<label>or since (UTC)<input type="date" name="since" value="%s"></label>' % (
+            esc(filters.since[:10])),
+        "until": '<label>until before<input type="date" name="until" value="%s"></label>' % (
+            esc(filters.until[:10])),
+        "github": '<label>GitHub<select name="github">%s</select></label>' % options(
+            GITHUB_CHOICES.items(), filters.github),
+        "discovery": '<label>Discovery<input name="discovery" size="22" maxlength="200" placeholder="any"'
+                     ' value="%s"></label>' % html.escape(filters.discovery, quote=True),
+    }
+    return '<form method="get" action="%s">%s<button>Show</button></form>' % (
+        esc(path), "".join(fields[name] for name in names))
+
+
+def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0) -> str:
+    nav = "".join('<a href="%s%s"%s>%s</a>' % (
+        to, esc(filters.query()), ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
+    note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
+        "1 row was" if left_out == 1 else digits(left_out) + " rows were") if left_out else ""
+    header = ('<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
+              '<nav aria-label="Pages">%s</nav></header>' % nav)
+    return document(title + " - sessions", '%s<main id="main">%s%s</main>' % (header, main, note))
+
+
+def replay_page(reader: Reader, filters: Filters) -> str:
+    window = filters.window()
+    newest = reader.window(window, DRAWN)
+    body = filter_form("/", filters) + replay(newest[::-1], reader.count(window), window.discovery)
+    return page("Replay", "/", filters, body, reader.left_out)
+
+
+def sessions_page(reader: Reader, filters: Filters) -> str:
+    result = sessions(reader, filters.window(), 200)
+    caption = "The newest %s of %s sessions in this window" % (
+        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    return page("Sessions", "/sessions", filters, filter_form("/sessions", filters)
+                + html_table(caption, HTML_SESSIONS, result["sessions"]), reader.left_out)
+
+
+def session_page(reader: Reader, prefix: str) -> str:
+    """Raises NotFound."""
+    result = session(reader, prefix)
+    s = result["session"]
+    facts = [("Developer", '<span class="m">%s</span>' % esc(s["developer"])),
+             ("GitHub", "yes" if s["github_hash_prefix"] else "no"), ("Ended", esc(s["ended_at"])),
+             ("Tool calls", digits(s["tool_count"])), ("Tokens saved", digits(s["tokens_saved"])),
+             ("Branch", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
+             ("Discoveries", '<ul class="chips">%s</ul>' % "".join(
+                 "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"]) or "-")]
+    listed = "".join("<dt>%s</dt><dd>%s</dd>" % fact for fact in facts)
+    related = html_table("Other sessions of the same identity, last %d days" % RELATED_DAYS, HTML_SESSIONS,
+                         result["related"]) if result["related"] else (
+        '<p class="note">No other session of this identity in the last %d days.</p>' % RELATED_DAYS)
+    return page("Session " + s["session_id_hash"][:12], "/session", Filters(),
+                '<h1 class="m">%s</h1><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
+                    esc(s["session_id_hash"]), listed, related), reader.left_out)
+
+
+def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
+    result = discoveries(reader, filters.window(), 200, sort)
+    choice = '<label>Sorted by<select name="sort">%s</select></label><button>' % options(
+        zip(SORTS, ("sessions", "identities", "last seen")), sort)
+    form = filter_form("/discoveries", filters, Filters._fields[:4]).replace("<button>", choice)
+    return page("Discoveries", "/discoveries", filters, form + html_table(
+        "%d discoveries touched in this window" % len(result["discoveries"]), HTML_DISCOVERIES,
+        result["discoveries"]), reader.left_out)
+
+
+def discovery_page(reader: Reader, ref: str) -> str:
+    """One discovery since ever. Raises NotFound."""
+    result = discovery(reader, ref, EVER)
+    newest = reader.window(EVER._replace(discovery=ref), DRAWN)
+    facts = "First seen %s, last %s UTC, in %s sessions of %s developers under %s identities." % (
+        minute(result["first_seen_at"]), minute(result["last_seen_at"]), digits(result["session_count"]),
+        digits(result["developer_count"]), digits(result["distinct_identity_count"]))
+    path = html_table("Its path: the first %s of %s sessions" % (
+        digits(len(result["path"])), digits(result["session_count"])), HTML_PATH, result["path"])
+    return page(fit(visible(ref), 80), "/discovery", Filters(), "<h1>%s</h1><p>%s</p>%s<h2>Path</h2>%s" % (
+        esc(ref), esc(facts), replay(newest[::-1], result["session_count"], ref), path), reader.left_out)
+
+
+def bar(value: int, most: int) -> str:
+    return ('<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+            '<rect width="%g" height="10"/></svg>' % round(100 * value / (most or 1), 2))
+
+
+def period_table(title: str, rows: Sequence[Plain]) -> str:
+    most = max((row["sessions"] for row in rows), default=0)
+    return html_table(title, (
+        HtmlColumn("", lambda p: esc(p["period"]), "m"),
+        HtmlColumn("Sessions", lambda p: digits(p["sessions"]), "n"),
+        HtmlColumn("", lambda p: bar(p["sessions"], most), "bar"),
+        HtmlColumn("Developers", lambda p: digits(p["developers"]), "n"),
+        HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n wide"),
+        HtmlColumn("Tool calls", lambda p: digits(p["tool_count"]), "n wide"),
+        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n wide"),
+    ), rows)
+
+
+def activity_page(reader: Reader, filters: Filters) -> str:
+    result = activity(reader, filters.window())
+    counters = tiles(
+        ("Active in %d day%s" % (row["days"], "" if row["days"] == 1 else "s"),
+         '%s <small>%s came back</small>' % (digits(row["developers"]), digits(row["came_back"])), "")
+        for row in result["active"])
+    tables = "".join(period_table("Per " + kind[:-1], result[kind][-400:]) for kind in PERIODS)
+    note = '<p class="note">Came back: developers who were also there in the period before.</p>'
+    main = filter_form("/activity", filters) + counters + note + tables
+    return page("Activity", "/activity", filters, main, reader.left_out)
+
+
+# ======================================================================================================
+# The database file
+# ======================================================================================================
+
+
+class Refused(Exception):
+    """The database cannot be read; the text says why and what to do."""
+
+
+REASONS = (  # what SQLite says, what a person wants to know
+    ("file is not a database", "it is not an SQLite database"),
+    ("file is encrypted", "it is not an SQLite database"),
+    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
+    ("locked", "another program keeps it locked: try again when that is done"),
+    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a server's"
+                       " last changes wait in the -wal file (run this as the server's user)"),
+    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run this as"
+                 " the server's user)"),
+    ("disk i/o error", "the disk answers with errors"),
+    ("no such table", "it does not hold the tables of a session-event store"),
+    ("no such column", "its tables are not those of a session-event store"),
+)
+
+
+BUSY_SECONDS = 5.0  # how long another program's lock is waited for
+
+
+def explained(error: sqlite3.Error, path: str) -> Refused:
+    said = str(error).lower()
+    reason = next((why for sign, why in REASONS if sign in said), str(error))
+    return Refused("cannot read %s: %s" % (path, reason))
+
+
+def connected(path: str) -> sqlite3.Connection:
+    """A read-only connection inside a transaction; sqlite3.Error if the file gives none."""
+    uri = Path(path).absolute().as_uri() + "?mode=ro"
+    try:
+        return begun(uri)
+    except sqlite3.OperationalError as error:
+        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file and none
+        # can be made. With no changes waiting in a -wal file, the database file alone is the whole truth.
+        waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
+        if waiting or not re.search("unable to open|readonly", str(error)):
+            raise
+        return begun(uri + "&immutable=1")
+
+
+def begun(uri: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold any bytes
+        for pragma in ("query_only = 1", "trusted_schema = 0", "cache_size = -65536",
+                       "mmap_size = 8589934592"):  # reading through a map takes a third off every long scan
+            connection.execute("PRAGMA " + pragma)
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # takes the snapshot
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def check_schema(connection: sqlite3.Connection, path: str) -> None:
+    """Raises Refused unless the tables are those that this program knows."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "session_events" not in tables:
+        raise Refused("%s holds no session events: it is another program's database, or no server has opened"
+                      " it yet" % path)
+    if version > SCHEMA_VERSION:
+        raise Refused("%s has schema version %d and this program knows up to %d: use the session_events.py"
+                      " that came with its server.py" % (path, version, SCHEMA_VERSION))
+    if version < SCHEMA_VERSION:
+        raise Refused("%s has schema version %d, older than %d: start server.py on it once, which brings it"
+                      " up to date" % (path, version, SCHEMA_VERSION))
+    for table, columns in TABLES.items():
+        there = {row[1] for row in connection.execute("PRAGMA table_info(%s)" % table)}
+        missing = [column for column in columns if column not in there]
+        if missing:
+            raise Refused("%s is not a session-event store: its table %s lacks %s" % (
+                path, table, ", ".join(missing)))
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[Reader]:
+    """One read transaction on the database file, as a Reader. Raises Refused, also in place of the
+    sqlite3.Error of any query in the block."""
+    if not os.path.exists(path):
+        raise Refused("there is no file %s" % path)
+    if not os.path.isfile(path):
+        raise Refused("%s is not a file" % path)
+    if not os.access(path, os.R_OK):
+        raise Refused("%s may not be read by this user" % path)
+    try:
+        with contextlib.closing(connected(path)) as connection:
+            check_schema(connection, path)
+            yield Reader(connection)
+    except sqlite3.Error as error:
+        raise explained(error, path) from error
+
+
+# ======================================================================================================
+# Viewer: the pages and CONTRACT §7 over HTTP, for this machine only
+# ======================================================================================================
+
+LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+PROTECTION = (
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", POLICY + "; frame-ancestors 'none'"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Content-Type-Options", "nosniff"),
+)
+HTML_TYPE, JSON_TYPE = "text/html; charset=utf-8", "application/json"
+
+
+class Answer(NamedTuple):
+    status: int
+    type: str
+    body: str
+    headers: Sequence[Tuple[str, str]] = ()
+
+
+def same(given: str, secret: str) -> bool:
+    """Equal? In a time that tells nothing about the secret, its length neither."""
+    return hmac.compare_digest(hashlib.sha256(given.encode("latin-1", "replace")).digest(),
+                               hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest())
+
+
+def query_of(text: str) -> Query:
+    try:
+        pairs = urllib.parse.parse_qsl(text, max_num_fields=50)
+    except ValueError:
+        return {}
+    query: Query = {}
+    for name, value in pairs:
+        query.setdefault(name, value)
+    return query
+
+
+def message_page(status: int, title: str, text: str) -> Answer:
+    return Answer(status, HTML_TYPE, document(
+        title, "<main><h1>%s</h1><p>%s</p></main>" % (esc(title), esc(text))))
+
+
+def page_answer(db: str, path: str, query: Query) -> Answer:
+    """A page for somebody who may see it."""
+    filters = filters_of(query)
+    sort = query.get("sort", "")
+    pages: Dict[str, Callable[[Reader], str]] = {
+        "/": lambda reader: replay_page(reader, filters),
+        "/sessions": lambda reader: sessions_page(reader, filters),
+        "/discoveries": lambda reader: discoveries_page(reader, filters, sort if sort in SORTS else SORTS[0]),
+        "/discovery": lambda reader: discovery_page(reader, query.get("ref", "")),
+        "/activity": lambda reader: activity_page(reader, filters),
+    }
+    top, _, rest = path[1:].partition("/")
+    if top == "session" and rest:
+        pages[path] = lambda reader: session_page(reader, rest)
+    show = pages.get(path)
+    if show is None:
+        return message_page(404, "Not found", "There is no such page.")
+    try:
+        with reading(db) as reader:
+            return Answer(200, HTML_TYPE, show(reader))
+    except NotFound as error:
+        return message_page(404, "Not found", str(error)[:1].upper() + str(error)[1:] + ".")
+    except Refused as error:
+        return message_page(503, "The database cannot be read now", str(error))
+
+
+def admin_answer(db: str, path: str, query: Query, authorization: str, secret: str) -> Answer:
+    """CONTRACT §7, to the letter. `secret` "" means that no token is configured."""
+    request_id = uuid.uuid4().hex
+
+    def answer(status: int, headers: Sequence[Tuple[str, str]] = (), **body: Any) -> Answer:
+        return Answer(status, JSON_TYPE, json.dumps(dict(body, requestId=request_id)), headers)
+
+    scheme, _, given = authorization.partition(" ")
+    if not secret:
+        return answer(503, error="Endpoint disabled (admin trigger token not configured)")
+    if not (same(given.strip(), secret) and scheme.lower() == "bearer"):
+        return answer(401, [("WWW-Authenticate", "Bearer")], error="Unauthorized")
+    try:
+        with reading(db) as reader:
+            body = admin_body(reader, path, query)
+    except Refused:
+        return answer(503, [("Retry-After", "5")], error="The database cannot be read now")
+    return answer(404, error="Not found") if body is None else answer(200, **body)
+
+
+def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
+    if path == "/admin/sessions":
+        github = {"true": True, "false": False}.get(query.get("logged_in", ""))
+        window = last_days(number_in(query, "days", 7, 90), github)
+        found = reader.window(window, number_in(query, "limit", 50, 200))
+        return {"sessions": list(map(plain_session, found)), "total_count_in_window": reader.count(window)}
+    if path == "/admin/discoveries/propagation":
+        sort = query.get("sort", "")
+        limit = number_in(query, "limit", 50, 500)
+        result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
+        return {"discoveries": result["discoveries"]}
+    match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
+    if not match:
+        return None
+    try:
+        result = session(reader, match.group(1))
+    except NotFound:
+        return None
+    return {"session": without_developer(result["session"]),
+            "related": list(map(without_developer, result["related"]))}
+
+
+def without_developer(s: Plain) -> Plain:
+    return {name: value for name, value in s.items() if name != "developer"}
+
+
+class Viewer(http.server.ThreadingHTTPServer):
+    """The pages on one database file. `ticket` opens them once, in exchange for the cookie."""
+
+    daemon_threads = True
+
+    def __init__(self, db: str, port: int, admin_token: str) -> None:
+        super().__init__(("127.0.0.1", port), ViewerHandler)
+        self.db, self.admin_token = db, admin_token
+        self.ticket: Optional[str] = secrets.token_urlsafe(24)
+        self.cookie = secrets.token_urlsafe(24)
+        self.cookie_name = "session_events_%d" % self.server_address[1]  # cookies do not tell ports apart
+        self.lock = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
+
+    def redeem(self, given: str) -> bool:
+        with self.lock:
+            good = self.ticket is not None and same(given, self.ticket)
+            if good:
+                self.ticket = None
+            return good
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line, and nothing of the request: a browser that went away is not worth even that."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            print("session_events: a request failed: %s" % type(error).__name__, file=sys.stderr, flush=True)
+
+
+class ViewerHandler(http.server.BaseHTTPRequestHandler):
+    server: Viewer
+    timeout = 30  # s that a silent connection is kept
+
+    def version_string(self) -> str:
+        return "session-events"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: an address line names sessions."""
+
+    def do_GET(self) -> None:
+        host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
+        if not host or host.group(1).lower() not in LOCAL_NAMES:
+            # A page elsewhere whose name was made to point here comes with that name (DNS rebinding).
+            self.send(Answer(403, "text/plain", "This server answers to 127.0.0.1 and localhost only.\n"))
+            return
+        try:
+            answer = self.answer()
+        except Exception as error:
+            where_from = error.__traceback__
+            while where_from and where_from.tb_next:
+                where_from = where_from.tb_next
+            line = where_from.tb_lineno if where_from else 0
+            print("session_events: a page failed: %s in line %d" % (type(error).__name__, line),
+                  file=sys.stderr, flush=True)
+            answer = message_page(500, "This page failed", "The terminal shows a line about it.")
+        self.send(answer)
+
+    do_HEAD = do_GET
+
+    def refuse(self) -> None:
+        self.send(Answer(405, "text/plain", "Only GET and HEAD.\n", [("Allow", "GET, HEAD")]))
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
+
+    def answer(self) -> Answer:
+        address = urllib.parse.urlsplit("http://local" + self.path if self.path.startswith("/") else "")
+        query = query_of(address.query)
+        if address.path == "/admin" or address.path.startswith("/admin/"):
+            return admin_answer(self.server.db, address.path, query, self.headers.get("Authorization", ""),
+                                self.server.admin_token)
+        if "token" in query:
+            return self.exchange(query)
+        if not self.may_see():
+            return message_page(403, "Closed", "Open the address that the terminal shows; it works once.")
+        return page_answer(self.server.db, address.path, query)
+
+    def exchange(self, query: Query) -> Answer:
+        """The one-time token for a cookie, and on to the address without the token."""
+        rest = {name: value for name, value in query.items() if name != "token"}
+        to = [("Location", "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else ""))]
+        if self.server.redeem(query["token"]):
+            cookie = "%s=%s" % (self.server.cookie_name, self.server.cookie)
+            return Answer(303, "text/plain", "", [
+                *to, ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
+        if self.may_see():
+            return Answer(303, "text/plain", "", to)
+        return message_page(403, "Closed", "This address was used already, or is not this viewer's. Start it"
+                                           " again for a new one.")
+
+    def may_see(self) -> bool:
+        cookies = [part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";")]
+        return any(name == self.server.cookie_name and same(value, self.server.cookie)
+                   for name, _, value in cookies)
+
+    def send(self, answer: Answer) -> None:
+        body = answer.body.encode("utf-8", "replace")
+        self.send_response(answer.status)
+        for name, value in (("Content-Type", answer.type), ("Content-Length", str(len(body))), *PROTECTION,
+                            *answer.headers):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """What `http.server` itself refuses (a malformed or huge head), without repeating any of it."""
+        self.close_connection = True
+        self.command = self.command or ""
+        self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
+        self.send(Answer(code, "text/plain", "The request is not understood.\n"))
+
+
+def can_open_browser() -> bool:
+    """Is there a screen? Without one `webbrowser` would start a browser inside the terminal."""
+    named = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
+    return named or sys.platform in ("win32", "darwin")
+
+
+def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
+    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is shown."""
+    def stop(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with reading(db):
+        pass  # refuses now rather than on the first page
+    try:
+        viewer = Viewer(db, port, os.environ.get(ADMIN_TOKEN_VARIABLE, ""))
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise Refused("cannot listen on port %d: %s" % (
+            port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
+    signal.signal(signal.SIGTERM, stop)
+    with viewer:
+        print("open %s%s" % (viewer.address, path), flush=True)
+        print("it works once and on this machine only; Ctrl-C ends", flush=True)
+        if open_it:
+            webbrowser.open(viewer.address + path)
+        with contextlib.suppress(KeyboardInterrupt):
+            viewer.serve_forever()
+    return 0
+
+
+# ======================================================================================================
+# Demo: synthetic sessions, the same every time
+# ======================================================================================================
+
+SCHEMA = r"""-- The session-event store: CONTRACT.md section 3, for SQLite 3.38 or newer (or an older one built with JSON1).
+-- Runs on a fresh file, and brings a file that holds session_events already up to this version: every statement
+-- may run again without changing anything. server.py carries this text to the letter.
+
+CREATE TABLE IF NOT EXISTS session_events (
+  id INTEGER PRIMARY KEY AUTOINCREMENT,
+  identity_hash TEXT NOT NULL,
+  github_hash TEXT,
+  session_id_hash TEXT NOT NULL,
+  ended_at TEXT NOT NULL,
+  tool_count INTEGER NOT NULL DEFAULT 0,
+  tokens_saved INTEGER NOT NULL DEFAULT 0,
+  branch_sha TEXT,
+  discovery_refs_json TEXT NOT NULL DEFAULT '[]',
+  plugin_version TEXT NOT NULL,
+  received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+);
+
+CREATE UNIQUE INDEX IF NOT EXISTS idx_session_events_identity_session_unique
+  ON session_events (identity_hash, session_id_hash);
+CREATE INDEX IF NOT EXISTS idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
+CREATE INDEX IF NOT EXISTS idx_session_events_received_at ON session_events (received_at);
+CREATE INDEX IF NOT EXISTS idx_session_events_ended_at ON session_events (ended_at);
+
+-- Which session touched which discovery: the edges of the session graph.
+CREATE TABLE IF NOT EXISTS session_discoveries (
+  discovery_ref TEXT NOT NULL,
+  event_id INTEGER NOT NULL,
+  PRIMARY KEY (discovery_ref, event_id)
+) WITHOUT ROWID;
+
+-- No SQL function is called while a row is inserted (json_each is a table): a function might abort the statement, and
+-- for that SQLite would copy each page first, a fifth of the whole cost of an event. So a row whose refs are not JSON
+-- text is refused. The upsert clause, unlike OR IGNORE, holds under any OR clause of the statement that inserts.
+CREATE TRIGGER IF NOT EXISTS session_events_discoveries_insert AFTER INSERT ON session_events
+WHEN NEW.discovery_refs_json <> '[]'
+BEGIN
+  INSERT INTO session_discoveries (discovery_ref, event_id)
+    SELECT value, NEW.id FROM json_each(NEW.discovery_refs_json) WHERE type = 'text'
+    ON CONFLICT DO NOTHING;
+END;
+
+CREATE TRIGGER IF NOT EXISTS session_events_discoveries_delete AFTER DELETE ON session_events
+WHEN OLD.discovery_refs_json <> '[]' AND json_valid(OLD.discovery_refs_json)
+BEGIN
+  DELETE FROM session_discoveries
+    WHERE event_id = OLD.id
+      AND discovery_ref IN (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
+END;
+
+-- Rows that were there before the triggers; whatever they hold, this does not fail.
+INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
+  SELECT value, session_events.id
+    FROM session_events,
+         json_each(CASE WHEN json_valid(discovery_refs_json) THEN discovery_refs_json ELSE '[]' END)
+    WHERE json_each.type = 'text';
+
+PRAGMA user_version = 1;
+"""  # noqa: E501 (schema.sql, to the letter)
+
+DEMO_DAYS, DEMO_DEVELOPERS, DEMO_TEAM = 21, 12, 4
+DEMO_REFS = """
+    auth-jwt-flow rate-limit-buckets sqlite-wal-checkpoint flaky-login-test ci-cache-key retry-with-jitter
+    pagination-cursor n-plus-one-orders timezone-dst-bug webhook-signature s3-multipart-upload grpc-deadlines
+    idempotency-key blue-green-switch css-grid-overflow schema-codegen vector-index-recall utf8-truncation
+    docker-layer-order terraform-state-lock oauth-refresh-race worker-memory-leak trace-context-loss
+    lock-order-deadlock search-ranking-tie email-bounce-loop audit-log-shape mobile-deep-links
+    feature-flag-ramp cold-start-imports backfill-in-batches queue-visibility-timeout""".split()  # noqa: SIM905
+
+
+def demo_hash(*words: object) -> str:
+    return hashlib.sha256(("demo " + " ".join(map(str, words))).encode()).hexdigest()
+
+
+def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
+    """(minute since the first midnight, developer) of each session's end, in time order. Each developer has
+    hours, a pace, and days off."""
+    moments = []
+    for developer in range(DEMO_DEVELOPERS):
+        morning, pace = 60 * (6 + 4 * (developer // DEMO_TEAM) + 2 * chance()), .8 + 2.4 * chance()
+        for day in range(DEMO_DAYS):
+            if chance() < (.55 if day % 7 in (5, 6) else .18):
+                continue
+            for _ in range(1 + int(pace * chance() + chance())):
+                moments.append((int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440), developer))
+    return sorted(moments)
+
+
+def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int, chance: Callable[[], float],
+               fresh: List[str]) -> Tuple[List[str], int]:
+    """The discoveries of one session and how many of them it found there. What is recent is likelier, what
+    one's own team touched likelier still. `known` {ref: [(minute, developer) ...]} learns them; `fresh` gives
+    up new ones."""
+    touched = []
+    for ref, visits in known.items():
+        near = any(developer // DEMO_TEAM == who // DEMO_TEAM for _, who in visits[-3:])
+        heat = math.exp((visits[-1][0] - at) / 2400) * (.2 if near else .028)
+        if chance() < heat:
+            touched.append(ref)
+    found = len(touched)
+    if fresh and chance() < .09:
+        touched.append(fresh.pop(0))
+    for ref in touched:
+        known.setdefault(ref, []).append((at, developer))
+    return touched[:6], found
+
+
+def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
+    """The rows of session_events without `id`, oldest first, all before `end` (ms). Only `random()` is used:
+    what it gives is the same in every Python."""
+    chance = random.Random("session events").random
+    known: Dict[str, List[Tuple[int, int]]] = {}
+    fresh = list(DEMO_REFS)
+    for n, (at, developer) in enumerate(demo_starts(chance)):
+        refs, found = demo_touch(known, at, developer, chance, fresh)
+        tools = int(math.exp(1.6 + 2.9 * chance()) + 6 * len(refs))
+        tokens = int(tools * 40 * chance() + found * (1500 + 6000 * chance()))
+        ended = end - DEMO_DAYS * DAY_MS + at * 60_000 + int(chance() * 59_000)
+        yield (demo_hash("identity", developer), demo_hash("login", developer) if developer % 3 else None,
+               demo_hash("session", n), moment_text(ended), tools, tokens, demo_hash("branch", n // 3)[:12],
+               json.dumps(refs, separators=(",", ":")), "1.%d.0" % (28 + at // 10_080),
+               moment_text(ended + 700)[:19] + "Z")
+
+
+def write_demo(path: str) -> int:
+    """A new database of synthetic sessions, up to the last midnight; returns how many. Refused if the file is
+    there or cannot be made."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        raise Refused("%s is there already; the synthetic sessions want a new file" % path) from None
+    except OSError as error:
+        raise Refused("cannot make %s: %s" % (path, error.strerror)) from error
+    rows = list(demo_rows(now_ms() // DAY_MS * DAY_MS))
+    names = ", ".join(TABLES["session_events"][1:])
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.executescript("BEGIN;" + SCHEMA)
+            connection.executemany(
+                "INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?,?)" % names, rows)
+            connection.execute("COMMIT")
+    except sqlite3.Error as error:
+        raise Refused("cannot write %s: %s" % (path, error)) from error
+    return len(rows)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page on it."""
+    if options.db:
+        print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="session-events-") as folder:
+        db = os.path.join(folder, "demo.db")
+        print("%d synthetic sessions of %d developers who do not exist" % (write_demo(db), DEMO_DEVELOPERS),
+              flush=True)
+        return serve(db, options.port, can_open_browser(), "&days=14")
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+class Usage(Exception):
+    """The command line asks for what cannot be; the text says so."""
+
+
+def window_of(options: argparse.Namespace) -> Window:
+    for name in ("since", "until"):
+        if getattr(options, name) is not None and day_start(getattr(options, name)) is None:
+            raise Usage("--%s takes a date (2026-05-22) or a moment (2026-05-22T12:34:56Z)" % name)
+    if options.since and options.days:
+        raise Usage("--days and --since say the same twice; give one")
+    window = window_between(options.days or DAYS_DEFAULT, options.since or "", options.until or "",
+                            GITHUB_FLAGS[options.github], getattr(options, "discovery", None))
+    if window.since >= window.until:
+        raise Usage("--until must be after --since")
+    return window
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError("a whole number from %d to %d" % (least, most))
+        return int(text)
+    return convert
+
+
+def ran_sessions(reader: Reader, options: argparse.Namespace) -> Plain:
+    return sessions(reader, window_of(options), options.limit or 50)
+
+
+def ran_session(reader: Reader, options: argparse.Namespace) -> Plain:
+    return session(reader, options.session)
+
+
+def ran_discoveries(reader: Reader, options: argparse.Namespace) -> Plain:
+    return discoveries(reader, window_of(options), options.limit or 50, options.sort)
+
+
+def ran_discovery(reader: Reader, options: argparse.Namespace) -> Plain:
+    return discovery(reader, options.ref, window_of(options), options.limit or 200)
+
+
+def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
+    window = window_of(options)
+    if options.format != "html":
+        return graph(reader, window, options.limit or DRAWN)
+    newest = reader.window(window, options.limit or DRAWN)
+    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window), window.discovery)}
+
+
+def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
+    return activity(reader, window_of(options))
+
+
+def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
+    window = window_of(options)
+    rows = exported(reader, window)
+    if sys.stderr.isatty():
+        rows = with_progress(rows, reader.count(window), sys.stderr)
+    return {"rows": rows}
+
+
+def with_progress(rows: Iterator[Plain], total: int, screen: TextIO) -> Iterator[Plain]:
+    n = 0
+    for n, row in enumerate(rows, 1):
+        if n % 5000 == 0:
+            screen.write("\r{:,} of {:,} sessions".format(n, total))
+            screen.flush()
+        yield row
+    screen.write("\r{:,} of {:,} sessions\n".format(n, total))
+
+
+def json_stream(rows: Iterable[Plain]) -> Iterator[str]:
+    before = "[\n"
+    for row in rows:
+        yield before + json.dumps(row)
+        before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
+
+
+def csv_stream(rows: Iterable[Plain]) -> Iterator[str]:
+    return (csv_text([row], header=n == 0) for n, row in enumerate(rows))
+
+
+Format = Callable[[Plain], Iterable[str]]  # a command's result to pieces of text
+
+
+def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
+    """The forms of a command whose result has a list of rows under `key`."""
+    return {"text": lambda r: [text(r)], "json": lambda r: [json_text(r)],
+            "csv": lambda r: [csv_text(r[key])], "jsonl": lambda r: [jsonl_text(r[key])]}
+
+
+class Question(NamedTuple):
+    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first is the
+    default), and which part of the result is empty when nothing was found."""
+
+    help: str
+    example: str
+    arguments: Sequence[str]
+    ask: Callable[[Reader, argparse.Namespace], Plain]
+    forms: Dict[str, Format]
+    found: str
+
+
+class Action(NamedTuple):
+    """A command that does something else."""
+
+    help: str
+    example: str
+    arguments: Sequence[str]
+    run: Callable[[argparse.Namespace], int]
+
+
+def view(options: argparse.Namespace) -> int:
+    return serve(options.db, options.port, options.open)
+
+
+GITHUB_FLAGS = {"any": None, "with": True, "without": False}
+ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
+    "db": ("--db", {"metavar": "FILE", "required": True, "help": "the database that server.py writes"}),
+    "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500),
+                        "help": "the last N days (%d)" % DAYS_DEFAULT}),
+    "since": ("--since", {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
+    "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
+    "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
+                            "help": "only sessions with GitHub, or without"}),
+    "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
+    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
+    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
+    "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
+    "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
+    "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
+                        "help": "the port to listen on (8788); 0 is any free one"}),
+    "open": ("--open", {"action": "store_true", "help": "open the page in a browser"}),
+    "demo_db": ("--db", {"metavar": "FILE", "help": "only write them into this new file"}),
+}
+WINDOWED = ("db", "days", "since", "until", "github")
+QUESTIONS = {
+    "sessions": Question(
+        "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
+        ran_sessions, forms("sessions", sessions_text), "sessions"),
+    "session": Question(
+        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
+        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
+    "discoveries": Question(
+        "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
+        (*WINDOWED, "limit", "sort"), ran_discoveries,
+        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+    "discovery": Question(
+        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
+    "graph": Question(
+        "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
+        (*WINDOWED, "discovery", "limit"), ran_graph,
+        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+    "activity": Question(
+        "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
+        (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
+    "export": Question(
+        "every session of a window, oldest first",
+        "export --db events.db --days 365 --format csv > sessions.csv",
+        (*WINDOWED, "discovery"), ran_export,
+        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]), "csv": lambda r: csv_stream(r["rows"]),
+         "json": lambda r: json_stream(r["rows"])}, "rows"),
+}
+ACTIONS = {
+    "view": Action("the replay page and the tables, in a browser", "view --db events.db --open",
+                   ("db", "port", "open"), view),
+    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        "session_events.py", formatter_class=shape, description="Shows the sessions that server.py stored.",
+        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is"
+               " nothing in the window), 1 not found or\nnot readable, 2 the command line is wrong")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
+    for name, command in every.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help, formatter_class=shape,
+                                  epilog="example: python3 session_events.py " + command.example)
+        for argument in command.arguments:
+            flag, details = ARGUMENTS[argument]
+            sub.add_argument(flag, **details)
+        if isinstance(command, Question):
+            sub.add_argument("--format", choices=list(command.forms), default=next(iter(command.forms)),
+                             help="the form of the answer (%(default)s)")
+    return top
+
+
+def ask(question: Question, options: argparse.Namespace, out: Callable[[str], Any]) -> None:
+    """Prints the answer; what is said about it goes to standard error."""
+    with reading(options.db) as reader:
+        result = question.ask(reader, options)
+        written = 0
+        for piece in question.forms[options.format](result):
+            out(piece)
+            written += 1
+        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if not found:
+            print("nothing in this window; --days looks further back", file=sys.stderr)
+        if reader.left_out:
+            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Runs one command; the exit status."""
+    options = parser().parse_args(arguments)
+
+    def out(text: str) -> None:
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+
+    try:
+        if options.command in ACTIONS:
+            return ACTIONS[options.command].run(options)
+        ask(QUESTIONS[options.command], options, out)
+        sys.stdout.flush()
+        return 0
+    except (NotFound, Refused, Usage) as error:
+        print("session_events: %s" % visible(str(error)), file=sys.stderr)
+        return 2 if isinstance(error, Usage) else 1
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + getattr(signal, "SIGPIPE", 13)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def step_back() -> None:
+    """Lets a server on the same machine go first. A loop of queries beside one under full load on 2 cores took a
+    third of its rate, and takes nothing that can be measured since it does this."""
+    if hasattr(os, "nice"):
+        os.nice(10)
+
+
+if __name__ == "__main__":
+    step_back()
+    sys.exit(main())
