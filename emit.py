@@ -11,22 +11,22 @@ example:
   echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 -I -S emit.py --wait 2000
 
 It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints nothing on
-standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What cannot be
-sent waits in ~/.ashlr/session-events/pending/ (at most 500 events and 30 days) for the next session's end.
---wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on standard error
-what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
+standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What cannot
+be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events and 30 days) for the next session's end.
+--wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on standard
+error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# Sections: facts, consent, identity, session, payload (pure) - disk, caller, sending (edges) - commands.
+# Rooms: facts, consent, identity, session, payload (pure) - disk, caller, sending (edges) - commands.
 #
-# Every run compiles this file and pays for every import, so the two hooks import nothing until the caller is gone:
-# measured with -I -S, `import os` costs up to 0.25 of a bare start, `import json` as much as the start itself, and
-# leaving without the interpreter's tidying-up wins 0.15 back.
+# Each run compiles this file and pays for each import, so it is kept short, and the hooks import nothing before the
+# caller is gone. Of a bare start with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins
+# 0.15 back; a thousand characters of code cost 0.03.
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os as system
-    from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple
+    from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set, Tuple  # noqa: F401
 else:  # os where it is loaded already; else the built-in module beneath it, which always is
     system = sys.modules.get("os") or sys.modules.get("posix") or __import__("os")
 
@@ -37,30 +37,31 @@ else:  # os where it is loaded already; else the built-in module beneath it, whi
 
 DEFAULT_SERVER = "http://127.0.0.1:8787"
 ENDPOINT_PATH = "/v1/session-events"
-EVENT_BYTES = 64 * 1024
+EVENT_BYTES = 65536
 MAX_CALLS, MAX_TOKENS, MAX_REFS = 1000000, 1000000000, 200
 
 LIFE_S = 20.0  # of the sender, whatever the network does
-FOREGROUND_MS = 500.0  # of a run that cannot leave its caller, or was asked to --wait
+FOREGROUND_S = 0.5  # of a run that cannot leave its caller, or was asked to --wait
 ANSWER_S = 10.0  # for each step of one request
-GIT_S = 0.25
-INPUT_FIRST_S, INPUT_WHOLE_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
-INPUT_BYTES = 64 << 20
-WAITING_EVENTS, WAITING_MS = 500, 30 * 86400 * 1000
-LIST_S, LEFTOVER_S = 7 * 86400, 3600  # a touched list, a temporary file that a kill left behind
-RETRY_S = 86400  # the longest Retry-After that is believed
+PROGRAM_S = 0.25  # for git, and for ps
+INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
+FILE_BYTES = 1 << 26  # more than any host or plugin writes
+WAITING_EVENTS, DAY_S, WAITING_DAYS, LIST_DAYS = 500, 86400, 30, 7
 FAILED_ANSWERS = 3  # in one run, before the server is left in peace
 
 DIGITS = "0123456789"
-HEX = DIGITS + "abcdef"
-ALNUM = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BLANKS = " \t\n\r"  # of JSON
+HEX = "0123456789abcdef"
+ALNUM = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNCLEAR = object()  # what a config.json says that cannot be read
-DISCOVERIES = "/.ashlrcode/genome/sections/discoveries/"
+
+# Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
+ASHLR, CONFIG, MACHINE_ID = b"/.ashlr/", b"/.ashlr/config.json", b"/.ashlr/machine-id"
+OURS, PENDING, TOUCHED = b"/.ashlr/session-events/", b"/.ashlr/session-events/pending/", b"/.ashlr/session-events/touched/"
+LAST = b"/.ashlr/session-events/last.json"
 
 COLLECTED = """\
-Collected when a session ends: its time, number of tool calls, tokens saved, commit, touched discoveries, version.
-Never: names, paths, code, prompts. Who and which session are one-way hashes that change with every quarter.
+Collected at a session's end: its time, number of tool calls, tokens saved, commit, touched discoveries, version.
+Never: names, paths, code, prompts. Who it was and which session are one-way hashes; the first change every quarter.
 It goes to %s.
 To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
 
@@ -70,49 +71,49 @@ To stop: emit.py off (also deletes what waits). To see an event before it goes: 
 # ======================================================================================================
 
 
-def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
-    """(may it be sent, what decided): CONTRACT section 5. `said`: "telemetry" of config.json, None if not there."""
+def consent(env, said):
+    # type: (Dict[str, str], Any) -> Tuple[bool, str]
+    """(may it be sent, what decided): CONTRACT section 5. `said`: "telemetry" of config.json, None without one."""
     asked = env.get("ASHLR_TELEMETRY", "").strip().lower()
-    for holds, answer, why in (
-        (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
-        (asked in ("off", "0"), False, "ASHLR_TELEMETRY says off"),
-        (said == "off", False, "~/.ashlr/config.json says off"),
-        (asked in ("on", "1"), True, "ASHLR_TELEMETRY says on"),
-        (said == "opt-in", True, "~/.ashlr/config.json says opt-in"),
-        (said is UNCLEAR, False, "~/.ashlr/config.json is not a readable JSON object, and nobody else said yes"),
-    ):
-        if holds:
-            return answer, why
-    return False, "nobody said yes (emit.py on does)"
+    if env.get("DO_NOT_TRACK", "").strip() not in ("", "0"):
+        return False, "DO_NOT_TRACK is set"
+    if asked in ("off", "0"):
+        return False, "ASHLR_TELEMETRY says off"
+    if said == "off":
+        return False, "~/.ashlr/config.json says off"
+    if asked in ("on", "1"):
+        return True, "ASHLR_TELEMETRY says on"
+    if said == "opt-in":
+        return True, "~/.ashlr/config.json says opt-in"
+    return False, "~/.ashlr/config.json cannot be read" if said is UNCLEAR else "nobody said yes (emit.py on does)"
 
 
-def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
+def endpoint(env):
+    # type: (Dict[str, str]) -> Tuple[str, str]
     """(URL, what decided): CONTRACT section 6. The URL is as it was set: see `checked_url`."""
-    whole, base = env.get("ASHLR_SESSION_EVENTS_URL", "").strip(), env.get("ASHLR_API_URL", "").strip()
-    if whole:
-        return whole, "ASHLR_SESSION_EVENTS_URL"
-    if base:
-        return base.rstrip("/") + ENDPOINT_PATH, "ASHLR_API_URL"
-    return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
+    base = env.get("ASHLR_API_URL", "").strip().rstrip("/")
+    return ((env.get("ASHLR_SESSION_EVENTS_URL", "").strip(), "ASHLR_SESSION_EVENTS_URL")
+            if env.get("ASHLR_SESSION_EVENTS_URL", "").strip()
+            else (base + ENDPOINT_PATH, "ASHLR_API_URL") if base else (DEFAULT_SERVER + ENDPOINT_PATH, "the default"))
 
 
-def checked_url(url: str) -> "Tuple[str, str, str]":
+def checked_url(url):
+    # type: (str) -> Tuple[str, str, str]
     """(URL to ask, value for Authorization or "", text to print). ValueError, without the URL, if not http(s)."""
     from base64 import b64encode
-    from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
-    if not shaped(url, "".join(map(chr, range(33, 127))), 1, 4096):
-        raise ValueError("the endpoint has blanks or other characters that no URL has")
+    from urllib.parse import unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
     except ValueError:
         good = False
-    if not good:
+    if not good or " " in url or len(encoded(url)) != len(url):
         raise ValueError("the endpoint is not a http:// or https:// URL")
     userinfo, _, host = parts.netloc.rpartition("@")
-    basic = "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else ""
-    shown = "%s://%s%s%s" % (parts.scheme, host, parts.path, "?..." if parts.query else "")
-    return urlunsplit((parts.scheme, host, parts.path or "/", parts.query, "")), basic, shown
+    shown = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
+    return (shown + "?" + parts.query if parts.query else shown,
+            "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else "",
+            shown + "?..." if parts.query else shown)
 
 
 # ======================================================================================================
@@ -120,7 +121,8 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
 # ======================================================================================================
 
 
-def encoded(text: str) -> bytes:
+def encoded(text):
+    # type: (str) -> bytes
     """UTF-8, whatever the text: undecodable bytes of the environment come out as they went in."""
     try:
         return text.encode("utf-8", "surrogateescape")
@@ -128,23 +130,25 @@ def encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def sha256_hex(text: str) -> str:
+def sha256_hex(text):
+    # type: (str) -> str
     """64 lowercase hex digits."""
     from hashlib import sha256
     return sha256(encoded(text)).hexdigest()
 
 
-def salt(seconds: float) -> str:
+def salt(seconds):
+    # type: (float) -> str
     """`salt_2026Q4`: the UTC quarter of a time in seconds since 1970 (CONTRACT section 4)."""
     from time import gmtime
-    year, month = gmtime(seconds)[:2]
-    return "salt_%dQ%d" % (year, (month + 2) // 3)
+    return "salt_%dQ%d" % (gmtime(seconds)[0], (gmtime(seconds)[1] + 2) // 3)
 
 
-def github_login(cache: "Any") -> "Optional[str]":
-    """The login in pro-token-cache.json's value, or None: never guessed."""
-    login = cache.get("githubLogin") if isinstance(cache, dict) and cache.get("valid") is True else None
-    return login if isinstance(login, str) and login.strip() else None
+def github_login(cache):
+    # type: (Dict[str, Any]) -> str
+    """The login in pro-token-cache.json, or "": never guessed."""
+    login = cache.get("githubLogin")
+    return login if cache.get("valid") is True and isinstance(login, str) and login.strip() else ""
 
 
 # ======================================================================================================
@@ -152,96 +156,81 @@ def github_login(cache: "Any") -> "Optional[str]":
 # ======================================================================================================
 
 
-def session_id(env: "Dict[str, str]", hook: "Dict[str, Any]") -> str:
+def session_id(env, hook):
+    # type: (Dict[str, str], Dict[str, Any]) -> str
     """The session's raw id as the host gave it, or "" (CONTRACT section 4)."""
     given = hook.get("session_id")
     return env.get("CLAUDE_SESSION_ID", "").strip() or (given if isinstance(given, str) and given.strip() else "")
 
 
-def stats_bucket(ppid: int, home: str) -> str:
+def stats_bucket(ppid, home):
+    # type: (int, str) -> str
     """The name that stats.json gives to a parent process: a 32-bit Java string hash (CONTRACT section 4)."""
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
     h = 0
-    for low, high in zip(units[::2], units[1::2]):
-        h = (h * 31 + low + (high << 8)) & 0xFFFFFFFF
+    for n in range(0, len(units), 2):
+        h = (h * 31 + units[n] + 256 * units[n + 1]) & 0xFFFFFFFF
     return "p%x" % h
 
 
-def instant(text: "Any") -> "Optional[float]":
-    """Seconds since 1970 of an ISO 8601 date and time (CONTRACT section 1, `ended_at`); None if it is none."""
-    from datetime import datetime, timedelta
-    from re import fullmatch
-    match = fullmatch(r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})(?:\.([0-9]{1,9}))?"
-                      r"(?:Z|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))?", text) if isinstance(text, str) else None
+def instant(text):
+    # type: (Any) -> float
+    """Seconds since 1970 of an ISO 8601 date and time (CONTRACT section 1, `ended_at`). ValueError if it is none."""
+    from calendar import timegm
+    from datetime import datetime
+    from re import ASCII, fullmatch
+    match = fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|([+-])([01]\d|2[0-3]):([0-5]\d))?", str(text), ASCII)
     if not match:
-        return None
-    try:
-        at = datetime(*map(int, match.group(1, 2, 3, 4, 5, 6)))  # type: ignore[arg-type]
-    except ValueError:
-        return None
-    sign, hours, minutes = match.group(8, 9, 10)
-    zone = (int(hours) * 60 + int(minutes)) * (-1 if sign == "-" else 1) if sign else 0
-    fraction = int((match.group(7) or "0").ljust(9, "0")) / 1e9
-    return (at - datetime(1970, 1, 1)) / timedelta(seconds=1) - zone * 60 + fraction
+        raise ValueError("not a date and time")
+    at, fraction, _, sign, hours, minutes = match.groups()
+    east = int(sign + "1") * (3600 * int(hours) + 60 * int(minutes)) if sign else 0
+    return timegm(datetime.strptime(at, "%Y-%m-%dT%H:%M:%S").timetuple()) + float(fraction or 0) - east
 
 
-def counts(stats: "Any", last_project: "Any", ids: "Sequence[str]", now: float) -> "Tuple[int, int]":
-    """(tool_count, tokens_saved) summed over this session's buckets of stats.json, each once (CONTRACT section 4)."""
+def counts(stats, project, ids, now):
+    # type: (Dict[str, Any], Dict[str, Any], Sequence[str], float) -> Tuple[int, int]
+    """(tool_count, tokens_saved) summed over this session's buckets of stats.json, each once (CONTRACT section 4).
+
+    `project`: last-project.json; `ids`: the session's raw id and its parent process's bucket; `now`: s since 1970.
+    """
     mine = set(ids)
-    if isinstance(last_project, dict) and isinstance(last_project.get("sessionId"), str):
-        age = now - (instant(last_project.get("updatedAt")) or 0.0)
-        mine.update([last_project["sessionId"]] if 0 <= age <= 86400 else [])
-    sessions = stats.get("sessions") if isinstance(stats, dict) and stats.get("schemaVersion", 2) == 2 else None
+    try:
+        if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
+            mine.add(str(project.get("sessionId")))
+    except ValueError:
+        pass
+    sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
     found = [sessions.get(name) for name in mine] if isinstance(sessions, dict) else []
-    buckets = [bucket for bucket in found if isinstance(bucket, dict)]
-    return (min(MAX_CALLS, sum(whole(bucket.get("calls")) for bucket in buckets)),
-            min(MAX_TOKENS, sum(whole(bucket.get("tokensSaved")) for bucket in buckets)))
+    return (min(MAX_CALLS, sum(whole(bucket, "calls") for bucket in found)),
+            min(MAX_TOKENS, sum(whole(bucket, "tokensSaved") for bucket in found)))
 
 
-def whole(value: "Any") -> int:
-    """A JSON number floored, and 0 for anything below or that is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        return 0
-    return int(value)
+def whole(bucket, name):
+    # type: (Any, str) -> int
+    """A number in a bucket, floored; 0 for one below 0, and for whatever is none."""
+    value = bucket.get(name) if isinstance(bucket, dict) else 0  # type: Any
+    return int(value) if type(value) in (int, float) and 0 <= value < float("inf") else 0
 
 
-def is_ref(text: "Any") -> bool:
-    """Is it a slug that `discovery_refs` may carry (CONTRACT section 1)?"""
-    return shaped(text, ALNUM + "._:-", 1, 128) and text[0] in ALNUM
-
-
-def touched_ref(path: "Any", base: str, project: str) -> "Optional[str]":
-    """The discovery that a path in a tool's input stands for, None if it lies elsewhere. No disk is asked.
+def touched_ref(path, base, project):
+    # type: (str, str, str) -> str
+    """The discovery that a path in a tool's input stands for, "" if it lies elsewhere. No disk is asked.
 
     `base`: the absolute folder that a relative path starts from. Windows paths compare without case.
     """
-    if not isinstance(path, str) or not path:
-        return None
-    windows = project[1:2] == ":" or project[:2] == "\\\\"
-    path, base, project = (part.replace("\\", "/") if windows else part for part in (path, base, project))
-    path = lexical(path if path[:1] == "/" or (windows and path[1:2] == ":") else base + "/" + path)
-    folder = lexical(project).rstrip("/") + DISCOVERIES
-    same = path[:len(folder)].lower() == folder.lower() if windows else path.startswith(folder)
-    name = path[len(folder):].rpartition("/")[2] if same else ""
-    stem = name[:name.rfind(".")] if "." in name[1:] else name
-    return stem if is_ref(stem) else None
+    import ntpath
+    import posixpath
+    rules = ntpath if project[1:2] == ":" or project[:2] == "\\\\" else posixpath  # type: Any
+    folder = rules.normcase(rules.normpath(project + "/.ashlrcode/genome/sections/discoveries")) + rules.sep
+    path = rules.normpath(rules.join(base, path))
+    stem = rules.splitext(rules.basename(path))[0]
+    return stem if rules.normcase(path).startswith(folder) and is_ref(stem) else ""
 
 
-def lexical(path: str) -> str:
-    """An absolute path with `.`, `..` and doubled slashes worked out; a trailing slash stays."""
-    parts = []  # type: List[str]
-    for part in path.split("/"):
-        if part == "..":
-            del parts[-1:]
-        elif part not in ("", "."):
-            parts.append(part)
-    lead = "" if path[1:2] == ":" else "/"
-    return lead + "/".join(parts) + ("/" if parts and path[-1:] == "/" else "")
-
-
-def newest_refs(refs: "Sequence[str]") -> "List[str]":
-    """In order of first touch, without repeats, the newest 200."""
-    return list(dict.fromkeys(refs))[-MAX_REFS:]
+def newest_refs(refs):
+    # type: (Sequence[str]) -> List[str]
+    """The slugs among them in order of first touch, without repeats, the newest 200."""
+    return list(dict.fromkeys(filter(is_ref, refs)))[-MAX_REFS:]
 
 
 # ======================================================================================================
@@ -249,189 +238,140 @@ def newest_refs(refs: "Sequence[str]") -> "List[str]":
 # ======================================================================================================
 
 
-def shaped(text: "Any", characters: str, shortest: int, longest: int) -> bool:
+def shaped(text, characters, shortest, longest):
+    # type: (Any, str, int, int) -> bool
     """Is it a string of these characters and no others? (`strip` leaves "" only then; re is a costly import.)"""
     return isinstance(text, str) and shortest <= len(text) <= longest and not text.strip(characters)
 
 
-def is_version(text: "Any") -> bool:
+def is_ref(text):
+    # type: (Any) -> bool
+    """Is it a slug that `discovery_refs` may carry (CONTRACT section 1)?"""
+    return shaped(text, ALNUM + "._:-", 1, 128) and text[0] in ALNUM
+
+
+def is_version(text):
+    # type: (Any) -> bool
     """Is it what `plugin_version` may carry (CONTRACT section 1)?"""
     return shaped(text, ALNUM + ".+_-", 1, 64) and text[0] in ALNUM
 
 
-def is_count(value: "Any", most: int) -> bool:
-    """Is it a whole JSON number from 0 to `most`?"""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
-
-
-def is_hash(text: "Any") -> bool:
-    """Is it 64 lowercase hex digits?"""
-    return shaped(text, HEX, 64, 64)
-
-
-# Field: what its value must be. The order is the order in the event.
+# Field: what its value must be, to be one that this program wrote.
 FIELDS = {
-    "identity_hash": is_hash,
-    "github_hash": lambda value: value is None or is_hash(value),
-    "session_id_hash": is_hash,
-    "ended_at": lambda value: instant(value) is not None,
-    "tool_count": lambda value: is_count(value, MAX_CALLS),
-    "tokens_saved": lambda value: is_count(value, MAX_TOKENS),
+    "identity_hash": lambda value: shaped(value, HEX, 64, 64),
+    "github_hash": lambda value: value is None or shaped(value, HEX, 64, 64),
+    "session_id_hash": lambda value: shaped(value, HEX, 64, 64),
+    "ended_at": lambda value: value == iso(instant(value) + 0.0001),
+    "tool_count": lambda value: type(value) is int and 0 <= value <= MAX_CALLS,
+    "tokens_saved": lambda value: type(value) is int and 0 <= value <= MAX_TOKENS,
     "branch_sha": lambda value: value is None or shaped(value, HEX, 7, 40),
-    "discovery_refs": lambda value: isinstance(value, list) and len(value) <= MAX_REFS and all(map(is_ref, value)),
+    "discovery_refs": lambda value: isinstance(value, list) and value == newest_refs(value),
     "plugin_version": is_version,
 }  # type: Dict[str, Callable[[Any], bool]]
 
 
-def faults(event: "Any") -> "List[str]":
-    """The fields that this program would never have written so; [] for an event that may be sent."""
-    if not isinstance(event, dict):
-        return ["(not an object)"]
-    bad = [name for name, good in FIELDS.items() if name not in event or not good(event[name])]
-    return bad + ["(unknown)"] * (not event.keys() <= FIELDS.keys())
+def is_event(value):
+    # type: (Any) -> bool
+    """Is it an event that this program could have written: all fields, good, and no other?"""
+    try:
+        return value.keys() == FIELDS.keys() and all(good(value[name]) for name, good in FIELDS.items())
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return False
 
 
-def iso(seconds: float) -> str:
+def iso(seconds):
+    # type: (float) -> str
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
-    from time import gmtime
-    milliseconds = int(seconds * 1000)
-    return "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ" % (gmtime(milliseconds // 1000)[:6] + (milliseconds % 1000,))
-
-
-def event_bytes(event: "Dict[str, Any]") -> bytes:
-    """The JSON as it is kept and sent. ValueError if it is not an event, which would be an error in this file."""
-    import json
-    data = json.dumps(event, separators=(",", ":")).encode()
-    if faults(event) or len(data) > EVENT_BYTES:
-        raise ValueError("built something that is not an event: " + ", ".join(faults(event)))
-    return data
-
-
-def loads(data: bytes) -> "Any":
-    """`json.loads` of UTF-8, NaN and Infinity refused. ValueError for anything that is not JSON.
-
-    The C scanner beneath json, asked directly, spares the 5 ms import of json (most of a bare start). Where it is not,
-    or wants to be asked differently, json itself answers; the tests hold the two to the same answers.
-    """
-    text = data.decode("utf-8-sig")
-    try:
-        from _json import make_scanner
-        scan = make_scanner(Scanner)
-    except (ImportError, AttributeError, TypeError):
-        return loads_slowly(text)
-    text = text.strip(BLANKS)
-    try:
-        value, end = scan(text, 0)
-    except (StopIteration, RecursionError):
-        raise ValueError("not JSON, or too deep") from None
-    if end != len(text):
-        raise ValueError("not JSON alone")
-    return value
-
-
-def loads_slowly(text: str) -> "Any":
-    """`loads` for where its fast path cannot be taken."""
-    import json
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except RecursionError:
-        raise ValueError("too deep") from None
-
-
-def refuse(name: str) -> "NoReturn":
-    """Called for NaN and the infinities, which are not JSON."""
-    raise ValueError(name + " is not JSON")
+    from time import gmtime, strftime
+    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(seconds // 1)) + ".%03dZ" % (seconds % 1 * 1000)
 
 
 class Scanner:
-    """What the C scanner wants to know: json's own defaults."""
+    """What the C scanner beneath json wants to know: json's own defaults."""
 
-    strict = True
+    strict, parse_float, parse_int = True, float, int
     object_hook = object_pairs_hook = array_hook = None
-    parse_float, parse_int, parse_constant = float, int, refuse
+    parse_constant = None  # NaN and the infinities, which are not JSON: calling None is the error
 
 
-def loads_object(data: "Optional[bytes]") -> "Optional[Dict[str, Any]]":
-    """The JSON object in `data`, or None."""
+def loads(data):
+    # type: (bytes) -> Any
+    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
+
+    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it wants to
+    be asked differently, json itself answers, and a test holds the two to the same answers.
+    """
+    text = data.decode("utf-8-sig").strip(" \t\n\r")
     try:
-        value = loads(data or b"")
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        try:
+            from _json import make_scanner
+            value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
+        except (ImportError, AttributeError):
+            import json
+            value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
+    except (StopIteration, TypeError, RecursionError):
+        end = -1
+    if end != len(text):
+        raise ValueError("not JSON")
+    return value
 
 
-def retry_at(header: "Optional[str]", now: float) -> float:
-    """When a server wants to be asked again, from `Retry-After` (seconds or a date); 0.0 if it did not say."""
+def retry_at(header, now):
+    # type: (Optional[str], float) -> float
+    """When a server wants to be asked again, from `Retry-After` (seconds or a date), at most a day; 0.0 if never."""
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
-        at = now + int(text[:10]) if shaped(text, DIGITS, 1, 100) else parsedate_to_datetime(text).timestamp()
-    except (TypeError, ValueError, IndexError, OverflowError, OSError):
+        at = now + int(text[:9]) if shaped(text, DIGITS, 1, 99) else parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
-    return min(at, now + RETRY_S) if at > now else 0.0
+    return min(at, now + DAY_S) if at > now else 0.0
 
 
-def captured_ms(name: bytes) -> "Optional[int]":
-    """When the event in a spool file was captured, in ms since 1970, from its name; None for a foreign name."""
-    text = name.decode("latin-1")
-    good = len(text) == 33 and shaped(text[:15], DIGITS, 15, 15) and shaped(text[16:28], HEX, 12, 12)
-    return int(text[:15]) if good and text[15] == "-" and text[28:] == ".json" else None
-
-
-def expired(names: "Sequence[bytes]", now: float) -> "List[bytes]":
-    """Of spool files in order: those that may wait no longer. A clock that was ahead makes none of them old."""
-    old = [name for name in names if now * 1000 - (captured_ms(name) or 0) > WAITING_MS]
-    return old + [name for name in names if name not in old][:-WAITING_EVENTS]
+def expired(names, now):
+    # type: (Sequence[bytes], float) -> Set[bytes]
+    """Of the spool's files, oldest first, those that may wait no longer. A clock that was ahead makes none old."""
+    return set(names[:-WAITING_EVENTS]).union(
+        name for name in names if now - int(name[:15]) / 1000 > WAITING_DAYS * DAY_S)
 
 
 # ======================================================================================================
 # Disk
 # ======================================================================================================
 
-# Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
-CONFIG, MACHINE_ID = b"/.ashlr/config.json", b"/.ashlr/machine-id"
-OURS = b"/.ashlr/session-events/"
-PENDING, TOUCHED, LAST = OURS + b"pending/", OURS + b"touched/", OURS + b"last.json"
-
-# No blocking on a pipe that stands where a file should, no text mode, nothing left to child processes.
+# Reading: no waiting for a pipe that stands where a file should, no text mode, nothing left to child processes.
 SAFELY = sum(getattr(system, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 
 
-def contents(path: bytes, most: int = 16 << 20) -> bytes:
-    """A file's bytes; of a longer one than `most`, some more than `most`. OSError if it cannot be read."""
-    fd = system.open(path, system.O_RDONLY | SAFELY)
-    data = b""
+def contents(path, most=FILE_BYTES):
+    # type: (bytes, int) -> bytes
+    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
+    with open(system.open(path, SAFELY), "rb") as file:
+        return file.read(most + 1) or b""
+
+
+def object_at(path):
+    # type: (bytes) -> Dict[str, Any]
+    """The JSON object in a file; {} for whatever else may be there, or not."""
     try:
-        while len(data) <= most:
-            piece = system.read(fd, 1 << 20)
-            if not piece:
-                break
-            data += piece
-    finally:
-        system.close(fd)
-    return data
+        return dict(loads(contents(path)))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def object_at(path: bytes) -> "Optional[Dict[str, Any]]":
-    """The JSON object in a file; None for whatever else may be there, or not."""
-    try:
-        return loads_object(contents(path))
-    except OSError:
-        return None
-
-
-def telemetry_said(home: bytes) -> "Any":
+def telemetry_said(home):
+    # type: (bytes) -> Any
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
     try:
-        config = loads_object(contents(home + CONFIG))
+        return loads(contents(home + CONFIG)).get("telemetry")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError:
+    except (OSError, ValueError, AttributeError):
         return UNCLEAR
-    return UNCLEAR if config is None else config.get("telemetry")
 
 
-def names_in(folder: bytes) -> "List[bytes]":
+def names_in(folder):
+    # type: (bytes) -> List[bytes]
     """Sorted; [] for a folder that is not there."""
     try:
         return sorted(system.listdir(folder))
@@ -439,182 +379,151 @@ def names_in(folder: bytes) -> "List[bytes]":
         return []
 
 
-def remove(path: bytes) -> bool:
+def remove(path):
+    # type: (bytes) -> bool
     """Was it there, and is gone?"""
     try:
         system.unlink(path)
+        return True
     except OSError:
         return False
-    return True
 
 
-def purge(home: bytes) -> int:
-    """Delete all that waits or was listed, for a person who said no; how many files that was."""
+def purge(home):
+    # type: (bytes) -> int
+    """Delete what waits and what was noted, for a person who said no; how many files that was."""
+    remove(home + LAST)
     return sum(remove(home + folder + name) for folder in (PENDING, TOUCHED) for name in names_in(home + folder))
 
 
-def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
+def write_whole(path, data, mode=0o600, fresh=False):
+    # type: (bytes, bytes, int, bool) -> None
     """Whoever looks, and whenever the power fails, finds at `path` what was there before, or all of `data`.
 
-    `fresh`: keep what is there already. OSError if it cannot be written; nothing is left behind then.
+    `fresh`: never in place of something. OSError if it cannot be written; nothing is left behind then.
     """
     import os
     folder = os.path.dirname(path)
     os.makedirs(folder, 0o700, exist_ok=True)
     temporary = folder + b"/." + os.urandom(8).hex().encode() + b".tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
     try:
-        try:
-            while data:
-                data = data[os.write(fd, data):]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if fresh:
-            link_fresh(temporary, path)
-        else:
-            os.replace(temporary, path)
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # Windows renames in place of nothing, and may be without links
+        (os.replace if not fresh else os.rename if os.name == "nt" else os.link)(temporary, path)
     finally:
         remove(temporary)
-    try:
-        fd = os.open(folder, os.O_RDONLY)  # the new name, too, should survive a power cut; Windows cannot say so
-    except OSError:
-        return
-    try:
+    try:  # the name, too, should survive a power cut; Windows cannot be asked
+        fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)
+        os.close(fd)
     except OSError:
         pass
-    finally:
-        os.close(fd)
 
 
-def link_fresh(temporary: bytes, path: bytes) -> None:
-    """Give a file its name unless that is taken."""
-    import os
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except (AttributeError, OSError):  # a system without hard links
-        if not os.path.lexists(path):
-            os.rename(temporary, path)
+def lock(path, patience_s=0.0):
+    # type: (bytes, float) -> Optional[int]
+    """A descriptor that holds a lock until it is closed or its process dies, or None: somebody else has it.
 
-
-def lock(path: bytes, patience_s: float = 0.0) -> "Optional[int]":
-    """A descriptor that holds a lock until it is closed or its process dies, or None: somebody else has it."""
+    Where the file system has no locks everybody gets it. That is safe: the server takes an event once.
+    """
     import os
     from time import monotonic, sleep
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600)
-    begun = monotonic()
-    while not locked(fd):
-        if monotonic() - begun >= patience_s:
-            os.close(fd)
-            return None
-        sleep(0.005)
-    return fd
+    fd, until = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600), monotonic() + patience_s
+    while True:
+        try:
+            try:
+                import fcntl
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:
+                __import__("msvcrt").locking(fd, 2, 1)  # LK_NBLCK
+            return fd
+        except (BlockingIOError, PermissionError):
+            if monotonic() >= until:
+                os.close(fd)
+                return None
+            sleep(0.005)
+        except OSError:
+            return fd
 
 
-def locked(fd: int) -> bool:
-    """Take the lock of an open file, at once or not at all. Where there are no locks, everybody has it.
-
-    That is safe: two senders at once are no more than a waste, since the server takes an event once.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return locked_on_windows(fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)
-    return True
-
-
-def locked_on_windows(fd: int) -> bool:
-    """`locked` by the C runtime's region locks, which end with the process too."""
-    try:
-        msvcrt = __import__("msvcrt")  # type: Any
-        msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-    except ImportError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def machine_id(home: bytes, make: bool = True) -> str:
-    """The machine's random name, made on first use. OSError if it cannot be read or kept, ValueError if it is empty.
-
-    Not `make`: "" in place of one that is not there yet.
-    """
+def machine_id(home, make=True):
+    # type: (bytes, bool) -> str
+    """The machine's random name, made on first use: OSError if it cannot be kept; "" if not to `make`."""
     import os
+    if make and not os.path.lexists(home + MACHINE_ID):
+        try:
+            write_whole(home + MACHINE_ID, random_uuid().encode(), fresh=True)
+        except FileExistsError:  # another session was quicker
+            pass
     try:
-        found = contents(home + MACHINE_ID)
+        return contents(home + MACHINE_ID).decode("utf-8", "surrogateescape").strip()
     except FileNotFoundError:
-        if not make:
-            return ""
-        write_whole(home + MACHINE_ID, random_uuid(os.urandom(16)).encode(), fresh=True)
-        found = contents(home + MACHINE_ID)
-    text = found.decode("utf-8", "surrogateescape").strip()
-    if not text:
-        raise ValueError("~/.ashlr/machine-id is empty: remove it")
-    return text
+        return ""
 
 
-def random_uuid(sixteen: bytes) -> str:
-    """RFC 4122, version 4. (Importing `uuid` may start a compiler on old Pythons.)"""
-    text = bytearray(sixteen)
-    text[6], text[8] = text[6] & 0x0F | 0x40, text[8] & 0x3F | 0x80
-    digits = bytes(text).hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+def random_uuid():
+    # type: () -> str
+    """RFC 4122, version 4, lower case. (To import `uuid` starts other programs on old Pythons.)"""
+    from os import urandom
+    h = urandom(16).hex()
+    return "%s-%s-4%s-%s%s-%s" % (h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
 
 
-def touched_refs(home: bytes, session_hash: str) -> "List[str]":
+def touched_refs(home, session_hash):
+    # type: (bytes, str) -> List[str]
     """This session's list of discoveries, as recorded so far."""
     try:
-        lines = contents(home + TOUCHED + session_hash.encode()).decode("ascii", "replace").split("\n")
+        return newest_refs(contents(home + TOUCHED + session_hash.encode()).decode("latin-1").split("\n"))
     except OSError:
         return []
-    return newest_refs([line for line in lines if is_ref(line)])
 
 
-def touch(home: bytes, session_hash: str, refs: "Sequence[str]") -> None:
+def touch(home, session_hash, refs):
+    # type: (bytes, str, Sequence[str]) -> None
     """Add to this session's list. OSError if it cannot be kept. Hooks that run at the same moment take turns."""
-    fd = lock(home + OURS + b"touched.lock", 5.0)
-    try:
-        before = touched_refs(home, session_hash)
-        after = newest_refs(before + list(refs))
-        if after != before:
-            write_whole(home + TOUCHED + session_hash.encode(), "\n".join([*after, ""]).encode())
-    finally:
-        if fd is not None:
-            system.close(fd)
+    lock(home + OURS + b"touched.lock", 5.0)  # until this process ends
+    before = touched_refs(home, session_hash)
+    after = newest_refs([*before, *refs])
+    if after != before:
+        write_whole(home + TOUCHED + session_hash.encode(), "\n".join(after).encode())
 
 
-def waiting(home: bytes) -> "List[bytes]":
+def waiting(home):
+    # type: (bytes) -> List[bytes]
     """The spool's files, oldest first. Others, whoever put them there, are left alone."""
-    return [name for name in names_in(home + PENDING) if captured_ms(name) is not None]
+    from re import fullmatch
+    return [name for name in names_in(home + PENDING) if fullmatch(rb"[0-9]{15}-[0-9a-f]{12}\.json", name)]
 
 
-def spool(home: bytes, data: bytes, captured: float) -> None:
+def event_in(path):
+    # type: (bytes) -> bytes
+    """What a spool file holds, b"" if it is no event."""
+    try:
+        data = contents(path, EVENT_BYTES)
+        return data if len(data) <= EVENT_BYTES and is_event(loads(data)) else b""
+    except (OSError, ValueError):
+        return b""
+
+
+def spool(home, data, captured):
+    # type: (bytes, bytes, float) -> None
     """Keep one event. OSError if that cannot be. The name is the time in ms, then chance."""
-    import os
-    write_whole(home + PENDING + b"%015d-%s.json" % (int(captured * 1000), os.urandom(6).hex().encode()), data)
+    from os import urandom
+    write_whole(home + PENDING + b"%015d-%s.json" % (captured * 1000, urandom(6).hex().encode()), data)
 
 
-def sweep(home: bytes, now: float) -> None:
-    """Remove what kills left half-written, and the lists of sessions that never ended."""
-    for folder in (PENDING, TOUCHED, OURS, b"/.ashlr/"):
+def sweep(home, now):
+    # type: (bytes, float) -> None
+    """Remove the lists of sessions that never ended, and, an hour later, what kills left half-written."""
+    for folder, ending, seconds in ((TOUCHED, b"", LIST_DAYS * DAY_S), (TOUCHED, b".tmp", 3600),
+                                    (PENDING, b".tmp", 3600), (OURS, b".tmp", 3600)):
         for name in names_in(home + folder):
-            temporary = name[:1] == b"." and len(name) == 21 and name[-4:] == b".tmp"
-            if temporary or folder == TOUCHED:
-                try:
-                    age = now - system.stat(home + folder + name).st_mtime
-                except OSError:
-                    continue
-                if age > (LEFTOVER_S if temporary else LIST_S):
-                    remove(home + folder + name)
+            if name.endswith(ending) and now - system.lstat(home + folder + name).st_mtime > seconds:
+                remove(home + folder + name)
 
 
 # ======================================================================================================
@@ -622,124 +531,113 @@ def sweep(home: bytes, now: float) -> None:
 # ======================================================================================================
 
 
-def environment() -> "Dict[str, str]":
+def environment():
+    # type: () -> Dict[str, str]
     """The environment as text, UTF-8 whatever the locale."""
-    found = getattr(system, "environb", system.environ)  # type: Any
+    found = getattr(system, "environb", None) or system.environ  # type: Any
     return {name if isinstance(name, str) else name.decode("utf-8", "surrogateescape"):
             value if isinstance(value, str) else value.decode("utf-8", "surrogateescape")
             for name, value in found.items()}
 
 
-def home_of(env: "Dict[str, str]") -> bytes:
+def home_of(env):
+    # type: (Dict[str, str]) -> bytes
     """The person's folder."""
-    text = env.get("HOME") or env.get("USERPROFILE")
-    if not text:
-        import os
-        text = os.path.expanduser("~")
-    return encoded(text)
+    return encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
 
 
-def input_reader() -> "Callable[[float], Optional[bytes]]":
-    """A function of seconds: what has arrived on standard input by then, b"" at its end, None for nothing yet."""
+def input_reader():
+    # type: () -> Callable[[float], Optional[bytes]]
+    """A function of seconds: what arrives on standard input by then, b"" at its end, None for nothing yet."""
     try:
         from select import select
         select([0], [], [], 0)
-    except (ImportError, OSError):  # Windows: select knows sockets only
+        return lambda seconds: system.read(0, 65536) if select([0], [], [], max(seconds, 0))[0] else None
+    except (ImportError, OSError):  # Windows: it knows sockets only
+        from _thread import start_new_thread
         from queue import Empty, Queue
-        from threading import Thread
         pieces = Queue()  # type: Queue[bytes]
 
-        def drain() -> None:
-            piece = b"-"
-            while piece:
-                try:
-                    piece = system.read(0, 1 << 16)
-                except OSError:
-                    piece = b""
-                pieces.put(piece)
-
-        def next_piece(seconds: float) -> "Optional[bytes]":
+        def drain():
+            # type: () -> None
             try:
-                return pieces.get(timeout=max(seconds, 0.001))
+                for piece in iter(lambda: system.read(0, 65536), b""):
+                    pieces.put(piece)
+            finally:
+                pieces.put(b"")
+
+        def read(seconds):
+            # type: (float) -> Optional[bytes]
+            try:
+                return pieces.get(True, max(seconds, 0.001))
             except Empty:
                 return None
-        Thread(target=drain, daemon=True).start()
-        return next_piece
-    return lambda seconds: system.read(0, 1 << 16) if select([0], [], [], max(seconds, 0.0))[0] else None
+        start_new_thread(drain, ())
+        return read
 
 
-def standard_input() -> bytes:
+def standard_input():
+    # type: () -> bytes
     """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
 
-    It waits 0.25 s for the first byte, 1 s for the last, and does not insist on the end once it has an object:
-    hosts that never close the pipe exist.
+    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end: hosts
+    that never close the pipe exist.
     """
     from time import monotonic
-    data, begun = bytearray(), monotonic()
+    data, until = bytearray(), monotonic() + INPUT_FIRST_S
     try:
-        system.fstat(0)
-        if system.isatty(0):
+        if system.isatty(0) or not system.fstat(0):
             return b""
-        next_piece = input_reader()
-        while len(data) <= INPUT_BYTES:
-            left = (INPUT_WHOLE_S if data else INPUT_FIRST_S) - (monotonic() - begun)
-            may_be_all = data[-64:].rstrip()[-1:] == b"}"
-            piece = next_piece(min(left, 0.02) if may_be_all else left)
+        read = input_reader()
+        while len(data) <= FILE_BYTES:
+            left, may_be_all = until - monotonic(), data[-64:].rstrip()[-1:] == b"}"
+            piece = read(min(left, 0.02) if may_be_all else left)
             if piece:
+                until += 0 if data else INPUT_REST_S
                 data += piece
-            elif piece == b"" or left <= 0 or (may_be_all and loads_object(bytes(data)) is not None):
-                return bytes(data)
+            elif piece is not None or left <= 0 or (may_be_all and is_object(data)):
+                break
     except OSError:
         pass
-    return b""
+    return bytes(data)
 
 
-def parent_started(ppid: int) -> str:
-    """When the parent process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
+def is_object(data):
+    # type: (bytearray) -> bool
+    """Is it a whole JSON object?"""
+    try:
+        return isinstance(loads(bytes(data)), dict)
+    except ValueError:
+        return False
+
+
+def parent_started(ppid):
+    # type: (int) -> str
+    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
     try:
         return contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()[19].decode()  # field 22, in ticks
     except (OSError, IndexError):
-        pass
-    if sys.platform == "win32":
-        return parent_started_on_windows(ppid)
-    return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
+        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
 
 
-def parent_started_on_windows(ppid: int) -> str:
-    """`parent_started` in 100 ns since 1601."""
-    import ctypes
-    kernel = ctypes.__dict__["WinDLL"]("kernel32")  # type: Any
-    times = (ctypes.c_uint64 * 4)()
-    kernel.OpenProcess.restype = ctypes.c_void_p
-    process = ctypes.c_void_p(kernel.OpenProcess(0x1000, False, ppid))  # PROCESS_QUERY_LIMITED_INFORMATION
-    good = process and kernel.GetProcessTimes(process, *(ctypes.byref(times, 8 * n) for n in range(4)))
-    if process:
-        kernel.CloseHandle(process)
-    return str(times[0]) if good else ""
-
-
-def printed_by(argv: "List[str]", changes: "Dict[str, str]") -> str:
+def printed_by(argv, changes):
+    # type: (List[str], Dict[str, str]) -> str
     """What a program prints within 250 ms, stripped; "" if it fails, cannot be started or takes longer.
 
-    It gets no GIT_* variables (a hook of git's own has them, and they point elsewhere), no input, no terminal.
+    It gets no GIT_* variables (a hook of git's own has them, and they point elsewhere), no input and no terminal.
     """
     import os
-    import subprocess
+    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
     env.update(changes)
     try:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env, start_new_session=True)
+        printed = process.communicate(timeout=PROGRAM_S)[0]
+        return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
     except (OSError, ValueError):
         return ""
-    try:
-        printed = process.communicate(timeout=GIT_S)[0]
-        return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
-    except subprocess.TimeoutExpired:  # with all that it started: one of those may hold the pipe
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, 9)
-        else:
-            process.kill()
+    except TimeoutExpired:  # and all that it started: one of those may hold the pipe
+        getattr(os, "killpg", os.kill)(process.pid, 9)
         return ""
 
 
@@ -747,70 +645,78 @@ class Caller:
     """What the event owes to the process that ran the hook, and what the host told it.
 
     `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid` and
-    `started` (only then asked for); `base`: absolute folder of relative paths; `project`; `ended`: seconds since 1970.
+    `started` (only then asked for); `here`: working directory; `project`, from there; `ended`: seconds since 1970.
     """
 
-    def __init__(self, env: "Dict[str, str]", directory: str = "", data: bytes = b"") -> None:
+    def __init__(self, env, directory='', data=b''):
+        # type: (Dict[str, str], str, bytes) -> None
         """`directory`: from --dir; `data`: from standard input. Asks the process for the rest."""
         from time import time
         self.env, self.home, self.ended = env, home_of(env), time()
-        self.hook = loads_object(data) or {}
+        try:
+            self.hook = dict(loads(data))  # type: Dict[str, Any]
+        except (ValueError, TypeError):
+            self.hook = {}
         self.session = session_id(env, self.hook)
-        self.ppid = system.getppid() if hasattr(system, "getppid") else 0
+        self.ppid = getattr(system, "getppid", int)()
         self.started = "" if self.session else parent_started(self.ppid)
         try:
-            here = system.getcwdb().decode("utf-8", "surrogateescape")
+            self.here = system.getcwdb().decode("utf-8", "surrogateescape")
         except OSError:  # deleted
-            here = "/"
-        given = self.hook.get("cwd")
-        self.base = given if isinstance(given, str) and given.strip() else here
+            self.here = "/"
+        self.base = str(self.hook.get("cwd") or "")
         self.project = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or self.base
-        if self.project[:1] not in "/\\" and self.project[1:2] != ":":
-            self.project = here + "/" + self.project
 
-    def session_hash(self, machine: str) -> str:
+    def session_hash(self, machine):
+        # type: (str) -> str
         """CONTRACT section 4, `session_id_hash`."""
         return sha256_hex(self.session or "ppid:%d:%s:%s" % (self.ppid, self.started, machine))
 
-    def touched(self) -> "List[str]":
+    def touched(self):
+        # type: () -> List[str]
         """The discoveries that the tool call in `hook` touched."""
-        tool_input = self.hook.get("tool_input")
-        found = []
-        for path in map(tool_input.get, ("file_path", "notebook_path", "path")) if isinstance(tool_input, dict) else ():
-            ref = touched_ref(path, self.base, self.project)
-            if not ref and isinstance(path, str) and DISCOVERIES[1:] in path:
-                import os  # the same folder by another way: /tmp is /private/tmp on a Mac
-                ref = touched_ref(os.path.realpath(os.path.join(self.base, path)), "/", os.path.realpath(self.project))
-            found += [ref] if ref else []
-        return found
+        from os.path import join, realpath
+        found, given = [], self.hook.get("tool_input")
+        base, project = join(self.here, self.base), join(self.here, self.project)
+        for name in ("file_path", "notebook_path", "path"):
+            path = given.get(name) if isinstance(given, dict) else None
+            if isinstance(path, str):  # or the same folder by another way: /tmp is /private/tmp on a Mac
+                found.append(touched_ref(path, base, project)
+                             or touched_ref(realpath(join(base, path)), "/", realpath(project)))
+        return newest_refs(found)
 
 
-def branch_sha(project: str) -> "Optional[str]":
+def branch_sha(project):
+    # type: (str) -> Optional[str]
     """The commit of a folder. A hostile repository gets to run nothing: no hooks, no fetching, no prompts."""
-    import os
-    sha = printed_by(["git", "-C", os.fsdecode(encoded(project)), "rev-parse", "--short=12", "HEAD"], {
+    from os import fsdecode
+    sha = printed_by(["git", "-C", fsdecode(encoded(project)), "rev-parse", "--short=12", "HEAD"], {
         "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
     return sha if shaped(sha, HEX, 7, 40) else None
 
 
-def plugin_version(env: "Dict[str, str]") -> str:
+def plugin_version(env):
+    # type: (Dict[str, str]) -> str
     """CONTRACT section 4, `plugin_version`."""
-    import os
-    beside = os.path.dirname(os.path.abspath(os.fsencode(__file__)))
-    for root in (encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip()), beside, os.path.dirname(beside)):
-        for name in (b"package.json", b".claude-plugin/plugin.json") if root else ():
-            version = (object_at(root + b"/" + name) or {}).get("version")
+    from os import fsencode
+    from os.path import abspath, dirname
+    beside = dirname(abspath(fsencode(__file__)))
+    for root in (encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip()), beside, dirname(beside)):
+        for name in (b"/package.json", b"/.claude-plugin/plugin.json"):
+            version = object_at(root + name).get("version") if root else None
             if is_version(version):
                 return str(version)
     return "0.0.0"
 
 
-def compose(caller: Caller, machine: str, run_git: bool = True) -> "Dict[str, Any]":
+def compose(caller, machine, run_git=True):
+    # type: (Caller, str, bool) -> Dict[str, Any]
     """The event of the session that the caller ends (CONTRACT sections 1 and 4)."""
-    env, home, now = caller.env, caller.home, caller.ended
-    login = github_login(object_at(home + b"/.ashlr/pro-token-cache.json"))
+    from os.path import join
+    env, ashlr, now = caller.env, caller.home + ASHLR, caller.ended
+    login = github_login(object_at(ashlr + b"pro-token-cache.json"))
     session = caller.session_hash(machine)
-    calls, tokens = counts(object_at(home + b"/.ashlr/stats.json"), object_at(home + b"/.ashlr/last-project.json"),
+    calls, tokens = counts(object_at(ashlr + b"stats.json"), object_at(ashlr + b"last-project.json"),
                            (caller.session, stats_bucket(caller.ppid, env.get("HOME", ""))), now)
     return {
         "identity_hash": sha256_hex(machine + salt(now)),
@@ -819,8 +725,8 @@ def compose(caller: Caller, machine: str, run_git: bool = True) -> "Dict[str, An
         "ended_at": iso(now),
         "tool_count": calls,
         "tokens_saved": tokens,
-        "branch_sha": branch_sha(caller.project) if run_git else None,
-        "discovery_refs": touched_refs(home, session),
+        "branch_sha": branch_sha(join(caller.here, caller.project)) if run_git else None,
+        "discovery_refs": touched_refs(caller.home, session),
         "plugin_version": plugin_version(env),
     }
 
@@ -830,44 +736,24 @@ def compose(caller: Caller, machine: str, run_git: bool = True) -> "Dict[str, An
 # ======================================================================================================
 
 
-class Log:
-    """What a run says with ASHLR_TELEMETRY_DEBUG=1: no hash, path or credential. It keeps lines until `out`, since a
-    standard error that nobody reads may hold the writer for good, and the event comes first."""
-
-    def __init__(self, env: "Dict[str, str]") -> None:
-        """Says nothing unless the environment wants it."""
-        self.wanted = env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0")
-        self.lines = []  # type: List[str]
-
-    def say(self, line: str) -> None:
-        """Keep a line."""
-        self.lines.append(line)
-
-    def out(self) -> None:
-        """Print what is kept, if anybody wants and can have it."""
-        text = "".join("emit.py: %s\n" % line for line in self.lines) if self.wanted else ""
-        self.lines = []
-        try:
-            system.write(2, text.encode("ascii", "replace"))
-        except OSError:
-            pass
-
-
-def reason(error: BaseException) -> str:
+def reason(error):
+    # type: (BaseException) -> str
     """An error in words that hold no path and no URL."""
     inner = getattr(error, "reason", None)
     if isinstance(inner, Exception):
         return reason(inner)
-    return "%s%s" % (type(error).__name__, ": %s" % error.strerror if isinstance(error, OSError) else "")
+    if type(error) is ValueError:  # this file's own words
+        return str(error)
+    return "%s: %s" % (type(error).__name__, getattr(error, "strerror", None) or "no more is known")
 
 
-def poster(url: str, authorization: str) -> "Callable[[bytes], Tuple[int, Optional[str]]]":
+def poster(url, authorization):
+    # type: (str, str) -> Callable[[bytes], Tuple[int, Optional[str]]]
     """A function that posts one event and gives (status, Retry-After). It raises OSError, ValueError, HTTPException.
 
-    Of urllib's habits it has only two: it speaks HTTP(S), and it uses the proxies that the environment names. It
-    follows no redirect and reads no body.
+    Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no redirect.
     """
-    if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork, to ask for other proxies
+    if sys.platform == "darwin":  # urllib would load _scproxy, to ask for other proxies, and crash after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
@@ -875,144 +761,107 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Tuple[int, Option
     for handler in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
         opener.add_handler(handler)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
-    headers.update({"Authorization": authorization} if authorization else {})
+    if authorization:
+        headers["Authorization"] = authorization
 
-    def post(data: bytes) -> "Tuple[int, Optional[str]]":
-        answer = opener.open(u.Request(url, data, headers, method="POST"), timeout=ANSWER_S)  # type: Any
-        if answer is None:
-            raise ValueError("a proxy of a kind that urllib does not know")
-        try:
+    def post(data):
+        # type: (bytes) -> Tuple[int, Optional[str]]
+        with opener.open(u.Request(url, data, headers), timeout=ANSWER_S) as answer:
             return answer.status, answer.headers.get("Retry-After")
-        finally:
-            answer.close()
     return post
 
 
-class Flush:
-    """One run over what waits, oldest first, until there is no more, or the server or the person says stop."""
+def send(post, data):
+    # type: (Callable[[bytes], Tuple[int, Optional[str]]], bytes) -> Tuple[int, str, Optional[str]]
+    """(status or 0, what happened in words, Retry-After) of one event."""
+    from http.client import HTTPException
+    try:
+        status, after = post(data)
+        return status, "answered %d" % status, after
+    except (OSError, ValueError, AttributeError, HTTPException) as error:
+        return 0, "without an answer (%s)" % reason(error), None
 
-    def __init__(self, home: bytes, env: "Dict[str, str]", log: Log) -> None:
-        """`stopped` says why, once it did; `retry`: when the server wants to be asked again, 0.0 if it did not say."""
-        self.home, self.env, self.log = home, env, log
-        self.sent = self.refused = self.failed = self.spoiled = 0
-        self.stopped, self.retry = "", 0.0
-        self.post = None  # type: Optional[Callable[[bytes], Tuple[int, Optional[str]]]]
 
-    def run(self, unkept: bytes = b"") -> None:
-        """Send what waits, and before it an event that the spool could not keep."""
-        from time import time
-        if not self.allowed():
+def is_final(status):
+    # type: (int) -> bool
+    """Does an answer mean that the event need not come again: accepted, or refused for ever?"""
+    return 200 <= status < 300 or (400 <= status < 500 and status not in (408, 429))
+
+
+def withdrawn(home, env):
+    # type: (bytes, Dict[str, str]) -> str
+    """Consent, asked anew: "", or why it is off; what waits is deleted then."""
+    said = telemetry_said(home)
+    allowed, why = consent(env, said)
+    if not allowed and said is not UNCLEAR:
+        purge(home)
+    return "" if allowed else "consent is off: " + why
+
+
+def record(home, result, again):
+    # type: (bytes, str, float) -> None
+    """Keep for `status` how the sending went, and for the next runs when the server wants to be asked again."""
+    import json
+    from time import time
+    write_whole(home + LAST, json.dumps({"at": iso(time()), "result": result, "retry_at": again}).encode())
+
+
+def flush(home, env, log, unkept):
+    # type: (bytes, Dict[str, str], List[str], bytes) -> None
+    """Send what waits, oldest first, until there is no more, or the server or the person says stop.
+
+    `unkept`: an event that the spool could not keep, or b"". ValueError for a bad endpoint.
+    """
+    from time import time
+    retry, failures, again = object_at(home + LAST).get("retry_at"), 0, 0.0
+    seen = set()  # type: Set[bytes]
+    tally = {}  # type: Dict[str, int]
+    stop = withdrawn(home, env)
+    if not stop and type(retry) is float and 0 < retry - time() <= DAY_S:
+        stop = "the server asked for nothing before " + iso(retry)
+    url, authorization, shown = checked_url(endpoint(env)[0])
+    log.append(stop or "sending to %s, for 20 s at most; if this is the last line, time ran out" % shown)
+    tell(env, log)
+    post = poster(url, authorization)
+    if unkept and not stop:
+        log.append("the event that could not be kept: " + send(post, unkept)[1])
+    # Asked again after each round: the sender of what came meanwhile did not get the lock.
+    while not stop and not seen.issuperset(waiting(home)):
+        fd = lock(home + OURS + b"flush.lock")
+        if fd is None:
+            log.append("another sender is at work, and takes this event along")
             return
-        try:
-            url, authorization, shown = checked_url(endpoint(self.env)[0])
-        except ValueError as error:
-            self.stopped = str(error)
-            return self.record()
-        retry = (object_at(self.home + LAST) or {}).get("retry_at")
-        if isinstance(retry, (int, float)) and 0 < retry - time() <= RETRY_S:
-            return self.log.say("nothing sent: the server asks to be left alone until " + iso(retry))
-        self.post = poster(url, authorization)
-        self.log.say("sending to %s, for 20 s at the most; without a line after this one, time ran out" % shown)
-        self.log.out()
-        if unkept and not self.offer(unkept):
-            self.log.say("the event that could not be kept is lost")
-        self.drain()
-        if unkept:
-            self.record()
-        return None
-
-    def drain(self) -> None:
-        """Send what waits. What came while the lock was held is taken too: its own sender did not get the lock."""
-        seen = set()  # type: set[bytes]
-        while not self.stopped and not seen.issuperset(waiting(self.home)):
-            fd = lock(self.home + OURS + b"flush.lock")
-            if fd is None:
-                return self.log.say("another sender is at work: it takes this event along")
-            try:
-                self.record("began, and did not finish (yet)")
-                for name in waiting(self.home):
-                    if name not in seen and not self.stopped:
-                        self.take(self.home + PENDING + name)
-                        seen.add(name)
-                from time import time
-                for name in expired(waiting(self.home), time()):
-                    remove(self.home + PENDING + name)
-                self.record()
-            finally:
-                system.close(fd)
-        return None
-
-    def take(self, path: bytes) -> None:
-        """Send one file, and remove it if it need not come again, or never was an event."""
-        try:
-            data = contents(path, EVENT_BYTES)
-        except OSError:
-            return
-        event = loads_object(data)
-        if len(data) > EVENT_BYTES or faults(event):
-            self.spoiled += 1
-            remove(path)
-        elif self.offer(data):
-            remove(path)
-
-    def offer(self, data: bytes) -> bool:
-        """Send one event. Is it dealt with: accepted, or refused for ever?"""
-        from http.client import HTTPException
-        from time import time
-        if self.post is None or not self.allowed():
-            return False
-        try:
-            status, retry = self.post(data)
-        except (OSError, ValueError, HTTPException) as error:
-            self.stopped = "the server cannot be reached (%s)" % reason(error)
-            return False
-        good, refused = 200 <= status < 300, 400 <= status < 500 and status not in (408, 429)
-        self.sent += good
-        self.refused += refused
-        if not good and not refused:
-            self.failed += 1
-            self.retry = retry_at(retry, time())
-            if self.retry or status in (429, 503) or self.failed == FAILED_ANSWERS:
-                self.stopped = "the server answered %d" % status
-        return good or refused
-
-    def allowed(self) -> bool:
-        """Consent, asked anew; what waits goes if it was withdrawn."""
-        said = telemetry_said(self.home)
-        answer, why = consent(self.env, said)
-        if not answer:
-            self.stopped = "consent is off: " + why
-            if said is not UNCLEAR:
-                purge(self.home)
-            self.log.say(self.stopped)
-        return answer
-
-    def record(self, result: str = "") -> None:
-        """Keep the result for `status`, and the server's wish for the next runs."""
-        import json
-        from time import time
-        if not result:
-            counted = ((self.sent, "sent"), (self.refused, "refused for good"), (self.failed, "failed"),
-                       (self.spoiled, "removed as no event"))
-            words = ["%d %s" % pair for pair in counted if pair[0] or pair[1] == "sent"]
-            result = ", ".join(words) + ("; stopped: " + self.stopped if self.stopped else "")
-            self.log.say(result)
-        last = {"at": iso(time()), "result": result, "retry_at": self.retry or None}
-        try:
-            write_whole(self.home + LAST, json.dumps(last).encode())
-        except OSError:
-            pass
+        record(home, "began, and did not finish (yet)", again)
+        for name in waiting(home):
+            path, data = home + PENDING + name, event_in(home + PENDING + name)
+            stop = stop or withdrawn(home, env)
+            if name in seen or stop:
+                continue
+            seen.add(name)
+            status, text, after = send(post, data) if data else (400, "removed, being no event", None)
+            tally[text] = tally.get(text, 0) + 1
+            if is_final(status):
+                remove(path)
+            else:
+                failures, again = failures + 1, retry_at(after, time())
+                stop = "stopped" if again or status in (0, 429, 503) or failures == FAILED_ANSWERS else ""
+        log.append(", ".join("%d %s" % (n, text) for text, n in tally.items()) + "; " * bool(stop) + stop)
+        if not withdrawn(home, env):
+            for name in expired(waiting(home), time()):
+                remove(home + PENDING + name)
+            record(home, log[-1], again)
+        system.close(fd)
 
 
-def detach(keep_errors: bool) -> None:
+def detach(keep_errors):
+    # type: (bool) -> None
     """Let go of everything of the caller's: terminal, process group, directory, descriptors."""
     system.setsid()
     system.chdir("/")
     null = system.open("/dev/null", system.O_RDWR)
     for fd in (0, 1) if keep_errors else (0, 1, 2):
         system.dup2(null, fd)
-    numbers = [int(name) for name in names_in(b"/proc/self/fd") or names_in(b"/dev/fd")] or range(3, 4096)
-    for fd in numbers:
+    for fd in [int(name) for name in names_in(b"/proc/self/fd") or names_in(b"/dev/fd")] or range(3, 4096):
         if fd > 2:
             try:
                 system.close(fd)
@@ -1020,32 +869,38 @@ def detach(keep_errors: bool) -> None:
                 pass
 
 
-def leave_at(seconds: float) -> None:
-    """End this process when its time is over, wherever it hangs: a name look-up cannot be interrupted otherwise."""
+def leave_in(seconds):
+    # type: (float) -> None
+    """End this process when its time is over, wherever it hangs: a name look-up cannot be stopped otherwise."""
     from _thread import start_new_thread
     from time import sleep
 
-    def watch() -> None:
+    def watch():
+        # type: () -> None
         sleep(max(seconds, 0.0))
         system._exit(0)
     start_new_thread(watch, ())
 
 
-def work(caller: Caller, log: Log) -> None:
-    """Capture, keep, send. It raises OSError or ValueError if there is no machine id to be had."""
+def work(caller, log):
+    # type: (Caller, List[str]) -> None
+    """Capture, keep, send. OSError or ValueError if that cannot be."""
+    import json
     machine = machine_id(caller.home)
     event = compose(caller, machine)
-    data, unkept = event_bytes(event), b""
+    data, unkept = json.dumps(event).encode(), b""
+    if not machine or not is_event(event) or len(data) > EVENT_BYTES:
+        raise ValueError("~/.ashlr/machine-id is empty" if not machine else "a fault in emit.py: built no event")
     try:
         spool(caller.home, data, caller.ended)
         remove(caller.home + TOUCHED + event["session_id_hash"].encode())
-        log.say("captured")
+        log.append("captured")
+        sweep(caller.home, caller.ended)
     except OSError as error:
         unkept = data
-        log.say("captured, but not kept (%s)" % reason(error))
-    log.out()
-    sweep(caller.home, caller.ended)
-    Flush(caller.home, caller.env, log).run(unkept)
+        log.append("captured, but not kept (%s)" % reason(error))
+    tell(caller.env, log)
+    flush(caller.home, caller.env, log, unkept)
 
 
 # ======================================================================================================
@@ -1053,39 +908,53 @@ def work(caller: Caller, log: Log) -> None:
 # ======================================================================================================
 
 
-def options(argv: "Sequence[str]") -> "Tuple[str, Optional[float], List[str]]":
-    """(--dir or "", --wait in ms or None, what is neither)."""
+def tell(env, log):
+    # type: (Dict[str, str], List[str]) -> None
+    """Say what a hook run did, if ASHLR_TELEMETRY_DEBUG wants it: no hash, path or credential.
+
+    Not at once, but when the event is safe: a standard error that nobody reads may hold its writer for good.
+    """
+    if env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0"):
+        try:
+            system.write(2, "".join("emit.py: %s\n" % line for line in log).encode())
+        except OSError:
+            pass
+    del log[:]
+
+
+def options(argv):
+    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
+    """(--dir or "", --wait in seconds or None, what is neither)."""
     directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
-    left = [part for word in argv for part in (word.split("=", 1) if word[:6] in ("--dir=", "--wait="[:6]) else [word])]
+    left = list(argv)
     while left:
         word = left.pop(0)
         if word == "--dir" and left:
             directory = left.pop(0)
         elif word == "--wait":
-            number = left[0] if left and shaped(left[0], DIGITS, 1, 9) else ""
-            wait = min(float(left.pop(0)), LIFE_S * 1000) if number else FOREGROUND_MS
+            wait = FOREGROUND_S
+            if left and shaped(left[0], DIGITS, 1, 9):
+                wait = min(int(left.pop(0)) / 1000, LIFE_S)
         else:
             rest.append(word)
     return directory, wait, rest
 
 
-def hook(argv: "Sequence[str]") -> int:
+def hook(argv):
+    # type: (Sequence[str]) -> int
     """The end of a session. It returns 0 to the caller, whatever happens; what it starts never returns."""
     from time import monotonic
-    begun = monotonic()
+    begun, child, log, env = monotonic(), -1, [], {}  # type: float, int, List[str], Dict[str, str]
     try:
         env = environment()
         directory, wait, rest = options(argv)
-        log = Log(env)
-        home, child = home_of(env), -1
-        said = telemetry_said(home)
+        said = telemetry_said(home_of(env))
         allowed, why = consent(env, said)
+        log.append("consent is %s: %s%s" % ("on" if allowed else "off", why, "; arguments ignored" if rest else ""))
         if not allowed and said is not UNCLEAR:
-            purge(home)
-        if not allowed and not log.wanted:
+            purge(home_of(env))
+        if not allowed and not env.get("ASHLR_TELEMETRY_DEBUG"):
             return 0
-        log.say("consent is %s: %s" % ("on" if allowed else "off", why))
-        log.say("ignored: arguments that are none of --dir and --wait" if rest else "arguments understood")
         caller = Caller(env, directory, standard_input()) if allowed else None
         if wait is None and hasattr(system, "fork"):
             try:
@@ -1094,151 +963,131 @@ def hook(argv: "Sequence[str]") -> int:
                 pass
         if child > 0:
             return 0
-    except BaseException:  # a hook never fails, and there is nobody to tell
-        return 0
-    try:
         if child == 0:
-            detach(log.wanted)
-        leave_at(LIFE_S if child == 0 else (wait or FOREGROUND_MS) / 1000 - (monotonic() - begun))
+            detach(bool(env.get("ASHLR_TELEMETRY_DEBUG")))
+        leave_in(LIFE_S if child == 0 else (wait or FOREGROUND_S) - (monotonic() - begun))
         if caller:
             work(caller, log)
-    except BaseException as error:
-        log.say("failed: " + (str(error) if type(error) is ValueError else reason(error)))
-    finally:
-        log.out()
-        system._exit(0)
-    return 0
+    except BaseException as error:  # a hook never fails
+        log.append("failed: " + reason(error))
+    tell(env, log)
+    system._exit(0)
 
 
-def track(argv: "Sequence[str]") -> int:
+def track(argv):
+    # type: (Sequence[str]) -> int
     """Record the discoveries named, or those that the tool call on standard input touched (a hook: never fails)."""
     directory, _, refs = options(argv)
-    wrong = [str(n) for n, ref in enumerate(refs, 1) if not is_ref(ref)]
-    if wrong:
-        return complain("not a discovery reference (a letter or digit, then at most 127 of those and . _ : -): "
-                        "number " + ", ".join(wrong), 2)
+    if not all(map(is_ref, refs)):
+        return complain("a discovery reference is a letter or digit, then at most 127 of those and . _ : -", 2)
     try:
         env = environment()
-        log, home = Log(env), home_of(env)
-        allowed, why = consent(env, telemetry_said(home))
-        log.say("consent is %s: %s" % ("on" if allowed else "off", why))
+        allowed, why = consent(env, telemetry_said(home_of(env)))
         if allowed:
-            data = standard_input() if not refs or not env.get("CLAUDE_SESSION_ID", "").strip() else b""
-            # Of a large file that a tool wrote, parsing alone costs ms; JSON may write any letter as \u00...
+            data = standard_input() if not refs or not session_id(env, {}) else b""
+            # Parsing what a tool wrote to a large file costs ms. JSON may write any letter as \u00...
             if refs or b"discoveries" in data.lower() or b"\\u00" in data:
                 caller = Caller(env, directory, data)
                 refs = refs or caller.touched()
                 if refs:
-                    touch(home, caller.session_hash(machine_id(home)), refs)
-            log.say("%d recorded" % len(refs))
+                    touch(caller.home, caller.session_hash(machine_id(caller.home)), refs)
+        tell(env, ["consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))])
     except (OSError, ValueError) as error:
         if argv:
             return complain("could not be recorded: %s" % reason(error), 1)
-        log.say("could not be recorded: %s" % reason(error))
-    log.out()
+        tell(env, ["could not be recorded: " + reason(error)])
     return 0
 
 
-def show(argv: "Sequence[str]") -> int:
+def show(argv):
+    # type: (Sequence[str]) -> int
     """Print the event as it would be sent now; where to, and what is made up in it, on standard error."""
+    import json
     directory, wait, rest = options(argv)
-    if rest or wait is not None:
+    if rest or wait:
         return complain("show takes --dir DIR and nothing else; see emit.py --help", 2)
-    import os
     env = environment()
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, directory, standard_input())
     known = machine_id(caller.home, make=False)
-    event = compose(caller, known or random_uuid(os.urandom(16)), run_git=allowed)
-    print(event_bytes(event).decode())
-    try:
-        where = checked_url(endpoint(env)[0])[2]
-    except ValueError as error:
-        where = "nowhere: " + str(error)
-    complain("goes to: " + where)
+    print(json.dumps(compose(caller, known or random_uuid(), run_git=allowed)))
+    complain("goes to: " + shown_endpoint(env))
     if not allowed:
-        complain("but nothing is sent, and git is not asked for the commit: consent is off: " + why)
+        complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)
     if not known:
         complain("there is no ~/.ashlr/machine-id yet: identity_hash is that of a passing one")
     return 0
 
 
-def status(argv: "Sequence[str]") -> int:
+def shown_endpoint(env):
+    # type: (Dict[str, str]) -> str
+    """Where it goes, without credentials."""
+    try:
+        return checked_url(endpoint(env)[0])[2]
+    except ValueError as error:
+        return "nowhere: " + str(error)
+
+
+def status(argv):
+    # type: (Sequence[str]) -> int
     """Print consent, endpoint, what waits and the last result, for people or (--json) for programs."""
-    if list(argv) not in ([], ["--json"]):
-        return complain("status takes --json and nothing else; see emit.py --help", 2)
     import json
+    if argv and list(argv) != ["--json"]:
+        return complain("status takes --json and nothing else; see emit.py --help", 2)
     env = environment()
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
-    url, chosen_by = endpoint(env)
-    try:
-        url = checked_url(url)[2]
-    except ValueError as error:
-        url, chosen_by = "", "%s, but %s" % (chosen_by, error)
-    names, last = waiting(home), object_at(home + LAST) or {}
-    at, result, retry = last.get("at"), last.get("result"), last.get("retry_at")
-    since = iso((captured_ms(names[0]) or 0) / 1000.0) if names else None
-    until = iso(retry) if isinstance(retry, (int, float)) and 0 < retry < 1e11 else None
+    names, last = waiting(home), object_at(home + LAST)
+    retry = last.get("retry_at")
+    facts = {
+        "consent": {"on": allowed, "decided_by": why},
+        "endpoint": {"url": shown_endpoint(env), "decided_by": endpoint(env)[1]},
+        "waiting": {"events": len(names), "since": iso(int(names[0][:15]) / 1000) if names else None},
+        "last_flush": {"at": last.get("at"), "result": last.get("result"),
+                       "retry_at": iso(retry) if type(retry) is float and 0 < retry < 1e11 else None},
+    }  # type: Dict[str, Dict[str, Any]]
     if argv:
-        print(json.dumps({
-            "consent": {"on": allowed, "decided_by": why}, "endpoint": {"url": url or None, "decided_by": chosen_by},
-            "waiting": {"events": len(names), "since": since},
-            "last_flush": {"at": at, "result": result} if last else None, "retry_at": until}))
-        return 0
-    print("consent   %s: %s" % ("on" if allowed else "off", why))
-    print("endpoint  %s (%s)" % (url or "none", chosen_by))
-    print("waiting   %d event%s%s" % (len(names), "" if len(names) == 1 else "s", ", since " + since if since else ""))
-    print("last run  " + (ascii("%s: %s" % (at, result))[1:-1] if last else "none yet"))
-    if until:
-        print("retry     the server asked for nothing before " + until)
+        print(json.dumps(facts))
+    for part, about in {} if argv else facts.items():
+        print("%-11s %s" % (part, ", ".join("%s: %s" % pair for pair in about.items())))
     return 0
 
 
-def switch(argv: "Sequence[str]", value: str) -> int:
+def switch(argv, value):
+    # type: (Sequence[str], str) -> int
     """Write the person's word into config.json, all else in it kept."""
     import json
-    import os
+    from os import path, stat
     if argv:
         return complain("on and off take nothing; see emit.py --help", 2)
     env = environment()
-    home = home_of(env)
-    gone = purge(home) if value == "off" else 0
-    path, mode = os.path.realpath(home + CONFIG), 0o600
+    file, mode, config = path.realpath(home_of(env) + CONFIG), 0o600, {}  # type: bytes, int, Dict[str, Any]
+    gone = purge(home_of(env)) if value == "off" else 0
     try:
-        config = loads_object(contents(path))
-        mode = os.stat(path).st_mode & 0o777
-    except FileNotFoundError:
-        config = {}
-    try:
-        if config is None:
-            raise ValueError
+        if path.exists(file):
+            config, mode = dict(loads(contents(file)).items()), stat(file).st_mode & 0o777
         before = config.get("telemetry")
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
-    except (ValueError, RecursionError):
-        return complain("~/.ashlr/config.json is left as it is, since it is not a JSON object: mend or remove it, or "
-                        "set ASHLR_TELEMETRY=" + value, 1)
+    except (ValueError, AttributeError):
+        return complain("~/.ashlr/config.json is not a JSON object, and is left alone: mend it, or set "
+                        "ASHLR_TELEMETRY=" + ("off" if value == "off" else "on"), 1)
     if before != value:
-        write_whole(path, data, mode)
+        write_whole(file, data, mode)
     if value == "off":
-        print("off: nothing is collected or sent any more; %d waiting file%s deleted" % (gone, "" if gone == 1 else "s"))
-    elif before == value:
-        print("on, as before")
+        print("off: nothing is collected or sent any more; waiting files deleted: %d" % gone)
     else:
-        try:
-            print(COLLECTED % checked_url(endpoint(env)[0])[2])
-        except ValueError as error:
-            print(COLLECTED % ("nowhere yet: %s" % error))
+        print(COLLECTED % shown_endpoint(env) if before != value else "on, as before")
     allowed, why = consent(env, value)
     if allowed != (value == "opt-in"):
-        complain("but still %s here: %s" % ("on" if allowed else "off", why))
+        complain("but still off here: " + why)
     return 0
 
 
-def complain(text: str, status: int = 0) -> int:
-    """One line on standard error; `status` again."""
+def complain(text, code=0):
+    # type: (str, int) -> int
+    """One line on standard error; `code` again."""
     sys.stderr.write("emit.py: %s\n" % text)
-    return status
+    return code
 
 
 COMMANDS = {
@@ -1250,7 +1099,8 @@ COMMANDS = {
 }  # type: Dict[str, Callable[[Sequence[str]], int]]
 
 
-def main(argv: "Sequence[str]") -> int:
+def main(argv):
+    # type: (Sequence[str]) -> int
     """The exit status of a command line. A hook run's sender does not come back from here."""
     system.umask(0o077)
     if "--help" in argv or "-h" in argv:
@@ -1263,10 +1113,11 @@ def main(argv: "Sequence[str]") -> int:
     try:
         return COMMANDS[argv[0]](argv[1:])
     except (OSError, ValueError) as error:
-        return complain("could not be done: " + (str(error) if type(error) is ValueError else reason(error)), 1)
+        return complain("could not be done: " + reason(error), 1)
 
 
-def run() -> "NoReturn":
+def run():
+    # type: () -> NoReturn
     """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
     code = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
