@@ -11,16 +11,17 @@ example:
   echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 -I -S emit.py --wait 2000
 
 It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints nothing on
-standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What cannot
-be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events and 30 days) for the next session's end.
---wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on standard
-error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
+standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What
+cannot be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events and 30 days) for the next session's
+end. --wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on
+standard error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# Rooms: facts, consent, identity, session, payload (pure) - disk, caller, sending (edges) - commands.
+# Part one runs while the caller waits: consent, input, caller, leaving. Part two does the rest: identity, session,
+# payload (pure); spool, capture, sending (edges); commands.
 #
-# Each run compiles this file and pays for each import, so it is kept short, and the hooks import nothing before the
-# caller is gone. Of a bare start with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins
-# 0.15 back; a thousand characters of code cost 0.03.
+# A start costs what it compiles and imports, so part one is short and imports next to nothing. Of a bare start
+# with -I -S, `import os` costs up to 0.25 and `import json` 0.9; leaving by _exit wins 0.15 back. Types stand in
+# comments for the same reason: as annotations they cost 0.1.
 import sys
 
 TYPE_CHECKING = False
@@ -30,40 +31,18 @@ if TYPE_CHECKING:
 else:  # os where it is loaded already; else the built-in module beneath it, which always is
     system = sys.modules.get("os") or sys.modules.get("posix") or __import__("os")
 
-
-# ======================================================================================================
-# Facts (CONTRACT sections 1, 4, 5, 6)
-# ======================================================================================================
-
-DEFAULT_SERVER = "http://127.0.0.1:8787"
-ENDPOINT_PATH = "/v1/session-events"
-EVENT_BYTES = 65536
-MAX_CALLS, MAX_TOKENS, MAX_REFS = 1000000, 1000000000, 200
+DEFAULT_SERVER = "http://127.0.0.1:8787"  # CONTRACT section 6
 
 LIFE_S = 20.0  # of the sender, whatever the network does
 FOREGROUND_S = 0.5  # of a run that cannot leave its caller, or was asked to --wait
-ANSWER_S = 10.0  # for each step of one request
-PROGRAM_S = 0.25  # for git, and for ps
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
-WAITING_EVENTS, DAY_S, WAITING_DAYS, LIST_DAYS = 500, 86400, 30, 7
-FAILED_ANSWERS = 3  # in one run, before the server is left in peace
-
-DIGITS = "0123456789"
-HEX = "0123456789abcdef"
-ALNUM = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-UNCLEAR = object()  # what a config.json says that cannot be read
 
 # Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
-ASHLR, CONFIG, MACHINE_ID = b"/.ashlr/", b"/.ashlr/config.json", b"/.ashlr/machine-id"
-OURS, PENDING, TOUCHED = b"/.ashlr/session-events/", b"/.ashlr/session-events/pending/", b"/.ashlr/session-events/touched/"
-LAST = b"/.ashlr/session-events/last.json"
-
-COLLECTED = """\
-Collected at a session's end: its time, number of tool calls, tokens saved, commit, touched discoveries, version.
-Never: names, paths, code, prompts. Who it was and which session are one-way hashes; the first change every quarter.
-It goes to %s.
-To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
+ASHLR = b"/.ashlr/"
+OURS = b"/.ashlr/session-events/"
+PENDING, TOUCHED, LAST = OURS + b"pending/", OURS + b"touched/", OURS + b"last.json"
+UNCLEAR = object()  # what a config.json says that cannot be read
 
 
 # ======================================================================================================
@@ -88,37 +67,106 @@ def consent(env, said):
     return False, "~/.ashlr/config.json cannot be read" if said is UNCLEAR else "nobody said yes (emit.py on does)"
 
 
-def endpoint(env):
-    # type: (Dict[str, str]) -> Tuple[str, str]
-    """(URL, what decided): CONTRACT section 6. The URL is as it was set: see `checked_url`."""
-    base = env.get("ASHLR_API_URL", "").strip().rstrip("/")
-    return ((env.get("ASHLR_SESSION_EVENTS_URL", "").strip(), "ASHLR_SESSION_EVENTS_URL")
-            if env.get("ASHLR_SESSION_EVENTS_URL", "").strip()
-            else (base + ENDPOINT_PATH, "ASHLR_API_URL") if base else (DEFAULT_SERVER + ENDPOINT_PATH, "the default"))
-
-
-def checked_url(url):
-    # type: (str) -> Tuple[str, str, str]
-    """(URL to ask, value for Authorization or "", text to print). ValueError, without the URL, if not http(s)."""
-    from base64 import b64encode
-    from urllib.parse import unquote_to_bytes, urlsplit
+def telemetry_said(home):
+    # type: (bytes) -> Any
+    """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
     try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
-    except ValueError:
-        good = False
-    if not good or " " in url or len(encoded(url)) != len(url):
-        raise ValueError("the endpoint is not a http:// or https:// URL")
-    userinfo, _, host = parts.netloc.rpartition("@")
-    shown = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
-    return (shown + "?" + parts.query if parts.query else shown,
-            "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else "",
-            shown + "?..." if parts.query else shown)
+        return loads(contents(home + ASHLR + b"config.json")).get("telemetry")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError):
+        return UNCLEAR
+
+
+class Scanner:
+    """What the C scanner beneath json wants to know: json's own defaults."""
+
+    strict, parse_float, parse_int = True, float, int
+    object_hook = object_pairs_hook = array_hook = None
+    parse_constant = None  # NaN and the infinities, which are not JSON: calling None is the error
+
+
+def loads(data):
+    # type: (bytes) -> Any
+    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
+
+    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it wants
+    to be asked differently, json itself answers, and a test holds the two to the same answers.
+    """
+    text = data.decode("utf-8-sig").strip(" \t\n\r")
+    try:
+        try:
+            from _json import make_scanner
+            value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
+        except (ImportError, AttributeError):
+            import json
+            value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
+    except (StopIteration, TypeError, RecursionError):
+        end = -1
+    if end != len(text):
+        raise ValueError("not JSON")
+    return value
+
+
+# No waiting for a pipe that stands where a file should, no text mode, nothing left to child processes.
+SAFELY = sum(getattr(system, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+
+
+def contents(path, most=FILE_BYTES):
+    # type: (bytes, int) -> bytes
+    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
+    with open(system.open(path, SAFELY), "rb") as file:
+        return file.read(most + 1) or b""
+
+
+def purge(home):
+    # type: (bytes) -> int
+    """Delete what waits and what was noted, for a person who said no; how many files that was."""
+    gone = 0
+    for folder in (PENDING, TOUCHED):
+        for name in names_in(home + folder):
+            gone += remove(home + folder + name)
+    remove(home + LAST)
+    return gone
+
+
+def names_in(folder):
+    # type: (bytes) -> List[bytes]
+    """Sorted; [] for a folder that is not there."""
+    try:
+        return sorted(system.listdir(folder))
+    except OSError:
+        return []
+
+
+def remove(path):
+    # type: (bytes) -> bool
+    """Was it there, and is gone?"""
+    try:
+        system.unlink(path)
+        return True
+    except OSError:
+        return False
 
 
 # ======================================================================================================
-# Identity
+# Input
 # ======================================================================================================
+
+
+def environment():
+    # type: () -> Dict[str, str]
+    """The environment as text, UTF-8 whatever the locale."""
+    found = getattr(system, "environb", None) or system.environ  # type: Any
+    if isinstance(next(iter(found), ""), str):
+        return dict(found)
+    return {name.decode("utf-8", "surrogateescape"): found[name].decode("utf-8", "surrogateescape") for name in found}
+
+
+def home_of(env):
+    # type: (Dict[str, str]) -> bytes
+    """The person's folder."""
+    return encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
 
 
 def encoded(text):
@@ -128,6 +176,275 @@ def encoded(text):
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
+
+
+def standard_input():
+    # type: () -> bytes
+    """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
+
+    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end: hosts
+    that never close the pipe exist.
+    """
+    from time import monotonic
+    data, until = bytearray(), monotonic() + INPUT_FIRST_S
+    try:
+        if system.isatty(0) or not system.fstat(0):
+            return b""
+        read = input_reader()
+        while len(data) <= FILE_BYTES:
+            left, may_be_all = until - monotonic(), data[-64:].rstrip()[-1:] == b"}"
+            piece = read(min(left, 0.02) if may_be_all else left)
+            if piece:
+                until += 0 if data else INPUT_REST_S
+                data += piece
+            elif piece is not None or left <= 0 or (may_be_all and loads_object(bytes(data))):
+                break
+    except OSError:
+        pass
+    return bytes(data)
+
+
+def input_reader():
+    # type: () -> Callable[[float], Optional[bytes]]
+    """A function of seconds: what arrives on standard input by then, b"" at its end, None for nothing yet."""
+    try:
+        from select import select
+        select([0], [], [], 0)
+        return lambda seconds: system.read(0, 65536) if select([0], [], [], max(seconds, 0))[0] else None
+    except (ImportError, OSError):  # Windows: it knows sockets only
+        return unfold()["threaded_reader"]()  # type: ignore[no-any-return]
+
+
+def loads_object(data):
+    # type: (bytes) -> Dict[str, Any]
+    """The JSON object in `data`, {} for whatever else may be there."""
+    try:
+        value = loads(data)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
+
+
+# ======================================================================================================
+# Caller: what only the hook's own process can tell
+# ======================================================================================================
+
+
+def session_id(env, hook):
+    # type: (Dict[str, str], Dict[str, Any]) -> str
+    """The session's raw id as the host gave it, or "" (CONTRACT section 4)."""
+    given = hook.get("session_id")
+    return env.get("CLAUDE_SESSION_ID", "").strip() or (given if isinstance(given, str) and given.strip() else "")
+
+
+class Caller:
+    """What the event owes to the process that ran the hook, and what the host told it.
+
+    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid` and
+    `started` (only then asked for); `here`: working directory; `base` and `project`, from there: where relative
+    paths start, and what was worked on; `ended`: seconds since 1970.
+    """
+
+    def __init__(self, env, directory="", data=b""):
+        # type: (Dict[str, str], str, bytes) -> None
+        """`directory`: from --dir; `data`: from standard input. Asks the process for the rest."""
+        from time import time
+        self.env, self.home, self.ended, self.hook = env, home_of(env), time(), loads_object(data)
+        self.session = session_id(env, self.hook)
+        self.ppid = getattr(system, "getppid", int)()
+        self.started = "" if self.session else unfold()["parent_started"](self.ppid)
+        try:
+            self.here = system.getcwdb().decode("utf-8", "surrogateescape")
+        except OSError:  # deleted
+            self.here = "/"
+        given = self.hook.get("cwd")
+        self.base = given if isinstance(given, str) else ""
+        self.project = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or self.base
+
+
+# ======================================================================================================
+# The two hooks
+# ======================================================================================================
+
+
+def options(argv):
+    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
+    """(--dir or "", --wait in seconds or None, what is neither)."""
+    directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if word == "--dir" and left:
+            directory = left.pop(0)
+        elif word == "--wait":
+            wait = FOREGROUND_S
+            if left and left[0].isdigit():
+                wait = min(float(left.pop(0)) / 1000, LIFE_S)
+        else:
+            rest.append(word)
+    return directory, wait, rest
+
+
+def debugging(env):
+    # type: (Dict[str, str]) -> bool
+    """Does somebody want to be told what a hook run does?"""
+    return env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0")
+
+
+def hook(argv):
+    # type: (Sequence[str]) -> int
+    """The end of a session. It returns 0 to the caller, whatever happens; what it starts never returns."""
+    from time import monotonic
+    begun, child, log, env = monotonic(), -1, [], {}  # type: float, int, List[str], Dict[str, str]
+    try:
+        env = environment()
+        directory, wait, rest = options(argv)
+        said = telemetry_said(home_of(env))
+        allowed, why = consent(env, said)
+        if not allowed and said is not UNCLEAR:
+            purge(home_of(env))
+        if not allowed and not debugging(env):
+            return 0
+        log.append("consent is %s: %s%s" % ("on" if allowed else "off", why, "; arguments ignored" if rest else ""))
+        caller = Caller(env, directory, standard_input()) if allowed else None
+        if wait is None and hasattr(system, "fork"):
+            try:
+                child = system.fork()
+            except OSError:  # no room for another process: do it here
+                pass
+        if child > 0:
+            return 0
+        if child == 0:
+            detach(debugging(env))
+        life = LIFE_S if child == 0 else (FOREGROUND_S if wait is None else wait) - (monotonic() - begun)
+        unfold()["leave_in"](life)
+        if caller:
+            unfold()["work"](caller, log)
+    except BaseException as error:  # a hook never fails
+        log.append("failed: " + unfold()["reason"](error))
+    unfold()["tell"](env, log)
+    system._exit(0)
+    return 0
+
+
+def detach(keep_errors):
+    # type: (bool) -> None
+    """Let go of everything of the caller's: terminal, process group, directory, descriptors."""
+    system.setsid()
+    system.chdir("/")
+    null = system.open("/dev/null", system.O_RDWR)
+    for fd in (0, 1) if keep_errors else (0, 1, 2):
+        system.dup2(null, fd)
+    for fd in [int(name) for name in names_in(b"/proc/self/fd") or names_in(b"/dev/fd")] or range(3, 4096):
+        if fd > 2:
+            try:
+                system.close(fd)
+            except OSError:  # the listing's own
+                pass
+
+
+def track(argv):
+    # type: (Sequence[str]) -> int
+    """Record the discoveries named, or those that the tool call on standard input touched (a hook: never fails)."""
+    directory, _, refs = options(argv)
+    env, data = environment(), b""
+    allowed, why = consent(env, telemetry_said(home_of(env)))
+    if allowed and not (refs and session_id(env, {})):
+        data = standard_input()
+    # Asked after every tool call: parsing what a tool wrote to a large file costs ms, part two costs more. (JSON may
+    # write any letter as \u00...)
+    if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
+        return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
+    return 0
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+def complain(text, code=0):
+    # type: (str, int) -> int
+    """One line on standard error; `code` again."""
+    sys.stderr.write("emit.py: %s\n" % text)
+    return code
+
+
+def main(argv):
+    # type: (Sequence[str]) -> int
+    """The exit status of a command line. A hook run's sender does not come back from here."""
+    system.umask(0o077)
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return 0
+    if not argv or argv[0][:1] == "-":
+        return hook(argv)
+    if argv[0] == "track":
+        return track(argv[1:])
+    return int(unfold()["command"](argv[0], argv[1:]))
+
+
+def run():
+    # type: () -> NoReturn
+    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
+    code = main(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError):  # closed by whoever called
+            pass
+    system._exit(code)
+
+
+# ======================================================================================================
+# Part two: nobody waits for it
+# ======================================================================================================
+
+
+def unfold():
+    # type: () -> Dict[str, Any]
+    """Part two's names and part one's, once part two is compiled: here and now, if it was not.
+
+    It is folded into a string, which Python reads at once and compiles only when asked: of a bare start, the whole
+    file costs 1.1 and part one 0.35. Without this string's two marks the file is an ordinary program, which is what
+    the type checker and the tests of the fold look at.
+    """
+    names = globals()
+    text = names.pop("PART_TWO", "")
+    if text:  # at its own line numbers
+        exec(compile("\n" * (unfold.__code__.co_firstlineno + 17) + text, __file__, "exec"), names)
+    return names
+
+
+PART_TWO = r'''
+
+EVENT_BYTES = 65536
+MAX_CALLS, MAX_TOKENS, MAX_REFS = 1000000, 1000000000, 200
+ENDPOINT_PATH = "/v1/session-events"
+
+PROGRAM_S = 0.25  # for git, and for ps
+ANSWER_S = 10.0  # for each step of one request
+FAILED_ANSWERS = 3  # in one run, before the server is left in peace
+DAY_S = 86400.0  # also the longest Retry-After that is believed
+WAITING_EVENTS, WAITING_DAYS, LIST_DAYS = 500, 30, 7
+LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
+
+DIGITS = "0123456789"
+HEX = DIGITS + "abcdef"
+ALNUM = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MACHINE_ID = ASHLR + b"machine-id"
+BEGAN = "began, and did not finish (yet)"
+
+COLLECTED = """\
+Collected at a session's end: its time, numbers of tool calls and tokens saved, commit, discoveries touched, version.
+Never: names, paths, code, prompts. Machine and session appear as one-way hashes; the machine's changes quarterly.
+It goes to %s.
+To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
+
+
+# ======================================================================================================
+# Identity
+# ======================================================================================================
 
 
 def sha256_hex(text):
@@ -141,7 +458,16 @@ def salt(seconds):
     # type: (float) -> str
     """`salt_2026Q4`: the UTC quarter of a time in seconds since 1970 (CONTRACT section 4)."""
     from time import gmtime
-    return "salt_%dQ%d" % (gmtime(seconds)[0], (gmtime(seconds)[1] + 2) // 3)
+    year, month = gmtime(seconds)[:2]
+    return "salt_%dQ%d" % (year, (month + 2) // 3)
+
+
+def random_uuid():
+    # type: () -> str
+    """RFC 4122, version 4, lower case. (To import `uuid` starts other programs on old Pythons.)"""
+    from os import urandom
+    h = urandom(16).hex()
+    return "%s-%s-4%s-%s%s-%s" % (h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
 
 
 def github_login(cache):
@@ -151,16 +477,15 @@ def github_login(cache):
     return login if cache.get("valid") is True and isinstance(login, str) and login.strip() else ""
 
 
+def session_hash(caller, machine):
+    # type: (Caller, str) -> str
+    """CONTRACT section 4, `session_id_hash`."""
+    return sha256_hex(caller.session or "ppid:%d:%s:%s" % (caller.ppid, caller.started, machine))
+
+
 # ======================================================================================================
 # Session
 # ======================================================================================================
-
-
-def session_id(env, hook):
-    # type: (Dict[str, str], Dict[str, Any]) -> str
-    """The session's raw id as the host gave it, or "" (CONTRACT section 4)."""
-    given = hook.get("session_id")
-    return env.get("CLAUDE_SESSION_ID", "").strip() or (given if isinstance(given, str) and given.strip() else "")
 
 
 def stats_bucket(ppid, home):
@@ -168,8 +493,8 @@ def stats_bucket(ppid, home):
     """The name that stats.json gives to a parent process: a 32-bit Java string hash (CONTRACT section 4)."""
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
     h = 0
-    for n in range(0, len(units), 2):
-        h = (h * 31 + units[n] + 256 * units[n + 1]) & 0xFFFFFFFF
+    for low, high in zip(units[::2], units[1::2]):
+        h = (h * 31 + low + 256 * high) & 0xFFFFFFFF
     return "p%x" % h
 
 
@@ -179,7 +504,8 @@ def instant(text):
     from calendar import timegm
     from datetime import datetime
     from re import ASCII, fullmatch
-    match = fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|([+-])([01]\d|2[0-3]):([0-5]\d))?", str(text), ASCII)
+    match = fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|([+-])([01]\d|2[0-3]):([0-5]\d))?",
+                      str(text), ASCII)
     if not match:
         raise ValueError("not a date and time")
     at, fraction, _, sign, hours, minutes = match.groups()
@@ -189,7 +515,7 @@ def instant(text):
 
 def counts(stats, project, ids, now):
     # type: (Dict[str, Any], Dict[str, Any], Sequence[str], float) -> Tuple[int, int]
-    """(tool_count, tokens_saved) summed over this session's buckets of stats.json, each once (CONTRACT section 4).
+    """(tool_count, tokens_saved) over this session's buckets of stats.json, each once (CONTRACT section 4).
 
     `project`: last-project.json; `ids`: the session's raw id and its parent process's bucket; `now`: s since 1970.
     """
@@ -228,7 +554,7 @@ def touched_ref(path, base, project):
 
 
 def newest_refs(refs):
-    # type: (Sequence[str]) -> List[str]
+    # type: (Sequence[Any]) -> List[str]
     """The slugs among them in order of first touch, without repeats, the newest 200."""
     return list(dict.fromkeys(filter(is_ref, refs)))[-MAX_REFS:]
 
@@ -240,7 +566,7 @@ def newest_refs(refs):
 
 def shaped(text, characters, shortest, longest):
     # type: (Any, str, int, int) -> bool
-    """Is it a string of these characters and no others? (`strip` leaves "" only then; re is a costly import.)"""
+    """Is it a string of these characters and no others? (Of such a one, and no other, `strip` leaves nothing.)"""
     return isinstance(text, str) and shortest <= len(text) <= longest and not text.strip(characters)
 
 
@@ -275,50 +601,20 @@ def is_event(value):
     """Is it an event that this program could have written: all fields, good, and no other?"""
     try:
         return value.keys() == FIELDS.keys() and all(good(value[name]) for name, good in FIELDS.items())
-    except (AttributeError, TypeError, ValueError, OverflowError):
+    except (AttributeError, TypeError, ValueError, OverflowError, OSError):
         return False
 
 
 def iso(seconds):
     # type: (float) -> str
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
-    from time import gmtime, strftime
-    return strftime("%Y-%m-%dT%H:%M:%S", gmtime(seconds // 1)) + ".%03dZ" % (seconds % 1 * 1000)
-
-
-class Scanner:
-    """What the C scanner beneath json wants to know: json's own defaults."""
-
-    strict, parse_float, parse_int = True, float, int
-    object_hook = object_pairs_hook = array_hook = None
-    parse_constant = None  # NaN and the infinities, which are not JSON: calling None is the error
-
-
-def loads(data):
-    # type: (bytes) -> Any
-    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
-
-    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it wants to
-    be asked differently, json itself answers, and a test holds the two to the same answers.
-    """
-    text = data.decode("utf-8-sig").strip(" \t\n\r")
-    try:
-        try:
-            from _json import make_scanner
-            value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
-        except (ImportError, AttributeError):
-            import json
-            value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
-    except (StopIteration, TypeError, RecursionError):
-        end = -1
-    if end != len(text):
-        raise ValueError("not JSON")
-    return value
+    from time import gmtime
+    return "%04d-%02d-%02dT%02d:%02d:%02d" % gmtime(seconds // 1)[:6] + ".%03dZ" % (seconds % 1 * 1000)
 
 
 def retry_at(header, now):
     # type: (Optional[str], float) -> float
-    """When a server wants to be asked again, from `Retry-After` (seconds or a date), at most a day; 0.0 if never."""
+    """When a server wants to be asked again, from `Retry-After` (seconds or a date), at most a day on; else 0.0."""
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
@@ -331,103 +627,62 @@ def retry_at(header, now):
 def expired(names, now):
     # type: (Sequence[bytes], float) -> Set[bytes]
     """Of the spool's files, oldest first, those that may wait no longer. A clock that was ahead makes none old."""
-    return set(names[:-WAITING_EVENTS]).union(
-        name for name in names if now - int(name[:15]) / 1000 > WAITING_DAYS * DAY_S)
+    old = {name for name in names if now - int(name[:15]) / 1000 > WAITING_DAYS * DAY_S}
+    return old.union([name for name in names if name not in old][:-WAITING_EVENTS])
 
 
 # ======================================================================================================
-# Disk
+# Spool
 # ======================================================================================================
-
-# Reading: no waiting for a pipe that stands where a file should, no text mode, nothing left to child processes.
-SAFELY = sum(getattr(system, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-
-
-def contents(path, most=FILE_BYTES):
-    # type: (bytes, int) -> bytes
-    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
-    with open(system.open(path, SAFELY), "rb") as file:
-        return file.read(most + 1) or b""
 
 
 def object_at(path):
     # type: (bytes) -> Dict[str, Any]
     """The JSON object in a file; {} for whatever else may be there, or not."""
     try:
-        return dict(loads(contents(path)))
-    except (OSError, ValueError, TypeError):
+        return loads_object(contents(path))
+    except OSError:
         return {}
-
-
-def telemetry_said(home):
-    # type: (bytes) -> Any
-    """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
-    try:
-        return loads(contents(home + CONFIG)).get("telemetry")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, AttributeError):
-        return UNCLEAR
-
-
-def names_in(folder):
-    # type: (bytes) -> List[bytes]
-    """Sorted; [] for a folder that is not there."""
-    try:
-        return sorted(system.listdir(folder))
-    except OSError:
-        return []
-
-
-def remove(path):
-    # type: (bytes) -> bool
-    """Was it there, and is gone?"""
-    try:
-        system.unlink(path)
-        return True
-    except OSError:
-        return False
-
-
-def purge(home):
-    # type: (bytes) -> int
-    """Delete what waits and what was noted, for a person who said no; how many files that was."""
-    remove(home + LAST)
-    return sum(remove(home + folder + name) for folder in (PENDING, TOUCHED) for name in names_in(home + folder))
 
 
 def write_whole(path, data, mode=0o600, fresh=False):
     # type: (bytes, bytes, int, bool) -> None
     """Whoever looks, and whenever the power fails, finds at `path` what was there before, or all of `data`.
 
-    `fresh`: never in place of something. OSError if it cannot be written; nothing is left behind then.
+    `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing is left behind then.
     """
     import os
     folder = os.path.dirname(path)
     os.makedirs(folder, 0o700, exist_ok=True)
     temporary = folder + b"/." + os.urandom(8).hex().encode() + b".tmp"
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode), "wb") as file:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
+        with open(fd, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        # Windows renames in place of nothing, and may be without links
-        (os.replace if not fresh else os.rename if os.name == "nt" else os.link)(temporary, path)
+            os.fsync(fd)
+        # Windows renames in place of nothing, and may have no links.
+        place = os.replace if not fresh else os.rename if os.name == "nt" else os.link
+        place(temporary, path)
     finally:
         remove(temporary)
-    try:  # the name, too, should survive a power cut; Windows cannot be asked
+    try:  # the name, too, should survive a power cut; Windows cannot be asked for that
         fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
         os.fsync(fd)
-        os.close(fd)
     except OSError:
         pass
+    finally:
+        os.close(fd)
 
 
 def lock(path, patience_s=0.0):
     # type: (bytes, float) -> Optional[int]
     """A descriptor that holds a lock until it is closed or its process dies, or None: somebody else has it.
 
-    Where the file system has no locks everybody gets it. That is safe: the server takes an event once.
+    Where a system has no locks everybody gets it. That is safe: the server takes an event once.
     """
     import os
     from time import monotonic, sleep
@@ -435,19 +690,27 @@ def lock(path, patience_s=0.0):
     fd, until = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600), monotonic() + patience_s
     while True:
         try:
-            try:
-                import fcntl
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:
-                __import__("msvcrt").locking(fd, 2, 1)  # LK_NBLCK
-            return fd
+            take_lock(fd)
         except (BlockingIOError, PermissionError):
-            if monotonic() >= until:
-                os.close(fd)
-                return None
-            sleep(0.005)
-        except OSError:
-            return fd
+            if monotonic() < until:
+                sleep(0.005)
+                continue
+            os.close(fd)
+            return None
+        except (ImportError, OSError):
+            pass
+        return fd
+
+
+def take_lock(fd):
+    # type: (int) -> None
+    """At once, or BlockingIOError (PermissionError on Windows). ImportError where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        __import__("msvcrt").locking(fd, 2, 1)  # LK_NBLCK, the first byte
+    else:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def machine_id(home, make=True):
@@ -465,31 +728,27 @@ def machine_id(home, make=True):
         return ""
 
 
-def random_uuid():
-    # type: () -> str
-    """RFC 4122, version 4, lower case. (To import `uuid` starts other programs on old Pythons.)"""
-    from os import urandom
-    h = urandom(16).hex()
-    return "%s-%s-4%s-%s%s-%s" % (h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
-
-
-def touched_refs(home, session_hash):
+def touched_refs(home, session):
     # type: (bytes, str) -> List[str]
-    """This session's list of discoveries, as recorded so far."""
+    """The list of discoveries of a session (its hash), as recorded so far."""
     try:
-        return newest_refs(contents(home + TOUCHED + session_hash.encode()).decode("latin-1").split("\n"))
+        return newest_refs(contents(home + TOUCHED + session.encode()).decode("latin-1").split("\n"))
     except OSError:
         return []
 
 
-def touch(home, session_hash, refs):
+def touch(home, session, refs):
     # type: (bytes, str, Sequence[str]) -> None
-    """Add to this session's list. OSError if it cannot be kept. Hooks that run at the same moment take turns."""
-    lock(home + OURS + b"touched.lock", 5.0)  # until this process ends
-    before = touched_refs(home, session_hash)
-    after = newest_refs([*before, *refs])
-    if after != before:
-        write_whole(home + TOUCHED + session_hash.encode(), "\n".join(after).encode())
+    """Add to a session's list. OSError if it cannot be kept. Hooks that run at the same moment take turns."""
+    fd = lock(home + OURS + b"touched.lock", 5.0)
+    try:
+        before = touched_refs(home, session)
+        after = newest_refs([*before, *refs])
+        if after != before:
+            write_whole(home + TOUCHED + session.encode(), "\n".join(after).encode())
+    finally:
+        if fd is not None:
+            system.close(fd)
 
 
 def waiting(home):
@@ -499,125 +758,73 @@ def waiting(home):
     return [name for name in names_in(home + PENDING) if fullmatch(rb"[0-9]{15}-[0-9a-f]{12}\.json", name)]
 
 
-def event_in(path):
-    # type: (bytes) -> bytes
-    """What a spool file holds, b"" if it is no event."""
-    try:
-        data = contents(path, EVENT_BYTES)
-        return data if len(data) <= EVENT_BYTES and is_event(loads(data)) else b""
-    except (OSError, ValueError):
-        return b""
-
-
 def spool(home, data, captured):
     # type: (bytes, bytes, float) -> None
     """Keep one event. OSError if that cannot be. The name is the time in ms, then chance."""
     from os import urandom
-    write_whole(home + PENDING + b"%015d-%s.json" % (captured * 1000, urandom(6).hex().encode()), data)
+    name = "%015d-%s.json" % (max(0, captured * 1000), urandom(6).hex())
+    write_whole(home + PENDING + name.encode(), data)
+
+
+def event_in(path):
+    # type: (bytes) -> bytes
+    """What a spool file holds, b"" if it is no event. OSError if it cannot be read."""
+    data = contents(path, EVENT_BYTES)
+    return data if len(data) <= EVENT_BYTES and is_event(loads_object(data)) else b""
 
 
 def sweep(home, now):
     # type: (bytes, float) -> None
-    """Remove the lists of sessions that never ended, and, an hour later, what kills left half-written."""
-    for folder, ending, seconds in ((TOUCHED, b"", LIST_DAYS * DAY_S), (TOUCHED, b".tmp", 3600),
-                                    (PENDING, b".tmp", 3600), (OURS, b".tmp", 3600)):
+    """Remove what kills left half-written, and the lists of sessions that never ended."""
+    for folder in (ASHLR, OURS, PENDING, TOUCHED):
         for name in names_in(home + folder):
-            if name.endswith(ending) and now - system.lstat(home + folder + name).st_mtime > seconds:
-                remove(home + folder + name)
+            leftover = len(name) == 21 and name[:1] == b"." and name[-4:] == b".tmp"
+            if leftover or folder == TOUCHED:
+                try:
+                    age = now - system.lstat(home + folder + name).st_mtime
+                except OSError:  # gone by itself
+                    continue
+                if age > (LEFTOVER_S if leftover else LIST_DAYS * DAY_S):
+                    remove(home + folder + name)
+
+
+def expire(home, now):
+    # type: (bytes, float) -> None
+    """Remove what may wait no longer."""
+    for name in expired(waiting(home), now):
+        remove(home + PENDING + name)
 
 
 # ======================================================================================================
-# Caller: what only the hook's own process can tell
+# Capture
 # ======================================================================================================
 
 
-def environment():
-    # type: () -> Dict[str, str]
-    """The environment as text, UTF-8 whatever the locale."""
-    found = getattr(system, "environb", None) or system.environ  # type: Any
-    return {name if isinstance(name, str) else name.decode("utf-8", "surrogateescape"):
-            value if isinstance(value, str) else value.decode("utf-8", "surrogateescape")
-            for name, value in found.items()}
-
-
-def home_of(env):
-    # type: (Dict[str, str]) -> bytes
-    """The person's folder."""
-    return encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
-
-
-def input_reader():
+def threaded_reader():
     # type: () -> Callable[[float], Optional[bytes]]
-    """A function of seconds: what arrives on standard input by then, b"" at its end, None for nothing yet."""
-    try:
-        from select import select
-        select([0], [], [], 0)
-        return lambda seconds: system.read(0, 65536) if select([0], [], [], max(seconds, 0))[0] else None
-    except (ImportError, OSError):  # Windows: it knows sockets only
-        from _thread import start_new_thread
-        from queue import Empty, Queue
-        pieces = Queue()  # type: Queue[bytes]
+    """`input_reader` where nobody can say whether something has arrived."""
+    from _thread import start_new_thread
+    from queue import Empty, Queue
+    pieces = Queue()  # type: Queue[bytes]
 
-        def drain():
-            # type: () -> None
+    def drain():
+        # type: () -> None
+        piece = b"-"
+        while piece:
             try:
-                for piece in iter(lambda: system.read(0, 65536), b""):
-                    pieces.put(piece)
-            finally:
-                pieces.put(b"")
+                piece = system.read(0, 65536)
+            except OSError:
+                piece = b""
+            pieces.put(piece)
 
-        def read(seconds):
-            # type: (float) -> Optional[bytes]
-            try:
-                return pieces.get(True, max(seconds, 0.001))
-            except Empty:
-                return None
-        start_new_thread(drain, ())
-        return read
-
-
-def standard_input():
-    # type: () -> bytes
-    """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
-
-    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end: hosts
-    that never close the pipe exist.
-    """
-    from time import monotonic
-    data, until = bytearray(), monotonic() + INPUT_FIRST_S
-    try:
-        if system.isatty(0) or not system.fstat(0):
-            return b""
-        read = input_reader()
-        while len(data) <= FILE_BYTES:
-            left, may_be_all = until - monotonic(), data[-64:].rstrip()[-1:] == b"}"
-            piece = read(min(left, 0.02) if may_be_all else left)
-            if piece:
-                until += 0 if data else INPUT_REST_S
-                data += piece
-            elif piece is not None or left <= 0 or (may_be_all and is_object(data)):
-                break
-    except OSError:
-        pass
-    return bytes(data)
-
-
-def is_object(data):
-    # type: (bytearray) -> bool
-    """Is it a whole JSON object?"""
-    try:
-        return isinstance(loads(bytes(data)), dict)
-    except ValueError:
-        return False
-
-
-def parent_started(ppid):
-    # type: (int) -> str
-    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
-    try:
-        return contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()[19].decode()  # field 22, in ticks
-    except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
+    def read(seconds):
+        # type: (float) -> Optional[bytes]
+        try:
+            return pieces.get(True, max(seconds, 0.001))
+        except Empty:
+            return None
+    start_new_thread(drain, ())
+    return read
 
 
 def printed_by(argv, changes):
@@ -632,58 +839,23 @@ def printed_by(argv, changes):
     env.update(changes)
     try:
         process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env, start_new_session=True)
-        printed = process.communicate(timeout=PROGRAM_S)[0]
-        return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
     except (OSError, ValueError):
         return ""
+    try:
+        printed = process.communicate(timeout=PROGRAM_S)[0]
     except TimeoutExpired:  # and all that it started: one of those may hold the pipe
         getattr(os, "killpg", os.kill)(process.pid, 9)
         return ""
+    return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
 
 
-class Caller:
-    """What the event owes to the process that ran the hook, and what the host told it.
-
-    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid` and
-    `started` (only then asked for); `here`: working directory; `project`, from there; `ended`: seconds since 1970.
-    """
-
-    def __init__(self, env, directory='', data=b''):
-        # type: (Dict[str, str], str, bytes) -> None
-        """`directory`: from --dir; `data`: from standard input. Asks the process for the rest."""
-        from time import time
-        self.env, self.home, self.ended = env, home_of(env), time()
-        try:
-            self.hook = dict(loads(data))  # type: Dict[str, Any]
-        except (ValueError, TypeError):
-            self.hook = {}
-        self.session = session_id(env, self.hook)
-        self.ppid = getattr(system, "getppid", int)()
-        self.started = "" if self.session else parent_started(self.ppid)
-        try:
-            self.here = system.getcwdb().decode("utf-8", "surrogateescape")
-        except OSError:  # deleted
-            self.here = "/"
-        self.base = str(self.hook.get("cwd") or "")
-        self.project = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or self.base
-
-    def session_hash(self, machine):
-        # type: (str) -> str
-        """CONTRACT section 4, `session_id_hash`."""
-        return sha256_hex(self.session or "ppid:%d:%s:%s" % (self.ppid, self.started, machine))
-
-    def touched(self):
-        # type: () -> List[str]
-        """The discoveries that the tool call in `hook` touched."""
-        from os.path import join, realpath
-        found, given = [], self.hook.get("tool_input")
-        base, project = join(self.here, self.base), join(self.here, self.project)
-        for name in ("file_path", "notebook_path", "path"):
-            path = given.get(name) if isinstance(given, dict) else None
-            if isinstance(path, str):  # or the same folder by another way: /tmp is /private/tmp on a Mac
-                found.append(touched_ref(path, base, project)
-                             or touched_ref(realpath(join(base, path)), "/", realpath(project)))
-        return newest_refs(found)
+def parent_started(ppid):
+    # type: (int) -> str
+    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
+    try:
+        return contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()[19].decode()  # field 22, in ticks
+    except (OSError, IndexError):
+        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
 
 
 def branch_sha(project):
@@ -702,8 +874,8 @@ def plugin_version(env):
     from os.path import abspath, dirname
     beside = dirname(abspath(fsencode(__file__)))
     for root in (encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip()), beside, dirname(beside)):
-        for name in (b"/package.json", b"/.claude-plugin/plugin.json"):
-            version = object_at(root + name).get("version") if root else None
+        for name in (b"/package.json", b"/.claude-plugin/plugin.json") if root else ():
+            version = object_at(root + name).get("version")
             if is_version(version):
                 return str(version)
     return "0.0.0"
@@ -715,7 +887,7 @@ def compose(caller, machine, run_git=True):
     from os.path import join
     env, ashlr, now = caller.env, caller.home + ASHLR, caller.ended
     login = github_login(object_at(ashlr + b"pro-token-cache.json"))
-    session = caller.session_hash(machine)
+    session = session_hash(caller, machine)
     calls, tokens = counts(object_at(ashlr + b"stats.json"), object_at(ashlr + b"last-project.json"),
                            (caller.session, stats_bucket(caller.ppid, env.get("HOME", ""))), now)
     return {
@@ -731,9 +903,77 @@ def compose(caller, machine, run_git=True):
     }
 
 
+def touched_by(caller):
+    # type: (Caller) -> List[str]
+    """The discoveries that the tool call in the host's JSON touched."""
+    from os.path import join, realpath
+    found, given = [], caller.hook.get("tool_input")
+    base, project = join(caller.here, caller.base), join(caller.here, caller.project)
+    for name in ("file_path", "notebook_path", "path"):
+        path = given.get(name) if isinstance(given, dict) else None
+        if isinstance(path, str) and "\0" not in path:
+            found.append(touched_ref(path, base, project))
+            # Or the same folder by another way: on a Mac, /tmp is /private/tmp.
+            found.append(touched_ref(realpath(join(base, path)), "/", realpath(project)))
+    return newest_refs(found)
+
+
+def record_touched(env, directory, refs, data, allowed, why):
+    # type: (Dict[str, str], str, Sequence[str], bytes, bool, str) -> int
+    """Add to the session's list: `refs`, or what the tool call in `data` touched. The exit status."""
+    by_hand = bool(refs)
+    if not all(map(is_ref, refs)):
+        return complain("a discovery reference is a letter or digit, then at most 127 of those and . _ : -", 2)
+    said = "consent is %s: %s" % ("on" if allowed else "off", why)
+    try:
+        if allowed:
+            caller = Caller(env, directory, data)
+            refs = refs or touched_by(caller)
+            machine = machine_id(caller.home) if refs else ""
+            if machine:
+                touch(caller.home, session_hash(caller, machine), refs)
+            said += "; discoveries touched: %d" % len(refs)
+    except (OSError, ValueError) as error:
+        said = "could not be recorded: " + reason(error)
+        if by_hand:
+            return complain(said, 1)
+    tell(env, [said])
+    return 0
+
+
 # ======================================================================================================
 # Sending
 # ======================================================================================================
+
+
+def endpoint(env):
+    # type: (Dict[str, str]) -> Tuple[str, str]
+    """(URL, what decided): CONTRACT section 6. The URL is as it was set: see `checked_url`."""
+    whole_url, base = env.get("ASHLR_SESSION_EVENTS_URL", "").strip(), env.get("ASHLR_API_URL", "").strip()
+    if whole_url:
+        return whole_url, "ASHLR_SESSION_EVENTS_URL"
+    if base:
+        return base.rstrip("/") + ENDPOINT_PATH, "ASHLR_API_URL"
+    return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
+
+
+def checked_url(url):
+    # type: (str) -> Tuple[str, str, str]
+    """(URL to ask, value for Authorization or "", text to print). ValueError, without the URL, if not http(s)."""
+    from base64 import b64encode
+    from urllib.parse import unquote_to_bytes, urlsplit
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not shaped(url, "".join(map(chr, range(33, 127))), 1, 4096):
+        raise ValueError("the endpoint is not a http:// or https:// URL")
+    userinfo, _, host = parts.netloc.rpartition("@")
+    bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
+    return (bare + "?" + parts.query if parts.query else bare,
+            "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else "",
+            bare + "?..." if parts.query else bare)
 
 
 def reason(error):
@@ -744,12 +984,13 @@ def reason(error):
         return reason(inner)
     if type(error) is ValueError:  # this file's own words
         return str(error)
-    return "%s: %s" % (type(error).__name__, getattr(error, "strerror", None) or "no more is known")
+    words = getattr(error, "strerror", None)
+    return "%s: %s" % (type(error).__name__, words) if words else type(error).__name__
 
 
 def poster(url, authorization):
     # type: (str, str) -> Callable[[bytes], Tuple[int, Optional[str]]]
-    """A function that posts one event and gives (status, Retry-After). It raises OSError, ValueError, HTTPException.
+    """A function that posts one event and gives (status, Retry-After): OSError, ValueError, HTTPException.
 
     Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no redirect.
     """
@@ -758,15 +999,18 @@ def poster(url, authorization):
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
     opener = u.OpenerDirector()
-    for handler in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
-        opener.add_handler(handler)
+    for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
+        opener.add_handler(way)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
         headers["Authorization"] = authorization
 
     def post(data):
         # type: (bytes) -> Tuple[int, Optional[str]]
-        with opener.open(u.Request(url, data, headers), timeout=ANSWER_S) as answer:
+        answer = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)  # type: Any
+        if not answer:
+            raise ValueError("a proxy of an unknown kind")
+        with answer:
             return answer.status, answer.headers.get("Retry-After")
     return post
 
@@ -777,9 +1021,9 @@ def send(post, data):
     from http.client import HTTPException
     try:
         status, after = post(data)
-        return status, "answered %d" % status, after
-    except (OSError, ValueError, AttributeError, HTTPException) as error:
+    except (OSError, ValueError, HTTPException) as error:
         return 0, "without an answer (%s)" % reason(error), None
+    return status, "answered %d" % status, after
 
 
 def is_final(status):
@@ -798,75 +1042,78 @@ def withdrawn(home, env):
     return "" if allowed else "consent is off: " + why
 
 
-def record(home, result, again):
+def record(home, result, again=0.0):
     # type: (bytes, str, float) -> None
     """Keep for `status` how the sending went, and for the next runs when the server wants to be asked again."""
     import json
     from time import time
-    write_whole(home + LAST, json.dumps({"at": iso(time()), "result": result, "retry_at": again}).encode())
+    try:
+        write_whole(home + LAST, json.dumps({"at": iso(time()), "result": result, "retry_at": again}).encode())
+    except OSError:  # a full disk must not keep from sending
+        pass
 
 
-def flush(home, env, log, unkept):
+def flush(home, env, log, unkept=b""):
     # type: (bytes, Dict[str, str], List[str], bytes) -> None
     """Send what waits, oldest first, until there is no more, or the server or the person says stop.
 
-    `unkept`: an event that the spool could not keep, or b"". ValueError for a bad endpoint.
+    `unkept`: an event that the spool could not keep. OSError if the lock cannot be had, ValueError for a bad URL.
     """
     from time import time
-    retry, failures, again = object_at(home + LAST).get("retry_at"), 0, 0.0
-    seen = set()  # type: Set[bytes]
-    tally = {}  # type: Dict[str, int]
-    stop = withdrawn(home, env)
-    if not stop and type(retry) is float and 0 < retry - time() <= DAY_S:
-        stop = "the server asked for nothing before " + iso(retry)
+    last, stop = object_at(home + LAST), withdrawn(home, env)
+    again = last.get("retry_at")
+    if not stop and type(again) is float and 0 < again - time() <= DAY_S:
+        stop = "the server asked for nothing before " + iso(again)
+    if stop:
+        log.append("nothing sent; " + stop)
+        return
     url, authorization, shown = checked_url(endpoint(env)[0])
-    log.append(stop or "sending to %s, for 20 s at most; if this is the last line, time ran out" % shown)
+    log.append("sending to %s, for 20 s at most: if this is the last line, time ran out" % shown)
     tell(env, log)
-    post = poster(url, authorization)
-    if unkept and not stop:
+    post, seen = poster(url, authorization), set()  # type: Callable[[bytes], Tuple[int, Optional[str]]], Set[bytes]
+    if unkept:
         log.append("the event that could not be kept: " + send(post, unkept)[1])
-    # Asked again after each round: the sender of what came meanwhile did not get the lock.
+    # Asked again after each round: the sender of what came meanwhile did not get the lock, and left.
     while not stop and not seen.issuperset(waiting(home)):
         fd = lock(home + OURS + b"flush.lock")
         if fd is None:
             log.append("another sender is at work, and takes this event along")
             return
-        record(home, "began, and did not finish (yet)", again)
-        for name in waiting(home):
-            path, data = home + PENDING + name, event_in(home + PENDING + name)
-            stop = stop or withdrawn(home, env)
-            if name in seen or stop:
-                continue
-            seen.add(name)
-            status, text, after = send(post, data) if data else (400, "removed, being no event", None)
-            tally[text] = tally.get(text, 0) + 1
-            if is_final(status):
-                remove(path)
-            else:
-                failures, again = failures + 1, retry_at(after, time())
-                stop = "stopped" if again or status in (0, 429, 503) or failures == FAILED_ANSWERS else ""
-        log.append(", ".join("%d %s" % (n, text) for text, n in tally.items()) + "; " * bool(stop) + stop)
+        if last.get("result") == BEGAN:  # cut off, and so never came to this
+            expire(home, time())
+        record(home, BEGAN)
+        tally, stop, retry = send_round(home, env, post, seen)
+        log.append(", ".join("%d %s" % (n, text) for text, n in tally.items()) + ("; " + stop if stop else ""))
         if not withdrawn(home, env):
-            for name in expired(waiting(home), time()):
-                remove(home + PENDING + name)
-            record(home, log[-1], again)
+            record(home, log[-1], retry)
         system.close(fd)
 
 
-def detach(keep_errors):
-    # type: (bool) -> None
-    """Let go of everything of the caller's: terminal, process group, directory, descriptors."""
-    system.setsid()
-    system.chdir("/")
-    null = system.open("/dev/null", system.O_RDWR)
-    for fd in (0, 1) if keep_errors else (0, 1, 2):
-        system.dup2(null, fd)
-    for fd in [int(name) for name in names_in(b"/proc/self/fd") or names_in(b"/dev/fd")] or range(3, 4096):
-        if fd > 2:
-            try:
-                system.close(fd)
-            except OSError:  # the listing's own
-                pass
+def send_round(home, env, post, seen):
+    # type: (bytes, Dict[str, str], Callable[[bytes], Tuple[int, Optional[str]]], Set[bytes]) -> Tuple[Dict[str, int], str, float]
+    """Send the files that are not in `seen` yet: ({what happened: how often}, why it stopped or "", retry time)."""
+    from time import time
+    tally, failures = {}, 0  # type: Dict[str, int], int
+    for name in waiting(home):
+        stop = withdrawn(home, env)
+        if stop:
+            return tally, stop, 0.0
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            data = event_in(home + PENDING + name)
+        except OSError:
+            continue
+        status, text, after = send(post, data) if data else (400, "removed, being no event", None)
+        tally[text] = tally.get(text, 0) + 1
+        if is_final(status):
+            remove(home + PENDING + name)
+            continue
+        failures, retry = failures + 1, retry_at(after, time())
+        if retry or status in (0, 429, 503) or failures == FAILED_ANSWERS:
+            return tally, "stopped until " + iso(retry) if retry else "stopped", retry
+    return tally, "", 0.0
 
 
 def leave_in(seconds):
@@ -882,39 +1129,13 @@ def leave_in(seconds):
     start_new_thread(watch, ())
 
 
-def work(caller, log):
-    # type: (Caller, List[str]) -> None
-    """Capture, keep, send. OSError or ValueError if that cannot be."""
-    import json
-    machine = machine_id(caller.home)
-    event = compose(caller, machine)
-    data, unkept = json.dumps(event).encode(), b""
-    if not machine or not is_event(event) or len(data) > EVENT_BYTES:
-        raise ValueError("~/.ashlr/machine-id is empty" if not machine else "a fault in emit.py: built no event")
-    try:
-        spool(caller.home, data, caller.ended)
-        remove(caller.home + TOUCHED + event["session_id_hash"].encode())
-        log.append("captured")
-        sweep(caller.home, caller.ended)
-    except OSError as error:
-        unkept = data
-        log.append("captured, but not kept (%s)" % reason(error))
-    tell(caller.env, log)
-    flush(caller.home, caller.env, log, unkept)
-
-
-# ======================================================================================================
-# Commands
-# ======================================================================================================
-
-
 def tell(env, log):
     # type: (Dict[str, str], List[str]) -> None
     """Say what a hook run did, if ASHLR_TELEMETRY_DEBUG wants it: no hash, path or credential.
 
     Not at once, but when the event is safe: a standard error that nobody reads may hold its writer for good.
     """
-    if env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0"):
+    if debugging(env):
         try:
             system.write(2, "".join("emit.py: %s\n" % line for line in log).encode())
         except OSError:
@@ -922,81 +1143,36 @@ def tell(env, log):
     del log[:]
 
 
-def options(argv):
-    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
-    """(--dir or "", --wait in seconds or None, what is neither)."""
-    directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
-    left = list(argv)
-    while left:
-        word = left.pop(0)
-        if word == "--dir" and left:
-            directory = left.pop(0)
-        elif word == "--wait":
-            wait = FOREGROUND_S
-            if left and shaped(left[0], DIGITS, 1, 9):
-                wait = min(int(left.pop(0)) / 1000, LIFE_S)
-        else:
-            rest.append(word)
-    return directory, wait, rest
-
-
-def hook(argv):
-    # type: (Sequence[str]) -> int
-    """The end of a session. It returns 0 to the caller, whatever happens; what it starts never returns."""
-    from time import monotonic
-    begun, child, log, env = monotonic(), -1, [], {}  # type: float, int, List[str], Dict[str, str]
+def work(caller, log):
+    # type: (Caller, List[str]) -> None
+    """Capture, keep, send. OSError or ValueError if that cannot be."""
+    import json
+    home, unkept = caller.home, b""
+    machine = machine_id(home)
+    if not machine:
+        raise ValueError("~/.ashlr/machine-id is empty: remove it")
+    event = compose(caller, machine)
+    data = json.dumps(event).encode()
+    if not is_event(event) or len(data) > EVENT_BYTES:
+        raise ValueError("what was built is no event, which is an error in emit.py")
     try:
-        env = environment()
-        directory, wait, rest = options(argv)
-        said = telemetry_said(home_of(env))
-        allowed, why = consent(env, said)
-        log.append("consent is %s: %s%s" % ("on" if allowed else "off", why, "; arguments ignored" if rest else ""))
-        if not allowed and said is not UNCLEAR:
-            purge(home_of(env))
-        if not allowed and not env.get("ASHLR_TELEMETRY_DEBUG"):
-            return 0
-        caller = Caller(env, directory, standard_input()) if allowed else None
-        if wait is None and hasattr(system, "fork"):
-            try:
-                child = system.fork()
-            except OSError:  # no room for another process: do it here
-                pass
-        if child > 0:
-            return 0
-        if child == 0:
-            detach(bool(env.get("ASHLR_TELEMETRY_DEBUG")))
-        leave_in(LIFE_S if child == 0 else (wait or FOREGROUND_S) - (monotonic() - begun))
-        if caller:
-            work(caller, log)
-    except BaseException as error:  # a hook never fails
-        log.append("failed: " + reason(error))
-    tell(env, log)
-    system._exit(0)
-
-
-def track(argv):
-    # type: (Sequence[str]) -> int
-    """Record the discoveries named, or those that the tool call on standard input touched (a hook: never fails)."""
-    directory, _, refs = options(argv)
-    if not all(map(is_ref, refs)):
-        return complain("a discovery reference is a letter or digit, then at most 127 of those and . _ : -", 2)
+        spool(home, data, caller.ended)
+        remove(home + TOUCHED + event["session_id_hash"].encode())
+        log.append("captured")
+    except OSError as error:
+        unkept = data
+        log.append("captured, but not kept (%s)" % reason(error))
+    tell(caller.env, log)
+    sweep(home, caller.ended)
     try:
-        env = environment()
-        allowed, why = consent(env, telemetry_said(home_of(env)))
-        if allowed:
-            data = standard_input() if not refs or not session_id(env, {}) else b""
-            # Parsing what a tool wrote to a large file costs ms. JSON may write any letter as \u00...
-            if refs or b"discoveries" in data.lower() or b"\\u00" in data:
-                caller = Caller(env, directory, data)
-                refs = refs or caller.touched()
-                if refs:
-                    touch(caller.home, caller.session_hash(machine_id(caller.home)), refs)
-        tell(env, ["consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))])
-    except (OSError, ValueError) as error:
-        if argv:
-            return complain("could not be recorded: %s" % reason(error), 1)
-        tell(env, ["could not be recorded: " + reason(error)])
-    return 0
+        flush(home, caller.env, log, unkept)
+    finally:
+        expire(home, caller.ended)
+
+
+# ======================================================================================================
+# Commands
+# ======================================================================================================
 
 
 def show(argv):
@@ -1004,7 +1180,7 @@ def show(argv):
     """Print the event as it would be sent now; where to, and what is made up in it, on standard error."""
     import json
     directory, wait, rest = options(argv)
-    if rest or wait:
+    if rest or wait is not None:
         return complain("show takes --dir DIR and nothing else; see emit.py --help", 2)
     env = environment()
     allowed, why = consent(env, telemetry_said(home_of(env)))
@@ -1038,18 +1214,24 @@ def status(argv):
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
     names, last = waiting(home), object_at(home + LAST)
-    retry = last.get("retry_at")
-    facts = {
-        "consent": {"on": allowed, "decided_by": why},
-        "endpoint": {"url": shown_endpoint(env), "decided_by": endpoint(env)[1]},
-        "waiting": {"events": len(names), "since": iso(int(names[0][:15]) / 1000) if names else None},
-        "last_flush": {"at": last.get("at"), "result": last.get("result"),
-                       "retry_at": iso(retry) if type(retry) is float and 0 < retry < 1e11 else None},
-    }  # type: Dict[str, Dict[str, Any]]
+    again = last.get("retry_at")
+    since = iso(int(names[0][:15]) / 1000) if names else None
+    until = iso(again) if type(again) is float and 0 < again < 1e11 else None
+    url, chosen_by = shown_endpoint(env), endpoint(env)[1]
     if argv:
-        print(json.dumps(facts))
-    for part, about in {} if argv else facts.items():
-        print("%-11s %s" % (part, ", ".join("%s: %s" % pair for pair in about.items())))
+        print(json.dumps({
+            "consent": {"on": allowed, "decided_by": why},
+            "endpoint": {"url": url, "decided_by": chosen_by},
+            "waiting": {"events": len(names), "since": since},
+            "last_flush": {"at": last.get("at"), "result": last.get("result"), "retry_at": until} if last else None,
+        }))
+        return 0
+    print("consent   %s: %s" % ("on" if allowed else "off", why))
+    print("endpoint  %s (%s)" % (url, chosen_by))
+    print("waiting   %d event%s%s" % (len(names), "" if len(names) == 1 else "s", ", since " + since if since else ""))
+    print("last      %s" % (ascii("%s: %s" % (last.get("at"), last.get("result"))) if last else "nothing sent yet"))
+    if until:
+        print("retry     the server asked for nothing before " + until)
     return 0
 
 
@@ -1057,24 +1239,25 @@ def switch(argv, value):
     # type: (Sequence[str], str) -> int
     """Write the person's word into config.json, all else in it kept."""
     import json
-    from os import path, stat
+    from os.path import lexists, realpath
     if argv:
         return complain("on and off take nothing; see emit.py --help", 2)
     env = environment()
-    file, mode, config = path.realpath(home_of(env) + CONFIG), 0o600, {}  # type: bytes, int, Dict[str, Any]
-    gone = purge(home_of(env)) if value == "off" else 0
+    home = home_of(env)
+    path, mode, config = realpath(home + ASHLR + b"config.json"), 0o600, {}  # type: bytes, int, Dict[str, Any]
+    gone = purge(home) if value == "off" else 0
     try:
-        if path.exists(file):
-            config, mode = dict(loads(contents(file)).items()), stat(file).st_mode & 0o777
+        if lexists(path):
+            config, mode = dict(loads(contents(path)).items()), system.stat(path).st_mode & 0o777
         before = config.get("telemetry")
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return complain("~/.ashlr/config.json is not a JSON object, and is left alone: mend it, or set "
                         "ASHLR_TELEMETRY=" + ("off" if value == "off" else "on"), 1)
     if before != value:
-        write_whole(file, data, mode)
+        write_whole(path, data, mode)
     if value == "off":
-        print("off: nothing is collected or sent any more; waiting files deleted: %d" % gone)
+        print("off: nothing is collected or sent any more; files that waited, and are deleted: %d" % gone)
     else:
         print(COLLECTED % shown_endpoint(env) if before != value else "on, as before")
     allowed, why = consent(env, value)
@@ -1083,15 +1266,7 @@ def switch(argv, value):
     return 0
 
 
-def complain(text, code=0):
-    # type: (str, int) -> int
-    """One line on standard error; `code` again."""
-    sys.stderr.write("emit.py: %s\n" % text)
-    return code
-
-
 COMMANDS = {
-    "track": track,
     "show": show,
     "status": status,
     "on": lambda argv: switch(argv, "opt-in"),
@@ -1099,34 +1274,19 @@ COMMANDS = {
 }  # type: Dict[str, Callable[[Sequence[str]], int]]
 
 
-def main(argv):
-    # type: (Sequence[str]) -> int
-    """The exit status of a command line. A hook run's sender does not come back from here."""
-    system.umask(0o077)
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    if not argv or argv[0][:1] == "-":
-        return hook(argv)
-    if argv[0] not in COMMANDS:
+def command(name, argv):
+    # type: (str, Sequence[str]) -> int
+    """The exit status of a command other than the hooks."""
+    if name not in COMMANDS:
         return complain("no such command; see emit.py --help", 2)
     try:
-        return COMMANDS[argv[0]](argv[1:])
+        return COMMANDS[name](argv)
     except (OSError, ValueError) as error:
         return complain("could not be done: " + reason(error), 1)
-
-
-def run():
-    # type: () -> NoReturn
-    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
-    code = main(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError):  # closed by whoever called
-            pass
-    system._exit(code)
+'''
 
 
 if __name__ == "__main__":
     run()
+else:
+    unfold()
