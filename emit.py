@@ -12,22 +12,24 @@ example:
 
 It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints nothing on
 standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What
-cannot be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events and 30 days) for the next session's
-end. --wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on
+cannot be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events, 30 days) for the next session.
+--wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on
 standard error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# Part one runs while the caller waits: consent, input, caller, leaving. Part two does the rest: identity, session,
-# payload (pure); spool, capture, sending (edges); commands.
+# Part one runs while the caller waits: consent, input, caller, leaving. Part two does the rest: identity,
+# session, payload (pure); spool, capture, sending (edges); commands.
 #
 # A start costs what it compiles and imports, so part one is short and imports next to nothing. Of a bare start
-# with -I -S, `import os` costs up to 0.25 and `import json` 0.9; leaving by _exit wins 0.15 back. Types stand in
-# comments for the same reason: as annotations they cost 0.1.
+# with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins 0.15. Types stand
+# in comments for the same reason: as annotations they would cost 0.1.
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os as system
     from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set, Tuple  # noqa: F401
+
+    Post = Callable[[bytes], Tuple[int, Optional[str]]]  # one event's JSON to (status, Retry-After)
 else:  # os where it is loaded already; else the built-in module beneath it, which always is
     system = sys.modules.get("os") or sys.modules.get("posix") or __import__("os")
 
@@ -52,7 +54,7 @@ UNCLEAR = object()  # what a config.json says that cannot be read
 
 def consent(env, said):
     # type: (Dict[str, str], Any) -> Tuple[bool, str]
-    """(may it be sent, what decided): CONTRACT section 5. `said`: "telemetry" of config.json, None without one."""
+    """(may it be sent, what decided): CONTRACT section 5. `said`: "telemetry" of config.json or None."""
     asked = env.get("ASHLR_TELEMETRY", "").strip().lower()
     if env.get("DO_NOT_TRACK", "").strip() not in ("", "0"):
         return False, "DO_NOT_TRACK is set"
@@ -64,7 +66,9 @@ def consent(env, said):
         return True, "ASHLR_TELEMETRY says on"
     if said == "opt-in":
         return True, "~/.ashlr/config.json says opt-in"
-    return False, "~/.ashlr/config.json cannot be read" if said is UNCLEAR else "nobody said yes (emit.py on does)"
+    if said is UNCLEAR:
+        return False, "~/.ashlr/config.json cannot be read, and nobody else said yes"
+    return False, "nobody said yes (emit.py on does)"
 
 
 def telemetry_said(home):
@@ -90,8 +94,8 @@ def loads(data):
     # type: (bytes) -> Any
     """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
 
-    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it wants
-    to be asked differently, json itself answers, and a test holds the two to the same answers.
+    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it
+    wants to be asked differently, json itself answers; a test holds the two to the same answers.
     """
     text = data.decode("utf-8-sig").strip(" \t\n\r")
     try:
@@ -160,7 +164,8 @@ def environment():
     found = getattr(system, "environb", None) or system.environ  # type: Any
     if isinstance(next(iter(found), ""), str):
         return dict(found)
-    return {name.decode("utf-8", "surrogateescape"): found[name].decode("utf-8", "surrogateescape") for name in found}
+    return {name.decode("utf-8", "surrogateescape"): value.decode("utf-8", "surrogateescape")
+            for name, value in found.items()}
 
 
 def home_of(env):
@@ -182,8 +187,8 @@ def standard_input():
     # type: () -> bytes
     """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
 
-    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end: hosts
-    that never close the pipe exist.
+    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end:
+    hosts that never close the pipe exist.
     """
     from time import monotonic
     data, until = bytearray(), monotonic() + INPUT_FIRST_S
@@ -233,16 +238,16 @@ def loads_object(data):
 def session_id(env, hook):
     # type: (Dict[str, str], Dict[str, Any]) -> str
     """The session's raw id as the host gave it, or "" (CONTRACT section 4)."""
-    given = hook.get("session_id")
-    return env.get("CLAUDE_SESSION_ID", "").strip() or (given if isinstance(given, str) and given.strip() else "")
+    named, given = env.get("CLAUDE_SESSION_ID", "").strip(), hook.get("session_id")
+    return named or (given if isinstance(given, str) and given.strip() else "")
 
 
 class Caller:
     """What the event owes to the process that ran the hook, and what the host told it.
 
-    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid` and
-    `started` (only then asked for); `here`: working directory; `base` and `project`, from there: where relative
-    paths start, and what was worked on; `ended`: seconds since 1970.
+    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid`,
+    and `started`, which is asked for only then; `here`: working directory; `base` and `project`, from there: where
+    relative paths start, and what was worked on; `ended`: seconds since 1970.
     """
 
     def __init__(self, env, directory="", data=b""):
@@ -305,7 +310,8 @@ def hook(argv):
             purge(home_of(env))
         if not allowed and not debugging(env):
             return 0
-        log.append("consent is %s: %s%s" % ("on" if allowed else "off", why, "; arguments ignored" if rest else ""))
+        log.append("consent is %s: %s" % ("on" if allowed else "off", why))
+        log.extend(["arguments ignored: see --help"] * bool(rest))
         caller = Caller(env, directory, standard_input()) if allowed else None
         if wait is None and hasattr(system, "fork"):
             try:
@@ -345,14 +351,14 @@ def detach(keep_errors):
 
 def track(argv):
     # type: (Sequence[str]) -> int
-    """Record the discoveries named, or those that the tool call on standard input touched (a hook: never fails)."""
+    """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
     directory, _, refs = options(argv)
     env, data = environment(), b""
     allowed, why = consent(env, telemetry_said(home_of(env)))
     if allowed and not (refs and session_id(env, {})):
         data = standard_input()
-    # Asked after every tool call: parsing what a tool wrote to a large file costs ms, part two costs more. (JSON may
-    # write any letter as \u00...)
+    # Asked after every tool call: parsing what a tool wrote to a large file costs ms, part two a bare start.
+    # (JSON may write any letter as \u00...)
     if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
         return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
     return 0
@@ -405,9 +411,9 @@ def unfold():
     # type: () -> Dict[str, Any]
     """Part two's names and part one's, once part two is compiled: here and now, if it was not.
 
-    It is folded into a string, which Python reads at once and compiles only when asked: of a bare start, the whole
-    file costs 1.1 and part one 0.35. Without this string's two marks the file is an ordinary program, which is what
-    the type checker and the tests of the fold look at.
+    It is folded into a string, which Python reads at once and compiles when asked: of a bare start, compiling
+    the whole file costs 1.2, part one 0.35. Without the two lines that mark the string this is an ordinary
+    program; as such it is linted, type-checked and tested against the folded one.
     """
     names = globals()
     text = names.pop("PART_TWO", "")
@@ -436,8 +442,8 @@ MACHINE_ID = ASHLR + b"machine-id"
 BEGAN = "began, and did not finish (yet)"
 
 COLLECTED = """\
-Collected at a session's end: its time, numbers of tool calls and tokens saved, commit, discoveries touched, version.
-Never: names, paths, code, prompts. Machine and session appear as one-way hashes; the machine's changes quarterly.
+Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries touched, version.
+Never: names, paths, code, prompts. Machine, login, session are one-way hashes; two of them change quarterly.
 It goes to %s.
 To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
 
@@ -500,7 +506,7 @@ def stats_bucket(ppid, home):
 
 def instant(text):
     # type: (Any) -> float
-    """Seconds since 1970 of an ISO 8601 date and time (CONTRACT section 1, `ended_at`). ValueError if it is none."""
+    """Seconds since 1970 of an ISO 8601 date and time (CONTRACT section 1, `ended_at`), or ValueError."""
     from calendar import timegm
     from datetime import datetime
     from re import ASCII, fullmatch
@@ -517,7 +523,7 @@ def counts(stats, project, ids, now):
     # type: (Dict[str, Any], Dict[str, Any], Sequence[str], float) -> Tuple[int, int]
     """(tool_count, tokens_saved) over this session's buckets of stats.json, each once (CONTRACT section 4).
 
-    `project`: last-project.json; `ids`: the session's raw id and its parent process's bucket; `now`: s since 1970.
+    `project`: last-project.json; `ids`: the session's raw id and its parent's bucket; `now`: s since 1970.
     """
     mine = set(ids)
     try:
@@ -566,7 +572,7 @@ def newest_refs(refs):
 
 def shaped(text, characters, shortest, longest):
     # type: (Any, str, int, int) -> bool
-    """Is it a string of these characters and no others? (Of such a one, and no other, `strip` leaves nothing.)"""
+    """Is it a string of these characters and no others? (Of such, `strip` leaves nothing.)"""
     return isinstance(text, str) and shortest <= len(text) <= longest and not text.strip(characters)
 
 
@@ -614,7 +620,7 @@ def iso(seconds):
 
 def retry_at(header, now):
     # type: (Optional[str], float) -> float
-    """When a server wants to be asked again, from `Retry-After` (seconds or a date), at most a day on; else 0.0."""
+    """When a server wants to be asked again, from `Retry-After` (s or a date), at most a day on; else 0.0."""
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
@@ -626,7 +632,7 @@ def retry_at(header, now):
 
 def expired(names, now):
     # type: (Sequence[bytes], float) -> Set[bytes]
-    """Of the spool's files, oldest first, those that may wait no longer. A clock that was ahead makes none old."""
+    """Of the spool's files, oldest first, those that may wait no longer. A clock that was ahead ages none."""
     old = {name for name in names if now - int(name[:15]) / 1000 > WAITING_DAYS * DAY_S}
     return old.union([name for name in names if name not in old][:-WAITING_EVENTS])
 
@@ -831,7 +837,7 @@ def printed_by(argv, changes):
     # type: (List[str], Dict[str, str]) -> str
     """What a program prints within 250 ms, stripped; "" if it fails, cannot be started or takes longer.
 
-    It gets no GIT_* variables (a hook of git's own has them, and they point elsewhere), no input and no terminal.
+    It gets no GIT_* variables (a hook of git's own has them, pointing elsewhere), no input, no terminal.
     """
     import os
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
@@ -853,7 +859,8 @@ def parent_started(ppid):
     # type: (int) -> str
     """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
     try:
-        return contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()[19].decode()  # field 22, in ticks
+        fields = contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()
+        return fields[19].decode()  # the 22nd of all, in ticks since the system started
     except (OSError, IndexError):
         return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
 
@@ -863,7 +870,8 @@ def branch_sha(project):
     """The commit of a folder. A hostile repository gets to run nothing: no hooks, no fetching, no prompts."""
     from os import fsdecode
     sha = printed_by(["git", "-C", fsdecode(encoded(project)), "rev-parse", "--short=12", "HEAD"], {
-        "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
+        "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
+        "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
     return sha if shaped(sha, HEX, 7, 40) else None
 
 
@@ -923,7 +931,7 @@ def record_touched(env, directory, refs, data, allowed, why):
     """Add to the session's list: `refs`, or what the tool call in `data` touched. The exit status."""
     by_hand = bool(refs)
     if not all(map(is_ref, refs)):
-        return complain("a discovery reference is a letter or digit, then at most 127 of those and . _ : -", 2)
+        return complain("a reference is a letter or digit, then at most 127 of those and . _ : -", 2)
     said = "consent is %s: %s" % ("on" if allowed else "off", why)
     try:
         if allowed:
@@ -959,7 +967,7 @@ def endpoint(env):
 
 def checked_url(url):
     # type: (str) -> Tuple[str, str, str]
-    """(URL to ask, value for Authorization or "", text to print). ValueError, without the URL, if not http(s)."""
+    """(URL to ask, Authorization or "", text to print). ValueError, without the URL, if it is not http(s)."""
     from base64 import b64encode
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
@@ -989,17 +997,18 @@ def reason(error):
 
 
 def poster(url, authorization):
-    # type: (str, str) -> Callable[[bytes], Tuple[int, Optional[str]]]
+    # type: (str, str) -> Post
     """A function that posts one event and gives (status, Retry-After): OSError, ValueError, HTTPException.
 
     Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no redirect.
     """
-    if sys.platform == "darwin":  # urllib would load _scproxy, to ask for other proxies, and crash after a fork
+    if sys.platform == "darwin":  # urllib would load _scproxy, for more proxies, and crash after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
     opener = u.OpenerDirector()
-    for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
+    proxies = u.ProxyHandler(u.getproxies_environment())
+    for way in (proxies, u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
         opener.add_handler(way)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
@@ -1016,7 +1025,7 @@ def poster(url, authorization):
 
 
 def send(post, data):
-    # type: (Callable[[bytes], Tuple[int, Optional[str]]], bytes) -> Tuple[int, str, Optional[str]]
+    # type: (Post, bytes) -> Tuple[int, str, Optional[str]]
     """(status or 0, what happened in words, Retry-After) of one event."""
     from http.client import HTTPException
     try:
@@ -1044,11 +1053,12 @@ def withdrawn(home, env):
 
 def record(home, result, again=0.0):
     # type: (bytes, str, float) -> None
-    """Keep for `status` how the sending went, and for the next runs when the server wants to be asked again."""
+    """Keep how the sending went, for `status`, and when the server wants to be asked again."""
     import json
     from time import time
     try:
-        write_whole(home + LAST, json.dumps({"at": iso(time()), "result": result, "retry_at": again}).encode())
+        last = {"at": iso(time()), "result": result, "retry_at": again}
+        write_whole(home + LAST, json.dumps(last).encode())
     except OSError:  # a full disk must not keep from sending
         pass
 
@@ -1057,7 +1067,7 @@ def flush(home, env, log, unkept=b""):
     # type: (bytes, Dict[str, str], List[str], bytes) -> None
     """Send what waits, oldest first, until there is no more, or the server or the person says stop.
 
-    `unkept`: an event that the spool could not keep. OSError if the lock cannot be had, ValueError for a bad URL.
+    `unkept`: an event that the spool could not keep. OSError for a lack of locks, ValueError for a bad URL.
     """
     from time import time
     last, stop = object_at(home + LAST), withdrawn(home, env)
@@ -1070,7 +1080,8 @@ def flush(home, env, log, unkept=b""):
     url, authorization, shown = checked_url(endpoint(env)[0])
     log.append("sending to %s, for 20 s at most: if this is the last line, time ran out" % shown)
     tell(env, log)
-    post, seen = poster(url, authorization), set()  # type: Callable[[bytes], Tuple[int, Optional[str]]], Set[bytes]
+    post = poster(url, authorization)
+    seen = set()  # type: Set[bytes]
     if unkept:
         log.append("the event that could not be kept: " + send(post, unkept)[1])
     # Asked again after each round: the sender of what came meanwhile did not get the lock, and left.
@@ -1083,15 +1094,15 @@ def flush(home, env, log, unkept=b""):
             expire(home, time())
         record(home, BEGAN)
         tally, stop, retry = send_round(home, env, post, seen)
-        log.append(", ".join("%d %s" % (n, text) for text, n in tally.items()) + ("; " + stop if stop else ""))
+        log.append(", ".join(["%d %s" % (n, text) for text, n in tally.items()] + [stop] * bool(stop)))
         if not withdrawn(home, env):
             record(home, log[-1], retry)
         system.close(fd)
 
 
 def send_round(home, env, post, seen):
-    # type: (bytes, Dict[str, str], Callable[[bytes], Tuple[int, Optional[str]]], Set[bytes]) -> Tuple[Dict[str, int], str, float]
-    """Send the files that are not in `seen` yet: ({what happened: how often}, why it stopped or "", retry time)."""
+    # type: (bytes, Dict[str, str], Post, Set[bytes]) -> Tuple[Dict[str, int], str, float]
+    """Send the files not in `seen` yet: ({what happened: how often}, why it stopped or "", next try)."""
     from time import time
     tally, failures = {}, 0  # type: Dict[str, int], int
     for name in waiting(home):
@@ -1118,7 +1129,7 @@ def send_round(home, env, post, seen):
 
 def leave_in(seconds):
     # type: (float) -> None
-    """End this process when its time is over, wherever it hangs: a name look-up cannot be stopped otherwise."""
+    """End this process when its time is over, wherever it hangs: nothing else stops a name look-up."""
     from _thread import start_new_thread
     from time import sleep
 
@@ -1214,7 +1225,7 @@ def status(argv):
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
     names, last = waiting(home), object_at(home + LAST)
-    again = last.get("retry_at")
+    at, result, again = last.get("at"), last.get("result"), last.get("retry_at")
     since = iso(int(names[0][:15]) / 1000) if names else None
     until = iso(again) if type(again) is float and 0 < again < 1e11 else None
     url, chosen_by = shown_endpoint(env), endpoint(env)[1]
@@ -1223,15 +1234,15 @@ def status(argv):
             "consent": {"on": allowed, "decided_by": why},
             "endpoint": {"url": url, "decided_by": chosen_by},
             "waiting": {"events": len(names), "since": since},
-            "last_flush": {"at": last.get("at"), "result": last.get("result"), "retry_at": until} if last else None,
+            "last_flush": {"at": at, "result": result, "retry_at": until} if last else None,
         }))
         return 0
     print("consent   %s: %s" % ("on" if allowed else "off", why))
     print("endpoint  %s (%s)" % (url, chosen_by))
-    print("waiting   %d event%s%s" % (len(names), "" if len(names) == 1 else "s", ", since " + since if since else ""))
-    print("last      %s" % (ascii("%s: %s" % (last.get("at"), last.get("result"))) if last else "nothing sent yet"))
+    print("waiting   events: %d%s" % (len(names), ", since " + since if since else ""))
+    print("last run  %s" % (ascii("%s: %s" % (at, result))[1:-1] if last else "none yet"))
     if until:
-        print("retry     the server asked for nothing before " + until)
+        print("retry     the server wants to be asked again at " + until)
     return 0
 
 
@@ -1244,7 +1255,8 @@ def switch(argv, value):
         return complain("on and off take nothing; see emit.py --help", 2)
     env = environment()
     home = home_of(env)
-    path, mode, config = realpath(home + ASHLR + b"config.json"), 0o600, {}  # type: bytes, int, Dict[str, Any]
+    path, mode = realpath(home + ASHLR + b"config.json"), 0o600
+    config = {}  # type: Dict[str, Any]
     gone = purge(home) if value == "off" else 0
     try:
         if lexists(path):
