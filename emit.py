@@ -87,7 +87,7 @@ class Scanner:
 
     strict, parse_float, parse_int = True, float, int
     object_hook = object_pairs_hook = array_hook = None
-    parse_constant = None  # NaN and the infinities, which are not JSON: calling None is the error
+    parse_constant = int  # of "NaN" and the infinities, which are not JSON: a ValueError
 
 
 def loads(data):
@@ -105,7 +105,7 @@ def loads(data):
         except (ImportError, AttributeError):
             import json
             value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
-    except (StopIteration, TypeError, RecursionError):
+    except (StopIteration, RecursionError, SystemError):  # the last from 3.10 and 3.11, for want of json.decoder
         end = -1
     if end != len(text):
         raise ValueError("not JSON")
@@ -386,7 +386,11 @@ def main(argv):
     if not argv or argv[0][:1] == "-":
         return hook(argv)
     if argv[0] == "track":
-        return track(argv[1:])
+        try:
+            return track(argv[1:])
+        except BaseException as error:  # a hook never fails
+            unfold()["tell"](environment(), ["failed: " + unfold()["reason"](error)])
+            return 1 if argv[1:] else 0
     return int(unfold()["command"](argv[0], argv[1:]))
 
 
@@ -418,7 +422,7 @@ def unfold():
     names = globals()
     text = names.pop("PART_TWO", "")
     if text:  # at its own line numbers
-        exec(compile("\n" * (unfold.__code__.co_firstlineno + 17) + text, __file__, "exec"), names)
+        exec(compile("\n" * (unfold.__code__.co_firstlineno + 14) + text, __file__, "exec"), names)
     return names
 
 
@@ -664,6 +668,7 @@ def write_whole(path, data, mode=0o600, fresh=False):
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
         with open(fd, "wb") as file:
+            os.chmod(temporary, mode)  # whatever the umask
             file.write(data)
             file.flush()
             os.fsync(fd)
