@@ -19,8 +19,8 @@ standard error what a hook run did. Exit status: 0 done, 1 could not be done, 2 
 # Part one runs while the caller waits: consent, input, caller, leaving. Part two does the rest: identity,
 # session, payload (pure); spool, capture, sending (edges); commands.
 #
-# A start costs what it compiles and imports, so part one is short and imports next to nothing. Of a bare start
-# with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins 0.15. Types stand
+# A start costs what it compiles and imports, so part one is short and imports next to nothing. Of a bare
+# start with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins 0.15. Types stand
 # in comments for the same reason: as annotations they would cost 0.1.
 import sys
 
@@ -105,7 +105,7 @@ def loads(data):
         except (ImportError, AttributeError):
             import json
             value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
-    except (StopIteration, RecursionError, SystemError):  # the last from 3.10 and 3.11, for want of json.decoder
+    except (StopIteration, RecursionError, SystemError):  # the last in 3.10 and 3.11, as json is not there
         end = -1
     if end != len(text):
         raise ValueError("not JSON")
@@ -245,8 +245,8 @@ def session_id(env, hook):
 class Caller:
     """What the event owes to the process that ran the hook, and what the host told it.
 
-    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if the host gave none; `ppid`,
-    and `started`, which is asked for only then; `here`: working directory; `base` and `project`, from there: where
+    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if it gave none; `ppid`
+    and `started`, asked for only then; `here`: working directory; `base`, `project`, from there: where
     relative paths start, and what was worked on; `ended`: seconds since 1970.
     """
 
