@@ -300,7 +300,8 @@ def hook(argv):
     # type: (Sequence[str]) -> int
     """The end of a session. It returns 0 to the caller, whatever happens; what it starts never returns."""
     from time import monotonic
-    begun, child, log, env = monotonic(), -1, [], {}  # type: float, int, List[str], Dict[str, str]
+    begun, child, caller, error = monotonic(), -1, None, None
+    env, why, wait, rest = {}, "", None, []  # type: Dict[str, str], str, Optional[float], List[str]
     try:
         env = environment()
         directory, wait, rest = options(argv)
@@ -308,28 +309,23 @@ def hook(argv):
         allowed, why = consent(env, said)
         if not allowed and said is not UNCLEAR:
             purge(home_of(env))
-        if not allowed and not debugging(env):
+        if allowed:
+            caller = Caller(env, directory, standard_input())
+        elif not debugging(env):
             return 0
-        log.append("consent is %s: %s" % ("on" if allowed else "off", why))
-        log.extend(["arguments ignored: see --help"] * bool(rest))
-        caller = Caller(env, directory, standard_input()) if allowed else None
-        if wait is None and hasattr(system, "fork"):
+        if wait is None:
             try:
                 child = system.fork()
-            except OSError:  # no room for another process: do it here
+            except (AttributeError, OSError):  # a system without it, or without room: do it here
                 pass
         if child > 0:
             return 0
         if child == 0:
             detach(debugging(env))
-        life = LIFE_S if child == 0 else (FOREGROUND_S if wait is None else wait) - (monotonic() - begun)
-        unfold()["leave_in"](life)
-        if caller:
-            unfold()["work"](caller, log)
-    except BaseException as error:  # a hook never fails
-        log.append("failed: " + unfold()["reason"](error))
-    unfold()["tell"](env, log)
-    system._exit(0)
+    except BaseException as fault:  # a hook never fails
+        error = fault
+    life = LIFE_S if child == 0 else (FOREGROUND_S if wait is None else wait) - (monotonic() - begun)
+    unfold()["alone"](env, caller, why, rest, error, life)
     return 0
 
 
@@ -352,16 +348,19 @@ def detach(keep_errors):
 def track(argv):
     # type: (Sequence[str]) -> int
     """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
-    directory, _, refs = options(argv)
-    env, data = environment(), b""
-    allowed, why = consent(env, telemetry_said(home_of(env)))
-    if allowed and not (refs and session_id(env, {})):
-        data = standard_input()
-    # Asked after every tool call: parsing what a tool wrote to a large file costs ms, part two a bare start.
-    # (JSON may write any letter as \u00...)
-    if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
-        return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
-    return 0
+    try:
+        directory, _, refs = options(argv)
+        env, data = environment(), b""
+        allowed, why = consent(env, telemetry_said(home_of(env)))
+        if allowed and not (refs and session_id(env, {})):
+            data = standard_input()
+        # Asked after every tool call: to parse what a tool wrote may cost ms, part two costs a bare start.
+        # (JSON may write any letter as \u00...)
+        if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
+            return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
+        return 0
+    except BaseException as error:
+        return int(unfold()["tracking_failed"](environment(), argv, error))
 
 
 # ======================================================================================================
@@ -369,41 +368,22 @@ def track(argv):
 # ======================================================================================================
 
 
-def complain(text, code=0):
-    # type: (str, int) -> int
-    """One line on standard error; `code` again."""
-    sys.stderr.write("emit.py: %s\n" % text)
-    return code
-
-
 def main(argv):
     # type: (Sequence[str]) -> int
     """The exit status of a command line. A hook run's sender does not come back from here."""
     system.umask(0o077)
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return 0
-    if not argv or argv[0][:1] == "-":
-        return hook(argv)
-    if argv[0] == "track":
-        try:
+    if "--help" not in argv and "-h" not in argv:
+        if not argv or argv[0][:1] == "-":
+            return hook(argv)
+        if argv[0] == "track":
             return track(argv[1:])
-        except BaseException as error:  # a hook never fails
-            unfold()["tell"](environment(), ["failed: " + unfold()["reason"](error)])
-            return 1 if argv[1:] else 0
-    return int(unfold()["command"](argv[0], argv[1:]))
+    return int(unfold()["command"](argv))
 
 
 def run():
     # type: () -> NoReturn
     """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
-    code = main(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError):  # closed by whoever called
-            pass
-    system._exit(code)
+    system._exit(main(sys.argv[1:]))
 
 
 # ======================================================================================================
@@ -934,22 +914,25 @@ def touched_by(caller):
 def record_touched(env, directory, refs, data, allowed, why):
     # type: (Dict[str, str], str, Sequence[str], bytes, bool, str) -> int
     """Add to the session's list: `refs`, or what the tool call in `data` touched. The exit status."""
-    by_hand = bool(refs)
     if not all(map(is_ref, refs)):
         return complain("a reference is a letter or digit, then at most 127 of those and . _ : -", 2)
-    said = "consent is %s: %s" % ("on" if allowed else "off", why)
-    try:
-        if allowed:
-            caller = Caller(env, directory, data)
-            refs = refs or touched_by(caller)
-            machine = machine_id(caller.home) if refs else ""
-            if machine:
-                touch(caller.home, session_hash(caller, machine), refs)
-            said += "; discoveries touched: %d" % len(refs)
-    except (OSError, ValueError) as error:
-        said = "could not be recorded: " + reason(error)
-        if by_hand:
-            return complain(said, 1)
+    if allowed:
+        caller = Caller(env, directory, data)
+        refs = refs or touched_by(caller)
+        machine = machine_id(caller.home) if refs else ""
+        if machine:
+            touch(caller.home, session_hash(caller, machine), refs)
+    said = "consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))
+    tell(env, [said])
+    return 0
+
+
+def tracking_failed(env, argv, error):
+    # type: (Dict[str, str], Sequence[str], BaseException) -> int
+    """The exit status then: a hook (no arguments) never fails."""
+    said = "could not be recorded: " + reason(error)
+    if argv:
+        return complain(said, 1)
     tell(env, [said])
     return 0
 
@@ -1159,6 +1142,27 @@ def tell(env, log):
     del log[:]
 
 
+def alone(env, caller, why, rest, error, life):
+    # type: (Dict[str, str], Optional[Caller], str, Sequence[str], Optional[BaseException], float) -> NoReturn
+    """What a hook run does when its caller has gone, or would not: within `life` seconds, and never failing.
+
+    `caller`: None if consent, by `why`, is off; `rest`: unknown arguments; `error`: from what came before.
+    """
+    log = ["consent is %s: %s" % ("on" if caller else "off", why)]
+    log.extend(["arguments ignored: see --help"] * bool(rest))
+    try:
+        leave_in(life)
+        if error:
+            raise error
+        if caller:
+            work(caller, log)
+    except BaseException as fault:
+        log.append("failed: " + reason(fault))
+    finally:
+        tell(env, log)
+        system._exit(0)
+
+
 def work(caller, log):
     # type: (Caller, List[str]) -> None
     """Capture, keep, send. OSError or ValueError if that cannot be."""
@@ -1291,15 +1295,37 @@ COMMANDS = {
 }  # type: Dict[str, Callable[[Sequence[str]], int]]
 
 
-def command(name, argv):
-    # type: (str, Sequence[str]) -> int
+def command(argv):
+    # type: (Sequence[str]) -> int
     """The exit status of a command other than the hooks."""
-    if name not in COMMANDS:
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        return flushed(0)
+    if argv[0] not in COMMANDS:
         return complain("no such command; see emit.py --help", 2)
     try:
-        return COMMANDS[name](argv)
+        return flushed(COMMANDS[argv[0]](argv[1:]))
     except (OSError, ValueError) as error:
         return complain("could not be done: " + reason(error), 1)
+
+
+def flushed(code):
+    # type: (int) -> int
+    """What was printed must be out before `run` leaves; `code` again."""
+    if sys.stdout:
+        sys.stdout.flush()
+    return code
+
+
+def complain(text, code=0):
+    # type: (str, int) -> int
+    """One line on standard error; `code` again."""
+    try:
+        sys.stderr.write("emit.py: %s\n" % text)
+        sys.stderr.flush()
+    except (AttributeError, OSError):  # closed by whoever called
+        pass
+    return code
 '''
 
 
