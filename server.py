@@ -22,15 +22,20 @@ serves every event of the turn, a slow client costs a buffer and no thread, and 
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import errno
 import functools
+import hashlib
+import hmac
 import http
 import http.server
 import io
+import ipaddress
 import itertools
 import json
+import math
 import os
 import queue
 import re
@@ -39,13 +44,34 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import sys
 import threading
 import time
 import traceback
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, NoReturn, Optional, Tuple, Union
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
 
@@ -184,7 +210,7 @@ def or_null(check: Check) -> Check:
 def whole_number(most: int) -> Check:
     """A check for whole JSON numbers, `5.0` and `5e0` among them. A bool is an int to Python, and none here."""
     def check(value: Any) -> int:
-        if (type(value) is int or type(value) is float and value.is_integer()) and 0 <= value <= most:
+        if (type(value) is int or (type(value) is float and value.is_integer())) and 0 <= value <= most:
             return int(value)
         raise Fault("must be a whole number from 0 to %d" % most)
     return check
@@ -279,7 +305,7 @@ def check_event(event: Any) -> Row:
     try:
         row = [check(event.get(name, absent)) for name, check, absent in FIELDS]
         if event.keys() <= NAMES:
-            return tuple(row)  # type: ignore[return-value]  # as long as FIELDS, each of its check's type
+            return tuple(row)  # as long as FIELDS, each of its check's type
     except Fault:
         pass
     raise NotAnEvent(all_issues(event))
@@ -324,7 +350,8 @@ def canonical_row(body: bytes) -> Optional[Row]:
 def unknown_keys(event: Dict[str, Any]) -> List[Issue]:
     """An issue for each key that no event has; a key that does not look like a field's name is not repeated."""
     unknown = [key for key in event if key not in NAMES]
-    issues = [{"path": [key] if re.fullmatch("[A-Za-z0-9_-]{1,64}", key) else [], "message": "is not a field of an event"}
+    named = re.compile("[A-Za-z0-9_-]{1,64}").fullmatch
+    issues = [{"path": [key] if named(key) else [], "message": "is not a field of an event"}
               for key in unknown[:MAX_ISSUES]]
     if len(unknown) > MAX_ISSUES:
         issues.append({"path": [], "message": "has %d more unknown keys" % (len(unknown) - MAX_ISSUES)})
@@ -341,10 +368,11 @@ ONCE_ONLY = {b"content-length", b"transfer-encoding", b"host", b"expect"}  # two
 
 
 class Answer(NamedTuple):
-    """An answer before it is bytes. `extra`: further header lines, each with its CRLF."""
+    """An answer before it is bytes."""
     status: int
     payload: bytes
-    extra: str = ""
+    reason: str = ""  # of a refusal, for the metrics: a word from this file, never from a client
+    extra: str = ""  # further header lines, each with its CRLF
     media_type: str = "application/json"
 
 
@@ -352,31 +380,32 @@ def as_json(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
-def failure(status: int, words: str, extra: str = "") -> Answer:
-    return Answer(status, as_json({"error": words}), extra)
+def failure(status: int, words: str, reason: str, extra: str = "") -> Answer:
+    return Answer(status, as_json({"error": words}), reason, extra)
 
 
 OK = b'{"ok":true}'
 ACCEPTED = Answer(202, OK)
-UNAVAILABLE = failure(503, "The store cannot take events now", "Retry-After: 5\r\n")
-INSERT_FAILED = failure(500, "Insert failed")
+UNAVAILABLE = failure(503, "The store cannot take events now", "store_unavailable", "Retry-After: 5\r\n")
+INSERT_FAILED = failure(500, "Insert failed", "insert_failed")
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Refused(Exception):
     """A request after which its connection cannot go on: where the next one begins is not known."""
 
-    def __init__(self, status: int, words: str) -> None:
+    def __init__(self, status: int, words: str, reason: str = "malformed_request") -> None:
         super().__init__(words)
-        self.answer = failure(status, words)
+        self.answer = failure(status, words, reason)
 
 
 class Head(NamedTuple):
-    """What the head of a request says about its framing."""
+    """What the head of a request says about its framing and its sender."""
     length: int  # bytes of the body
     keep: bool  # the connection stays open after the answer
     expects: bool  # the client waits for "100 Continue"
     hot: bool  # POST of an event: needs nothing that http.server would find out
+    forwarded: str  # X-Forwarded-For, its lines joined
 
 
 _request_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])").fullmatch
@@ -397,7 +426,7 @@ def parse_head(head: bytes) -> Head:
     if not request:
         raise Refused(400, "Malformed request line")
     if len(lines) > MAX_HEADERS:
-        raise Refused(431, "More than %d headers" % MAX_HEADERS)
+        raise Refused(431, "More than %d headers" % MAX_HEADERS, "head_too_large")
     headers: Dict[bytes, bytes] = {}
     for line in lines:
         header = _header_line(line)
@@ -413,6 +442,7 @@ def parse_head(head: bytes) -> Head:
         keep=request[3] == b"1" and b"close" not in options,
         expects=request[3] == b"1" and expects_continue(headers),
         hot=first[:-9] == _hot_line and b"content-length" in headers,
+        forwarded=headers.get(b"x-forwarded-for", b"").decode("latin-1"),
     )
 
 
@@ -422,13 +452,13 @@ def body_length(headers: Dict[bytes, bytes]) -> int:
     if b"transfer-encoding" in headers:
         if length is not None:
             raise Refused(400, "Content-Length and Transfer-Encoding in one request")
-        raise Refused(411, "Send the body with a Content-Length; chunked is not taken")
+        raise Refused(411, "Send the body with a Content-Length; chunked is not taken", "no_length")
     if length is None:
         return 0
     if not re.fullmatch(rb"[0-9]{1,19}", length):
         raise Refused(400, "Malformed Content-Length")
     if int(length) > MAX_BODY:
-        raise Refused(413, "The body is over %d bytes" % MAX_BODY)
+        raise Refused(413, "The body is over %d bytes" % MAX_BODY, "body_too_large")
     return int(length)
 
 
@@ -446,7 +476,7 @@ def find_head(data: bytes, start: int, searched: int) -> int:
     """
     end = data.find(b"\r\n\r\n", max(start, searched - 3))
     if (end if end >= 0 else len(data)) - start > MAX_HEAD:
-        raise Refused(431, "The head is over %d bytes" % MAX_HEAD)
+        raise Refused(431, "The head is over %d bytes" % MAX_HEAD, "head_too_large")
     if end < 0 and _bare(data, max(start, searched - 1)):
         raise Refused(400, "A bare CR or LF in the head")
     return end
@@ -469,11 +499,146 @@ def frame(answer: Answer, close: bool, second: int, bodiless: bool = False) -> b
 
 
 # ======================================================================================================
+# Who may send how much: addresses in, seconds to wait out
+# ======================================================================================================
+
+MAX_BUCKETS = 65536  # about 10 MB; beyond that the one that was quiet longest is forgotten
+
+Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+class Rate(NamedTuple):
+    """So many requests in so many seconds, all of them at once if need be."""
+    requests: int
+    seconds: float
+
+
+def parse_address(text: str) -> Optional[Address]:
+    """An address, IPv4 in IPv6 clothes undressed, or None where `text` is none."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0].strip())
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(peer: str, forwarded: str, trusted: Sequence[Network]) -> Optional[Address]:
+    """Who sends: the peer, or, when that is a trusted proxy, the last hop in X-Forwarded-For that is none.
+
+    Read from the right, since whatever stands further left was written by a client. What is no address ends the walk.
+    """
+    client = parse_address(peer)
+    hops = forwarded.split(",")
+    while client and hops and any(client in network for network in trusted):
+        hop = parse_address(hops.pop())
+        if not hop:
+            break
+        client = hop
+    return client
+
+
+class RateLimit:
+    """A token bucket for each client, kept as the moment at which it will be full again (GCRA).
+
+    Clients are kept under a hash with a key that dies with the process: what lies in the memory, or in a core dump,
+    is no list of addresses. An IPv6 client is its /64, which is what a subscriber gets.
+    """
+
+    def __init__(self, rate: Rate) -> None:
+        self.interval = rate.seconds / rate.requests
+        self.burst = rate.seconds - self.interval
+        self.full_at: Dict[bytes, float] = {}  # in the order of last use
+        self.key = os.urandom(16)
+
+    def bucket(self, client: Optional[Address]) -> Optional[bytes]:
+        """The name of a client's bucket; None for one that is not limited."""
+        if client is None or client.is_loopback:
+            return None
+        packed = client.packed[:8] if client.version == 6 else client.packed
+        return hashlib.blake2b(packed, key=self.key, digest_size=8).digest()
+
+    def wait(self, bucket: bytes, now: float) -> float:
+        """Take a token: 0.0; or the seconds until there is one. `now` never goes backwards."""
+        full_at = max(self.full_at.pop(bucket, now), now)
+        wait = full_at - now - self.burst
+        self.full_at[bucket] = full_at if wait > 0 else full_at + self.interval
+        if len(self.full_at) > MAX_BUCKETS:
+            del self.full_at[next(iter(self.full_at))]
+        return max(wait, 0.0)
+
+
+# ======================================================================================================
+# Metrics: numbers in, Prometheus text out. No label names a client, a developer or a session.
+# ======================================================================================================
+
+class Histogram:
+    """Counts of values up to each bound, their sum and their number."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def samples(self, name: str) -> Iterator[str]:
+        total = 0
+        for bound, count in zip((*("%g" % b for b in self.bounds), "+Inf"), self.counts):
+            total += count
+            yield '%s_bucket{le="%s"} %d' % (name, bound, total)
+        yield "%s_sum %r" % (name, self.sum)
+        yield "%s_count %d" % (name, total)
+
+
+class Metrics:
+    """What the loop counts as it goes."""
+
+    def __init__(self) -> None:
+        self.answers: Dict[int, int] = collections.defaultdict(int)  # by status
+        self.refusals: Dict[str, int] = collections.defaultdict(int)  # by reason
+        self.events = {"stored": 0, "already_there": 0}
+        self.swept = 0
+        self.rows = Histogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+        self.commits = Histogram(.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)
+
+    def text(self, connections: Dict[str, int], database_bytes: int) -> bytes:
+        """The text format, version 0.0.4."""
+        def labelled(name: str, label: str, values: Mapping[Any, int]) -> List[str]:
+            return ['%s{%s="%s"} %d' % (name, label, value, values[value]) for value in sorted(values)]
+
+        build = '{version="%s",python="%s",sqlite="%s"} 1' % (
+            __version__, ".".join(map(str, sys.version_info[:3])), sqlite3.sqlite_version)
+        families: List[Tuple[str, str, str, Callable[[str], Iterable[str]]]] = [
+            ("http_requests_total", "counter", "Answers sent, by status.",
+             lambda name: labelled(name, "status", self.answers)),
+            ("events_total", "counter", "Events answered 202, by what became of them.",
+             lambda name: labelled(name, "result", self.events)),
+            ("refusals_total", "counter", "Requests not answered 2xx, by reason.",
+             lambda name: labelled(name, "reason", self.refusals)),
+            ("swept_rows_total", "counter", "Rows deleted because of --retain-days.",
+             lambda name: ["%s %d" % (name, self.swept)]),
+            ("turn_rows", "histogram", "Rows in a turn's transaction.", self.rows.samples),
+            ("commit_seconds", "histogram", "Seconds of a turn's transaction, commit included.", self.commits.samples),
+            ("connections", "gauge", "Open connections, by what they wait for.",
+             lambda name: labelled(name, "phase", connections)),
+            ("database_bytes", "gauge", "Size of the database and its log.",
+             lambda name: ["%s %d" % (name, database_bytes)]),
+            ("build_info", "gauge", "What runs.", lambda name: [name + build]),
+        ]
+        lines: List[str] = []
+        for short, kind, words, samples in families:
+            name = "session_events_" + short
+            lines += ["# HELP %s %s" % (name, words), "# TYPE %s %s" % (name, kind), *samples(name)]
+        return ("\n".join(lines) + "\n").encode("ascii")
+
+
+# ======================================================================================================
 # The store
 # ======================================================================================================
 
-class StoreError(Exception):
-    """The database cannot be opened. The text is one line for the operator."""
+class StartError(Exception):
+    """The database, or a file beside it, cannot be used. The text is one line for the operator."""
 
 
 class Unavailable(Exception):
@@ -487,7 +652,7 @@ PASSING = ("locked", "full", "readonly", "disk I/O", "unable to open", "malforme
 SETTINGS = (
     # Readers never hold up the writer, and a commit is one append and one fsync.
     "journal_mode = WAL",
-    # A commit is on the disk when it returns: 202 means that. WAL's usual NORMAL would lose the last ones with the power.
+    # A commit is on the disk when it returns: 202 means that. WAL's usual NORMAL loses the last ones with the power.
     "synchronous = FULL",
     # 64 MB of pages instead of 2: at a million rows the leaves of the two identity indexes are written at random, and
     # with the default each event reads some of them anew.
@@ -505,14 +670,32 @@ INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
 
 
+DELETE_OLD = (
+    "DELETE FROM session_events WHERE id IN (SELECT id FROM session_events"
+    " WHERE received_at < strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?) ORDER BY received_at LIMIT ?)")
+
+
+class Written(NamedTuple):
+    """What became of a turn's rows."""
+    stored: int  # new ones; the others were there already
+    refused: Dict[int, Exception]  # place in the turn: what the database said of this one
+    swept: int  # old rows deleted
+
+
 class Store:
-    """The one connection to the database. `path` may be `:memory:`. Raises StoreError when it cannot be used."""
+    """The one connection to the database. Raises StartError when it cannot be used.
+
+    `path` may be `:memory:`. `max_bytes` bounds the database file (its log comes on top). With a `pepper` the three
+    hash columns hold HMAC-SHA256(pepper, hash) in place of the hash. `retain_days` of 0 keeps all rows.
+    """
 
     LOCK_SECONDS = 0.25  # how long a turn may wait for another process's write lock
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None,
+                 retain_days: int = 0) -> None:
+        self.path, self.max_bytes, self.pepper, self.retain_days = path, max_bytes, pepper, retain_days
         self.in_memory = path == ":memory:"
+        self.moved = False
         try:
             self.db = self.connect()
             try:
@@ -521,7 +704,7 @@ class Store:
                 self.db.close()
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise StoreError("cannot use %s: %s" % (path, error)) from None
+            raise StartError("cannot use %s: %s" % (path, error)) from None
         self.files = [] if self.in_memory else [(name, file_identity(name)) for name in (path, path + "-wal")]
 
     def connect(self) -> sqlite3.Connection:
@@ -535,10 +718,13 @@ class Store:
         """Bring the file to SCHEMA_VERSION: the schema's text is its own migration, from nothing or from version 0."""
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            raise StoreError("%s has schema version %d, and this server.py knows %d: use a newer server.py"
+            raise StartError("%s has schema version %d, and this server.py knows %d: use a newer server.py"
                              % (self.path, version, SCHEMA_VERSION))
         for setting in SETTINGS:
             self.db.execute("PRAGMA " + setting)
+        if self.max_bytes is not None:
+            page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
+            self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
         if version < SCHEMA_VERSION:
             self.check_columns()
             self.db.executescript("BEGIN IMMEDIATE;\n%s\nCOMMIT;" % SCHEMA)
@@ -549,19 +735,21 @@ class Store:
         there = {row[1] for row in self.db.execute("PRAGMA table_info(session_events)")}
         missing = {"id", "received_at", *COLUMNS} - there
         if there and missing:
-            raise StoreError("%s has a table session_events without the column %s: it is not this program's"
+            raise StartError("%s has a table session_events without the column %s: it is not this program's"
                              % (self.path, min(missing)))
 
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer the ones at their paths: what is written is lost."""
-        for name, identity in self.files:
-            if file_identity(name) != identity:
-                raise Unavailable("the database or its -wal file was deleted or replaced while in use: "
-                                  "put it back, or restart the server")
+        self.moved = any(file_identity(name) != identity for name, identity in self.files)
+        if self.moved:
+            raise Unavailable("the database or its -wal file was deleted or replaced while in use: "
+                              "put it back, or restart the server")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """What is done inside is durable on leaving, or undone; Unavailable says why."""
+        if self.moved:
+            self.check_files()
         try:
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -575,37 +763,61 @@ class Store:
         # After the commit, so that it holds when the answers go: one check covers a deletion before and during it.
         self.check_files()
 
-    def write(self, rows: List[Row]) -> List[Optional[Exception]]:
-        """Store the rows of a turn in one transaction, durable on return.
+    def write(self, rows: List[Row], sweep: int = 0) -> Written:
+        """Store the rows of a turn in one transaction, durable on return. Raises Unavailable when none is stored.
 
-        Returns what the database said of each row: None (stored, or there already) or why it refused this one; the
-        others are stored all the same. Raises Unavailable when none could be.
+        In the same transaction up to `sweep` of the rows that are older than `retain_days` are deleted: that costs
+        no fsync, and it keeps up with whatever comes in.
         """
-        with self.transaction():
-            return self.insert(rows)
-
-    def insert(self, rows: List[Row]) -> List[Optional[Exception]]:
-        """All rows in one call, or, when the database refuses one of them, each by itself."""
         received_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        dated = [(*row, received_at) for row in rows]
+        hidden = [self.hide(row) for row in rows] if self.pepper else rows
+        with self.transaction():
+            stored, refused = self.insert([(*row, received_at) for row in hidden])
+            return Written(stored, refused, self.delete_old(sweep) if sweep else 0)
+
+    def insert(self, rows: List[Tuple[Any, ...]]) -> Tuple[int, Dict[int, Exception]]:
+        """All rows in one call, or, when the database refuses one of them, each by itself."""
         try:
-            self.db.executemany(INSERT_ALL, dated)
-            return [None] * len(rows)
+            return self.db.executemany(INSERT_ALL, rows).rowcount, {}
         except (sqlite3.Error, ValueError) as error:
             if passing(error):
                 raise
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
-        return [self.insert_one(row) for row in dated]
+        stored = 0
+        refused: Dict[int, Exception] = {}
+        for place, row in enumerate(rows):
+            try:
+                stored += self.db.execute(INSERT_ONE, row).rowcount
+            except (sqlite3.Error, ValueError) as error:
+                if passing(error) or not self.db.in_transaction:
+                    raise
+                refused[place] = error
+        return stored, refused
 
-    def insert_one(self, row: Tuple[Any, ...]) -> Optional[Exception]:
+    def hide(self, row: Row) -> Row:
+        def hmac_of(digest: str) -> str:
+            return hmac.digest(self.pepper or b"", digest.encode("ascii"), "sha256").hex()
+        identity, github, session, *rest = row
+        return (hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)  # type: ignore[return-value]
+
+    def delete_old(self, most: int) -> int:
+        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
         try:
-            self.db.execute(INSERT_ONE, row)
-        except (sqlite3.Error, ValueError) as error:
+            return self.db.execute(DELETE_OLD, ("-%d days" % self.retain_days, most)).rowcount
+        except sqlite3.Error as error:  # another program's trigger, say: the turn's rows are not to blame
             if passing(error) or not self.db.in_transaction:
                 raise
-            return error
-        return None
+            log("sweep_failed", reason=type(error).__name__)
+            return 0
+
+    def size(self) -> int:
+        """Bytes of the database and its log."""
+        pages = self.db.execute("PRAGMA page_count").fetchone()[0]
+        total: int = pages * self.db.execute("PRAGMA page_size").fetchone()[0]
+        with contextlib.suppress(OSError):
+            total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
+        return total
 
     def probe(self) -> None:
         """Commit a transaction that writes a page and changes nothing. Raises Unavailable."""
@@ -617,6 +829,26 @@ class Store:
         with contextlib.suppress(sqlite3.Error):  # all is durable in the log already; the next start takes it over
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
+
+
+def load_pepper(path: str) -> bytes:
+    """The secret in `path`, which is made, readable by its owner only, when it is not there. Raises StartError."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(made, "w", encoding="ascii") as file:
+                file.write(os.urandom(32).hex() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        with open(path, "rb") as found:
+            if os.name == "posix" and os.fstat(found.fileno()).st_mode & 0o077:
+                raise StartError("others can read the pepper in %s: chmod 600 it, or make a new one" % path)
+            pepper = found.read(4096).strip()
+    except OSError as error:
+        raise StartError("cannot use the pepper file %s: %s" % (path, error.strerror)) from None
+    if len(pepper) < 32:
+        raise StartError("the pepper in %s is under 32 bytes: delete the file, and a good one is made" % path)
+    return pepper
 
 
 def passing(error: Exception) -> bool:
@@ -641,20 +873,27 @@ def judge(body: bytes) -> Union[Row, Answer]:
     try:
         return canonical_row(body) or check_event(parse_json(body))
     except NotJSON:
-        return failure(400, "Invalid JSON body")
+        return failure(400, "Invalid JSON body", "not_json")
     except NotAnEvent as wrong:
-        return Answer(400, as_json({"error": str(wrong), "issues": wrong.issues}))
+        return Answer(400, as_json({"error": str(wrong), "issues": wrong.issues}), "not_an_event")
+
+
+Routes = Dict[str, Dict[str, Callable[["IngestHandler"], Union[Row, Answer]]]]  # path: method: its answer
 
 
 class IngestHandler(http.server.BaseHTTPRequestHandler):
-    """One whole request, already framed by `parse_head`; leaves its result in `.result`, a row to store or an answer."""
+    """One whole request, already framed by `parse_head`; leaves a row to store or an answer in `.result`."""
 
     server: IngestServer
     result: Union[Row, Answer]
     route = "-"  # for the access log: what was asked for, where that is something known
 
+    def __init__(self, request: bytes, routes: Routes, server: IngestServer) -> None:
+        self.routes = routes
+        super().__init__(request, ("", 0), server)  # type: ignore[arg-type]  # no address: what is not there cannot leak
+
     def setup(self) -> None:
-        self.rfile = io.BufferedReader(io.BytesIO(self.request))  # type: ignore[arg-type]
+        self.rfile = io.BufferedReader(io.BytesIO(self.request))
         self.wfile = io.BytesIO()
 
     def finish(self) -> None:
@@ -666,11 +905,11 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
             return  # send_error has left the result
         target = self.requestline.split(" ")[1]  # parse_request rewrites self.path, each version in its own way
         path = re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")[0]
-        methods = ROUTES.get(path)
+        methods = self.routes.get(path)
         if methods is None:
-            self.result = failure(404, "Not found")
+            self.result = failure(404, "Not found", "unknown_path")
         elif self.command not in methods:
-            self.result = failure(405, "Method not allowed", "Allow: %s\r\n" % ", ".join(methods))
+            self.result = failure(405, "Method not allowed", "other_method", "Allow: %s\r\n" % ", ".join(methods))
         else:
             self.route = self.command + " " + path
             self.result = methods[self.command](self)
@@ -678,7 +917,7 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
     def post_event(self) -> Union[Row, Answer]:
         length = self.headers["Content-Length"]
         if length is None:
-            return failure(411, "Send the body with a Content-Length")
+            return failure(411, "Send the body with a Content-Length", "no_length")
         return judge(self.rfile.read(int(length)))
 
     def get_health(self) -> Answer:
@@ -687,21 +926,28 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
     def get_readiness(self) -> Answer:
         return Answer(200, OK) if self.server.store_is_ready() else UNAVAILABLE
 
+    def get_metrics(self) -> Answer:
+        server = self.server
+        text = server.metrics.text({phase: len(server.waiting[phase]) for phase in PHASES}, server.store.size())
+        return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
     def handle_expect_100(self) -> bool:
         return True  # the connection has answered that before the body came
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        self.result = failure(code, message or http.HTTPStatus(code).phrase)
+        self.result = failure(code, message or http.HTTPStatus(code).phrase, "malformed_request")
 
     def log_message(self, format: str, *args: Any) -> None:
         pass  # its lines carry addresses and paths
 
 
-Method = Callable[[IngestHandler], Union[Row, Answer]]
-ROUTES: Dict[str, Dict[str, Method]] = {
+PUBLIC: Routes = {
     ENDPOINT: {"POST": IngestHandler.post_event},
     "/healthz": {"GET": IngestHandler.get_health, "HEAD": IngestHandler.get_health},
     "/readyz": {"GET": IngestHandler.get_readiness, "HEAD": IngestHandler.get_readiness},
+}
+OPERATORS: Routes = {
+    "/metrics": {"GET": IngestHandler.get_metrics, "HEAD": IngestHandler.get_metrics},
 }
 
 
@@ -714,6 +960,7 @@ READ_SIZE = 64 * 1024  # bytes a connection may bring in one turn
 REQUESTS_A_TURN = 32  # of one connection: one that pipelines waits its turn like the others
 ROWS_A_TURN = 1024  # of all connections: bounds the time and the memory of a transaction
 ACCEPTS_A_TURN = 256
+MAX_RECEIVED = 64 * 1024 * 1024  # bytes of unfinished requests that are held for all connections together
 HOT_ROUTE = "POST " + ENDPOINT
 TICK = 0.25  # seconds: how late a deadline may be noticed
 # After a turn that answered somebody, look again for so long before going to sleep: being woken costs 60 us, so that a
@@ -722,14 +969,23 @@ SPIN_SECONDS = 0.00005 if (os.cpu_count() or 1) > 1 else 0.0
 
 # What a connection waits for. In each phase all have the same time, so the one that entered first times out first.
 PHASES = IDLE, READING, WRITING, LINGERING = "idle", "reading", "writing", "lingering"
+LINGER_SECONDS = 2.0  # a refused client may still be sending: a close at once would lose it the answer
+
+SWEEP_MORE = 4  # old rows that a turn deletes beyond as many as it stores: sweeping is always a little faster
+SWEEP_IDLE = 64  # that a turn deletes when nobody was served for a second: 2 ms, which is what a request may wait
+SWEEP_EVERY = 60.0  # seconds, once all that is due is gone
 
 
 class Limits(NamedTuple):
-    """Seconds that a connection may spend in each of PHASES."""
-    idle: float = 30.0
-    reading: float = 10.0
-    writing: float = 10.0
-    lingering: float = 2.0  # a refused client may still be sending: a close at once would lose it the answer
+    """What the server grants: seconds, and counts. `None`: no limit."""
+    request_seconds: float = 10.0  # from a request's first byte to its last; a TLS handshake likewise
+    idle_seconds: float = 30.0  # between requests
+    write_seconds: float = 10.0  # without a byte of an answer taken
+    max_connections: int = 4096
+    rate: Optional[Rate] = None
+
+
+DEFAULTS = Limits()
 
 
 class Deferred(NamedTuple):
@@ -741,11 +997,13 @@ class Deferred(NamedTuple):
 class Connection:
     """A client's socket and its two buffers. Called by the loop; never blocks."""
 
-    __slots__ = ("server", "sock", "mask", "phase", "since", "received", "searched", "continued", "answers",
-                 "unsent", "closing")
+    __slots__ = ("answers", "bucket", "closing", "continued", "mask", "peer", "phase", "received", "routes",
+                 "searched", "server", "since", "sock", "unsent")
 
-    def __init__(self, server: IngestServer, sock: socket.socket) -> None:
-        self.server, self.sock = server, sock
+    def __init__(self, server: IngestServer, sock: socket.socket, peer: str, routes: Routes) -> None:
+        self.server, self.sock, self.routes = server, sock, routes
+        self.peer = peer  # its address, for the rate limit and nothing else
+        self.bucket = server.bucket(peer, "")
         self.mask = 0  # what the selector watches
         self.phase, self.since = IDLE, server.now
         server.waiting[IDLE][self] = None
@@ -776,8 +1034,31 @@ class Connection:
         if self in self.server.waiting[self.phase]:
             del self.server.waiting[self.phase][self]
             self.server.backlog.pop(self, None)
+            self.keep(b"")
             self.watch(0)
             self.sock.close()
+
+    def receive(self) -> Optional[bytes]:
+        """What has arrived; None when that is nothing yet, no bytes when the connection is over."""
+        try:
+            return self.sock.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+
+    def transmit(self) -> Optional[int]:
+        """How much of `unsent` was taken; None when the connection is over."""
+        try:
+            return self.sock.send(self.unsent)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return None
+
+    def start(self) -> None:
+        """The connection was accepted. The request is often there already: a short one is never watched."""
+        self.read()
 
     def ready(self, mask: int) -> None:
         """The selector saw the socket ready."""
@@ -787,17 +1068,17 @@ class Connection:
             self.read()
 
     def read(self) -> None:
-        try:
-            data = self.sock.recv(READ_SIZE)
-        except BlockingIOError:
+        data = self.receive()
+        if data is None:
             self.watch(READ)
-            return
-        except OSError:
-            data = b""
-        if not data:
+        elif not data:
             self.close()
         elif self.phase is not LINGERING:
             self.take(self.received + data if self.received else data)
+
+    def keep(self, data: bytes) -> None:
+        self.server.held += len(data) - len(self.received)
+        self.received = data
 
     def take(self, data: bytes) -> None:
         """Take the whole requests at the front of `data`, as many as the turn has room for; keep the rest."""
@@ -814,7 +1095,7 @@ class Connection:
                 budget -= 1
         except Refused as refused:
             self.refuse(refused.answer)
-        self.received = data[start:]
+        self.keep(data[start:])
         if not self.answers:  # else flush() decides, at the end of the turn
             if self.phase is IDLE:
                 self.enter(READING)
@@ -851,11 +1132,8 @@ class Connection:
 
     def flush(self) -> None:
         """Send what can be sent, then wait for what comes next."""
-        try:
-            sent = self.sock.send(self.unsent)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
+        sent = self.transmit()
+        if sent is None:
             self.close()
             return
         self.unsent = self.unsent[sent:]
@@ -877,55 +1155,161 @@ class Connection:
             return
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-        self.received = b""
+        self.keep(b"")
         self.enter(LINGERING)
         self.watch(READ)
 
     def expire(self) -> None:
         """The time it may spend in this phase is over."""
-        if self.phase is READING and not self.closing:
-            self.refuse(failure(408, "The request took too long"))
+        if self.phase is READING and self.received and not self.closing:
+            self.refuse(failure(408, "The request took too long", "too_slow"))
         else:
             self.close()
 
 
+class TLSConnection(Connection):
+    """The same over TLS. The handshake has the time of a request, and holds up nobody."""
+
+    __slots__ = ("shaken",)
+    sock: ssl.SSLSocket
+
+    def __init__(self, server: IngestServer, sock: ssl.SSLSocket, peer: str, routes: Routes) -> None:
+        super().__init__(server, sock, peer, routes)
+        self.shaken = False  # the handshake is over
+
+    def start(self) -> None:
+        self.enter(READING)
+        self.ready(READ)
+
+    def ready(self, mask: int) -> None:
+        if self.shaken:
+            super().ready(mask)
+            return
+        try:
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self.watch(READ)
+        except ssl.SSLWantWriteError:
+            self.watch(WRITE)
+        except (OSError, ValueError):  # no TLS, no common version, gone
+            self.close()
+        else:
+            self.shaken = True
+            self.enter(IDLE)
+            self.read()
+
+    def close(self) -> None:
+        self.say_goodbye()
+        super().close()
+
+    def finish(self) -> None:
+        self.say_goodbye()
+        super().finish()
+
+    def say_goodbye(self) -> None:
+        """Tell the client that nothing is missing (close_notify); its own goodbye is not waited for."""
+        if self.shaken:
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
+
+    def receive(self) -> Optional[bytes]:
+        # A TLS record is at most 16 KiB, so that one call leaves nothing in OpenSSL's buffer, where no selector looks.
+        try:
+            return self.sock.recv(READ_SIZE)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except (OSError, ValueError):
+            return b""
+
+    def transmit(self) -> Optional[int]:
+        try:
+            return self.sock.send(self.unsent)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return 0
+        except (OSError, ValueError):
+            return None
+
+
 class IngestServer(http.server.HTTPServer):
-    """The selector loop: one turn is one transaction. Raises OSError when the address cannot be had."""
+    """The selector loop: one turn is one transaction. Raises OSError when the address cannot be had.
+
+    `inherited` is a listening socket to use instead of binding `address`; it is left open for the next process.
+    """
 
     request_queue_size = 1024  # a burst of connections waits here while a turn commits
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
 
-    def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = Limits(),
-                 access_log: bool = False) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.store, self.limits, self.access_log = store, limits, access_log
+    def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = DEFAULTS, *,
+                 inherited: Optional[socket.socket] = None, access_log: bool = False,
+                 trusted: Sequence[Network] = (), tls: Optional[ssl.SSLContext] = None) -> None:
+        self.store, self.limits, self.access_log, self.trusted, self.tls = store, limits, access_log, trusted, tls
+        self.metrics = Metrics()
+        self.rate_limit = RateLimit(limits.rate) if limits.rate else None
         self.now, self.second = time.monotonic(), int(time.time())
         self.waiting: Dict[str, Dict[Connection, None]] = {phase: {} for phase in PHASES}
         self.backlog: Dict[Connection, None] = {}  # with whole requests that had no room in the last turn
+        self.held = 0  # bytes received and not taken, of all connections
         self.rows: List[Row] = []  # of this turn
         self.answering: List[Connection] = []  # connections with answers of this turn
-        self.answered = False  # somebody, in the last turn
+        self.answered_at = self.now  # when somebody was
         self.calls: Deque[Callable[[], None]] = collections.deque()  # from other threads and signal handlers
         self.stopping, self.stop_at = False, 0.0
         self.store_fault, self.store_checked = "", self.now  # what the store last said, and when
-        super().__init__(address, IngestHandler)
-        self.socket.setblocking(False)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        self.sweep_at = self.now if store.retain_days else float("inf")
+        self.inherited = inherited is not None
+        self.address_family = inherited.family if inherited else family_of(address[0])
+        super().__init__(address, IngestHandler, bind_and_activate=False)
+        self.listeners: Dict[socket.socket, Routes] = {}
+        self.muted_until = 0.0  # no descriptor is left for who connects
+        self.selector = selectors.DefaultSelector()
         self.alarm, self.bell = socket.socketpair()
         self.alarm.setblocking(False)
         self.bell.setblocking(False)
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.socket, READ, self.accept)
         self.selector.register(self.alarm, READ, self.take_calls)
+        try:
+            if inherited:
+                self.socket.close()
+                self.socket = inherited
+                self.name_address()
+            else:
+                self.server_bind()
+                self.server_activate()
+            self.listen(self.socket, PUBLIC)
+        except BaseException:
+            self.server_close()
+            raise
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's own looks the host's name up: seconds, at worst
+        self.name_address()
+
+    def name_address(self) -> None:
+        self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def listen(self, listener: socket.socket, routes: Routes) -> None:
+        """Serve `routes` to who connects to `listener`."""
+        listener.setblocking(False)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        self.listeners[listener] = routes
+        self.selector.register(listener, READ, functools.partial(self.accept, listener))
+
+    def listen_for_operators(self, address: Tuple[str, int]) -> None:
+        """Serve the metrics on an address of their own. Raises OSError."""
+        listener = socket.socket(family_of(address[0]))
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
+            listener.bind(address)
+            listener.listen()
+            self.listen(listener, OPERATORS)
+        except BaseException:
+            listener.close()
+            raise
 
     @property
     def url(self) -> str:
         name = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
-        return "http://%s:%d" % (name, self.server_port)
+        return "%s://%s:%d" % ("https" if self.tls else "http", name, self.server_port)
 
     # -- called from any thread, or a signal handler ----------------------------------------------------
 
@@ -948,18 +1332,8 @@ class IngestServer(http.server.HTTPServer):
         for connection in [c for phase in PHASES for c in self.waiting[phase]]:
             connection.close()
 
-    def wait(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
-        ready = self.selector.select(0)
-        if ready or self.backlog:
-            return ready
-        if self.answered:
-            until = time.perf_counter() + SPIN_SECONDS
-            while not ready and time.perf_counter() < until:
-                ready = self.selector.select(0)
-        return ready or self.selector.select(timeout)
-
     def turn(self, timeout: float) -> None:
-        ready = self.wait(timeout)
+        ready = self.wait(0 if self.old_rows_due(0) else timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         backlog, self.backlog = self.backlog, {}
         for connection in backlog:
@@ -969,6 +1343,16 @@ class IngestServer(http.server.HTTPServer):
             self.guarded(key.data, mask)
         self.expire()
         self.answer(self.commit())
+
+    def wait(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
+        ready = self.selector.select(0)
+        if ready or self.backlog:
+            return ready
+        if self.answered_at == self.now:
+            until = time.perf_counter() + SPIN_SECONDS
+            while not ready and time.perf_counter() < until:
+                ready = self.selector.select(0)
+        return ready or self.selector.select(timeout)
 
     def guarded(self, step: Callable[[Any], None], argument: Any) -> None:
         """A fault of this program in one connection's step ends that connection and no other."""
@@ -986,39 +1370,97 @@ class IngestServer(http.server.HTTPServer):
             self.calls.popleft()()
 
     def stop(self, grace: float) -> None:
-        if not self.stopping:
-            self.accept(READ)  # who has connected already is served
-            self.selector.unregister(self.socket)
-            self.socket.close()
+        for listener in list(self.listeners):
+            if not (listener is self.socket and self.inherited):
+                self.accept(listener, READ)  # who has connected already is served
+            self.mute(listener)
+            listener.close()
+            del self.listeners[listener]
         self.stopping, self.stop_at = True, self.now + grace
+
+    # -- connections ------------------------------------------------------------------------------------
 
     def has_room(self) -> bool:
         return len(self.rows) < ROWS_A_TURN
 
-    def accept(self, mask: int) -> None:
-        for _ in range(ACCEPTS_A_TURN):
+    def accept(self, listener: socket.socket, mask: int) -> None:
+        for accepted in range(ACCEPTS_A_TURN):
             try:
-                sock, _address = self.socket.accept()
-            except OSError:
+                sock, address = listener.accept()
+            except OSError as error:
+                # Without descriptors accept() fails even when nobody waits; at first somebody does.
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not accepted:
+                    self.out_of_descriptors()
                 return
-            sock.setblocking(False)
-            Connection(self, sock).read()  # the request is often there already: saves watching a short connection
+            if sum(map(len, self.waiting.values())) >= self.limits.max_connections:
+                self.make_room()
+            self.open_connection(sock, str(address[0]), self.listeners[listener])
+
+    def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
+        sock.setblocking(False)
+        if self.tls is None or routes is not PUBLIC:
+            Connection(self, sock, peer, routes).start()
+            return
+        try:
+            wrapped = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError):  # gone before it began
+            sock.close()
+            return
+        TLSConnection(self, wrapped, peer, routes).start()
+
+    def make_room(self) -> None:
+        """Close the connection that has waited longest, an idle one if there is any; none with an answer under way."""
+        for phase in (IDLE, LINGERING, READING, WRITING):
+            for connection in self.waiting[phase]:
+                if not connection.answers:
+                    connection.close()
+                    return
+
+    def out_of_descriptors(self) -> None:
+        """The one that waits longest makes room; and nobody is accepted for a tick, so that this does not spin."""
+        log("out_of_descriptors", connections=sum(map(len, self.waiting.values())))
+        self.make_room()
+        self.muted_until = self.now + TICK
+        for listener in self.listeners:
+            self.mute(listener)
+
+    def mute(self, listener: socket.socket) -> None:
+        with contextlib.suppress(KeyError):  # it is already
+            self.selector.unregister(listener)
 
     def expire(self) -> None:
-        for phase, seconds in zip(PHASES, self.limits):
-            queue = self.waiting[phase]
-            if queue:
-                late = self.now - seconds
-                for connection in list(itertools.takewhile(lambda c: c.since < late, queue)):  # noqa: B023
-                    connection.expire()
+        """End what took too long, and what holds too much."""
+        limits = self.limits
+        for phase, seconds in ((IDLE, limits.idle_seconds), (READING, limits.request_seconds),
+                               (WRITING, limits.write_seconds), (LINGERING, LINGER_SECONDS)):
+            late = self.now - seconds
+            for connection in list(itertools.takewhile(lambda c: c.since < late, self.waiting[phase])):  # noqa: B023
+                connection.expire()
+        for phase in (READING, WRITING):
+            while self.held > MAX_RECEIVED and self.waiting[phase]:
+                next(iter(self.waiting[phase])).close()
+        if self.muted_until and self.now >= self.muted_until:
+            self.muted_until = 0.0
+            for listener in self.listeners:
+                self.selector.register(listener, READ, functools.partial(self.accept, listener))
+
+    def bucket(self, peer: str, forwarded: str) -> Optional[bytes]:
+        """The rate limit's bucket of who sends, None for one who is not limited."""
+        if self.rate_limit is None or (peer.startswith("127.") and not self.trusted):
+            return None
+        return self.rate_limit.bucket(client_address(peer, forwarded, self.trusted))
+
+    # -- requests ---------------------------------------------------------------------------------------
 
     def serve(self, connection: Connection, head: Head, data: bytes, start: int, body: int, after: int) -> None:
         """Check the whole request `data[start:after]`, and leave its row and its answer to the end of the turn."""
-        # The short path gives the answers of the general one, @@GAIN@@ sooner.
-        if head.hot:
+        route = "-"
+        result: Union[Row, Answer, None] = self.too_many(connection, head)
+        if result is None and head.hot and connection.routes is PUBLIC:
+            # The short path gives the answers of the general one, and takes 3 us where that takes 50.
             result, route = judge(data[body:after]), HOT_ROUTE
-        else:
-            handler = IngestHandler(data[start:after], ("", 0), self)
+        elif result is None:
+            handler = IngestHandler(data[start:after], connection.routes, self)
             result, route = handler.result, handler.route
         if isinstance(result, Answer):
             if result.status == 411:
@@ -1029,8 +1471,21 @@ class IngestServer(http.server.HTTPServer):
             connection.add(Deferred(len(self.rows), connection.closing))
             self.rows.append(result)
 
+    def too_many(self, connection: Connection, head: Head) -> Optional[Answer]:
+        """The 429 for a client over its rate, or None."""
+        if self.rate_limit is None:
+            return None
+        bucket = self.bucket(connection.peer, head.forwarded) if self.trusted else connection.bucket
+        wait = self.rate_limit.wait(bucket, self.now) if bucket else 0.0
+        if not wait:
+            return None
+        return failure(429, "Too many requests", "over_rate", "Retry-After: %d\r\n" % math.ceil(wait))
+
     def framed(self, answer: Answer, close: bool, route: str = "-", bodiless: bool = False) -> bytes:
         """The bytes of an answer. Every answer comes through here, once."""
+        self.metrics.answers[answer.status] += 1
+        if answer.reason:
+            self.metrics.refusals[answer.reason] += 1
         if self.access_log:
             print(line(route=route, status=answer.status), flush=True)
         return frame(answer, close, self.second, bodiless)
@@ -1038,26 +1493,38 @@ class IngestServer(http.server.HTTPServer):
     def commit(self) -> List[Answer]:
         """Store the turn's rows; the answer to each, in order."""
         rows, self.rows = self.rows, []
-        if not rows:
+        sweep = self.old_rows_due(len(rows))
+        if not rows and not sweep:
             return []
+        started = time.perf_counter()
         try:
-            outcome = self.store.write(rows)
+            written = self.store.write(rows, sweep)
         except Unavailable as reason:
             self.note_store(str(reason))
+            self.sweep_at = max(self.sweep_at, self.now + TICK)
             return [UNAVAILABLE] * len(rows)
         except Exception as error:
             log_fault(error)
             return [INSERT_FAILED] * len(rows)
         self.note_store("")
-        for row, error in zip(rows, outcome):
-            if error:
-                log_refused(row, error)
-        return [INSERT_FAILED if error else ACCEPTED for error in outcome]
+        self.metrics.commits.add(time.perf_counter() - started)
+        self.metrics.rows.add(len(rows))
+        self.metrics.swept += written.swept
+        if written.swept < sweep:
+            self.sweep_at = self.now + SWEEP_EVERY
+        self.metrics.events["stored"] += written.stored
+        self.metrics.events["already_there"] += len(rows) - written.stored - len(written.refused)
+        results = [ACCEPTED] * len(rows)
+        for place, fault in written.refused.items():
+            log_refused(rows[place], fault)
+            results[place] = INSERT_FAILED
+        return results
 
     def answer(self, results: List[Answer]) -> None:
         """Send the turn's answers: nothing has left before, so nothing is acknowledged that is not durable."""
         answering, self.answering = self.answering, []
-        self.answered = bool(answering)
+        if answering:
+            self.answered_at = self.now
         for connection in answering:
             connection.unsent += b"".join([
                 answer if isinstance(answer, bytes) else self.framed(results[answer.row], answer.close, HOT_ROUTE)
@@ -1083,11 +1550,25 @@ class IngestServer(http.server.HTTPServer):
                 self.note_store(str(reason))
         return not self.store_fault
 
+    def old_rows_due(self, rows: int) -> int:
+        """How many old rows a turn that stores so many is to delete."""
+        if self.now < self.sweep_at:
+            return 0
+        if rows:
+            return rows + SWEEP_MORE
+        return SWEEP_IDLE if self.now - self.answered_at > 1 else 0
+
     def server_close(self) -> None:
         super().server_close()
+        for listener in self.listeners:
+            listener.close()
         self.selector.close()
         self.alarm.close()
         self.bell.close()
+
+
+def family_of(host: str) -> int:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # ======================================================================================================
@@ -1170,6 +1651,16 @@ def running(db: str = ":memory:") -> Iterator[Running]:
 # ======================================================================================================
 
 GRACE_SECONDS = 2.0  # at the end, for requests that are on their way
+SPARE_DESCRIPTORS = 64  # beside the connections: the database, listeners, the loop's own
+
+EPILOG = """\
+example:
+  python3 server.py --db events.db --port 8787
+  curl http://127.0.0.1:8787/readyz
+
+SIGTERM and Ctrl-C finish what is under way and exit with 0; SIGHUP reads the TLS files again. Started by a systemd
+socket unit, it takes that socket in place of --host and --port.
+"""
 
 
 def port(text: str) -> int:
@@ -1179,13 +1670,77 @@ def port(text: str) -> int:
     return number
 
 
+def host_and_port(text: str) -> Tuple[str, int]:
+    host, _, number = text.rpartition(":")
+    if not host:
+        raise ValueError
+    return host.strip("[]"), port(number)
+
+
+def rate(text: str) -> Optional[Rate]:
+    if text == "off":
+        return None
+    number, _, unit = text.partition("/")
+    return Rate(positive(number), {"s": 1.0, "min": 60.0, "h": 3600.0}[unit])
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    if not 0 < float(text) <= 86400:
+        raise ValueError
+    return float(text)
+
+
+def network(text: str) -> Network:
+    return ipaddress.ip_network(text, strict=False)
+
+
+def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
+    """`parse` with an error message that says what is wanted."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError("%r is not %s" % (text, wanted)) from None
+    return convert
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="server.py", description="Take session events over HTTP and keep them in one SQLite file.",
-        epilog="example: python3 server.py --db events.db --port 8787")
-    p.add_argument("--db", required=True, metavar="FILE", help="the database; made, with mode 0600, when it is not there")
-    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
-    p.add_argument("--port", default=8787, type=port, help="the port; 0 takes any free one (%(default)s)")
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag: str, wanted: Callable[[str], Any], kind: str, metavar: str, default: Any, words: str) -> None:
+        p.add_argument(flag, type=checked(wanted, kind), metavar=metavar, default=default, help=words)
+
+    p.add_argument("--db", required=True, metavar="FILE",
+                   help="the database; made, with mode 0600, when it is not there")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    add("--port", port, "a port: 0 to 65535", "PORT", 8787, "the port; 0 takes any free one (8787)")
+    add("--max-connections", positive, "a positive number", "N", DEFAULTS.max_connections,
+        "open connections; beyond that the longest idle make room (4096)")
+    add("--request-seconds", seconds, "seconds", "S", DEFAULTS.request_seconds,
+        "from a request's first byte to its last (10)")
+    add("--idle-seconds", seconds, "seconds", "S", DEFAULTS.idle_seconds, "between the requests of a connection (30)")
+    add("--write-seconds", seconds, "seconds", "S", DEFAULTS.write_seconds,
+        "that a client may take nothing of its answer (10)")
+    add("--rate", rate, "a rate such as 600/min, 10/s, 5000/h, or off", "N/UNIT", Rate(600, 60.0),
+        "requests per client address, IPv6 per /64; loopback is not limited (600/min)")
+    p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"), metavar="CIDR",
+                   action="append", default=[], help="believe X-Forwarded-For from there; may be repeated (none)")
+    add("--max-db-bytes", positive, "a positive number", "N", None, "size at which the database takes no more (none)")
+    add("--retain-days", positive, "a positive number", "N", 0,
+        "delete events received longer ago, in small pieces (keep all)")
+    p.add_argument("--pepper-file", metavar="FILE",
+                   help="store HMAC-SHA256(pepper, hash) for each hash; made when not there (store what was sent)")
+    p.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+    p.add_argument("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
+    add("--metrics", host_and_port, "HOST:PORT", "HOST:PORT", None, "serve Prometheus metrics there (nowhere)")
     p.add_argument("--access-log", action="store_true",
                    help="a line of JSON on standard output for each request: time, route, status; no address")
     p.add_argument("--version", action="version", version="server.py " + __version__)
@@ -1193,29 +1748,108 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    options = parser().parse_args(argv)
+    p = parser()
+    options = p.parse_args(argv)
+    if bool(options.tls_cert) != bool(options.tls_key):
+        p.error("--tls-cert and --tls-key go together")
     try:
-        store = Store(options.db)
-    except StoreError as error:
-        return refuse_to_start(str(error))
-    try:
-        server = IngestServer((options.host, options.port), store, access_log=options.access_log)
-    except OSError as error:
-        store.close()
-        hint = "; --port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
-        return refuse_to_start("cannot listen on %s port %d: %s%s" % (options.host, options.port, error.strerror, hint))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.shutdown(0.0 if server.stopping else GRACE_SECONDS))
+        server = build(options)
+    except StartError as error:
+        print("server.py: %s" % error, file=sys.stderr)
+        return 2
+    handle_signals(server, options)
     print("listening on " + server.url, flush=True)
+    notify("READY=1")
     server.serve_forever()
     server.server_close()
-    store.close()
+    server.store.close()
     return 0
 
 
-def refuse_to_start(reason: str) -> int:
-    print("server.py: " + reason, file=sys.stderr)
-    return 2
+def build(options: argparse.Namespace) -> IngestServer:
+    """The server that the command line asks for, listening. Raises StartError."""
+    tls = load_tls(options) if options.tls_cert else None
+    pepper = load_pepper(options.pepper_file) if options.pepper_file else None
+    connections = raise_descriptor_limit(options.max_connections)
+    store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
+    limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds, connections, options.rate)
+    address = options.host, options.port
+    try:
+        server = IngestServer(address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
+                              trusted=options.trusted_proxy, tls=tls)
+        if options.metrics:
+            address = options.metrics
+            server.listen_for_operators(address)
+    except OSError as error:
+        store.close()
+        hint = "; is another server running? --port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
+        raise StartError("cannot listen on %s port %d: %s%s" % (*address, error.strerror, hint)) from None
+    return server
+
+
+def handle_signals(server: IngestServer, options: argparse.Namespace) -> None:
+    def end(*_: Any) -> None:
+        notify("STOPPING=1")
+        server.shutdown(0.0 if server.stopping else GRACE_SECONDS)
+
+    def reload(*_: Any) -> None:
+        try:
+            server.tls = load_tls(options)
+        except StartError as error:
+            log("tls_not_reloaded", reason=str(error))
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    if server.tls and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, reload)
+
+
+def load_tls(options: argparse.Namespace) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        # An empty password, where OpenSSL would ask the terminal for one.
+        context.load_cert_chain(options.tls_cert, options.tls_key, password="")
+    except (OSError, ValueError) as error:
+        files = options.tls_cert, options.tls_key
+        raise StartError("cannot use the TLS files %s and %s: %s" % (*files, error)) from None
+    return context
+
+
+def raise_descriptor_limit(connections: int) -> int:
+    """Make room for so many connections among the descriptors; returns how many there is room for."""
+    if resource is None:
+        return connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return connections
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft < wanted:
+        log("descriptor_limit", descriptors=soft, connections=max(1, soft - SPARE_DESCRIPTORS))
+    return max(1, soft - SPARE_DESCRIPTORS)
+
+
+def inherited_socket() -> Optional[socket.socket]:
+    """The listening socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
+        return None
+    if os.environ["LISTEN_FDS"] != "1":
+        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % os.environ["LISTEN_FDS"])
+    passed = socket.socket(fileno=3)
+    passed.set_inheritable(False)
+    if passed.family not in (socket.AF_INET, socket.AF_INET6):
+        raise StartError("the passed socket is not a TCP socket")
+    return passed
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), where it wants to know."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+            notices.sendto(state.encode("ascii"), "\0" + path[1:] if path.startswith("@") else path)
 
 
 if __name__ == "__main__":
