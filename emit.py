@@ -1172,7 +1172,7 @@ def work(caller, log):
     if not machine:
         raise ValueError("~/.ashlr/machine-id is empty: remove it")
     event = compose(caller, machine)
-    data = json.dumps(event).encode()
+    data = json.dumps(event, separators=(",", ":")).encode()  # without blanks, which the server reads fastest
     if not is_event(event) or len(data) > EVENT_BYTES:
         raise ValueError("what was built is no event, which is an error in emit.py")
     try:

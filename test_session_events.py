@@ -501,6 +501,17 @@ def test_emit_knows_its_events():
     assert not emit.is_event({name: good[name] for name in good if name != "tool_count"})
 
 
+def test_emit_builds_what_the_server_accepts():
+    """At every edge of every field, and on the server's short path."""
+    for changes in ({}, {"github_hash": None, "branch_sha": None, "discovery_refs": []}, {"tool_count": 0, "tokens_saved": 0},
+                    {"tool_count": 1000000, "tokens_saved": 1000000000}, {"branch_sha": "a" * 7}, {"branch_sha": "0" * 40},
+                    {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]}, {"plugin_version": "0"},
+                    {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46}, {"ended_at": "2000-02-29T23:59:59.999Z"}):
+        built = event("builds", **changes)
+        assert emit.is_event(built)
+        assert server.canonical_row(json.dumps(built, separators=(",", ":")).encode()), changes
+
+
 def test_emit_reads_json_alike_with_and_without_the_c_scanner(monkeypatch):
     cases = [b'{"a": [1, 2.5, -0, 1e400, true, null, "\\u00e9"]}', b' \r\n\t{"a":1,"a":2}\n',
              b"\xef\xbb\xbf{}", b"", b"  ",
@@ -788,9 +799,8 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
         ours = {path for path in open_files if path != "/dev/null" and not path.startswith("socket:")}
         assert ours <= {str(person.ashlr / "session-events" / "flush.lock")}
         assert [kept["session_id_hash"] for kept in person.kept()] == [sha("leaves")]
-        assert [oct(path.stat().st_mode & 0o777) for path in (person.pending,
-                                                              *person.pending.iterdir())] == ["0o700",
-                                                                                              "0o600"]
+        kept = [person.pending.parent, person.pending, *person.pending.iterdir()]
+        assert [oct(path.stat().st_mode & 0o777) for path in kept] == ["0o700", "0o700", "0o600"]
         os.kill(sender, signal.SIGKILL)
 
 
