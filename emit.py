@@ -595,6 +595,16 @@ def is_event(value):
         return False
 
 
+def as_sent(event):
+    # type: (Dict[str, Any]) -> bytes
+    """The JSON of an event, without blanks: so the server reads it fastest. ValueError if it is none."""
+    import json
+    data = json.dumps(event, separators=(",", ":")).encode()
+    if not is_event(event) or len(data) > EVENT_BYTES:
+        raise ValueError("what was built is no event, which is an error in emit.py")
+    return data
+
+
 def iso(seconds):
     # type: (float) -> str
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
@@ -1166,15 +1176,12 @@ def alone(env, caller, why, rest, error, life):
 def work(caller, log):
     # type: (Caller, List[str]) -> None
     """Capture, keep, send. OSError or ValueError if that cannot be."""
-    import json
     home, unkept = caller.home, b""
     machine = machine_id(home)
     if not machine:
         raise ValueError("~/.ashlr/machine-id is empty: remove it")
     event = compose(caller, machine)
-    data = json.dumps(event, separators=(",", ":")).encode()  # without blanks, which the server reads fastest
-    if not is_event(event) or len(data) > EVENT_BYTES:
-        raise ValueError("what was built is no event, which is an error in emit.py")
+    data = as_sent(event)
     try:
         spool(home, data, caller.ended)
         remove(home + TOUCHED + event["session_id_hash"].encode())
@@ -1198,7 +1205,6 @@ def work(caller, log):
 def show(argv):
     # type: (Sequence[str]) -> int
     """Print the event as it would be sent now; where to, and what is made up in it, on standard error."""
-    import json
     directory, wait, rest = options(argv)
     if rest or wait is not None:
         return complain("show takes --dir DIR and nothing else; see emit.py --help", 2)
@@ -1206,7 +1212,7 @@ def show(argv):
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, directory, standard_input())
     known = machine_id(caller.home, make=False)
-    print(json.dumps(compose(caller, known or random_uuid(), run_git=allowed)))
+    print(as_sent(compose(caller, known or random_uuid(), run_git=allowed)).decode())
     complain("goes to: " + shown_endpoint(env))
     if not allowed:
         complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)

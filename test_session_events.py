@@ -509,7 +509,9 @@ def test_emit_builds_what_the_server_accepts():
                     {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46}, {"ended_at": "2000-02-29T23:59:59.999Z"}):
         built = event("builds", **changes)
         assert emit.is_event(built)
-        assert server.canonical_row(json.dumps(built, separators=(",", ":")).encode()), changes
+        assert server.canonical_row(emit.as_sent(built)), changes
+    with pytest.raises(ValueError):
+        emit.as_sent(event("builds", tool_count=-1))
 
 
 def test_emit_reads_json_alike_with_and_without_the_c_scanner(monkeypatch):
@@ -574,7 +576,7 @@ def test_emit_is_the_same_program_unfolded(person, tmp_path):
                             stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
              for file in (EMIT, tmp_path / "emit.py")]
-    first, second = (re.sub(rb'"ended_at": "[^"]*"', b"", line) for line in shown)
+    first, second = (re.sub(rb'"ended_at":"[^"]*"', b"", line) for line in shown)
     assert first == second and b"session_id_hash" in first
 
 
@@ -640,28 +642,30 @@ def crowd(tmp_path_factory):
 def test_emit_of_50_sessions_at_once_leaves_its_callers(crowd):
     people, printed, _, _ = crowd
     assert printed == [b""] * 51
-    until(lambda: len(people[0].kept()) == 50 and len(people[0].senders()) <= 1, 20)  # the others gave way
+    until(lambda: len(people[0].kept()) == 50 and len(people[0].senders()) <= 1)  # the others gave way
 
 
 @every_python
 def test_emit_whole_path(python, tmp_path, repository, ingest):
     """Hook JSON in, row out; a home that is not ASCII, in an environment without a locale."""
     server, row = ingest
-    session, login = "whole-path-" + python, "octocat-of-the-test"
-    person = Person(tmp_path / "zoë", server.url, CLAUDE_PROJECT_DIR="", ASHLR_TELEMETRY="",
-                    CLAUDE_PLUGIN_ROOT=str(tmp_path))
+    login = "octocat-of-the-test"
     (tmp_path / "package.json").write_text('{"version": "1.31.0"}')
-    person.put("config.json", {"theme": "dark", "telemetry": "opt-in"})
-    person.put("pro-token-cache.json", {"valid": True, "githubLogin": login})
-    bucket = emit.stats_bucket(os.getpid(), str(person.home))
-    person.put("stats.json", {"schemaVersion": 2, "sessions": {session: {"calls": 40, "tokensSaved": 9},
-                                                               bucket: {"calls": 2}}})
-    person.put("session-events/touched/" + sha(session), "first\nsecond")
-    hook = {"session_id": session, "transcript_path": "/secret/transcript.jsonl", "cwd": str(repository[0]),
-            "hook_event_name": "SessionEnd", "reason": "exit", "permission_mode": "default"}
-    done = person.emit(python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"})
-    assert (done.returncode, done.stdout) == (0, "") and "1 answered 202" in done.stderr
-    [stored] = row(session)
+    for n in range(9):  # git has 250 ms, which a machine under load may not give it the first time
+        session, person = "whole-path-%d-%s" % (n, python), Person(
+            tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="", ASHLR_TELEMETRY="", CLAUDE_PLUGIN_ROOT=str(tmp_path))
+        person.put("config.json", {"theme": "dark", "telemetry": "opt-in"})
+        person.put("pro-token-cache.json", {"valid": True, "githubLogin": login})
+        bucket = emit.stats_bucket(os.getpid(), str(person.home))
+        person.put("stats.json", {"schemaVersion": 2, "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}}})
+        person.put("session-events/touched/" + sha(session), "first\nsecond")
+        hook = {"session_id": session, "transcript_path": "/secret/transcript.jsonl", "cwd": str(repository[0]),
+                "hook_event_name": "SessionEnd", "reason": "exit", "permission_mode": "default"}
+        done = person.emit(python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"})
+        assert (done.returncode, done.stdout) == (0, "") and "1 answered 202" in done.stderr
+        [stored] = row(session)
+        if stored["branch_sha"]:
+            break
     received, ended = stored.pop("received_at"), stored.pop("ended_at")
     salt = "salt_%sQ%d" % (ended[:4], (int(ended[5:7]) + 2) // 3)
     assert ended[:19] <= received and stored.pop("id")
@@ -891,12 +895,15 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
     """Variables of git's own hooks lead nowhere; a git that hangs, its child with the pipe, costs 250 ms."""
     with Odd() as server:
         person.env.update(ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/")
-        person.hook("git", "--dir", str(repository[0]))
+        for n in range(9):  # see above
+            person.hook("git-%d" % n, "--dir", str(repository[0]))
+            if json.loads(server.requests[-1][2])["branch_sha"]:
+                break
         (tmp_path / "git").write_text("#!/bin/sh\nsleep 30 & sleep 30\n")
         (tmp_path / "git").chmod(0o755)
         person.hook("slow-git", env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
-        assert [json.loads(body)["branch_sha"] for _, _, body in server.requests] == [repository[1][:12],
-                                                                                      None]
+        shas = [json.loads(body)["branch_sha"] for _, _, body in server.requests]
+        assert shas[-2:] == [repository[1][:12], None]
         assert not any("sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders())
 
 
