@@ -1011,7 +1011,7 @@ TOOLS = [  # as real hosts send them after a tool, the project being PROJECT
      "tool_response": {"ok": True}},
     {"session_id": "tool", "cwd": "PROJECT", "hook_event_name": "PostToolUse", "tool_name": "Grep",
      "tool_input": {"pattern": "x",
-                    "path": "PROJECT/.ashlrcode/genome/sections/discoveries/auth-jwt-flow.md"}},
+                    "path": "PROJECT/.ashlrcode/genome/sections/discoveries/other-way.md"}},
     {"session_id": "tool", "cwd": "PROJECT", "hook_event_name": "PostToolUse", "tool_name": "Read",
      "tool_input": {"file_path": "PROJECT/src/discoveries.py"}},
     {"session_id": "tool", "cwd": "PROJECT", "hook_event_name": "PostToolUse", "tool_name": "Bash",
@@ -1032,7 +1032,7 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
             text = text.replace("discoveries", "\\u0064iscoverie\\u0073")
         done = person.emit("track", python=python, input=text.encode())
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert listed.read_text().split() == (["auth-jwt-flow"] if n == 0 else ["auth-jwt-flow", "rate"])
+        assert listed.read_text().split() == ["auth-jwt-flow", "rate", "other-way"][:n + 1]
     assert str(tmp_path) not in listed.read_text() and listed.stat().st_mode & 0o777 == 0o600
     done = person.emit("track", "by-hand", "rate", python=python, input=b'{"session_id": "tool"}')
     assert done.returncode == 0
@@ -1043,7 +1043,7 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
     os.utime(str(old), (time.time() - 8 * 86400,) * 2)
     with Odd() as server:
         person.hook("tool", python=python, env={"ASHLR_SESSION_EVENTS_URL": server.url})
-        assert json.loads(server.requests[0][2])["discovery_refs"] == ["auth-jwt-flow", "rate", "by-hand"]
+        assert json.loads(server.requests[0][2])["discovery_refs"] == ["auth-jwt-flow", "rate", "other-way", "by-hand"]
     assert not listed.exists() and not old.exists()
 
 
