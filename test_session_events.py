@@ -222,15 +222,15 @@ def serving(db, *flags, **options):
 
 EMIT = ROOT / "emit.py"
 MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
-PYTHONS = interpreters((3, 6))
-every_python = pytest.mark.parametrize("python", PYTHONS.values(),
-                                       ids=["%d.%d" % version for version in PYTHONS])
+EMIT_PYTHONS = interpreters((3, 6))
+every_python = pytest.mark.parametrize("python", EMIT_PYTHONS.values(),
+                                       ids=["%d.%d" % version for version in EMIT_PYTHONS])
 
 
 def share(cases, python, parts):
     """One interpreter's part of the cases: all of them together meet each case, and one alone meets all."""
     cases = list(cases)
-    return cases[list(PYTHONS.values()).index(python) % parts::parts] if len(PYTHONS) >= parts else cases
+    return cases[list(EMIT_PYTHONS.values()).index(python) % parts::parts] if len(EMIT_PYTHONS) >= parts else cases
 
 
 def sha(text):
@@ -503,8 +503,9 @@ def test_emit_knows_its_events():
 
 def test_emit_builds_what_the_server_accepts():
     """At every edge of every field, and on the server's short path."""
-    for changes in ({}, {"github_hash": None, "branch_sha": None, "discovery_refs": []}, {"tool_count": 0, "tokens_saved": 0},
-                    {"tool_count": 1000000, "tokens_saved": 1000000000}, {"branch_sha": "a" * 7}, {"branch_sha": "0" * 40},
+    for changes in ({}, {"github_hash": None, "branch_sha": None, "discovery_refs": []},
+                    {"tool_count": 0, "tokens_saved": 0}, {"tool_count": 1000000, "tokens_saved": 1000000000},
+                    {"branch_sha": "a" * 7}, {"branch_sha": "0" * 40},
                     {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]}, {"plugin_version": "0"},
                     {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46}, {"ended_at": "2000-02-29T23:59:59.999Z"}):
         built = event("builds", **changes)
@@ -652,12 +653,14 @@ def test_emit_whole_path(python, tmp_path, repository, ingest):
     login = "octocat-of-the-test"
     (tmp_path / "package.json").write_text('{"version": "1.31.0"}')
     for n in range(9):  # git has 250 ms, which a machine under load may not give it the first time
-        session, person = "whole-path-%d-%s" % (n, python), Person(
-            tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="", ASHLR_TELEMETRY="", CLAUDE_PLUGIN_ROOT=str(tmp_path))
+        session = "whole-path-%d-%s" % (n, python)
+        person = Person(tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="", ASHLR_TELEMETRY="",
+                        CLAUDE_PLUGIN_ROOT=str(tmp_path))
         person.put("config.json", {"theme": "dark", "telemetry": "opt-in"})
         person.put("pro-token-cache.json", {"valid": True, "githubLogin": login})
         bucket = emit.stats_bucket(os.getpid(), str(person.home))
-        person.put("stats.json", {"schemaVersion": 2, "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}}})
+        person.put("stats.json", {"schemaVersion": 2, "sessions": {
+            session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}}})
         person.put("session-events/touched/" + sha(session), "first\nsecond")
         hook = {"session_id": session, "transcript_path": "/secret/transcript.jsonl", "cwd": str(repository[0]),
                 "hook_event_name": "SessionEnd", "reason": "exit", "permission_mode": "default"}
@@ -751,7 +754,7 @@ def test_emit_hook_never_fails(python, tmp_path):
     for n, (name, breakage) in enumerate(BREAKAGES.items()):
         person = Person(tmp_path / str(n))
         breakage(person)
-        way = ways[(n + list(PYTHONS.values()).index(python)) % 4]  # over all interpreters, each with each
+        way = ways[(n + list(EMIT_PYTHONS.values()).index(python)) % 4]  # over all interpreters, each with each
         done = person.emit(*way, python=python,
                            input=b'{"session_id":"s","tool_input":{"path":"discoveries"}}')
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), (name, way)
