@@ -52,8 +52,21 @@ import traceback
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from typing import (
-    Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
-    Tuple, Union,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
 )
 
 try:
