@@ -1103,10 +1103,10 @@ class Connection:
         except OSError:
             return b""
 
-    def transmit(self) -> Optional[int]:
-        """How much of `unsent` was taken; None when the connection is over."""
+    def transmit(self, data: bytes) -> Optional[int]:
+        """How much of `data` was taken; None when the connection is over."""
         try:
-            return self.sock.send(self.unsent)
+            return self.sock.send(data)
         except BlockingIOError:
             return 0
         except OSError:
@@ -1120,10 +1120,12 @@ class Connection:
         """The selector saw the socket ready."""
         if mask & WRITE:
             self.flush()
-        elif not self.server.has_room():
-            self.server.backlog[self] = None
-        elif self not in self.server.backlog and self.server.held < MAX_HELD:
+        elif self in self.server.backlog or self.server.held >= MAX_HELD:
+            pass
+        elif self.server.has_room():
             self.read()
+        else:
+            self.server.backlog[self] = None
 
     def resume(self) -> None:
         """There was no room for it in an earlier turn."""
@@ -1150,20 +1152,21 @@ class Connection:
 
     def take(self, data: bytes) -> None:
         """Take the whole requests at the front of `data`, as many as the turn has room for; keep the rest."""
-        start, budget = 0, REQUESTS_A_TURN
+        start = taken = 0
         try:
             while start < len(data) and not self.closing:
-                if not budget or self.queued > MAX_UNSENT or not self.server.has_room():
+                if taken and (taken == REQUESTS_A_TURN or self.queued > MAX_UNSENT or not self.server.has_room()):
                     self.server.backlog[self] = None
                     break
                 after = self.take_request(data, start)
                 if after < 0:
                     break
                 start, self.searched, self.continued = after, 0, False
-                budget -= 1
+                taken += 1
         except Refused as refused:
             self.refuse(refused.answer)
-        self.hold(data[start:], self.unsent)
+        if self.received or start < len(data):
+            self.hold(data[start:], self.unsent)
         if not self.answers:  # else flush() decides, at the end of the turn
             if self.phase is IDLE:
                 self.enter(READING)
@@ -1201,13 +1204,15 @@ class Connection:
         self.server.charge(self.bucket)
         self.add(self.server.framed(answer, True))
 
-    def flush(self) -> None:
-        """Send what can be sent, then wait for what comes next."""
-        sent = self.transmit()
+    def flush(self, more: bytes = b"") -> None:
+        """Send what waits, and `more`, as far as that goes, then wait for what comes next."""
+        data = self.unsent + more
+        sent = self.transmit(data)
         if sent is None:
             self.close()
             return
-        self.hold(self.received, self.unsent[sent:])
+        if self.unsent or sent < len(data):
+            self.hold(self.received, data[sent:])
         if self.unsent:
             if self.phase is not WRITING or sent:
                 self.enter(WRITING)
@@ -1293,9 +1298,9 @@ class TLSConnection(Connection):
         except (OSError, ValueError):
             return b""
 
-    def transmit(self) -> Optional[int]:
+    def transmit(self, data: bytes) -> Optional[int]:
         try:
-            return self.sock.send(self.unsent)
+            return self.sock.send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except (OSError, ValueError):
@@ -1611,9 +1616,8 @@ class IngestServer(http.server.HTTPServer):
             answers = b"".join([
                 answer if isinstance(answer, bytes) else self.framed(results[answer.row], answer.close, HOT_ROUTE)
                 for answer in connection.answers])
-            connection.hold(connection.received, connection.unsent + answers)
             connection.answers, connection.queued = [], 0
-            self.guarded(connection.flush)
+            self.guarded(connection.flush, answers)
 
     # -- the store's state ------------------------------------------------------------------------------
 
