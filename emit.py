@@ -71,6 +71,12 @@ def consent(env, said):
     return False, "nobody said yes (emit.py on does)"
 
 
+def refused(env, said):
+    # type: (Dict[str, str], Any) -> bool
+    """Did anybody say no, or nobody yes? Then what waits goes; not when all there is is a file nobody can read."""
+    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
+
+
 def telemetry_said(home):
     # type: (bytes) -> Any
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
@@ -119,7 +125,13 @@ SAFELY = sum(getattr(system, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_
 def contents(path, most=FILE_BYTES):
     # type: (bytes, int) -> bytes
     """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
-    with open(system.open(path, SAFELY), "rb") as file:
+    fd = system.open(path, SAFELY)
+    try:
+        file = open(fd, "rb")  # noqa: SIM115
+    except OSError:  # a folder, which open() refuses, but does not close
+        system.close(fd)
+        raise
+    with file:
         return file.read(most + 1) or b""
 
 
@@ -170,8 +182,11 @@ def environment():
 
 def home_of(env):
     # type: (Dict[str, str]) -> bytes
-    """The person's folder."""
-    return encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
+    """The person's folder. OSError without one: a relative path would let a project's folder speak for a person."""
+    home = encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
+    if home[:1] not in (b"/", b"\\") and home[1:2] != b":":
+        raise FileNotFoundError(2, "no home folder")
+    return home
 
 
 def encoded(text):
@@ -183,15 +198,16 @@ def encoded(text):
         return text.encode("utf-8", "surrogatepass")
 
 
-def standard_input():
-    # type: () -> bytes
+def standard_input(most_s=INPUT_FIRST_S + INPUT_REST_S):
+    # type: (float) -> bytes
     """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
 
-    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object, without the end:
-    hosts that never close the pipe exist.
+    It waits 0.25 s for the first byte and 1 s for the rest, `most_s` in all, and is content with an object,
+    without the end: hosts that never close the pipe exist.
     """
     from time import monotonic
-    data, until = bytearray(), monotonic() + INPUT_FIRST_S
+    last = monotonic() + most_s
+    data, until = bytearray(), min(last, monotonic() + INPUT_FIRST_S)
     try:
         if system.isatty(0) or not system.fstat(0):
             return b""
@@ -200,7 +216,7 @@ def standard_input():
             left, may_be_all = until - monotonic(), data[-64:].rstrip()[-1:] == b"}"
             piece = read(min(left, 0.02) if may_be_all else left)
             if piece:
-                until += 0 if data else INPUT_REST_S
+                until = until if data else min(last, until + INPUT_REST_S)
                 data += piece
             elif piece is not None or left <= 0 or (may_be_all and loads_object(bytes(data))):
                 break
@@ -283,7 +299,7 @@ def options(argv):
             directory = left.pop(0)
         elif word == "--wait":
             wait = FOREGROUND_S
-            if left and left[0].isdigit():
+            if left and left[0] and not left[0].strip("0123456789"):
                 wait = min(float(left.pop(0)) / 1000, LIFE_S)
         else:
             rest.append(word)
@@ -305,18 +321,21 @@ def hook(argv):
     try:
         env = environment()
         directory, wait, rest = options(argv)
+        if wait is None and not hasattr(system, "fork"):
+            wait = FOREGROUND_S
         said = telemetry_said(home_of(env))
         allowed, why = consent(env, said)
-        if not allowed and said is not UNCLEAR:
+        if refused(env, said):
             purge(home_of(env))
         if allowed:
-            caller = Caller(env, directory, standard_input())
+            # In the foreground, half of the time is for capturing and sending.
+            caller = Caller(env, directory, standard_input() if wait is None else standard_input(wait / 2))
         elif not debugging(env):
             return 0
         if wait is None:
             try:
-                child = system.fork()
-            except (AttributeError, OSError):  # a system without it, or without room: do it here
+                child = leave()
+            except OSError:  # no room for another process: do it here
                 pass
         if child > 0:
             return 0
@@ -329,10 +348,25 @@ def hook(argv):
     return 0
 
 
+def leave():
+    # type: () -> int
+    """Fork, into a session of its own. The parent goes on only when that is made: what a host signals to its
+    process group, or a terminal that closes, as soon as the hook has ended, no longer reaches the child."""
+    ours, theirs = system.pipe()
+    child = system.fork()
+    if child:
+        system.close(theirs)
+        system.read(ours, 1)  # its end
+        system.close(ours)
+    else:
+        system.setsid()
+        system.close(theirs)
+    return child
+
+
 def detach(keep_errors):
     # type: (bool) -> None
-    """Let go of everything of the caller's: terminal, process group, directory, descriptors."""
-    system.setsid()
+    """Let go of everything else of the caller's: directory, descriptors."""
     system.chdir("/")
     null = system.open("/dev/null", system.O_RDWR)
     for fd in (0, 1) if keep_errors else (0, 1, 2):
@@ -348,6 +382,7 @@ def detach(keep_errors):
 def track(argv):
     # type: (Sequence[str]) -> int
     """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
+    refs = []  # type: List[str]
     try:
         directory, _, refs = options(argv)
         env, data = environment(), b""
@@ -360,7 +395,7 @@ def track(argv):
             return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
         return 0
     except BaseException as error:
-        return int(unfold()["tracking_failed"](environment(), argv, error))
+        return int(unfold()["tracking_failed"](environment(), refs, error))
 
 
 # ======================================================================================================
@@ -414,7 +449,7 @@ ENDPOINT_PATH = "/v1/session-events"
 
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
-FAILED_ANSWERS = 3  # in one run, before the server is left in peace
+FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event each
 DAY_S = 86400.0  # also the longest Retry-After that is believed
 WAITING_EVENTS, WAITING_DAYS, LIST_DAYS = 500, 30, 7
 LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
@@ -497,7 +532,7 @@ def instant(text):
     match = fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|([+-])([01]\d|2[0-3]):([0-5]\d))?",
                       str(text), ASCII)
     if not match:
-        raise ValueError("not a date and time")
+        raise Told("not a date and time")
     at, fraction, _, sign, hours, minutes = match.groups()
     east = int(sign + "1") * (3600 * int(hours) + 60 * int(minutes)) if sign else 0
     return timegm(datetime.strptime(at, "%Y-%m-%dT%H:%M:%S").timetuple()) + float(fraction or 0) - east
@@ -509,14 +544,15 @@ def counts(stats, project, ids, now):
 
     `project`: last-project.json; `ids`: the session's raw id and its parent's bucket; `now`: s since 1970.
     """
-    mine = set(ids)
+    mine = list(dict.fromkeys(ids))  # type: List[Any]
     try:
         if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
-            mine.add(str(project.get("sessionId")))
+            mine += [name for name in [project.get("sessionId")] if name not in mine]
     except ValueError:
         pass
     sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
-    found = [sessions.get(name) for name in mine] if isinstance(sessions, dict) else []
+    named = [name for name in mine if name and isinstance(name, str)]
+    found = [sessions.get(name) for name in named] if isinstance(sessions, dict) else []
     return (min(MAX_CALLS, sum(whole(bucket, "calls") for bucket in found)),
             min(MAX_TOKENS, sum(whole(bucket, "tokensSaved") for bucket in found)))
 
@@ -601,7 +637,7 @@ def as_sent(event):
     import json
     data = json.dumps(event, separators=(",", ":")).encode()
     if not is_event(event) or len(data) > EVENT_BYTES:
-        raise ValueError("what was built is no event, which is an error in emit.py")
+        raise Told("what was built is no event, which is an error in emit.py")
     return data
 
 
@@ -645,6 +681,20 @@ def object_at(path):
         return {}
 
 
+def place_fresh(temporary, path):
+    # type: (bytes, bytes) -> None
+    """Give a file its name if nobody has it; FileExistsError if somebody has."""
+    import os
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except (AttributeError, OSError):  # a system, or a file system, without links
+        if os.path.lexists(path):
+            raise FileExistsError from None
+        os.rename(temporary, path)
+
+
 def write_whole(path, data, mode=0o600, fresh=False):
     # type: (bytes, bytes, int, bool) -> None
     """Whoever looks, and whenever the power fails, finds at `path` what was there before, or all of `data`.
@@ -662,9 +712,10 @@ def write_whole(path, data, mode=0o600, fresh=False):
             file.write(data)
             file.flush()
             os.fsync(fd)
-        # Windows renames in place of nothing, and may have no links.
-        place = os.replace if not fresh else os.rename if os.name == "nt" else os.link
-        place(temporary, path)
+        if fresh:
+            place_fresh(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         remove(temporary)
     try:  # the name, too, should survive a power cut; Windows cannot be asked for that
@@ -842,12 +893,29 @@ def printed_by(argv, changes):
         process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env, start_new_session=True)
     except (OSError, ValueError):
         return ""
+    RUNNING.append(process.pid)
     try:
         printed = process.communicate(timeout=PROGRAM_S)[0]
-    except TimeoutExpired:  # and all that it started: one of those may hold the pipe
-        getattr(os, "killpg", os.kill)(process.pid, 9)
+    except TimeoutExpired:
+        kill_running()
         return ""
+    finally:
+        del RUNNING[:]
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
+
+
+RUNNING = []  # type: List[int]  # the program being waited for
+
+
+def kill_running():
+    # type: () -> None
+    """And all that it started: one of those may hold the pipe."""
+    import os
+    for pid in RUNNING:
+        try:
+            getattr(os, "killpg", os.kill)(pid, 9)
+        except OSError:  # gone
+            pass
 
 
 def parent_started(ppid):
@@ -870,13 +938,14 @@ def branch_sha(project):
     return sha if shaped(sha, HEX, 7, 40) else None
 
 
-def plugin_version(env):
-    # type: (Dict[str, str]) -> str
-    """CONTRACT section 4, `plugin_version`."""
+def plugin_version(env, here):
+    # type: (Dict[str, str], str) -> str
+    """CONTRACT section 4, `plugin_version`. `here`: where relative paths start."""
     from os import fsencode
-    from os.path import abspath, dirname
-    beside = dirname(abspath(fsencode(__file__)))
-    for root in (encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip()), beside, dirname(beside)):
+    from os.path import dirname, join, normpath
+    beside = dirname(normpath(join(encoded(here), fsencode(__file__))))
+    plugin = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
+    for root in (plugin and join(encoded(here), plugin), beside, dirname(beside)):
         for name in (b"/package.json", b"/.claude-plugin/plugin.json") if root else ():
             version = object_at(root + name).get("version")
             if is_version(version):
@@ -902,7 +971,7 @@ def compose(caller, machine, run_git=True):
         "tokens_saved": tokens,
         "branch_sha": branch_sha(join(caller.here, caller.project)) if run_git else None,
         "discovery_refs": touched_refs(caller.home, session),
-        "plugin_version": plugin_version(env),
+        "plugin_version": plugin_version(env, caller.here),
     }
 
 
@@ -915,9 +984,9 @@ def touched_by(caller):
     for name in ("file_path", "notebook_path", "path"):
         path = given.get(name) if isinstance(given, dict) else None
         if isinstance(path, str) and "\0" not in path:
-            found.append(touched_ref(path, base, project))
-            # Or the same folder by another way: on a Mac, /tmp is /private/tmp.
-            found.append(touched_ref(realpath(join(base, path)), "/", realpath(project)))
+            # The second: the same folder by another way. On a Mac, /tmp is /private/tmp.
+            found.append(touched_ref(path, base, project)
+                         or touched_ref(realpath(join(base, path)), "/", realpath(project)))
     return newest_refs(found)
 
 
@@ -937,11 +1006,11 @@ def record_touched(env, directory, refs, data, allowed, why):
     return 0
 
 
-def tracking_failed(env, argv, error):
+def tracking_failed(env, refs, error):
     # type: (Dict[str, str], Sequence[str], BaseException) -> int
-    """The exit status then: a hook (no arguments) never fails."""
+    """The exit status then: a hook, which names no references, never fails."""
     said = "could not be recorded: " + reason(error)
-    if argv:
+    if refs:
         return complain(said, 1)
     tell(env, [said])
     return 0
@@ -970,16 +1039,20 @@ def checked_url(url):
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.path
     except ValueError:
         good = False
     if not good or not shaped(url, "".join(map(chr, range(33, 127))), 1, 4096):
-        raise ValueError("the endpoint is not a http:// or https:// URL")
+        raise Told("the endpoint is not a http:// or https:// URL")
     userinfo, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
     return (bare + "?" + parts.query if parts.query else bare,
             "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else "",
             bare + "?..." if parts.query else bare)
+
+
+class Told(ValueError):
+    """An error in this file's own words, which may be printed. Others' words may hold a path or a password."""
 
 
 def reason(error):
@@ -988,7 +1061,7 @@ def reason(error):
     inner = getattr(error, "reason", None)
     if isinstance(inner, Exception):
         return reason(inner)
-    if type(error) is ValueError:  # this file's own words
+    if isinstance(error, Told):
         return str(error)
     words = getattr(error, "strerror", None)
     return "%s: %s" % (type(error).__name__, words) if words else type(error).__name__
@@ -1016,7 +1089,7 @@ def poster(url, authorization):
         # type: (bytes) -> Tuple[int, Optional[str]]
         answer = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)  # type: Any
         if not answer:
-            raise ValueError("a proxy of an unknown kind")
+            raise Told("a proxy of an unknown kind")
         with answer:
             return answer.status, answer.headers.get("Retry-After")
     return post
@@ -1036,7 +1109,7 @@ def send(post, data):
 def is_final(status):
     # type: (int) -> bool
     """Does an answer mean that the event need not come again: accepted, or refused for ever?"""
-    return 200 <= status < 300 or (400 <= status < 500 and status not in (408, 429))
+    return 200 <= status < 300 or (400 <= status < 500 and status not in (407, 408, 429))
 
 
 def withdrawn(home, env):
@@ -1044,7 +1117,7 @@ def withdrawn(home, env):
     """Consent, asked anew: "", or why it is off; what waits is deleted then."""
     said = telemetry_said(home)
     allowed, why = consent(env, said)
-    if not allowed and said is not UNCLEAR:
+    if refused(env, said):
         purge(home)
     return "" if allowed else "consent is off: " + why
 
@@ -1089,7 +1162,7 @@ def flush(home, env, log, unkept=b""):
             log.append("another sender is at work, and takes this event along")
             return
         if last.get("result") == BEGAN:  # cut off, and so never came to this
-            expire(home, time())
+            expire(home, 0.0)  # by number alone: the clock may be wrong, and these were not tried yet
         record(home, BEGAN)
         tally, stop, retry = send_round(home, env, post, seen)
         log.append(", ".join(["%d %s" % (n, text) for text, n in tally.items()] + [stop] * bool(stop)))
@@ -1134,8 +1207,13 @@ def leave_in(seconds):
     def watch():
         # type: () -> None
         sleep(max(seconds, 0.0))
+        kill_running()
         system._exit(0)
-    start_new_thread(watch, ())
+    try:
+        start_new_thread(watch, ())
+    except RuntimeError:  # no room for a thread
+        import signal
+        signal.alarm(max(1, int(seconds)))
 
 
 def tell(env, log):
@@ -1179,7 +1257,7 @@ def work(caller, log):
     home, unkept = caller.home, b""
     machine = machine_id(home)
     if not machine:
-        raise ValueError("~/.ashlr/machine-id is empty: remove it")
+        raise Told("~/.ashlr/machine-id is empty: remove it")
     event = compose(caller, machine)
     data = as_sent(event)
     try:
@@ -1284,6 +1362,7 @@ def switch(argv, value):
     if before != value:
         write_whole(path, data, mode)
     if value == "off":
+        gone += purge(home)  # of a session that ended meanwhile
         print("off: nothing is collected or sent any more; files that waited, and are deleted: %d" % gone)
     else:
         print(COLLECTED % shown_endpoint(env) if before != value else "on, as before")

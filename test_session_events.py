@@ -798,6 +798,63 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         assert not (person.ashlr / "session-events" / "last.json").exists() and log.exists()
 
 
+def test_emit_no_deletes_what_waits_also_beside_a_broken_file(person):
+    """Whoever says no: a config.json that cannot be read keeps the spool only when nobody said anything else."""
+    for env, stays in (({"DO_NOT_TRACK": "1"}, 0), ({"ASHLR_TELEMETRY": "off"}, 0), ({"ASHLR_TELEMETRY": ""}, 1)):
+        person.put("config.json", "{broken")
+        person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
+        person.hook("no", env=env)
+        assert len(person.kept()) == stays
+
+
+def test_emit_prints_no_password_of_a_proxy(person):
+    env = {"http_proxy": "http:/somebody:hunter22@127.0.0.1:9", "ASHLR_SESSION_EVENTS_URL": "http://example.test/x"}
+    SECRETS.add("hunter22")
+    said = person.hook("proxy", "--wait", "20000", env=env)
+    status = person.emit("status", env=env).stdout
+    assert "without an answer" in said and "hunter22" not in said + status
+    assert "hunter22" not in (person.ashlr / "session-events" / "last.json").read_text()
+    assert "hunter22" not in person.emit(
+        "status", env={"ASHLR_SESSION_EVENTS_URL": "http://somebody:12/hunter22@127.0.0.1/x"}).stdout
+
+
+def test_emit_without_a_home_takes_no_folder_for_one(person, tmp_path):
+    """A project's folder called `~` says nothing for a person, and gets nothing written into it."""
+    (tmp_path / "~" / ".ashlr").mkdir(parents=True)
+    (tmp_path / "~" / ".ashlr" / "config.json").write_text('{"telemetry": "opt-in"}')
+    with Odd() as server:
+        env = {"HOME": "~", "ASHLR_TELEMETRY": "", "ASHLR_SESSION_EVENTS_URL": server.url}
+        for args in ((), ("track",), ("track", "d1")):
+            person.emit(*args, env=env, cwd=str(tmp_path), input=b'{"session_id":"x"}')
+        assert not server.requests and len(list((tmp_path / "~").rglob("*"))) == 2
+
+
+@every_python
+def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
+    """A terminal that closes as the hook ends takes no event with it."""
+    with Odd() as server:
+        person = Person(tmp_path / "home", server.url)
+        for n in range(8):
+            hook = subprocess.Popen([python, "-I", "-S", EMIT], env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
+                                    stdin=subprocess.DEVNULL, start_new_session=True)
+            hook.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(hook.pid, signal.SIGHUP)
+        until(lambda: len(set(server.sessions())) == 8)
+
+
+@every_python
+def test_emit_finds_its_version_when_named_by_a_relative_path(python, person, tmp_path):
+    shutil.copy(EMIT, tmp_path)
+    (tmp_path / "package.json").write_text('{"version": "7.7.7"}')
+    with Odd() as server:
+        env = {**person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_SESSION_ID": "relative"}
+        done = run([python, "-I", "-S", "emit.py"], cwd=str(tmp_path), env=env)
+        assert done.returncode == 0
+        until(lambda: server.requests)
+        assert json.loads(server.requests[0][2])["plugin_version"] == "7.7.7"
+
+
 @every_python
 def test_emit_leaves_its_caller_alone(python, person, tmp_path):
     """The parent is gone and its pipes are closed while the sender still waits for a silent server."""
@@ -823,7 +880,7 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
 def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
     with Odd() as elsewhere:
         statuses = dict.fromkeys((200, 202, 204, 400, 404, 413), 0)  # how many files stay
-        statuses.update(dict.fromkeys((301, 302, 307, 408, 429, 500, 503), 1))
+        statuses.update(dict.fromkeys((301, 302, 307, 407, 408, 429, 500, 503), 1))
         for status, stays in share(statuses.items(), python, 3):
             with Odd(lambda n, body, code=status: (code, {"Location": elsewhere.url})) as server:
                 person = Person(tmp_path / str(status), server.url)
