@@ -890,7 +890,8 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
 
     def __init__(self, request: bytes, routes: Routes, server: IngestServer) -> None:
         self.routes = routes
-        super().__init__(request, ("", 0), server)  # type: ignore[arg-type]  # no address: what is not there cannot leak
+        # No address: what is not there cannot leak.
+        super().__init__(request, ("", 0), server)  # type: ignore[arg-type]
 
     def setup(self) -> None:
         self.rfile = io.BufferedReader(io.BytesIO(self.request))
