@@ -2264,6 +2264,7 @@ REFS_TEXT = 1 << 16  # an event is not longer
 is_ref = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}").fullmatch
 is_any_branch = re.compile(r"[0-9A-Fa-f]{7,40}").fullmatch
 is_node = re.compile(r"[0-9a-f]{16}").fullmatch
+is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
 
 
 class Unfit(Refused):
@@ -2519,6 +2520,7 @@ SAID = {  # number: what it means here; ClickHouse's own words could name the us
                                           " CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
+    60: "has no table %s here: nothing was shipped to it yet, or it was dropped meanwhile" % RAW,
     81: "has no such database: make it, or name another in --to (?database=...)",
 }
 
@@ -2538,12 +2540,17 @@ class ClickHouse:
             raise self.refusal(status, headers, said, quote=True)
         return [line.split("\t") for line in said.decode("utf-8", "replace").splitlines()]
 
-    def numbers(self, sql: str) -> List[List[int]]:
-        """The rows of a SELECT of numbers."""
-        try:
-            return [list(map(int, row)) for row in self.ask(sql)]
-        except ValueError:
-            raise Refused(self.name + " answers with what is not its own; is it one?") from None
+    def numbers(self, sql: str, width: int) -> List[List[int]]:
+        """The rows of a SELECT of so many numbers."""
+        rows = self.ask(sql)
+        if any(len(row) != width or not all(map(is_number, row)) for row in rows):
+            raise Refused(self.name + " answers what was not asked; is it one?")
+        return [list(map(int, row)) for row in rows]
+
+    def highest(self, node: str) -> Optional[int]:
+        """The highest id of a node's rows, None if it has none."""
+        found = self.numbers("SELECT max(id) FROM %s WHERE node = '%s' GROUP BY node" % (RAW, node), 1)
+        return found[0][0] if found else None
 
     def insert(self, rows: bytes) -> None:
         """One INSERT of rows in RowBinary. Raises Later, InsertRefused, Refused."""
@@ -2595,6 +2602,8 @@ class ClickHouse:
                 pass  # it may have refused before it read everything, and then says why
             answer = connection.getresponse()
             said = answer.read(ANSWER_BYTES + 1)
+            if answer.length and len(said) <= ANSWER_BYTES:
+                raise http.client.IncompleteRead(said)
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
@@ -2613,15 +2622,17 @@ class ClickHouse:
 def prepare(house: ClickHouse, cluster: Optional[str]) -> None:
     """Makes what is not there yet, and raises Refused where the table is not the one that is written to: RowBinary
     has no names in it, so that another type would be filled with nonsense."""
+    version = house.ask("SELECT version()")
+    if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
+        raise Refused("%s is no ClickHouse: it does not know its version" % house.name)
     there = {row[0]: row[-1] for row in house.ask(
         "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
         " FORMAT TabSeparatedRaw" % RAW)}
     views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
                       " ('session_events', 'discovery_propagation')")
     if not there or len(views) < 2:
-        old = house.ask("SELECT version()")[0][0].startswith("18.")
         for statement in ddl(cluster, house.house.parameters["database"]):
-            house.ask(statement, SETTINGS_OF_18 if old else {})
+            house.ask(statement, SETTINGS_OF_18 if version[0][0].startswith("18.") else {})
     for column, kind in RAW_COLUMNS if there else ():
         plain = re.sub(r"LowCardinality\((.*)\)", r"\1", kind)  # either way the bytes are the same
         if re.sub(r"LowCardinality\((.*)\)", r"\1", there.get(column, "")) != plain:
@@ -2702,8 +2713,8 @@ def resume_point(path: str, house: ClickHouse, node: str) -> int:
     missing below the highest id there (a batch can be in by halves: two months, two shards) is among the last SHIP_ROWS
     rows, and these are compared one by one. Two that ship at once change nothing of that: each sends without a gap."""
     named = "FROM %s WHERE node = '%s'" % (RAW, node)
-    (count, top), = house.numbers("SELECT count(), max(id) " + named)
-    if not count:
+    top = house.highest(node)
+    if top is None:
         return LEAST_ID
     with reading(path) as reader:
         small(reader)
@@ -2715,7 +2726,7 @@ def resume_point(path: str, house: ClickHouse, node: str) -> int:
             raise other_file(house, path)
         ours = {s.id: row_sum(s) for s in map(shippable, reader.rows(
             SHIP_SQL + "<= ? ORDER BY id DESC LIMIT ?", [top, SHIP_ROWS]))}
-    theirs = house.numbers("SELECT id, %s %s AND id >= %d" % (ROW_SUM, named, min(ours, default=top)))
+    theirs = house.numbers("SELECT id, %s %s AND id >= %d" % (ROW_SUM, named, min(ours, default=top)), 2)
     if any(ours.get(row_id, total) != total for row_id, total in theirs):
         raise other_file(house, path)
     return min(ours.keys() - {row_id for row_id, _ in theirs}, default=top + 1) - 1
@@ -2723,8 +2734,8 @@ def resume_point(path: str, house: ClickHouse, node: str) -> int:
 
 def other_file(house: ClickHouse, path: str) -> Refused:
     return Refused("%s holds other rows under this node's name than %s: the file is an old copy, or was copied to a"
-                   " second node. Give it a name of its own (sqlite3 FILE 'DROP TABLE %s') and run this again: all of it"
-                   " is shipped anew, and no session counts twice" % (house.name, path, NODE_TABLE))
+                   " second node. Give it a name of its own (sqlite3 FILE 'DROP TABLE %s') and run this again: it is"
+                   " shipped anew, and no session counts twice" % (house.name, path, NODE_TABLE))
 
 
 def store(house: ClickHouse, node: bytes, rows: Sequence[Shipped]) -> None:
@@ -2814,11 +2825,11 @@ def check(path: str, house: ClickHouse, node: str) -> int:
     """Compares the file's rows with ClickHouse's, day by day; 0 if all are there, else 1. Rows of today that wait to be
     shipped are no difference, those of earlier days are."""
     named = "FROM %s FINAL WHERE node = '%s'" % (RAW, node)
-    (count, last), = house.numbers("SELECT count(), max(id) " + named.replace(" FINAL", ""))
-    shipped, waiting, first = day_sums(path, last if count else LEAST_ID)
+    last = house.highest(node)
+    shipped, waiting, first = day_sums(path, LEAST_ID if last is None else last)
     theirs = {day: [rows, total] for day, rows, total in house.numbers(
         "SELECT toUInt32(toDate(received_at)) AS day, count(), sum(%s) %s AND id >= %d AND id <= %d GROUP BY day" % (
-            ROW_SUM, named, first, last))} if count else {}
+            ROW_SUM, named, first, last), 3)} if last is not None else {}
     today = now_ms() // DAY_MS
     differ = 0
     for day in sorted({*shipped, *theirs, *waiting}):
