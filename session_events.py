@@ -2628,16 +2628,16 @@ def prepare(house: ClickHouse, cluster: Optional[str]) -> None:
     there = {row[0]: row[-1] for row in house.ask(
         "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
         " FORMAT TabSeparatedRaw" % RAW)}
-    views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
-                      " ('session_events', 'discovery_propagation')")
-    if not there or len(views) < 2:
-        for statement in ddl(cluster, house.house.parameters["database"]):
-            house.ask(statement, SETTINGS_OF_18 if version[0][0].startswith("18.") else {})
     for column, kind in RAW_COLUMNS if there else ():
         plain = re.sub(r"LowCardinality\((.*)\)", r"\1", kind)  # either way the bytes are the same
         if re.sub(r"LowCardinality\((.*)\)", r"\1", there.get(column, "")) != plain:
             raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see --print-ddl" % (
                 house.name, RAW, column, kind))
+    views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
+                      " ('session_events', 'discovery_propagation')")
+    if not there or len(views) < 2:
+        for statement in ddl(cluster, house.house.parameters["database"]):
+            house.ask(statement, SETTINGS_OF_18 if version[0][0].startswith("18.") else {})
 
 
 def node_of(path: str) -> str:

@@ -2772,11 +2772,11 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
 
 
 class Relay:
-    """Between a ship and ClickHouse: passes bytes on, and once `limit` bytes have gone to ClickHouse since `arm`, calls
-    `then`; with `answers` False, nothing comes back from there on."""
+    """Between a ship and ClickHouse. Once `limit` more bytes have gone to ClickHouse it calls `then` and cuts the
+    connection; or, with `late`, it does so in place of passing the next answer on."""
 
     def __init__(self, port):
-        self.target, self.limit, self.then, self.answers = port, None, None, True
+        self.target, self.limit, self.then, self.late = port, None, None, False
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.thread = threading.Thread(target=self.serve)
@@ -2785,7 +2785,7 @@ class Relay:
     def serve(self):
         while True:
             client, _ = self.listener.accept()
-            if self.limit == "end":
+            if self.target is None:
                 client.close()
                 return
             with client, contextlib.suppress(OSError):
@@ -2798,23 +2798,20 @@ class Relay:
                 data = ready.recv(4096)
                 if not data:
                     return
+                due = self.limit is not None and self.limit <= 0
+                if ready is client:
+                    upstream.sendall(data)
+                    self.limit = self.limit and self.limit - len(data)
+                    due = not self.late and self.limit is not None and self.limit <= 0
+                if due:
+                    self.limit = None
+                    self.then()
+                    return
                 if ready is upstream:
-                    if not self.answers:
-                        self.answers = True
-                        self.then()
-                        return
                     client.sendall(data)
-                    continue
-                upstream.sendall(data)
-                if isinstance(self.limit, int):
-                    self.limit -= len(data)
-                    if self.limit <= 0:
-                        self.limit = None
-                        self.then()
-                        return
 
     def stop(self):
-        self.limit = "end"
+        self.target = None
         socket.create_connection(("127.0.0.1", self.port)).close()
         self.thread.join(30)
         self.listener.close()
@@ -2829,21 +2826,20 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
     relay = Relay(clickhouse.port)
     by_relay = url.replace(str(clickhouse.port), str(relay.port))
     count = "SELECT count() FROM session_events_raw"
+    running = []
     try:
         for limit in (6_000, 25_000, 60_000):  # the handshake is 3,000, a batch 20,000 bytes
-            relay.limit, relay.then = limit, lambda: process.kill()
-            process = shipper(db, by_relay)
-            assert process.wait(60) == -signal.SIGKILL
-            process.communicate()
+            relay.limit, relay.then = limit, lambda: running[-1].kill()
+            running.append(shipper(db, by_relay))
+            assert running[-1].wait(60) == -signal.SIGKILL
+            running[-1].communicate()
         seen = int(clickhouse.ask(count, url)[0][0])
-        relay.limit, relay.then = 30_000, lambda: None
-        status, _, err = ship(db, by_relay)
-        assert status == 1 and "cannot reach" in err
-        relay.answers, relay.then = False, lambda: None
-        assert ship(db, by_relay)[0] == 1
-        relay.limit, relay.then = 30_000, lambda: setattr(relay, "answers", False)
-        assert ship(db, by_relay)[0] == 1
-        assert seen <= int(clickhouse.ask(count, url)[0][0]) < 4000  # there is still something to do
+        for relay.late in (False, True):
+            relay.limit, relay.then = 30_000, lambda: None
+            status, _, err = ship(db, by_relay)
+            assert status == 1 and "cannot reach" in err
+        relay.late = False
+        assert 0 < seen < int(clickhouse.ask(count, url)[0][0]) < 4000  # there is still something to do
         relay.limit, relay.then = 40_000, lambda: clickhouse.stop(signal.SIGKILL)
         process = shipper(db, by_relay, "--follow")
         line = process.stderr.readline().decode()
@@ -2904,7 +2900,7 @@ def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
     shutil.copy(db, str(tmp_path / "old.db"))
     newer = many(50, 2000)
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DELETE FROM session_events WHERE id > 990 OR id < 10")  # swept, to the last row and the first
+        connection.execute("DELETE FROM session_events WHERE id > 990 OR id < 10")
         insert(connection, newer)
     assert shipped(db, url) == 50  # the ids of rows that are gone are not used again
     status, _, err = ship(tmp_path / "old.db", url)
@@ -3140,7 +3136,7 @@ def test_ship_names_the_node_once(tmp_path, monkeypatch):
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         monkeypatch.setattr(session_events, "BUSY_SECONDS", .1)
-        with pytest.raises(session_events.Refused, match="cannot write the node's name .* keeps it locked"):
+        with pytest.raises(session_events.Refused, match=r"cannot write the node's name .* keeps it locked"):
             session_events.node_of(db)
     name = session_events.node_of(db)
     assert re.fullmatch("[0-9a-f]{16}", name) and session_events.node_of(db) == name
