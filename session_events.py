@@ -2399,7 +2399,8 @@ def row_binary(node: bytes, s: Shipped) -> bytes:
 
 
 # The same text for 18.16 and today's. Where they differ:
-# - LowCardinality is an experiment in 18.16, which wants a setting for it that today's does not know.
+# - LowCardinality is an experiment in 18.16: there `prepare` leaves it out. In RowBinary it makes no difference.
+# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts' default database.
 # - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to 9999: so
 #   ended_at is the contract's text (its order is the order of time), and ended the nearest DateTime, for charts.
 RAW_COLUMNS = (
@@ -2411,26 +2412,27 @@ RAW_COLUMNS = (
 # What was received first stands first, whichever node received it; a row that was sent twice is the same to the letter,
 # and merged. Partitions are the months of arrival: a batch lies in one or two of them, whatever clients say.
 RAW_KEY = "identity_hash, session_id_hash, received_at, node, id"
-RAW_DDL = """CREATE TABLE IF NOT EXISTS %%s (
+RAW_DDL = """CREATE TABLE IF NOT EXISTS {0}.{1} (
   %s
-) ENGINE = %%s
-PARTITION BY toYYYYMM(received_at)
-ORDER BY (%s)""" % (",\n  ".join(map(" ".join, RAW_COLUMNS)), RAW_KEY)
-VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS session_events%%s AS
+)
+ENGINE = {2}""" % ",\n  ".join(map(" ".join, RAW_COLUMNS))
+KEPT = "%sReplacingMergeTree%s\nPARTITION BY toYYYYMM(received_at)\nORDER BY (" + RAW_KEY + ")"
+VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at, r.ended AS ended,
   r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
   arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
   r.received_at AS received_at, r.node AS node, r.id AS id
 FROM (
-  SELECT * FROM session_events_raw
-  ORDER BY %s LIMIT 1 BY identity_hash, session_id_hash
-) AS r""" % RAW_KEY, """CREATE VIEW IF NOT EXISTS discovery_propagation%s AS
+  SELECT * FROM {0}.session_events_raw
+  ORDER BY %s
+  LIMIT 1 BY identity_hash, session_id_hash
+) AS r""" % RAW_KEY, """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at, count() AS session_count,
   uniqExact(identity_hash) AS distinct_identity_count, now() AS last_aggregated_at
-FROM session_events ARRAY JOIN discovery_refs AS discovery_id
+FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
 GROUP BY discovery_id""")
-SETTINGS_OF_18 = {"allow_experimental_low_cardinality_type": "1"}
+LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
 SETTINGS_SENT = {"insert_distributed_sync": "1",  # an answer means stored, on whichever shard
                  "wait_end_of_query": "1"}  # an answer's status is about all of it
 
@@ -2439,14 +2441,13 @@ def ddl(cluster: Optional[str], database: str) -> List[str]:
     """The statements that make the table and the views; with `cluster` (a name in ClickHouse's remote_servers) a
     replicated table on each shard, and the one that spreads over them."""
     if cluster is None:
-        return [RAW_DDL % (RAW, "ReplacingMergeTree"), *(view % "" for view in VIEWS_DDL)]
+        return [RAW_DDL.format(database, RAW, KEPT % ("", "")), *(view.format(database, "") for view in VIEWS_DDL)]
     on = " ON CLUSTER '%s'" % cluster
-    path = "/clickhouse/tables/{shard}/%s/session_events_local" % database
-    return [RAW_DDL % ("session_events_local" + on, "ReplicatedReplacingMergeTree('%s', '{replica}')" % path),
-            "CREATE TABLE IF NOT EXISTS %s%s (\n  %s\n)\n"
-            "ENGINE = Distributed('%s', '%s', session_events_local, cityHash64(identity_hash, session_id_hash))" % (
-                RAW, on, ",\n  ".join(map(" ".join, RAW_COLUMNS)), cluster, database),
-            *(view % on for view in VIEWS_DDL)]
+    place = "('/clickhouse/tables/{shard}/%s/session_events_local', '{replica}')" % database
+    spread = "Distributed('%s', '%s', session_events_local, cityHash64(identity_hash, session_id_hash))" % (
+        cluster, database)
+    return [RAW_DDL.format(database, "session_events_local" + on, KEPT % ("Replicated", place)),
+            RAW_DDL.format(database, RAW + on, spread), *(view.format(database, on) for view in VIEWS_DDL)]
 
 
 class House(NamedTuple):
@@ -2475,8 +2476,8 @@ def house_of(url: str) -> House:
         raise Usage("--to takes an http or https URL such as %s" % TO)
     if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
         raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", parameters.setdefault("database", "default")):
-        raise Usage("--to names a database of letters, digits, _ and -")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database", "default")):
+        raise Usage("--to names a database of letters, digits and _")
     tls = parts.scheme == "https"
     return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/", parameters)
 
@@ -2533,9 +2534,9 @@ class ClickHouse:
         self.headers = headers
         self.name = "ClickHouse at %s:%d" % (house.host, house.port)
 
-    def ask(self, sql: str, settings: Optional[Mapping[str, str]] = None) -> List[List[str]]:
+    def ask(self, sql: str) -> List[List[str]]:
         """The rows of a SELECT, or none. Raises Later, Refused."""
-        status, headers, said = self.posted(settings or {}, sql.encode(), {})
+        status, headers, said = self.posted({}, sql.encode(), {})
         if status != 200:
             raise self.refusal(status, headers, said, quote=True)
         return [line.split("\t") for line in said.decode("utf-8", "replace").splitlines()]
@@ -2629,15 +2630,14 @@ def prepare(house: ClickHouse, cluster: Optional[str]) -> None:
         "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
         " FORMAT TabSeparatedRaw" % RAW)}
     for column, kind in RAW_COLUMNS if there else ():
-        plain = re.sub(r"LowCardinality\((.*)\)", r"\1", kind)  # either way the bytes are the same
-        if re.sub(r"LowCardinality\((.*)\)", r"\1", there.get(column, "")) != plain:
+        if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1", kind):
             raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see --print-ddl" % (
                 house.name, RAW, column, kind))
     views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
                       " ('session_events', 'discovery_propagation')")
     if not there or len(views) < 2:
         for statement in ddl(cluster, house.house.parameters["database"]):
-            house.ask(statement, SETTINGS_OF_18 if version[0][0].startswith("18.") else {})
+            house.ask(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.") else statement)
 
 
 def node_of(path: str) -> str:
@@ -2839,10 +2839,11 @@ def check(path: str, house: ClickHouse, node: str) -> int:
             print("%s  differs: %d rows in the file, %d in ClickHouse%s" % (
                 moment_text(day * DAY_MS)[:10], here[0] + later, there[0],
                 "" if here[0] + later != there[0] else ", not the same"))
+    late = sum(rows for rows, _ in waiting.values())
     print("{:,} rows compared, {:,} wait to be shipped: {}".format(
-        sum(rows for rows, _ in shipped.values()), sum(rows for rows, _ in waiting.values()),
-        "%d days differ; ship --again sends every row once more, which does no harm" % differ if differ else
-        "the same on every day"))
+        sum(rows for rows, _ in shipped.values()), late,
+        "the same on every day" if not differ else "%d days differ; %s" % (
+            differ, "ship, and check again" if late else "ship --again sends all of them once more")))
     return 1 if differ else 0
 
 

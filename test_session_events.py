@@ -2889,7 +2889,7 @@ def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
     db = stored(tmp_path / "a.db", *rows)
     assert shipped(db, url) == 1000
     halves = clickhouse.database()
-    for statement in read("ship", "--print-ddl").stdout.split(";\n"):
+    for statement in read("ship", "--print-ddl", "--to", halves).stdout.split(";\n"):
         if statement.strip():
             clickhouse.ask(statement, halves)
     source = urllib.parse.urlsplit(url).query.split("=")[1]
@@ -2963,7 +2963,7 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
     url = clickhouse.database()
     rows = many(600)
     db = stored(tmp_path / "a.db", *rows)
-    for statement in read("ship", "--print-ddl").stdout.split(";\n"):
+    for statement in read("ship", "--print-ddl", "--to", url).stdout.split(";\n"):
         if statement.strip():
             clickhouse.ask(statement, url)
     clickhouse.ask("ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED toUInt64(if(tokens_saved = %d,"
