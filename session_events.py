@@ -1109,7 +1109,8 @@ SCRIPT = r"""
   };
   const tick = time => {
     const all = 40000;  // ms for the whole window at speed 1
-    show(moment + (time - before) / all * D.span * Number(speed.value));
+    const passed = Math.min(250, time - before);  // a page that was out of sight goes on where it was
+    show(moment + passed / all * D.span * Number(speed.value));
     before = time;
     if (Date.now() - written > 500) write();  // browsers refuse more than some hundred in half a minute
     if (moment < D.span) frame = requestAnimationFrame(tick);

@@ -1910,7 +1910,9 @@ def test_export_in_constant_memory(tmp_path):
         subprocess.run([sys.executable, str(ROOT / "session_events.py"), "export", "--db", db, *IN_MAY],
                        stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
         os.close(theirs)
-        assert b"50,000 of 50,000 sessions" in os.read(ours, 1 << 16)
+        shown = os.read(ours, 1 << 16)
+        assert b"\r5,000 of 50,000 sessions\r10,000 of" in shown
+        assert shown.endswith(b"\r50,000 of 50,000 sessions\r\n")
         os.close(ours)
 
 
@@ -2081,6 +2083,8 @@ def test_the_door_of_the_viewer(tmp_path):
             r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
                             headers["set-cookie"])
         cookie = {"Cookie": "other=1; " + headers["set-cookie"].split(";")[0]}
+        for guess in ("=", "=x", "=" + "A" * 32, ""):
+            assert http(view.address, "/", {"Cookie": "session_events_%d%s" % (view.address[1], guess)})[0] == 403
         assert http(view.address, view.url[len(view.base):])[0] == 403  # used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base):], cookie)[0] == 303
@@ -2253,6 +2257,7 @@ class Chromium:
         self.tab = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(domain + ".enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def listen(self):
         while b"\0" not in self.heard:
@@ -2276,19 +2281,25 @@ class Chromium:
                 return answer["result"]
             self.events.append(answer)
 
-    def wait(self, method):
-        while not any(event.get("method") == method for event in self.events):
+    def loaded(self, wanted):
+        """Waits until a page is there: the first whose loader's id is `wanted`."""
+        while True:
+            for event in self.events:
+                at = event["params"] if event.get("method") == "Page.lifecycleEvent" else {}
+                if at.get("name") == "load" and wanted(at["loaderId"]):
+                    return
             self.events.append(self.listen())
 
     def open(self, url):
         for address in ("about:blank", url):  # first away: another #... alone would load nothing
-            self.follow(lambda address=address: self.call("Page.navigate", url=address))
+            self.loaded(self.call("Page.navigate", url=address)["loaderId"].__eq__)
 
     def follow(self, action):
         """Does what leads to another page, and waits until that is there."""
-        self.events = [event for event in self.events if event.get("method") != "Page.loadEventFired"]
+        known = {event["params"]["loaderId"] for event in self.events
+                 if event.get("method") == "Page.lifecycleEvent"}
         action()
-        self.wait("Page.loadEventFired")
+        self.loaded(lambda loader: loader not in known)
 
     def js(self, expression):
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
@@ -2384,10 +2395,10 @@ def test_the_replay_in_chromium(tmp_path, chromium):
         chromium.js('document.getElementById("speed").value = "8"')
         chromium.key(" ", 32)
         assert chromium.js('document.getElementById("play").textContent') == "Pause"
-        chromium.until('document.querySelectorAll("#discs a:not(.later)").length == 2')
+        chromium.until('document.querySelectorAll("#discs a:not(.later)").length >= 2')
         chromium.key(" ", 32)
         paused = chromium.js(SEEN)
-        assert chromium.js('document.getElementById("play").textContent') == "Play" and paused["discs"] == 2
+        assert chromium.js('document.getElementById("play").textContent') == "Play" and paused["discs"] >= 2
         assert paused["address"][3:19].replace("T", " ") + " UTC" == paused["moment"]
         chromium.key("End", 35)
         assert chromium.js(SEEN)["discs"] == 4
