@@ -3712,6 +3712,7 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     assert ship(a, url, "--check")[0] == ship(b, url, "--check")[0] == 0
     assert shipped(a, url) == shipped(b, url) == 0
     assert shipped(a, url, "--again") == len(one)
+    assert ship(a, url, "--check")[0] == 0  # also before the repeats are merged
     clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
     whole(clickhouse, url, *nodes)
     assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [[str(len(one) + len(two))]]
@@ -4066,6 +4067,11 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     assert status == 2 and "CLICKHOUSE_PASSWORD" in err and "two" not in err
     out = answered(capfdbinary, ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
     assert out.count(" ON CLUSTER 'main'") == 4 and "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/" in out
+
+    monkeypatch.setattr(session_events, "SHIP_BYTES", 20_000)  # a batch ends early where rows are large
+    wide = many(30, discovery_refs_json=json.dumps(["r" * 128] * 200))
+    db = stored(tmp_path / "wide.db", *wide)
+    assert [s.id for s in session_events.batch_after(db, 0)] == [1, 2] and session_events.batch_after(db, 30) == []
 
     now = 1_800_000_000.0
     for text, seconds in ((None, None), ("7", 7.0), ("-7", None), ("soon", None), ("\u0667", None), ("9" * 40, None),
