@@ -2497,15 +2497,14 @@ def credentials(environment: Mapping[str, str]) -> Dict[str, str]:
 
 
 def retry_after(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After header (a number, or an HTTP date), None without a usable one."""
+    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None without a usable one."""
     if text is None:
         return None
-    if re.fullmatch("[0-9]{1,9}", text):
-        return float(text)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
+        seconds = float(text) if is_number(text) else email.utils.parsedate_to_datetime(text).timestamp() - now
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
+    return min(max(0.0, seconds), DAY_MS / 1000)
 
 
 def back_off(failures: int, chance: float) -> float:

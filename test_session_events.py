@@ -4074,7 +4074,8 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     assert [s.id for s in session_events.batch_after(db, 0)] == [1, 2] and session_events.batch_after(db, 30) == []
 
     now = 1_800_000_000.0
-    for text, seconds in ((None, None), ("7", 7.0), ("-7", None), ("soon", None), ("\u0667", None), ("9" * 40, None),
+    for text, seconds in ((None, None), ("7", 7.0), ("-7", 0.0), ("soon", None), ("\u0667", None), ("9" * 20, 86_400.0),
+                          ("9" * 40, None), ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
                           ("Fri, 15 Jan 2027 08:00:30 GMT", 30.0), ("Fri, 15 Jan 2027 07:00:00 GMT", 0.0)):
         assert session_events.retry_after(text, now) == seconds, text
     assert [session_events.back_off(n, 1.0) for n in (1, 2, 6, 7, 10 ** 6)] == [10.0, 20.0, 300.0, 300.0, 300.0]
