@@ -6,11 +6,11 @@
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
     python3 session_events.py ship --db events.db --to URL        the rows of many servers into one ClickHouse
 
-Promises: the database is opened read-only (only `ship` writes into it, once: a name for the node), each
-command reads one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is read: what is no session is left out and
-counted, and what somebody wrote into a discovery is shown as text, whatever it contains. A developer appears
-as the first digits of a hash, never as the whole; the page answers this machine only, and asks nothing of any
-other.
+Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
+one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
+read: what is no session is left out and counted, and what somebody wrote into a discovery is shown as text, whatever it
+contains. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
+asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
 
 Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
 is the same developer on both sides of its first day. Times are UTC; so are a day, a week (from Monday), a

@@ -3848,6 +3848,8 @@ def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
     newer = many(50, 2000)
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("DELETE FROM session_events WHERE id > 990 OR id < 10")
+        connection.commit()
+        assert shipped(db, url) == 0
         insert(connection, newer)
     assert shipped(db, url) == 50  # the ids of rows that are gone are not used again
     status, _, err = ship(tmp_path / "old.db", url)
@@ -3968,8 +3970,9 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
 class Pretender(threading.Thread):
     """An HTTP server that gives prepared answers (bytes), one a connection, and keeps what it was asked and when."""
 
-    def __init__(self, *answers, tls=None):
+    def __init__(self, *answers, tls=None, patient=True):
         super().__init__()
+        self.patient = patient  # else it closes without reading what is still sent
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.answers, self.tls, self.asked = answers, tls, []
         self.url = "%s://127.0.0.1:%d/" % ("https" if tls else "http", self.listener.getsockname()[1])
@@ -3982,9 +3985,10 @@ class Pretender(threading.Thread):
                     client = self.tls.wrap_socket(client, server_side=True)
                 self.asked.append((time.monotonic(), client.recv(1 << 16)))
                 client.sendall(answer)
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(1 << 16):
-                    pass
+                if self.patient:
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1 << 16):
+                        pass
         self.listener.close()
 
     def __enter__(self):
@@ -4030,6 +4034,11 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
         status, _, err = ship(db, pretender.url, "--follow", env=secret)  # a password does not mend itself
     assert status == 1 and "again in 2 s" in err and "CLICKHOUSE_PASSWORD" in err and "shipper" not in err
     assert 2 <= pretender.asked[1][0] - pretender.asked[0][0] < 60
+    with Pretender(busy, patient=False) as pretender:  # refused before it was all sent
+        house = session_events.ClickHouse(session_events.house_of(pretender.url), {})
+        with pytest.raises(session_events.Later, match="status 503") as refused:
+            house.insert(os.urandom(16 << 20))
+    assert refused.value.after == 2
     url = clickhouse.database()
     wrong = dict(secret, CLICKHOUSE_PASSWORD="open barley")
     assert "does not know this user" in ship(db, url, env=wrong)[2]
