@@ -64,6 +64,7 @@ from typing import (
     NoReturn,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -409,7 +410,7 @@ class Head(NamedTuple):
 
 
 _request_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])").fullmatch
-_header_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)").fullmatch
+_header_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)").fullmatch
 _hot_line = b"POST " + ENDPOINT.encode()
 _bare = re.compile(rb"(?<!\r)\n|\r(?=[^\n])").search
 
@@ -419,7 +420,7 @@ def parse_head(head: bytes) -> Head:
     """The framing that `head` (without the empty line) asks for. Raises Refused where it can be read in two ways.
 
     http.server's own parser is lenient, and slow: it halves the rate of ingest. Clients of one kind send one head, so
-    the memo answers nearly all: 0.2 us for 9 us. (Its 1,024 heads of up to 16 KiB bound it to 16 MiB.)
+    the memo answers nearly all: 0.2 us for 9 us. (1,024 heads of up to 16 KiB bound it to some 32 MiB.)
     """
     first, *lines = head.split(b"\r\n")
     request = _request_line(first)
@@ -432,7 +433,7 @@ def parse_head(head: bytes) -> Head:
         header = _header_line(line)
         if not header:
             raise Refused(400, "Malformed header line")
-        name, value = header[1].lower(), header[2].rstrip(b" \t")
+        name, value = header[1].lower(), header[2].strip(b" \t")
         if name in headers and name in ONCE_ONLY:
             raise Refused(400, "Repeated header: " + name.decode())
         headers[name] = headers[name] + b"," + value if name in headers else value
@@ -515,9 +516,11 @@ class Rate(NamedTuple):
 
 
 def parse_address(text: str) -> Optional[Address]:
-    """An address, IPv4 in IPv6 clothes undressed, or None where `text` is none."""
+    """An address, its port (which some proxies add) and its zone cut, IPv4 in IPv6 clothes undressed; else None."""
+    bracketed = re.fullmatch(r"\s*\[([^]]*)\](?::[0-9]+)?\s*|\s*([0-9.]+):[0-9]+\s*", text)
+    bare = (bracketed[1] or bracketed[2] or "") if bracketed else text
     try:
-        address = ipaddress.ip_address(text.partition("%")[0].strip())
+        address = ipaddress.ip_address(bare.partition("%")[0].strip())
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -562,10 +565,12 @@ class RateLimit:
         """Take a token: 0.0; or the seconds until there is one. `now` never goes backwards."""
         full_at = max(self.full_at.pop(bucket, now), now)
         wait = full_at - now - self.burst
-        self.full_at[bucket] = full_at if wait > 0 else full_at + self.interval
+        if wait < self.interval / 1000:  # what rounding makes of none
+            wait, full_at = 0.0, full_at + self.interval
+        self.full_at[bucket] = full_at
         if len(self.full_at) > MAX_BUCKETS:
             del self.full_at[next(iter(self.full_at))]
-        return max(wait, 0.0)
+        return wait
 
 
 # ======================================================================================================
@@ -647,7 +652,8 @@ class Unavailable(Exception):
 
 # SQLite's words for faults that pass, or that an operator mends, without the rows being to blame. (Error codes as
 # attributes came with Python 3.11.)
-PASSING = ("locked", "full", "readonly", "disk I/O", "unable to open", "malformed", "not a database")
+PASSING = ("database is locked", "table is locked", "disk is full", "readonly database", "disk I/O error",
+           "unable to open database", "disk image is malformed", "file is not a database")
 
 SETTINGS = (
     # Readers never hold up the writer, and a commit is one append and one fsync.
@@ -660,6 +666,8 @@ SETTINGS = (
     # Pages in the log before they are moved into the database (16 MB instead of 4): a page that many events touch is
     # moved once for all of them, while a start after a crash still reads the log in well under a second.
     "wal_autocheckpoint = 4000",
+    # Bytes: after somebody's long read, which keeps the log growing, it shrinks again.
+    "journal_size_limit = 67108864",
 )
 
 # received_at comes along, although the table has a default: the default is a function (see the schema's triggers).
@@ -673,6 +681,9 @@ INSERT_ONE = INSERT % ""
 DELETE_OLD = (
     "DELETE FROM session_events WHERE id IN (SELECT id FROM session_events"
     " WHERE received_at < strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?) ORDER BY received_at LIMIT ?)")
+
+
+LARGEST_EVENT = 64  # pages, generously: its refs stand in the row, in the edges and in their index
 
 
 class Written(NamedTuple):
@@ -693,9 +704,11 @@ class Store:
 
     def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None,
                  retain_days: int = 0) -> None:
-        self.path, self.max_bytes, self.pepper, self.retain_days = path, max_bytes, pepper, retain_days
         self.in_memory = path == ":memory:"
+        self.path = path if self.in_memory else os.path.realpath(path)  # the side files lie beside the real one
+        self.max_bytes, self.pepper, self.retain_days = max_bytes, pepper, retain_days
         self.moved = False
+        self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
         try:
             self.db = self.connect()
             try:
@@ -705,7 +718,8 @@ class Store:
                 raise
         except (OSError, sqlite3.Error) as error:
             raise StartError("cannot use %s: %s" % (path, error)) from None
-        self.files = [] if self.in_memory else [(name, file_identity(name)) for name in (path, path + "-wal")]
+        names = () if self.in_memory else (self.path, self.path + "-wal")
+        self.files = [(name, file_identity(name)) for name in names]
 
     def connect(self) -> sqlite3.Connection:
         if not self.in_memory:
@@ -720,29 +734,43 @@ class Store:
         if version > SCHEMA_VERSION:
             raise StartError("%s has schema version %d, and this server.py knows %d: use a newer server.py"
                              % (self.path, version, SCHEMA_VERSION))
+        if version == SCHEMA_VERSION or self.columns("session_events"):
+            self.check_table()  # before anything in the file is changed
         for setting in SETTINGS:
             self.db.execute("PRAGMA " + setting)
         if self.max_bytes is not None:
             page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
             self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
         if version < SCHEMA_VERSION:
-            self.check_columns()
             self.db.executescript("BEGIN IMMEDIATE;\n%s\nCOMMIT;" % SCHEMA)
-        self.check_columns()
+        self.check_rest()
 
-    def check_columns(self) -> None:
+    def columns(self, table: str) -> Set[str]:
+        return {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % table)}
+
+    def check_table(self) -> None:
         """Another program's session_events is taken when it has the contract's columns."""
-        there = {row[1] for row in self.db.execute("PRAGMA table_info(session_events)")}
-        missing = {"id", "received_at", *COLUMNS} - there
-        if there and missing:
-            raise StartError("%s has a table session_events without the column %s: it is not this program's"
+        missing = {"id", "received_at", *COLUMNS} - self.columns("session_events")
+        if missing:
+            raise StartError("%s has no table session_events with a column %s: it is not this program's"
                              % (self.path, min(missing)))
+
+    def check_rest(self) -> None:
+        """What makes events idempotent and keeps their edges has to be there, whatever user_version says."""
+        names = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master")}
+        wanted = re.findall(r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
+        missing = [name for name in wanted if name not in names]
+        unique = [row[1] for row in self.db.execute("PRAGMA index_list(session_events)") if row[2] and not row[4]]
+        keys = [[row[2] for row in self.db.execute("PRAGMA index_info(%s)" % name)] for name in unique]
+        if missing or ["identity_hash", "session_id_hash"] not in keys:
+            raise StartError("%s is not whole: %s is missing" % (
+                self.path, missing[0] if missing else "the unique index on (identity_hash, session_id_hash)"))
 
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer the ones at their paths: what is written is lost."""
         self.moved = any(file_identity(name) != identity for name, identity in self.files)
         if self.moved:
-            raise Unavailable("the database or its -wal file was deleted or replaced while in use: "
+            raise Unavailable("the database or its -wal file was deleted, replaced or emptied while in use: "
                               "put it back, or restart the server")
 
     @contextlib.contextmanager
@@ -772,8 +800,11 @@ class Store:
         received_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         hidden = [self.hide(row) for row in rows] if self.pepper else rows
         with self.transaction():
+            self.room_missed = self.room()  # and so it stays when the rows do not fit
+            swept = self.delete_old(sweep) if sweep else 0  # first: at the size limit, this makes the room
             stored, refused = self.insert([(*row, received_at) for row in hidden])
-            return Written(stored, refused, self.delete_old(sweep) if sweep else 0)
+        self.room_missed = -1
+        return Written(stored, refused, swept)
 
     def insert(self, rows: List[Tuple[Any, ...]]) -> Tuple[int, Dict[int, Exception]]:
         """All rows in one call, or, when the database refuses one of them, each by itself."""
@@ -782,18 +813,29 @@ class Store:
         except (sqlite3.Error, ValueError) as error:
             if passing(error):
                 raise
-            if not self.db.in_transaction:
-                self.db.execute("BEGIN IMMEDIATE")
-        stored = 0
         refused: Dict[int, Exception] = {}
-        for place, row in enumerate(rows):
-            try:
-                stored += self.db.execute(INSERT_ONE, row).rowcount
-            except (sqlite3.Error, ValueError) as error:
-                if passing(error) or not self.db.in_transaction:
-                    raise
-                refused[place] = error
+        stored = None
+        while stored is None:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            self.db.execute("BEGIN IMMEDIATE")
+            stored = self.insert_each(rows, refused)
         return stored, refused
+
+    def insert_each(self, rows: List[Tuple[Any, ...]], refused: Dict[int, Exception]) -> Optional[int]:
+        """Insert those not in `refused` yet, and add to that. None: one of them rolled back what came before it."""
+        stored = 0
+        for place, row in enumerate(rows):
+            if place not in refused:
+                try:
+                    stored += self.db.execute(INSERT_ONE, row).rowcount
+                except (sqlite3.Error, ValueError) as error:
+                    if passing(error):
+                        raise
+                    refused[place] = error
+                    if not self.db.in_transaction:
+                        return None
+        return stored
 
     def hide(self, row: Row) -> Row:
         def hmac_of(digest: str) -> str:
@@ -819,9 +861,19 @@ class Store:
             total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
         return total
 
+    def room(self) -> int:
+        """Pages that may still be filled before `max_bytes` is reached; -1 without such a limit."""
+        if self.max_bytes is None:
+            return -1
+        pages, free, most = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
+            "page_count", "freelist_count", "max_page_count"))
+        return int(most - pages + free)
+
     def probe(self) -> None:
         """Commit a transaction that writes a page and changes nothing. Raises Unavailable."""
         with self.transaction():
+            if self.max_bytes and self.room() <= self.room_missed < LARGEST_EVENT:
+                raise sqlite3.OperationalError("database or disk is full")  # SQLite's words for it
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
             self.db.execute("PRAGMA user_version = %d" % version)
 
@@ -852,16 +904,18 @@ def load_pepper(path: str) -> bytes:
 
 
 def passing(error: Exception) -> bool:
-    return isinstance(error, sqlite3.Error) and any(words in str(error) for words in PASSING)
+    # An IntegrityError is about a row, and its words may be another program's.
+    return (isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
+            and any(words in str(error) for words in PASSING))
 
 
 def file_identity(path: str) -> Optional[Tuple[int, int]]:
-    """(device, inode), or None where there is no file."""
+    """(device, inode), or None where there is no file, or a database without a byte."""
     try:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino) if status.st_size or path.endswith("-wal") else None
 
 
 # ======================================================================================================
@@ -932,9 +986,6 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
         text = server.metrics.text({phase: len(server.waiting[phase]) for phase in PHASES}, server.store.size())
         return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def handle_expect_100(self) -> bool:
-        return True  # the connection has answered that before the body came
-
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         self.result = failure(code, message or http.HTTPStatus(code).phrase, "malformed_request")
 
@@ -959,9 +1010,12 @@ OPERATORS: Routes = {
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READ_SIZE = 64 * 1024  # bytes a connection may bring in one turn
 REQUESTS_A_TURN = 32  # of one connection: one that pipelines waits its turn like the others
-ROWS_A_TURN = 1024  # of all connections: bounds the time and the memory of a transaction
+ROWS_A_TURN = 1024  # of all connections, and
+BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), and
+TAKING_SECONDS = 0.02  # spent on them: who waits for a turn waits for all of it
 ACCEPTS_A_TURN = 256
-MAX_RECEIVED = 64 * 1024 * 1024  # bytes of unfinished requests that are held for all connections together
+MAX_UNSENT = 64 * 1024  # bytes of answers after which a connection's next request waits
+MAX_HELD = 48 * 1024 * 1024  # bytes of unfinished requests and unsent answers, of all connections together
 HOT_ROUTE = "POST " + ENDPOINT
 TICK = 0.25  # seconds: how late a deadline may be noticed
 # After a turn that answered somebody, look again for so long before going to sleep: being woken costs 60 us, so that a
@@ -998,8 +1052,8 @@ class Deferred(NamedTuple):
 class Connection:
     """A client's socket and its two buffers. Called by the loop; never blocks."""
 
-    __slots__ = ("answers", "bucket", "closing", "continued", "mask", "peer", "phase", "received", "routes",
-                 "searched", "server", "since", "sock", "unsent")
+    __slots__ = ("answers", "bucket", "closing", "continued", "mask", "peer", "phase", "queued", "received",
+                 "routes", "searched", "server", "since", "sock", "unsent")
 
     def __init__(self, server: IngestServer, sock: socket.socket, peer: str, routes: Routes) -> None:
         self.server, self.sock, self.routes = server, sock, routes
@@ -1011,7 +1065,8 @@ class Connection:
         self.received = b""  # not taken yet
         self.searched = 0  # bytes of it in which no end of a head was found
         self.continued = False  # "100 Continue" was sent for the request at the front
-        self.answers: List[Union[bytes, Deferred]] = []  # of this turn
+        self.answers: List[Union[bytes, Deferred]] = []  # of this turn,
+        self.queued = 0  # and their bytes
         self.unsent = b""
         self.closing = False  # no request is taken after those that were
 
@@ -1035,7 +1090,7 @@ class Connection:
         if self in self.server.waiting[self.phase]:
             del self.server.waiting[self.phase][self]
             self.server.backlog.pop(self, None)
-            self.keep(b"")
+            self.hold(b"", b"")
             self.watch(0)
             self.sock.close()
 
@@ -1048,10 +1103,10 @@ class Connection:
         except OSError:
             return b""
 
-    def transmit(self) -> Optional[int]:
-        """How much of `unsent` was taken; None when the connection is over."""
+    def transmit(self, data: bytes) -> Optional[int]:
+        """How much of `data` was taken; None when the connection is over."""
         try:
-            return self.sock.send(self.unsent)
+            return self.sock.send(data)
         except BlockingIOError:
             return 0
         except OSError:
@@ -1065,38 +1120,53 @@ class Connection:
         """The selector saw the socket ready."""
         if mask & WRITE:
             self.flush()
-        elif self not in self.server.backlog and self.server.has_room():
+        elif self in self.server.backlog or self.server.held >= MAX_HELD:
+            pass
+        elif self.server.has_room():
+            self.read()
+        else:
+            self.server.backlog[self] = None
+
+    def resume(self) -> None:
+        """There was no room for it in an earlier turn."""
+        if self.received:
+            self.take(self.received)
+        if not self.answers and not self.closing:
             self.read()
 
     def read(self) -> None:
         data = self.receive()
         if data is None:
             self.watch(READ)
+        elif not data and self.answers:
+            self.closing = True  # the client sends no more, and still wants what it has asked for
         elif not data:
             self.close()
         elif self.phase is not LINGERING:
             self.take(self.received + data if self.received else data)
 
-    def keep(self, data: bytes) -> None:
-        self.server.held += len(data) - len(self.received)
-        self.received = data
+    def hold(self, received: bytes, unsent: bytes) -> None:
+        """Set both buffers."""
+        self.server.held += len(received) - len(self.received) + len(unsent) - len(self.unsent)
+        self.received, self.unsent = received, unsent
 
     def take(self, data: bytes) -> None:
         """Take the whole requests at the front of `data`, as many as the turn has room for; keep the rest."""
-        start, budget = 0, REQUESTS_A_TURN
+        start = taken = 0
         try:
             while start < len(data) and not self.closing:
-                if not budget or not self.server.has_room():
+                if taken and (taken == REQUESTS_A_TURN or self.queued > MAX_UNSENT or not self.server.has_room()):
                     self.server.backlog[self] = None
                     break
                 after = self.take_request(data, start)
                 if after < 0:
                     break
                 start, self.searched, self.continued = after, 0, False
-                budget -= 1
+                taken += 1
         except Refused as refused:
             self.refuse(refused.answer)
-        self.keep(data[start:])
+        if self.received or start < len(data):
+            self.hold(data[start:], self.unsent)
         if not self.answers:  # else flush() decides, at the end of the turn
             if self.phase is IDLE:
                 self.enter(READING)
@@ -1115,6 +1185,7 @@ class Connection:
         if len(data) < after:
             if head.expects and not self.continued:
                 self.continued = True
+                self.enter(READING)
                 self.add(CONTINUE)
             return -1
         self.closing = self.server.stopping or not head.keep
@@ -1125,19 +1196,23 @@ class Connection:
         if not self.answers:
             self.server.answering.append(self)
         self.answers.append(answer)
+        self.queued += len(answer) if isinstance(answer, bytes) else 0
 
     def refuse(self, answer: Answer) -> None:
         """Answer and end the connection, whatever else it sends."""
         self.closing = True
+        self.server.charge(self.bucket)
         self.add(self.server.framed(answer, True))
 
-    def flush(self) -> None:
-        """Send what can be sent, then wait for what comes next."""
-        sent = self.transmit()
+    def flush(self, more: bytes = b"") -> None:
+        """Send what waits, and `more`, as far as that goes, then wait for what comes next."""
+        data = self.unsent + more
+        sent = self.transmit(data)
         if sent is None:
             self.close()
             return
-        self.unsent = self.unsent[sent:]
+        if self.unsent or sent < len(data):
+            self.hold(self.received, data[sent:])
         if self.unsent:
             if self.phase is not WRITING or sent:
                 self.enter(WRITING)
@@ -1147,7 +1222,8 @@ class Connection:
         else:
             if self.phase is WRITING and self.received:
                 self.server.backlog[self] = None
-            self.enter(READING if self.received else IDLE)
+            if not (self.continued and self.phase is READING):  # "100 Continue" starts no new clock
+                self.enter(READING if self.received else IDLE)
             self.watch(READ)
 
     def finish(self) -> None:
@@ -1156,7 +1232,7 @@ class Connection:
             return
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_WR)
-        self.keep(b"")
+        self.hold(b"", b"")
         self.enter(LINGERING)
         self.watch(READ)
 
@@ -1222,9 +1298,9 @@ class TLSConnection(Connection):
         except (OSError, ValueError):
             return b""
 
-    def transmit(self) -> Optional[int]:
+    def transmit(self, data: bytes) -> Optional[int]:
         try:
-            return self.sock.send(self.unsent)
+            return self.sock.send(data)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return 0
         except (OSError, ValueError):
@@ -1238,7 +1314,8 @@ class IngestServer(http.server.HTTPServer):
     """
 
     request_queue_size = 1024  # a burst of connections waits here while a turn commits
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port, as this would:
+    allow_reuse_port = False
 
     def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = DEFAULTS, *,
                  inherited: Optional[socket.socket] = None, access_log: bool = False,
@@ -1248,8 +1325,9 @@ class IngestServer(http.server.HTTPServer):
         self.rate_limit = RateLimit(limits.rate) if limits.rate else None
         self.now, self.second = time.monotonic(), int(time.time())
         self.waiting: Dict[str, Dict[Connection, None]] = {phase: {} for phase in PHASES}
-        self.backlog: Dict[Connection, None] = {}  # with whole requests that had no room in the last turn
-        self.held = 0  # bytes received and not taken, of all connections
+        self.backlog: Dict[Connection, None] = {}  # those for which a turn had no room, first come first served
+        self.held = 0  # bytes received and not taken, or answered and not sent, of all connections
+        self.taken, self.taking_until = 0, 0.0  # this turn's requests in bytes, and when their time is over
         self.rows: List[Row] = []  # of this turn
         self.answering: List[Connection] = []  # connections with answers of this turn
         self.answered_at = self.now  # when somebody was
@@ -1336,10 +1414,12 @@ class IngestServer(http.server.HTTPServer):
     def turn(self, timeout: float) -> None:
         ready = self.wait(0 if self.old_rows_due(0) else timeout)
         self.now, self.second = time.monotonic(), int(time.time())
-        backlog, self.backlog = self.backlog, {}
-        for connection in backlog:
+        self.taken, self.taking_until = 0, time.perf_counter() + TAKING_SECONDS
+        waiting = list(self.backlog)
+        for connection in itertools.takewhile(lambda _: self.has_room(), waiting):
+            del self.backlog[connection]
             if not connection.unsent:  # else flush() brings it back
-                self.guarded(connection.take, connection.received)
+                self.guarded(connection.resume)
         for key, mask in ready:
             self.guarded(key.data, mask)
         self.expire()
@@ -1355,10 +1435,10 @@ class IngestServer(http.server.HTTPServer):
                 ready = self.selector.select(0)
         return ready or self.selector.select(timeout)
 
-    def guarded(self, step: Callable[[Any], None], argument: Any) -> None:
+    def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
         """A fault of this program in one connection's step ends that connection and no other."""
         try:
-            step(argument)
+            step(*arguments)
         except Exception as error:
             log_fault(error)
             owner = getattr(step, "__self__", None)
@@ -1368,7 +1448,7 @@ class IngestServer(http.server.HTTPServer):
     def take_calls(self, mask: int) -> None:
         self.alarm.recv(4096)
         while self.calls:
-            self.calls.popleft()()
+            self.guarded(self.calls.popleft())
 
     def stop(self, grace: float) -> None:
         for listener in list(self.listeners):
@@ -1382,7 +1462,9 @@ class IngestServer(http.server.HTTPServer):
     # -- connections ------------------------------------------------------------------------------------
 
     def has_room(self) -> bool:
-        return len(self.rows) < ROWS_A_TURN
+        """May this turn take another request?"""
+        return (len(self.rows) < ROWS_A_TURN and self.taken < BYTES_A_TURN
+                and time.perf_counter() < self.taking_until)
 
     def accept(self, listener: socket.socket, mask: int) -> None:
         for accepted in range(ACCEPTS_A_TURN):
@@ -1436,9 +1518,10 @@ class IngestServer(http.server.HTTPServer):
                                (WRITING, limits.write_seconds), (LINGERING, LINGER_SECONDS)):
             late = self.now - seconds
             for connection in list(itertools.takewhile(lambda c: c.since < late, self.waiting[phase])):  # noqa: B023
-                connection.expire()
+                if not connection.answers:  # else its request came in time
+                    connection.expire()
         for phase in (READING, WRITING):
-            while self.held > MAX_RECEIVED and self.waiting[phase]:
+            while self.held >= MAX_HELD and self.waiting[phase]:
                 next(iter(self.waiting[phase])).close()
         if self.muted_until and self.now >= self.muted_until:
             self.muted_until = 0.0
@@ -1455,6 +1538,7 @@ class IngestServer(http.server.HTTPServer):
 
     def serve(self, connection: Connection, head: Head, data: bytes, start: int, body: int, after: int) -> None:
         """Check the whole request `data[start:after]`, and leave its row and its answer to the end of the turn."""
+        self.taken += after - start
         route = "-"
         result: Union[Row, Answer, None] = self.too_many(connection, head)
         if result is None and head.hot and connection.routes is PUBLIC:
@@ -1472,12 +1556,13 @@ class IngestServer(http.server.HTTPServer):
             connection.add(Deferred(len(self.rows), connection.closing))
             self.rows.append(result)
 
+    def charge(self, bucket: Optional[bytes]) -> float:
+        """Take a token from the bucket; the seconds to wait when there is none."""
+        return self.rate_limit.wait(bucket, self.now) if self.rate_limit and bucket else 0.0
+
     def too_many(self, connection: Connection, head: Head) -> Optional[Answer]:
         """The 429 for a client over its rate, or None."""
-        if self.rate_limit is None:
-            return None
-        bucket = self.bucket(connection.peer, head.forwarded) if self.trusted else connection.bucket
-        wait = self.rate_limit.wait(bucket, self.now) if bucket else 0.0
+        wait = self.charge(self.bucket(connection.peer, head.forwarded) if self.trusted else connection.bucket)
         if not wait:
             return None
         return failure(429, "Too many requests", "over_rate", "Retry-After: %d\r\n" % math.ceil(wait))
@@ -1488,7 +1573,8 @@ class IngestServer(http.server.HTTPServer):
         if answer.reason:
             self.metrics.refusals[answer.reason] += 1
         if self.access_log:
-            print(line(route=route, status=answer.status), flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more, or its disk is full
+                print(line(route=route, status=answer.status), flush=True)
         return frame(answer, close, self.second, bodiless)
 
     def commit(self) -> List[Answer]:
@@ -1527,11 +1613,11 @@ class IngestServer(http.server.HTTPServer):
         if answering:
             self.answered_at = self.now
         for connection in answering:
-            connection.unsent += b"".join([
+            answers = b"".join([
                 answer if isinstance(answer, bytes) else self.framed(results[answer.row], answer.close, HOT_ROUTE)
                 for answer in connection.answers])
-            connection.answers = []
-            self.guarded(Connection.flush, connection)
+            connection.answers, connection.queued = [], 0
+            self.guarded(connection.flush, answers)
 
     # -- the store's state ------------------------------------------------------------------------------
 
@@ -1573,7 +1659,7 @@ def family_of(host: str) -> int:
 
 
 # ======================================================================================================
-# The log: a line of JSON each. CONTRACT §8: no hash, ref, address or path is in one.
+# The log: a line of JSON each. CONTRACT §8: no hash, no ref, no address of a client is in one.
 # ======================================================================================================
 
 def line(**fields: Any) -> str:
@@ -1582,8 +1668,9 @@ def line(**fields: Any) -> str:
 
 
 def log(event: str, **fields: Any) -> None:
-    with contextlib.suppress(OSError):  # nobody reads standard error any more: that must not stop the server
-        print(line(event=event, **fields), file=sys.stderr, flush=True)
+    if sys.stderr:  # else print() would take standard output
+        with contextlib.suppress(OSError):  # nobody reads it any more: that must not stop the server
+            print(line(event=event, **fields), file=sys.stderr, flush=True)
 
 
 def log_fault(error: BaseException) -> None:
@@ -1614,11 +1701,22 @@ class Running:
 
     def events(self) -> List[Dict[str, Any]]:
         """The stored rows, oldest first, as dicts of the table's columns, with `discovery_refs` as a list."""
-        if not self._thread.is_alive():
-            raise RuntimeError("the server is stopped")
-        answer: queue.SimpleQueue[List[Dict[str, Any]]] = queue.SimpleQueue()
-        self._server.call(lambda: answer.put(self._read()))
-        return answer.get()
+        rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                rows.put(self._read())
+            except Exception as error:  # for the caller, in the caller's thread
+                rows.put(error)
+
+        self._server.call(read)
+        while self._thread.is_alive() or not rows.empty():
+            with contextlib.suppress(queue.Empty):
+                found = rows.get(timeout=0.05)
+                if isinstance(found, Exception):
+                    raise found
+                return found  # type: ignore[no-any-return]
+        raise RuntimeError("the server is stopped")
 
     def _read(self) -> List[Dict[str, Any]]:
         cursor = self._store.db.execute("SELECT * FROM session_events ORDER BY id")
@@ -1686,7 +1784,7 @@ def rate(text: str) -> Optional[Rate]:
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
+    if not 1 <= int(text[:19]) == int(text):
         raise ValueError
     return int(text)
 
@@ -1794,6 +1892,8 @@ def handle_signals(server: IngestServer, options: argparse.Namespace) -> None:
         server.shutdown(0.0 if server.stopping else GRACE_SECONDS)
 
     def reload(*_: Any) -> None:
+        if not server.tls:
+            return
         try:
             server.tls = load_tls(options)
         except StartError as error:
@@ -1801,7 +1901,7 @@ def handle_signals(server: IngestServer, options: argparse.Namespace) -> None:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, end)
-    if server.tls and hasattr(signal, "SIGHUP"):
+    if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, reload)
 
 
@@ -1840,8 +1940,9 @@ def inherited_socket() -> Optional[socket.socket]:
         raise StartError("one socket is wanted from LISTEN_FDS, not %s" % os.environ["LISTEN_FDS"])
     passed = socket.socket(fileno=3)
     passed.set_inheritable(False)
-    if passed.family not in (socket.AF_INET, socket.AF_INET6):
-        raise StartError("the passed socket is not a TCP socket")
+    if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise StartError("the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
     return passed
 
 
