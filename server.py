@@ -1518,8 +1518,7 @@ class IngestServer(http.server.HTTPServer):
                                (WRITING, limits.write_seconds), (LINGERING, LINGER_SECONDS)):
             late = self.now - seconds
             for connection in list(itertools.takewhile(lambda c: c.since < late, self.waiting[phase])):  # noqa: B023
-                if not connection.answers:  # else its request came in time
-                    connection.expire()
+                self.guarded(self.expire_unless_heard, connection)
         for phase in (READING, WRITING):
             while self.held >= MAX_HELD and self.waiting[phase]:
                 next(iter(self.waiting[phase])).close()
@@ -1527,6 +1526,13 @@ class IngestServer(http.server.HTTPServer):
             self.muted_until = 0.0
             for listener in self.listeners:
                 self.selector.register(listener, READ, functools.partial(self.accept, listener))
+
+    def expire_unless_heard(self, connection: Connection) -> None:
+        """Look once more before ending it: after a pause of the whole process the selector may not have yet."""
+        if not connection.answers and connection.phase in (IDLE, READING):
+            connection.ready(READ)
+        if not connection.answers and connection not in self.backlog:
+            connection.expire()
 
     def bucket(self, peer: str, forwarded: str) -> Optional[bytes]:
         """The rate limit's bucket of who sends, None for one who is not limited."""
