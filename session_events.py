@@ -2391,7 +2391,7 @@ HEAD, MIDDLE = struct.Struct("<qI32s"), struct.Struct("<32s24sIII")
 def row_binary(node: bytes, s: Shipped) -> bytes:
     """The row in ClickHouse's RowBinary, in the order of RAW_COLUMNS; `node` is already a string of it.
 
-    A third of the bytes of JSONEachRow, and half of its time on both sides."""
+    Half of the bytes of JSONEachRow (210 of 480), and a third of the time it takes to write."""
     return b"".join((
         node, HEAD.pack(s.id, s.received, bytes.fromhex(s.identity)),
         b"\1" if s.github is None else b"\0" + bytes.fromhex(s.github),
@@ -2436,6 +2436,7 @@ FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
 GROUP BY discovery_id""")
 LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
 SETTINGS_SENT = {"insert_distributed_sync": "1",  # an answer means stored, on whichever shard
+                 "insert_deduplicate": "0",  # a replica would drop a block that it remembers, though its rows be lost
                  "wait_end_of_query": "1"}  # an answer's status is about all of it
 
 
@@ -2556,7 +2557,7 @@ class ClickHouse:
 
     def insert(self, rows: bytes) -> None:
         """One INSERT of rows in RowBinary. Raises Later, InsertRefused, Refused."""
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31)  # level 1 to 6 costs 4 times the time for 7 % of the bytes
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31)  # level 6 takes twice the time for 3 % less
         query = str(uuid.uuid4())
         status, headers, said = self.posted(
             {"query": "INSERT INTO %s (%s) FORMAT RowBinary" % (RAW, ", ".join(name for name, _ in RAW_COLUMNS)),
