@@ -39,6 +39,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 from http.client import HTTPConnection
@@ -3704,6 +3705,609 @@ def test_beside_a_server_under_load_and_a_sweep(tmp_path):
         assert failures == [] and len(totals) > 3
     newest = read("sessions", "--db", db, *IN_MAY, "--format", "json")
     assert newest.returncode == 0 and json.loads(newest.stdout)["sessions"][0]["tool_count"] == 42
+
+
+# -- Ship -----------------------------------------------------------------------------------------------
+
+class ClickHouse:
+    """A real clickhouse-server on a free loopback port, in a folder of its own."""
+
+    CONFIG = """<yandex>
+<logger><level>warning</level><log>{0}/log</log><errorlog>{0}/errors</errorlog></logger>
+<http_port>{1}</http_port><tcp_port>{2}</tcp_port><listen_host>127.0.0.1</listen_host>
+<path>{0}/data/</path><tmp_path>{0}/tmp/</tmp_path><users_config>{0}/users.xml</users_config>
+<default_profile>default</default_profile><default_database>default</default_database>
+<mark_cache_size>67108864</mark_cache_size><uncompressed_cache_size>0</uncompressed_cache_size>
+</yandex>"""
+    USER = "<{0}><password>{1}</password><networks><ip>127.0.0.1</ip></networks><profile>{2}</profile>" \
+           "<quota>default</quota></{0}>"
+
+    def __init__(self, folder):
+        self.folder, self.port, self.count = folder, free_port(), 0
+        (folder / "config.xml").write_text(self.CONFIG.format(folder, self.port, free_port()))
+        (folder / "users.xml").write_text(
+            "<yandex><profiles><default/><looks><readonly>1</readonly></looks></profiles><quotas><default/></quotas>"
+            "<users>%s%s%s</users></yandex>" % (
+                self.USER.format("default", "", "default"), self.USER.format("shipper", "open sesame", "default"),
+                self.USER.format("visitor", "", "looks")))
+        self.start()
+
+    def start(self):
+        with open(str(self.folder / "output"), "ab") as output:
+            self.process = subprocess.Popen(
+                ["clickhouse-server", "--config-file=%s/config.xml" % self.folder], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output, cwd=str(self.folder))
+        end = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                assert self.process.poll() is None and time.monotonic() < end, (self.folder / "output").read_text()
+                time.sleep(.05)  # it says nowhere that it listens
+
+    def stop(self, signum=signal.SIGKILL):
+        self.process.send_signal(signum)
+        self.process.wait(60)
+
+    def database(self):
+        """The URL of a new database."""
+        self.count += 1
+        self.ask("CREATE DATABASE d%d" % self.count)
+        return "http://127.0.0.1:%d/?database=d%d" % (self.port, self.count)
+
+    def ask(self, sql, url=None):
+        """The rows of an answer, as lists of text; AssertionError with ClickHouse's words."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        query = urllib.parse.urlsplit(url).query if url else ""
+        connection.request("POST", "/?allow_experimental_low_cardinality_type=1&" + query, sql)
+        answer = connection.getresponse()
+        said = answer.read().decode()
+        connection.close()
+        assert answer.status == 200, said
+        return [line.split("\t") for line in said.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def clickhouse(tmp_path_factory):
+    if not shutil.which("clickhouse-server"):
+        pytest.skip("no clickhouse-server on this machine: shipping is not tested")
+    house = ClickHouse(tmp_path_factory.mktemp("clickhouse"))
+    yield house
+    house.stop()
+
+
+SMALL = """import sys, session_events as s
+s.SHIP_ROWS, s.FOLLOW_SECONDS = %d, .2
+try:
+    sys.exit(s.main())
+finally:
+    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")] if %d else []
+    print(*peak, file=sys.stderr)
+"""
+NAMES_NOBODY = re.compile(r"[0-9a-f]{17,}|auth-jwt-flow|open sesame").search
+
+
+def shipper(db, url, *flags, rows=200, env=(), peak=False):
+    """A `ship` process, in batches of `rows`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL % (rows, peak), "ship", "--db", str(db), "--to", url, *map(str, flags)],
+        cwd=str(ROOT), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=dict(os.environ, **dict(env)))
+
+
+def finished(process):
+    """(exit status, standard output, standard error) of a process that ends by itself."""
+    out, err = process.communicate(timeout=120)
+    assert b"Traceback" not in err, err
+    assert not NAMES_NOBODY((out + err).decode()), (out, err)
+    return process.returncode, out.decode(), err.decode().strip()
+
+
+def ship(db, url, *flags, **options):
+    return finished(shipper(db, url, *flags, **options))
+
+
+def shipped(db, url, *flags, **options):
+    """How many rows one `ship` sent; it has nothing to complain of."""
+    status, out, err = ship(db, url, *flags, **options)
+    assert (status, err) == (0, ""), err
+    return int(re.match(r"([\d,]+) rows shipped as node [0-9a-f]{16}\n$", out)[1].replace(",", ""))
+
+
+def sessions_of(*nodes):
+    """The rows that there are over several nodes, worked out here: of each session the one received first."""
+    first = {}
+    for node, rows in enumerate(nodes):
+        for n, r in enumerate(rows):
+            key = r["identity_hash"], r["session_id_hash"]
+            first.setdefault(key, []).append((r["received_at"], node, n, r))
+    return [min(found, key=lambda f: f[:3])[3] for found in first.values()]
+
+
+VIEW = """SELECT identity_hash, github_hash, session_id_hash, ended_at, tool_count, tokens_saved, branch_sha,
+  arrayStringConcat(discovery_refs, ' '), plugin_version, toString(received_at) FROM session_events"""
+
+
+def as_viewed(r):
+    return [r["identity_hash"], r["github_hash"] or r"\N", r["session_id_hash"], r["ended_at"], str(r["tool_count"]),
+            str(r["tokens_saved"]), r["branch_sha"] or r"\N",
+            " ".join(dict.fromkeys(json.loads(r["discovery_refs_json"]))), r["plugin_version"],
+            r["received_at"].replace("T", " ")[:19]]
+
+
+def whole(clickhouse, url, *nodes):
+    """Every row of the nodes is in the raw table, and each session is in the view once, as it was received first."""
+    received = clickhouse.ask("SELECT count() FROM (SELECT DISTINCT node, id FROM session_events_raw)", url)
+    assert received == [[str(sum(map(len, nodes)))]]
+    assert sorted(clickhouse.ask(VIEW, url)) == sorted(map(as_viewed, sessions_of(*nodes)))
+
+
+def many(count, start=0, **changes):
+    """Rows of all shapes: without GitHub, without branch, with many discoveries, in any year, over three months of
+    arrival."""
+    rng = random.Random(count + start)
+    rows = []
+    for n in range(start, start + count):
+        refs = ["auth-jwt-flow", "a", "r" * 128, *("d%d" % (n % k) for k in (3, 7, 50))][:rng.randrange(7)]
+        rows.append(dict(row(
+            n, "who %d" % (n % 40), "2026-05-%02dT10:%02d:00.%03dZ" % (1 + n % 28, n % 60, n % 1000),
+            refs * (1 + n % 2), n % 3 != 0, tool_count=n % 1_000_001, tokens_saved=10 ** 9 - n,
+            branch_sha=None if n % 5 == 0 else "%040x" % n if n % 5 == 1 else "abc123d",
+            received_at="2026-%02d-15T00:%02d:%02dZ" % (4 + n % 3, n // 60 % 60, n % 60)), **changes))
+    rows[0].update(ended_at="9999-12-31T23:59:59.999Z", discovery_refs_json=json.dumps(["x%d" % k for k in range(200)]))
+    rows[1].update(ended_at="0001-01-01T00:00:00.000Z", tool_count=1_000_000, tokens_saved=0)
+    return rows
+
+
+def test_ship_two_nodes_at_once(tmp_path, clickhouse):
+    """Two nodes, each shipped by two processes at once, with sessions that both nodes received: every row is there
+    once, and the views answer what SQLite answers on the same sessions."""
+    url = clickhouse.database()
+    one, two = many(3000), [*many(2000, 2500), *many(100, 9000)]
+    for n, r in enumerate(two[:500]):  # a retry that went to the other node: sooner, later, or in the same second
+        r.update(received_at=one[2500 + n]["received_at"] if n % 3 == 0 else "2026-0%d-15T00:00:00Z" % (3 + n % 3 * 2),
+                 tool_count=7)
+    a, b = stored(tmp_path / "a.db", *one), stored(tmp_path / "b.db", *two)
+    node = {}
+    for db in (a, b):
+        finished(shipper(db, url, "--check"))  # fails, nothing is there; but it names the node
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            node[db] = connection.execute("SELECT name FROM session_events_node").fetchone()[0]
+    ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
+    assert all((status, err) == (0, "") for status, _, err in ends), ends
+    nodes = [one, two] if node[a] < node[b] else [two, one]  # in the same second, the node's name decides
+    whole(clickhouse, url, *nodes)
+    merged = stored(tmp_path / "merged.db", *sessions_of(*nodes))
+    with session_events.reading(merged) as reader:
+        expected = session_events.discoveries(reader, session_events.Window("", "A"), 10 ** 6)["discoveries"]
+    listed = clickhouse.ask("SELECT * FROM discovery_propagation ORDER BY session_count DESC, discovery_id", url)
+    assert [r[:5] for r in listed] == [[str(d[key]) for key in (
+        "discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count")] for d in expected]
+    names = clickhouse.ask("SELECT name FROM system.columns WHERE table = 'discovery_propagation'"
+                           " AND database = currentDatabase()", url)
+    assert [name for name, in names] == list(expected[0])
+    assert ship(a, url, "--check")[0] == ship(b, url, "--check")[0] == 0
+    assert shipped(a, url) == shipped(b, url) == 0
+    assert shipped(a, url, "--again") == len(one)
+    assert ship(a, url, "--check")[0] == 0  # also before the repeats are merged
+    clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
+    whole(clickhouse, url, *nodes)
+    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [[str(len(one) + len(two))]]
+
+
+class Relay:
+    """Between a ship and ClickHouse. Once `limit` more bytes have gone to ClickHouse it calls `then` and cuts the
+    connection; or, with `late`, it does so in place of passing the next answer on."""
+
+    def __init__(self, port):
+        self.target, self.limit, self.then, self.late = port, None, None, False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self):
+        while True:
+            client, _ = self.listener.accept()
+            if self.target is None:
+                client.close()
+                return
+            with client, contextlib.suppress(OSError):
+                with socket.create_connection(("127.0.0.1", self.target)) as upstream:
+                    self.between(client, upstream)
+
+    def between(self, client, upstream):
+        while True:
+            for ready in select.select([client, upstream], [], [])[0]:
+                data = ready.recv(4096)
+                if not data:
+                    return
+                due = self.limit is not None and self.limit <= 0
+                if ready is client:
+                    upstream.sendall(data)
+                    self.limit = self.limit and self.limit - len(data)
+                    due = not self.late and self.limit is not None and self.limit <= 0
+                if due:
+                    self.limit = None
+                    self.then()
+                    return
+                if ready is upstream:
+                    client.sendall(data)
+
+    def stop(self):
+        self.target = None
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self.thread.join(30)
+        self.listener.close()
+
+
+def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
+    """SIGKILL in the middle of a batch, a connection cut there, an answer that does not arrive, ClickHouse killed and
+    started again: afterwards every row is there, and each session once."""
+    url = clickhouse.database()
+    rows = many(4000)
+    db = stored(tmp_path / "a.db", *rows)
+    relay = Relay(clickhouse.port)
+    by_relay = url.replace(str(clickhouse.port), str(relay.port))
+    count = "SELECT count() FROM session_events_raw"
+    running = []
+    try:
+        for limit in (6_000, 25_000, 60_000):  # the handshake is 3,000, a batch 20,000 bytes
+            relay.limit, relay.then = limit, lambda: running[-1].kill()
+            running.append(shipper(db, by_relay))
+            assert running[-1].wait(60) == -signal.SIGKILL
+            running[-1].communicate()
+        seen = int(clickhouse.ask(count, url)[0][0])
+        for relay.late in (False, True):
+            relay.limit, relay.then = 30_000, lambda: None
+            status, _, err = ship(db, by_relay)
+            assert status == 1 and "cannot reach" in err
+        relay.late = False
+        assert 0 < seen < int(clickhouse.ask(count, url)[0][0]) < 4000  # there is still something to do
+        relay.limit, relay.then = 40_000, lambda: clickhouse.stop(signal.SIGKILL)
+        process = shipper(db, by_relay, "--follow")
+        line = process.stderr.readline().decode()
+        assert "cannot reach ClickHouse" in line and "again in" in line
+        clickhouse.process.wait(60)
+        clickhouse.start()
+        end = time.monotonic() + 60
+        while int(clickhouse.ask("SELECT uniqExact(id) FROM session_events_raw", url)[0][0]) < 4000:
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(.1)
+        process.send_signal(signal.SIGTERM)
+        assert finished(process)[0] == 0
+    finally:
+        relay.stop()
+        if clickhouse.process.poll() is not None:
+            clickhouse.start()
+    whole(clickhouse, url, rows)
+    assert ship(db, url, "--check")[0] == 0
+
+
+def test_ship_follows_a_server(tmp_path, clickhouse):
+    """What a running server stores arrives while it runs; Ctrl-C ends the ship with 0; both programs share the file."""
+    url, db = clickhouse.database(), tmp_path / "events.db"
+    with serving(db) as server:
+        process = shipper(db, url, "--follow")
+        for n in range(3):
+            assert post(server, event("ship %d" % n))[0] == 202
+            end = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(AssertionError):  # until the table is there
+                    if clickhouse.ask("SELECT count() FROM session_events", url) == [[str(n + 1)]]:
+                        break
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(.05)
+        process.send_signal(signal.SIGINT)
+        assert finished(process) == (0, "", "")
+    with serving(db):
+        assert shipped(db, url) == 0
+    assert ship(db, url, "--check")[0] == 0
+
+
+def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
+    """A batch that is in by halves is completed; a file that is not the one whose rows are there is refused, and
+    counts no session twice under a name of its own."""
+    url = clickhouse.database()
+    rows = many(1000)
+    db = stored(tmp_path / "a.db", *rows)
+    assert shipped(db, url) == 1000
+    halves = clickhouse.database()
+    for statement in read("ship", "--print-ddl", "--to", halves).stdout.split(";\n"):
+        if statement.strip():
+            clickhouse.ask(statement, halves)
+    source = urllib.parse.urlsplit(url).query.split("=")[1]
+    clickhouse.ask("INSERT INTO session_events_raw SELECT * FROM %s.session_events_raw WHERE id <= 900 AND"
+                   " (id <= 700 OR toMonth(received_at) != 5)" % source, halves)
+    assert 290 <= shipped(db, halves) <= 300
+    whole(clickhouse, halves, rows)
+    shutil.copy(db, str(tmp_path / "old.db"))
+    newer = many(50, 2000)
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("DELETE FROM session_events WHERE id > 990 OR id < 10")
+        connection.commit()
+        assert shipped(db, url) == 0
+        insert(connection, newer)
+    assert shipped(db, url) == 50  # the ids of rows that are gone are not used again
+    status, _, err = ship(tmp_path / "old.db", url)
+    assert status == 1 and "old copy" in err
+    other = many(80, 3000)
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "old.db"))) as connection:
+        insert(connection, other)
+    status, _, err = ship(tmp_path / "old.db", url)
+    assert status == 1 and "DROP TABLE session_events_node" in err
+    with contextlib.closing(sqlite3.connect(str(tmp_path / "old.db"))) as connection:
+        connection.execute("DROP TABLE session_events_node")
+    assert shipped(tmp_path / "old.db", url) == 1080
+    assert sorted(clickhouse.ask(VIEW, url)) == sorted(map(as_viewed, sessions_of(rows, newer, other)))
+
+
+def insert(connection, rows):
+    for r in rows:
+        connection.execute("INSERT INTO session_events (%s) VALUES (%s)" % (", ".join(r), ", ".join("?" * len(r))),
+                           list(r.values()))
+    connection.commit()
+
+
+UNFIT = (("identity_hash", "f" * 63), ("identity_hash", "F" * 64), ("session_id_hash", b"f" * 64), ("github_hash", ""),
+         ("ended_at", "2026-02-30T00:00:00.000Z"), ("ended_at", 5), ("received_at", "1969-12-31T23:59:59Z"),
+         ("received_at", "2106-02-07T06:28:16Z"), ("tool_count", -1), ("tool_count", 1.5), ("tool_count", 1_000_001),
+         ("tokens_saved", "many"), ("branch_sha", "main"), ("plugin_version", "1.0\n"),
+         ("discovery_refs_json", "{}"), ("discovery_refs_json", "[" * 100_000), ("discovery_refs_json", '["a b"]'),
+         ("discovery_refs_json", '["\\ud800"]'), ("discovery_refs_json", json.dumps(["a"] * 201)))
+
+
+def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
+    """It is named by its id and column; what stands before it is shipped, it and what comes after it wait."""
+    url = clickhouse.database()
+    for column, value in UNFIT:
+        with pytest.raises(session_events.Unfit, match="row id 7 is no event: its " + column):
+            session_events.shippable([dict(many(2)[0], id=7, **{column: value})[name]
+                                      for name, _, _ in session_events.CELLS])
+    rows = many(300)
+    looser_db = str(tmp_path / "a.db")
+    with contextlib.closing(sqlite3.connect(looser_db)) as connection:
+        connection.executescript((ROOT / "schema.sql").read_text().replace(" NOT NULL", ""))
+        connection.execute("DROP TRIGGER session_events_discoveries_insert")
+        insert(connection, rows)
+        connection.execute("UPDATE session_events SET identity_hash = 'auth-jwt-flow' WHERE id = 251")
+        connection.commit()
+        status, out, err = ship(looser_db, url)
+        assert (status, out) == (1, "") and "row id 251 is no event: its identity_hash" in err
+        assert clickhouse.ask("SELECT count(), max(id) FROM session_events_raw", url) == [["250", "250"]]
+        assert ship(looser_db, url)[0] == ship(looser_db, url, "--check")[0] == 1
+        connection.execute("DELETE FROM session_events WHERE id = 251")
+        connection.commit()
+    assert shipped(looser_db, url) == 49
+    del rows[250]
+    whole(clickhouse, url, rows)
+
+
+def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
+    """Whatever the cluster's owner has put behind the table: the row is found, and ClickHouse's words, which could
+    quote it, are not printed."""
+    url = clickhouse.database()
+    rows = many(600)
+    db = stored(tmp_path / "a.db", *rows)
+    for statement in read("ship", "--print-ddl", "--to", url).stdout.split(";\n"):
+        if statement.strip():
+            clickhouse.ask(statement, url)
+    clickhouse.ask("ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED toUInt64(if(tokens_saved = %d,"
+                   " concat('x', lower(hex(identity_hash))), '1'))" % rows[442]["tokens_saved"], url)
+    status, out, err = ship(db, url)
+    assert (status, out) == (1, "") and "row id 443 cannot be shipped" in err and "query_id" in err, err
+    assert clickhouse.ask("SELECT uniqExact(id), max(id) FROM session_events_raw", url) == [["442", "442"]]
+    clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
+    assert shipped(db, url) == 158
+    whole(clickhouse, url, rows)
+    clickhouse.ask("ALTER TABLE session_events_raw MODIFY COLUMN tool_count UInt64", url)
+    status, _, err = ship(db, url)
+    assert status == 1 and "column tool_count is not UInt32" in err
+    clickhouse.ask("DROP TABLE session_events_raw", url)
+    status, _, err = ship(db, url, "--check")
+    assert status == 1 and "has no table" in err
+
+
+def test_ship_check_names_the_days(tmp_path, clickhouse):
+    url = clickhouse.database()
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    db = stored(tmp_path / "a.db", *many(900))
+    assert shipped(db, url) == 900
+
+    def checked(*statements):
+        """(status, days that differ, summary) of a copy of the file after some statements."""
+        copy = str(tmp_path / "copy.db")
+        shutil.copy(db, copy)
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            for statement in statements:
+                connection.execute(statement)
+            connection.commit()
+        status, out, err = ship(copy, url, "--check")
+        *days, summary = out.splitlines()
+        assert err == ""
+        return status, [line[:10] for line in days], summary
+
+    add = "INSERT INTO session_events SELECT 5000, 'f' || substr(identity_hash, 2), github_hash, session_id_hash," \
+          " ended_at, 1, 1, branch_sha, '[]', plugin_version, '%s' FROM session_events WHERE id = 3"
+    same = (0, [], "900 rows compared, 0 wait to be shipped: the same on every day")
+    assert checked() == same
+    for column, value in (("tool_count", "tool_count + 1"), ("github_hash", "NULL"), ("branch_sha", "'abcdef0'"),
+                          ("ended_at", "'2026-05-22T12:34:56.001Z'"), ("discovery_refs_json", "'[\"q\"]'"),
+                          ("session_id_hash", "'%s'" % ("0" * 64)), ("plugin_version", "'2'")):
+        status, days, _ = checked("UPDATE session_events SET %s = %s WHERE id = 602" % (column, value))
+        assert (status, days) == (1, ["2026-05-15"]), column
+    assert checked("DELETE FROM session_events WHERE id = 601")[:2] == (1, ["2026-04-15"])
+    assert checked("DELETE FROM session_events WHERE id < 100")[0] == 0  # swept: what is left is compared
+    assert checked(add % "2026-05-15T23:59:59Z")[:2] == (1, ["2026-05-15"])
+    assert checked(add % today) == (0, [], "900 rows compared, 1 wait to be shipped: the same on every day")
+    assert checked("UPDATE session_events SET received_at = '2026-06-16' || substr(received_at, 11) WHERE id = 603")[
+        :2] == (1, ["2026-06-15", "2026-06-16"])
+
+
+class Pretender(threading.Thread):
+    """An HTTP server that gives prepared answers (bytes), one a connection, and keeps what it was asked and when."""
+
+    def __init__(self, *answers, tls=None, patient=True):
+        super().__init__()
+        self.patient = patient  # else it closes without reading what is still sent
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.answers, self.tls, self.asked = answers, tls, []
+        self.url = "%s://127.0.0.1:%d/" % ("https" if tls else "http", self.listener.getsockname()[1])
+
+    def run(self):
+        for answer in self.answers:
+            client, _ = self.listener.accept()
+            with contextlib.suppress(OSError), client:
+                if self.tls:
+                    client = self.tls.wrap_socket(client, server_side=True)
+                self.asked.append((time.monotonic(), client.recv(1 << 16)))
+                client.sendall(answer)
+                if self.patient:
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1 << 16):
+                        pass
+        self.listener.close()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.join(60)
+
+
+def reply(status, body=b"", *headers):
+    return b"\r\n".join([b"HTTP/1.1 %d X" % status, b"Content-Length: %d" % len(body), *headers, b"", body])
+
+
+def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
+    db = stored(tmp_path / "a.db", *many(10))
+    secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
+    version = reply(200, b"99.1\n")
+    for answers, says in (
+            ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "not followed"),
+            ([reply(200, b"<html>")], "no ClickHouse"), ([reply(200)], "no ClickHouse"),
+            ([reply(404, b"nothing here")], "is it ClickHouse's HTTP port"),
+            ([b"SSH-2.0-x\r\n"], "no HTTP"), ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
+            ([reply(503, b"busy")], "cannot take it now (status 503"),
+            ([reply(500, b"Code: 241, e.displayText() = memory")], "its error 241"),
+            ([reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")], "Code: 62. DB::Exception: \\x1b[2J wrong"),
+            ([version, reply(200, b"x\ty\n")], "whose column node is not"),
+            ([version, reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
+              reply(200, b"a\nb\n"), reply(200, b"1" * 30 + b"\n")], "answers what was not asked"),
+            ([version, reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
+              reply(200, b"a\nb\n"), reply(200), *[reply(200, b"surprise")] * 2], "is it ClickHouse's HTTP port")):
+        with Pretender(*answers) as pretender:
+            status, out, err = ship(db, pretender.url, env=secret)
+        assert (status, out) == (1, "") and says in err and err.count("\n") <= 1, (says, err)
+        assert len(pretender.asked) == len(answers)
+        for _, request in pretender.asked:
+            head = request.split(b"\r\n\r\n")[0]
+            assert b"X-ClickHouse-User: shipper" in head and b"X-ClickHouse-Key: open sesame" in head
+            assert b"sesame" not in head.split(b"\r\n")[0]
+    assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
+    busy = reply(503, b"", b"Retry-After: 2")
+    with Pretender(busy, reply(401, b"Code: 516. DB::Exception: shipper: Authentication failed")) as pretender:
+        status, _, err = ship(db, pretender.url, "--follow", env=secret)  # a password does not mend itself
+    assert status == 1 and "again in 2 s" in err and "CLICKHOUSE_PASSWORD" in err and "shipper" not in err
+    assert 2 <= pretender.asked[1][0] - pretender.asked[0][0] < 60
+    with Pretender(busy, patient=False) as pretender:  # refused before it was all sent
+        house = session_events.ClickHouse(session_events.house_of(pretender.url), {})
+        with pytest.raises(session_events.Later, match="status 503") as refused:
+            house.insert(os.urandom(16 << 20))
+    assert refused.value.after == 2
+    url = clickhouse.database()
+    wrong = dict(secret, CLICKHOUSE_PASSWORD="open barley")
+    assert "does not know this user" in ship(db, url, env=wrong)[2]
+    assert "only read" in ship(db, url, env={"CLICKHOUSE_USER": "visitor"})[2]
+    assert "no such database" in ship(db, url + "x")[2]
+    assert shipped(db, url, env=secret) == 10
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+def test_ship_checks_certificates(tmp_path):
+    db = stored(tmp_path / "a.db", *many(2))
+    cert, key = certificate(tmp_path, "house")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(str(cert), str(key))
+    with Pretender(reply(503), tls=tls) as pretender:
+        status, _, err = ship(db, pretender.url)
+    assert status == 1 and "cannot be trusted" in err and pretender.asked == []
+    with Pretender(reply(503), tls=tls) as pretender:
+        status, _, err = ship(db, pretender.url, env={"SSL_CERT_FILE": str(cert)})
+    assert status == 1 and "status 503" in err and len(pretender.asked) == 1
+
+
+def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
+    db = stored(tmp_path / "a.db", *many(2))
+    for to in ("ftp://h/", "http://", "h:8123", "http://u@h/", "http://u:p@h/", "http://h:99999/", "http://h/?user=u",
+               "http://h/?password=p", "http://h/?database=a;b", "http://h/?database", "http://h/ x", "http://h/#f",
+               "http://h/\u00e9"):
+        status, out, err = answered(capfdbinary, ["ship", "--db", db, "--to", to])
+        assert (status, out) == (2, "") and "--to" in err, to
+    for argv in ([], ["--db", db], ["--to", "http://h/"], ["--db", db, "--to", "http://h/", "--check", "--follow"],
+                 ["--print-ddl", "--cluster", "a'b"]):
+        assert answered(capfdbinary, ["ship", *argv])[0] == 2
+    monkeypatch.setenv("CLICKHOUSE_PASSWORD", "two\nlines")
+    status, _, err = answered(capfdbinary, ["ship", "--db", db, "--to", "http://h/"])
+    assert status == 2 and "CLICKHOUSE_PASSWORD" in err and "two" not in err
+    out = answered(capfdbinary, ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
+    assert out.count(" ON CLUSTER 'main'") == 4 and "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/" in out
+
+    monkeypatch.setattr(session_events, "SHIP_BYTES", 20_000)  # a batch ends early where rows are large
+    wide = many(30, discovery_refs_json=json.dumps(["r" * 128] * 200))
+    db = stored(tmp_path / "wide.db", *wide)
+    assert [s.id for s in session_events.batch_after(db, 0)] == [1, 2] and session_events.batch_after(db, 30) == []
+
+    now = 1_800_000_000.0
+    for text, seconds in ((None, None), ("7", 7.0), ("-7", 0.0), ("soon", None), ("\u0667", None), ("9" * 20, 86_400.0),
+                          ("9" * 40, None), ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
+                          ("Fri, 15 Jan 2027 08:00:30 GMT", 30.0), ("Fri, 15 Jan 2027 07:00:00 GMT", 0.0)):
+        assert session_events.retry_after(text, now) == seconds, text
+    assert [session_events.back_off(n, 1.0) for n in (1, 2, 6, 7, 10 ** 6)] == [10.0, 20.0, 300.0, 300.0, 300.0]
+    assert session_events.back_off(3, 0.0) == 20.0
+
+
+def test_ship_names_the_node_once(tmp_path, monkeypatch):
+    """The node's name is written once; where that cannot be, it says so, and afterwards a reader's rights are
+    enough."""
+    db = stored(tmp_path / "a.db", *many(2), journal="DELETE")
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(session_events, "BUSY_SECONDS", .1)
+        with pytest.raises(session_events.Refused, match=r"cannot write the node's name .* keeps it locked"):
+            session_events.node_of(db)
+    name = session_events.node_of(db)
+    assert re.fullmatch("[0-9a-f]{16}", name) and session_events.node_of(db) == name
+    assert session_events.node_of(stored(tmp_path / "b.db")) != name
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE session_events_node SET name = 'a''b'")
+        connection.commit()
+    with pytest.raises(session_events.Refused, match="does not hold a node's name"):
+        session_events.node_of(db)
+
+
+@needs_linux
+def test_ship_in_constant_memory(tmp_path, clickhouse):
+    """Ten times the rows may not need noticeably more memory; and a terminal sees how far it is."""
+    peaks = []
+    for count in (4_000, 40_000):
+        db = stored(tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"], received_at="2026-05-22T12:00:00Z")
+                                                    for n in range(count)))
+        url = clickhouse.database()
+        status, out, err = ship(db, url, rows=2000, peak=True)
+        assert status == 0 and out.startswith("{:,} rows shipped".format(count)), err
+        assert ship(db, url, "--check", rows=2000)[0] == 0
+        peaks.append(int(err.split()[1]))
+    assert peaks[1] < peaks[0] + 8_000  # KiB; 36,000 rows as Python objects would be 40,000
+    ours, theirs = os.openpty()
+    url = clickhouse.database()
+    subprocess.run([sys.executable, str(ROOT / "session_events.py"), "ship", "--db", db, "--to", url],
+                   stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
+    os.close(theirs)
+    assert b"40,000 rows shipped" in os.read(ours, 1 << 16)
+    os.close(ours)
 
 
 # ======================================================================================================
