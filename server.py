@@ -1138,8 +1138,6 @@ class Connection:
         data = self.receive()
         if data is None:
             self.watch(READ)
-        elif not data and self.answers:
-            self.closing = True  # the client sends no more, and still wants what it has asked for
         elif not data:
             self.close()
         elif self.phase is not LINGERING:

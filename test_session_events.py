@@ -2046,6 +2046,7 @@ def test_client_that_pipelines_without_reading_starves_nobody(tmp_path):
             for wire in deaf:
                 wire.send(costly)
             assert p99(loaded(running, "beside the deaf", 200).seconds) < 2
+            assert peak_megabytes(running.process.pid) < 120
         assert peak_megabytes(running.process.pid) < 120
         greedy.sock.shutdown(socket.SHUT_RDWR)
         flooder.join(30)
