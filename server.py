@@ -1026,7 +1026,7 @@ SPIN_SECONDS = 0.00005 if (os.cpu_count() or 1) > 1 else 0.0
 PHASES = IDLE, READING, WRITING, LINGERING = "idle", "reading", "writing", "lingering"
 LINGER_SECONDS = 2.0  # a refused client may still be sending: a close at once would lose it the answer
 
-SWEEP_MORE = 4  # old rows that a turn deletes beyond as many as it stores: sweeping is always a little faster
+SWEEP_MORE = 1  # old rows that a turn deletes beyond as many as it stores: sweeping is always a little faster
 SWEEP_IDLE = 64  # that a turn deletes when nobody was served for a second: 2 ms, which is what a request may wait
 SWEEP_EVERY = 60.0  # seconds, once all that is due is gone
 
