@@ -330,38 +330,45 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
     return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
 
 
-NEWEST = 2000  # rows looked at first: most of the sessions that people ask for are recent
-IDENTITIES, AT_ONCE = 5000, 500  # identities looked through one by one, and so many in one query
+NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
+SAMPLE, MOST_STEPS = 64, 20_000
+SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
 NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
-    WHERE session_id_hash >= ? AND session_id_hash < ?"""
-IDENTITY_IDS = """WITH RECURSIVE one (identity) AS (
-    SELECT min(identity_hash) FROM session_events WHERE identity_hash > ?
-    UNION ALL
-    SELECT (SELECT min(identity_hash) FROM session_events WHERE identity_hash > identity) FROM one
-      WHERE identity IS NOT NULL LIMIT ?)
-  SELECT max(identity), max(identity IS NULL), group_concat(e.id) FROM one LEFT JOIN session_events e
-    ON e.identity_hash = identity AND e.session_id_hash >= ? AND e.session_id_hash < ?"""
-ALL_IDS = "SELECT id FROM session_events WHERE session_id_hash >= ? AND session_id_hash < ? LIMIT ?"
+  WHERE session_id_hash = ?"""
+EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
+  SELECT min(identity_hash) FROM session_events
+  UNION ALL
+  SELECT (SELECT identity_hash FROM session_events WHERE identity_hash > identity ORDER BY 1 LIMIT 1) FROM one
+    WHERE identity IS NOT NULL)
+SELECT """
+SAMPLED = EACH_IDENTITY + "identity FROM one LIMIT 1 OFFSET ?"
+IDENTITY_IDS = EACH_IDENTITY + """e.id FROM one CROSS JOIN session_events e
+  ON e.identity_hash = identity AND %s LIMIT ?"""
+ALL_IDS = "SELECT id FROM session_events WHERE %s LIMIT ?"
+
+
+def identities(reader: Reader) -> float:
+    """About how many identities there are: hashes lie evenly, so the place of one of the first tells."""
+    (sample,) = reader.rows(SAMPLED, [SAMPLE]).fetchone() or (None,)
+    if not isinstance(sample, str) or not is_hash(sample):
+        return SAMPLE
+    return SAMPLE * 16.0 ** 8 / (int(sample[:8], 16) + 1)
 
 
 def session_ids(reader: Reader, prefix: str) -> List[int]:
     """The ids of the rows whose session starts with `prefix`; of a whole hash, those found first are enough.
 
-    No index starts with the session. So, for a whole hash, first the newest rows (2 ms); then a step per
-    identity through the unique index, as far as that pays (all of 4,000 identities: 20 ms); then all of the
-    index (of a million rows: 60 ms)."""
+    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two steps per
+    identity through the unique index (all of 4,000 identities: 18 ms); or, where there are too many of them,
+    all of that index (of a million rows: 100 ms)."""
     whole_hash = len(prefix) == 64
-    bounds = [prefix, prefix + "g"]  # "g" is above every digit
-    found = [row_id for row_id, in reader.rows(NEWEST_IDS, [NEWEST, *bounds])] if whole_hash else []
-    if found:
-        return found
-    identity = ""
-    for _ in range(0, IDENTITIES, AT_ONCE):
-        identity, at_end, ids = reader.rows(IDENTITY_IDS, [identity, AT_ONCE, *bounds]).fetchone()
-        found += map(int, ids.split(",")) if ids else []
-        if at_end or (whole_hash and found):
-            return found
-    return [row_id for row_id, in reader.rows(ALL_IDS, [*bounds, 1 if whole_hash else -1])]
+    given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
+    found = reader.rows(NEWEST_IDS, [NEWEST, prefix]).fetchall() if whole_hash else []
+    if not found:
+        few = identities(reader) <= MOST_STEPS
+        sql = IDENTITY_IDS % SESSION_IS[whole_hash].format("e.") if few else ALL_IDS % SESSION_IS[whole_hash].format("")
+        found = reader.rows(sql, [*given, 1 if whole_hash else -1]).fetchall()
+    return [row_id for row_id, in found]
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
@@ -473,6 +480,7 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
     within the window; its `discovery` is not looked at. A time that is no time is None."""
     now = moment_text(now_ms())
+    reader.rows("PRAGMA mmap_size = 8589934592")  # a quarter off these long scans; short questions would pay 1 to 4 ms
     ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
                       [window.since, window.until]).fetchone()
     if ids[0] is None:
@@ -545,9 +553,10 @@ def tallied(reader: Reader, window: Window) -> List[Tally]:
         row[0] += 1
         row[1] += whole(tools, MOST_TOOLS)
         row[2] += whole(tokens, MOST_TOKENS)
+    midnights = {date: instant(date + "T00:00:00") for date in {date for date, _ in sums}}
     tallies = []
     for (date, developer), counts in sums.items():
-        midnight = instant(date + "T00:00:00")
+        midnight = midnights[date]
         if midnight is None or not is_hash(developer):
             reader.left_out += counts[0]
         else:
@@ -625,8 +634,7 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
     All labels have one length, the least at which no two developers of the window look alike; finding it
     reads the developers once, in order, and remembers one of them."""
-    for pragma in ("mmap_size = 0", "cache_size = -8192"):  # a map of a large file would count as memory
-        reader.rows("PRAGMA " + pragma)
+    reader.rows("PRAGMA cache_size = -8192")
     sql, values = where(window)
     length, before = PREFIX, ""
     for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
@@ -1777,8 +1785,7 @@ def begun(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold any bytes
-        for pragma in ("query_only = 1", "trusted_schema = 0", "cache_size = -65536",
-                       "mmap_size = 8589934592"):  # reading through a map takes a third off every long scan
+        for pragma in ("query_only = 1", "trusted_schema = 0", "cache_size = -65536"):
             connection.execute("PRAGMA " + pragma)
         connection.execute("BEGIN")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # takes the snapshot

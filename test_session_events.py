@@ -2758,9 +2758,10 @@ def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
                     len(day), len({r["github_hash"] or r["identity_hash"] for r in day}))
             exported = list(session_events.exported(reader, window))
             assert [s["session_id_hash"] for s in exported] == [r["session_id_hash"] for r in inside]
-    monkeypatch.setattr(session_events, "AT_ONCE", 2)
-    for identities in (0, 3, 1000):  # no step, too few, all of them
-        monkeypatch.setattr(session_events, "IDENTITIES", identities)
+    monkeypatch.setattr(session_events, "SAMPLE", 2)
+    for newest, steps in ((1000, 0), (3, 0), (3, 1 << 60)):  # found among the newest, in the whole index, step by step
+        monkeypatch.setattr(session_events, "NEWEST", newest)
+        monkeypatch.setattr(session_events, "MOST_STEPS", steps)
         with session_events.reading(db) as reader:
             for r in chance.sample(rows, 20):
                 for digits in (64, 12):
