@@ -572,8 +572,8 @@ def test_emit_small_rules():
 def test_emit_is_the_same_program_unfolded(person, tmp_path):
     """The fold is for speed only: same names at the same lines, same event."""
     text = EMIT.read_text()
-    plain = text.replace("PART_TWO = r'''\n", "\n", 1).replace("\n'''\n", "\n\n", 1)
-    assert plain != text and "'''" not in plain.split("def unfold")[1]
+    plain, parts = re.subn(r"def part_.*\n    return r'''\n((?s:.*?))\n'''\n", r"\n\n\1\n\n", text)
+    assert parts == 2 and "'''" not in plain.split("names = globals()")[1]
     (tmp_path / "emit.py").write_text(plain)
     spec = importlib.util.spec_from_file_location("plain_emit", str(tmp_path / "emit.py"))
     module = importlib.util.module_from_spec(spec)
@@ -588,6 +588,26 @@ def test_emit_is_the_same_program_unfolded(person, tmp_path):
              for file in (EMIT, tmp_path / "emit.py")]
     first, second = (re.sub(rb'"ended_at":"[^"]*"', b"", line) for line in shown)
     assert first == second and b"session_id_hash" in first
+
+
+@every_python
+def test_emit_compiles_and_imports_no_more_than_it_needs(python, person):
+    """What `track` costs when there is nothing to record, in what does not depend on the machine."""
+    code = ("import sys; system = sys.modules.get('os') or sys.modules['posix']; names = dict(__name__='__main__')\n"
+            "system._exit = lambda status: print([part for part in ('part_two', 'part_three') if part in names],"
+            " [name for name in ('json', 're', 'subprocess', 'hashlib') if name in sys.modules])\n"
+            "exec(open(%r, encoding='utf-8').read(), names)" % str(EMIT))
+    person.put("config.json", {"telemetry": "opt-in"})
+    nothing = b'{"session_id": "s", "cwd": "/x", "tool_name": "Edit", "tool_input": {"file_path": "/x/a.py"}}'
+    for args, data, off, folded in ((["track"], nothing, "", ["part_two", "part_three"]),
+                                    (["track", "--dir", "/x"], nothing, "", ["part_two", "part_three"]),
+                                    (["track"], nothing.replace(b"/x/", b"discoveries/"), "", []),
+                                    ([], nothing, "1", ["part_three"])):
+        done = run([python, "-I", "-S", "-c", code, *args], input=data,
+                   env={**person.env, "ASHLR_TELEMETRY": "", "DO_NOT_TRACK": off})
+        loaded = done.stdout.strip().partition("] ")[2]
+        assert done.stdout.startswith(str(folded)), (args, done.stdout, done.stderr)
+        assert loaded == "[]" or not folded, loaded
 
 
 # --- the hook, as a process
