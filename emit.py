@@ -39,6 +39,7 @@ DEFAULT_SERVER = "http://127.0.0.1:8787"  # CONTRACT section 6
 FOREGROUND_S = 0.5  # of a run that cannot leave its caller, or was asked to --wait
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
+INT_DIGITS = 4300  # as in Python itself, but only since 3.11
 
 # Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
 ASHLR = b"/.ashlr/"
@@ -80,17 +81,25 @@ def telemetry_said(home):
         return UNCLEAR
 
 
+def short_int(digits):
+    # type: (str) -> int
+    """A whole number of a JSON text. ValueError for thousands of digits: the time grows with their square."""
+    if len(digits) > INT_DIGITS:
+        raise ValueError("too many digits")
+    return int(digits)
+
+
 class Scanner:
     """What the C scanner beneath json wants to know: json's own defaults."""
 
-    strict, parse_float, parse_int = True, float, int
+    strict, parse_float, parse_int = True, float, short_int
     object_hook = object_pairs_hook = array_hook = None
     parse_constant = int  # of "NaN" and the infinities, which are not JSON: a ValueError
 
 
 def loads(data):
     # type: (bytes) -> Any
-    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
+    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON, or has endless numbers.
 
     The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it
     wants to be asked differently, json itself answers; a test holds the two to the same answers.
@@ -102,7 +111,7 @@ def loads(data):
             value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
         except (ImportError, AttributeError):
             import json
-            value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
+            value, end = json.loads(text, parse_constant=int, parse_int=short_int), len(text)
     except (StopIteration, RecursionError, SystemError):  # the last in 3.10 and 3.11, as json is not there
         end = -1
     if end != len(text):

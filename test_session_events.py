@@ -591,6 +591,19 @@ def test_emit_is_the_same_program_unfolded(person, tmp_path):
 
 
 @every_python
+def test_emit_refuses_endless_numbers(python, person):
+    """Alike on all Pythons: without a limit, a million digits in a hook's JSON cost 4 s of work."""
+    unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0); "
+    for digits, scanner in ((4300, "pass"), (4301, "pass"), (4301, "sys.modules['_json'] = None")):
+        shown = person.emit("show", python=python, before=unlimited + scanner, recorded=False,
+                            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits))
+        assert (secret_hash("digits") in shown.stdout) == (digits == 4300), shown.stderr
+    person.put("config.json", '{"telemetry": "opt-in", "x": %s}' % ("1" * 4301))
+    status = person.emit("status", python=python, before=unlimited + "pass", env={"ASHLR_TELEMETRY": None})
+    assert "config.json cannot be read" in status.stdout
+
+
+@every_python
 def test_emit_compiles_and_imports_no_more_than_it_needs(python, person):
     """What `track` costs when there is nothing to record, in what does not depend on the machine."""
     code = ("import sys; system = sys.modules.get('os') or sys.modules['posix']; names = dict(__name__='__main__')\n"
