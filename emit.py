@@ -923,9 +923,11 @@ def printed_by(argv, changes):
     import os
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    env.update(changes)
+    folders = absolute_folders(env.get("PATH") or os.defpath)
+    env.update(changes, PATH=os.pathsep.join(folders))
     try:
-        process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env, start_new_session=True)
+        process = Popen([program(argv[0], folders), *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL,
+                        env=env, start_new_session=True)
     except (OSError, ValueError):
         return ""
     RUNNING.append(process.pid)
@@ -937,6 +939,24 @@ def printed_by(argv, changes):
     finally:
         del RUNNING[:]
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
+
+
+def absolute_folders(path):
+    # type: (str) -> List[str]
+    """Of a PATH: the others lead to the working directory, which is a project's, who knows whose."""
+    import os
+    return [folder for folder in path.split(os.pathsep) if os.path.isabs(folder)]
+
+
+def program(name, folders):
+    # type: (str, Sequence[str]) -> str
+    """Where a program is. FileNotFoundError if it is in none. (Windows itself looks in the working directory.)"""
+    import os
+    for folder in folders:
+        file = os.path.join(folder, name + ".exe" * (os.name == "nt"))
+        if os.path.isfile(file) and os.access(file, os.X_OK):
+            return file
+    raise FileNotFoundError(2, "no such program")
 
 
 RUNNING = []  # type: List[int]  # the program being waited for

@@ -1010,6 +1010,24 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
 
 
 @every_python
+def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
+    """Of PATH, the working directory (an empty entry) and relative folders do not count; nor those of no PATH."""
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "bin/git"):
+        (tmp_path / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
+        (tmp_path / name).chmod(0o755)
+    real, found = os.environ["PATH"], []
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
+            person.emit("--wait", "20000", "--dir", str(repository[0]), python=python, cwd=str(tmp_path),
+                        env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n}, stdin=subprocess.DEVNULL)
+            found.append(json.loads(server.requests[-1][2])["branch_sha"])
+    assert not (tmp_path / "ran").exists()
+    assert repository[1][:12] in found and found[3] is None  # git may take longer than it is given, once
+
+
+@every_python
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
     """And no other: on a Mac, urllib would ask the system, which crashes after a fork."""
     with Odd() as proxy:
