@@ -16,12 +16,13 @@ cannot be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events, 30
 --wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on
 standard error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# Part one runs while the caller waits: consent, input, caller, leaving. Part two does the rest: identity,
-# session, payload (pure); spool, capture, sending (edges); commands.
+# Part one is all of a tool call that touched nothing: consent, input, `track`, command line. Part two is a session's
+# end until the caller is let go: caller, hook. Part three is what nobody waits for: identity, session, payload (pure);
+# spool, capture, sending (edges); commands.
 #
-# A start costs what it compiles and imports, so part one is short and imports next to nothing. Of a bare
-# start with -I -S, `import os` costs up to 0.25, `import json` 0.9; leaving by _exit wins 0.15. Types stand
-# in comments for the same reason: as annotations they would cost 0.1.
+# A start costs what it compiles and imports, so part one is short and imports next to nothing, and the others are
+# folded until they are needed (`unfold`). Of a bare start with -I -S, `import os` costs up to 0.25, `import json` 0.9;
+# leaving by _exit wins 0.15. Types stand in comments for the same reason: as annotations they would cost 0.1.
 import sys
 
 TYPE_CHECKING = False
@@ -35,15 +36,13 @@ else:  # os where it is loaded already; else the built-in module beneath it, whi
 
 DEFAULT_SERVER = "http://127.0.0.1:8787"  # CONTRACT section 6
 
-LIFE_S = 20.0  # of the sender, whatever the network does
 FOREGROUND_S = 0.5  # of a run that cannot leave its caller, or was asked to --wait
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
+INT_DIGITS = 4300  # as in Python itself, but only since 3.11
 
 # Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
 ASHLR = b"/.ashlr/"
-OURS = b"/.ashlr/session-events/"
-PENDING, TOUCHED, LAST = OURS + b"pending/", OURS + b"touched/", OURS + b"last.json"
 UNCLEAR = object()  # what a config.json says that cannot be read
 
 
@@ -71,12 +70,6 @@ def consent(env, said):
     return False, "nobody said yes (emit.py on does)"
 
 
-def refused(env, said):
-    # type: (Dict[str, str], Any) -> bool
-    """Did anybody say no, or nobody yes? Then what waits goes; not when all there is is a file nobody can read."""
-    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
-
-
 def telemetry_said(home):
     # type: (bytes) -> Any
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
@@ -88,17 +81,25 @@ def telemetry_said(home):
         return UNCLEAR
 
 
+def short_int(digits):
+    # type: (str) -> int
+    """A whole number of a JSON text. ValueError for thousands of digits: the time grows with their square."""
+    if len(digits) > INT_DIGITS:
+        raise ValueError("too many digits")
+    return int(digits)
+
+
 class Scanner:
     """What the C scanner beneath json wants to know: json's own defaults."""
 
-    strict, parse_float, parse_int = True, float, int
+    strict, parse_float, parse_int = True, float, short_int
     object_hook = object_pairs_hook = array_hook = None
     parse_constant = int  # of "NaN" and the infinities, which are not JSON: a ValueError
 
 
 def loads(data):
     # type: (bytes) -> Any
-    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON.
+    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON, or has endless numbers.
 
     The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it
     wants to be asked differently, json itself answers; a test holds the two to the same answers.
@@ -110,7 +111,7 @@ def loads(data):
             value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
         except (ImportError, AttributeError):
             import json
-            value, end = json.loads(text, parse_constant=Scanner.parse_constant), len(text)
+            value, end = json.loads(text, parse_constant=int, parse_int=short_int), len(text)
     except (StopIteration, RecursionError, SystemError):  # the last in 3.10 and 3.11, as json is not there
         end = -1
     if end != len(text):
@@ -133,36 +134,6 @@ def contents(path, most=FILE_BYTES):
         raise
     with file:
         return file.read(most + 1) or b""
-
-
-def purge(home):
-    # type: (bytes) -> int
-    """Delete what waits and what was noted, for a person who said no; how many files that was."""
-    gone = 0
-    for folder in (PENDING, TOUCHED):
-        for name in names_in(home + folder):
-            gone += remove(home + folder + name)
-    remove(home + LAST)
-    return gone
-
-
-def names_in(folder):
-    # type: (bytes) -> List[bytes]
-    """Sorted; [] for a folder that is not there."""
-    try:
-        return sorted(system.listdir(folder))
-    except OSError:
-        return []
-
-
-def remove(path):
-    # type: (bytes) -> bool
-    """Was it there, and is gone?"""
-    try:
-        system.unlink(path)
-        return True
-    except OSError:
-        return False
 
 
 # ======================================================================================================
@@ -233,7 +204,7 @@ def input_reader():
         select([0], [], [], 0)
         return lambda seconds: system.read(0, 65536) if select([0], [], [], max(seconds, 0))[0] else None
     except (ImportError, OSError):  # Windows: it knows sockets only
-        return unfold()["threaded_reader"]()  # type: ignore[no-any-return]
+        return unfold(3)["threaded_reader"]()  # type: ignore[no-any-return]
 
 
 def loads_object(data):
@@ -246,9 +217,111 @@ def loads_object(data):
     return value if isinstance(value, dict) else {}
 
 
+def debugging(env):
+    # type: (Dict[str, str]) -> bool
+    """Does somebody want to be told what a hook run does?"""
+    return env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0")
+
+
 # ======================================================================================================
-# Caller: what only the hook's own process can tell
+# The hook after a tool call
 # ======================================================================================================
+
+
+def track(argv):
+    # type: (Sequence[str]) -> int
+    """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
+    refs = []  # type: List[str]
+    try:
+        if argv and argv[:-1] != ["--dir"]:  # a hook names its project at the most
+            refs = unfold(2)["options"](argv)[2]
+        env, data = environment(), b""
+        allowed, why = consent(env, telemetry_said(home_of(env)))
+        if allowed and not (refs and unfold(2)["session_id"](env, {})):
+            data = standard_input()
+        # Asked after every tool call: to parse what a tool wrote may cost ms, the other parts cost a bare start.
+        # (JSON may write any letter as \u00...)
+        if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
+            return int(unfold(3)["record_touched"](env, argv, data, allowed, why))
+        return 0
+    except BaseException as error:
+        return int(unfold(3)["tracking_failed"](environment(), refs, error))
+
+
+# ======================================================================================================
+# Command line
+# ======================================================================================================
+
+
+def main(argv):
+    # type: (Sequence[str]) -> int
+    """The exit status of a command line. A hook run's sender does not come back from here."""
+    system.umask(0o077)
+    if "--help" not in argv and "-h" not in argv:
+        if not argv or argv[0][:1] == "-":
+            return int(unfold(2)["hook"](argv))
+        if argv[0] == "track":
+            return track(argv[1:])
+    return int(unfold(3)["command"](argv))
+
+
+def run():
+    # type: () -> NoReturn
+    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
+    system._exit(main(sys.argv[1:]))
+
+
+# ======================================================================================================
+# Part two and part three, folded
+# ======================================================================================================
+
+
+def unfold(part):
+    # type: (int) -> Dict[str, Any]
+    """The names of all parts up to this one (2 or 3), which are compiled here and now if they were not.
+
+    Parts two and three stand in strings, which Python reads at once and compiles when asked. Of a bare start,
+    compiling part one costs 0.2, part two 0.2, part three 0.9; by compile(), for a file name in tracebacks, 0.15
+    more. Without the lines from `def part_...` to `r'''` and the closing ones this is an ordinary program; as
+    such it is linted, type-checked and tested against the folded one.
+    """
+    names = globals()
+    for name in ("part_two", "part_three")[:part - 1]:
+        folded = names.pop(name, None)
+        if folded:  # compiled at its own line numbers
+            exec("\n" * folded.__code__.co_firstlineno + folded(), names)
+    return names
+
+
+def part_two():  # type: () -> str
+    return r'''
+
+LIFE_S = 20.0  # of the sender, whatever the network does
+OURS = b"/.ashlr/session-events/"
+PENDING, TOUCHED, LAST = OURS + b"pending/", OURS + b"touched/", OURS + b"last.json"
+
+
+# ======================================================================================================
+# Caller: what only the hook's own process, and its command line, can tell
+# ======================================================================================================
+
+
+def options(argv):
+    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
+    """(--dir or "", --wait in seconds or None, what is neither)."""
+    directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
+    left = list(argv)
+    while left:
+        word = left.pop(0)
+        if word == "--dir" and left:
+            directory = left.pop(0)
+        elif word == "--wait":
+            wait = FOREGROUND_S
+            if left and left[0] and not left[0].strip("0123456789"):
+                wait = min(float(left.pop(0)) / 1000, LIFE_S)
+        else:
+            rest.append(word)
+    return directory, wait, rest
 
 
 def session_id(env, hook):
@@ -273,7 +346,7 @@ class Caller:
         self.env, self.home, self.ended, self.hook = env, home_of(env), time(), loads_object(data)
         self.session = session_id(env, self.hook)
         self.ppid = getattr(system, "getppid", int)()
-        self.started = "" if self.session else unfold()["parent_started"](self.ppid)
+        self.started = "" if self.session else parent_started(self.ppid)
         try:
             self.here = system.getcwdb().decode("utf-8", "surrogateescape")
         except OSError:  # deleted
@@ -283,33 +356,19 @@ class Caller:
         self.project = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or self.base
 
 
+def parent_started(ppid):
+    # type: (int) -> str
+    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
+    try:
+        fields = contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()
+        return fields[19].decode()  # the 22nd of all, in ticks since the system started
+    except (OSError, IndexError):
+        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
+
+
 # ======================================================================================================
-# The two hooks
+# The hook at a session's end
 # ======================================================================================================
-
-
-def options(argv):
-    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
-    """(--dir or "", --wait in seconds or None, what is neither)."""
-    directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
-    left = list(argv)
-    while left:
-        word = left.pop(0)
-        if word == "--dir" and left:
-            directory = left.pop(0)
-        elif word == "--wait":
-            wait = FOREGROUND_S
-            if left and left[0] and not left[0].strip("0123456789"):
-                wait = min(float(left.pop(0)) / 1000, LIFE_S)
-        else:
-            rest.append(word)
-    return directory, wait, rest
-
-
-def debugging(env):
-    # type: (Dict[str, str]) -> bool
-    """Does somebody want to be told what a hook run does?"""
-    return env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
 
 def hook(argv):
@@ -344,7 +403,7 @@ def hook(argv):
     except BaseException as fault:  # a hook never fails
         error = fault
     life = LIFE_S if child == 0 else (FOREGROUND_S if wait is None else wait) - (monotonic() - begun)
-    unfold()["alone"](env, caller, why, rest, error, life)
+    unfold(3)["alone"](env, caller, why, rest, error, life)
     return 0
 
 
@@ -379,69 +438,45 @@ def detach(keep_errors):
                 pass
 
 
-def track(argv):
-    # type: (Sequence[str]) -> int
-    """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
-    refs = []  # type: List[str]
+def refused(env, said):
+    # type: (Dict[str, str], Any) -> bool
+    """Did anybody say no, or nobody yes? Then what waits goes; not when all there is is a file nobody can read."""
+    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
+
+
+def purge(home):
+    # type: (bytes) -> int
+    """Delete what waits and what was noted, for a person who said no; how many files that was."""
+    gone = 0
+    for folder in (PENDING, TOUCHED):
+        for name in names_in(home + folder):
+            gone += remove(home + folder + name)
+    remove(home + LAST)
+    return gone
+
+
+def names_in(folder):
+    # type: (bytes) -> List[bytes]
+    """Sorted; [] for a folder that is not there."""
     try:
-        directory, _, refs = options(argv)
-        env, data = environment(), b""
-        allowed, why = consent(env, telemetry_said(home_of(env)))
-        if allowed and not (refs and session_id(env, {})):
-            data = standard_input()
-        # Asked after every tool call: to parse what a tool wrote may cost ms, part two costs a bare start.
-        # (JSON may write any letter as \u00...)
-        if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
-            return int(unfold()["record_touched"](env, directory, refs, data, allowed, why))
-        return 0
-    except BaseException as error:
-        return int(unfold()["tracking_failed"](environment(), refs, error))
+        return sorted(system.listdir(folder))
+    except OSError:
+        return []
 
 
-# ======================================================================================================
-# Command line
-# ======================================================================================================
+def remove(path):
+    # type: (bytes) -> bool
+    """Was it there, and is gone?"""
+    try:
+        system.unlink(path)
+        return True
+    except OSError:
+        return False
+'''
 
 
-def main(argv):
-    # type: (Sequence[str]) -> int
-    """The exit status of a command line. A hook run's sender does not come back from here."""
-    system.umask(0o077)
-    if "--help" not in argv and "-h" not in argv:
-        if not argv or argv[0][:1] == "-":
-            return hook(argv)
-        if argv[0] == "track":
-            return track(argv[1:])
-    return int(unfold()["command"](argv))
-
-
-def run():
-    # type: () -> NoReturn
-    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
-    system._exit(main(sys.argv[1:]))
-
-
-# ======================================================================================================
-# Part two: nobody waits for it
-# ======================================================================================================
-
-
-def unfold():
-    # type: () -> Dict[str, Any]
-    """Part two's names and part one's, once part two is compiled: here and now, if it was not.
-
-    It is folded into a string, which Python reads at once and compiles when asked: of a bare start, compiling
-    the whole file costs 1.2, part one 0.35. Without the two lines that mark the string this is an ordinary
-    program; as such it is linted, type-checked and tested against the folded one.
-    """
-    names = globals()
-    text = names.pop("PART_TWO", "")
-    if text:  # at its own line numbers
-        exec(compile("\n" * (unfold.__code__.co_firstlineno + 14) + text, __file__, "exec"), names)
-    return names
-
-
-PART_TWO = r'''
+def part_three():  # type: () -> str
+    return r'''
 
 EVENT_BYTES = 65536
 MAX_CALLS, MAX_TOKENS, MAX_REFS = 1000000, 1000000000, 200
@@ -888,9 +923,11 @@ def printed_by(argv, changes):
     import os
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    env.update(changes)
+    folders = absolute_folders(env.get("PATH") or os.defpath)
+    env.update(changes, PATH=os.pathsep.join(folders))
     try:
-        process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env, start_new_session=True)
+        process = Popen([program(argv[0], folders), *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL,
+                        env=env, start_new_session=True)
     except (OSError, ValueError):
         return ""
     RUNNING.append(process.pid)
@@ -902,6 +939,24 @@ def printed_by(argv, changes):
     finally:
         del RUNNING[:]
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
+
+
+def absolute_folders(path):
+    # type: (str) -> List[str]
+    """Of a PATH: the others lead to the working directory, which is a project's, who knows whose."""
+    import os
+    return [folder for folder in path.split(os.pathsep) if os.path.isabs(folder)]
+
+
+def program(name, folders):
+    # type: (str, Sequence[str]) -> str
+    """Where a program is. FileNotFoundError if it is in none. (Windows itself looks in the working directory.)"""
+    import os
+    for folder in folders:
+        file = os.path.join(folder, name + ".exe" * (os.name == "nt"))
+        if os.path.isfile(file) and os.access(file, os.X_OK):
+            return file
+    raise FileNotFoundError(2, "no such program")
 
 
 RUNNING = []  # type: List[int]  # the program being waited for
@@ -916,16 +971,6 @@ def kill_running():
             getattr(os, "killpg", os.kill)(pid, 9)
         except OSError:  # gone
             pass
-
-
-def parent_started(ppid):
-    # type: (int) -> str
-    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
-    try:
-        fields = contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()
-        return fields[19].decode()  # the 22nd of all, in ticks since the system started
-    except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
 
 
 def branch_sha(project):
@@ -990,9 +1035,10 @@ def touched_by(caller):
     return newest_refs(found)
 
 
-def record_touched(env, directory, refs, data, allowed, why):
-    # type: (Dict[str, str], str, Sequence[str], bytes, bool, str) -> int
-    """Add to the session's list: `refs`, or what the tool call in `data` touched. The exit status."""
+def record_touched(env, argv, data, allowed, why):
+    # type: (Dict[str, str], Sequence[str], bytes, bool, str) -> int
+    """Add to the session's list what `argv` names, or what the tool call in `data` touched. The exit status."""
+    directory, _, refs = options(argv)
     if not all(map(is_ref, refs)):
         return complain("a reference is a letter or digit, then at most 127 of those and . _ : -", 2)
     if allowed:
@@ -1417,4 +1463,4 @@ def complain(text, code=0):
 if __name__ == "__main__":
     run()
 else:
-    unfold()
+    unfold(3)

@@ -572,8 +572,8 @@ def test_emit_small_rules():
 def test_emit_is_the_same_program_unfolded(person, tmp_path):
     """The fold is for speed only: same names at the same lines, same event."""
     text = EMIT.read_text()
-    plain = text.replace("PART_TWO = r'''\n", "\n", 1).replace("\n'''\n", "\n\n", 1)
-    assert plain != text and "'''" not in plain.split("def unfold")[1]
+    plain, parts = re.subn(r"def part_.*\n    return r'''\n((?s:.*?))\n'''\n", r"\n\n\1\n\n", text)
+    assert parts == 2 and "'''" not in plain.split("names = globals()")[1]
     (tmp_path / "emit.py").write_text(plain)
     spec = importlib.util.spec_from_file_location("plain_emit", str(tmp_path / "emit.py"))
     module = importlib.util.module_from_spec(spec)
@@ -588,6 +588,39 @@ def test_emit_is_the_same_program_unfolded(person, tmp_path):
              for file in (EMIT, tmp_path / "emit.py")]
     first, second = (re.sub(rb'"ended_at":"[^"]*"', b"", line) for line in shown)
     assert first == second and b"session_id_hash" in first
+
+
+@every_python
+def test_emit_refuses_endless_numbers(python, person):
+    """Alike on all Pythons: without a limit, a million digits in a hook's JSON cost 4 s of work."""
+    unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0); "
+    for digits, scanner in ((4300, "pass"), (4301, "pass"), (4301, "sys.modules['_json'] = None")):
+        shown = person.emit("show", python=python, before=unlimited + scanner, recorded=False,
+                            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits))
+        assert (secret_hash("digits") in shown.stdout) == (digits == 4300), shown.stderr
+    person.put("config.json", '{"telemetry": "opt-in", "x": %s}' % ("1" * 4301))
+    status = person.emit("status", python=python, before=unlimited + "pass", env={"ASHLR_TELEMETRY": None})
+    assert "config.json cannot be read" in status.stdout
+
+
+@every_python
+def test_emit_compiles_and_imports_no_more_than_it_needs(python, person):
+    """What `track` costs when there is nothing to record, in what does not depend on the machine."""
+    code = ("import sys; system = sys.modules.get('os') or sys.modules['posix']; names = dict(__name__='__main__')\n"
+            "system._exit = lambda status: print([part for part in ('part_two', 'part_three') if part in names],"
+            " [name for name in ('json', 're', 'subprocess', 'hashlib') if name in sys.modules])\n"
+            "exec(open(%r, encoding='utf-8').read(), names)" % str(EMIT))
+    person.put("config.json", {"telemetry": "opt-in"})
+    nothing = b'{"session_id": "s", "cwd": "/x", "tool_name": "Edit", "tool_input": {"file_path": "/x/a.py"}}'
+    for args, data, off, folded in ((["track"], nothing, "", ["part_two", "part_three"]),
+                                    (["track", "--dir", "/x"], nothing, "", ["part_two", "part_three"]),
+                                    (["track"], nothing.replace(b"/x/", b"discoveries/"), "", []),
+                                    ([], nothing, "1", ["part_three"])):
+        done = run([python, "-I", "-S", "-c", code, *args], input=data,
+                   env={**person.env, "ASHLR_TELEMETRY": "", "DO_NOT_TRACK": off})
+        loaded = done.stdout.strip().partition("] ")[2]
+        assert done.stdout.startswith(str(folded)), (args, done.stdout, done.stderr)
+        assert loaded == "[]" or not folded, loaded
 
 
 # --- the hook, as a process
@@ -974,6 +1007,24 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
         shas = [json.loads(body)["branch_sha"] for _, _, body in server.requests]
         assert shas[-2:] == [repository[1][:12], None]
         assert not any("sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders())
+
+
+@every_python
+def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
+    """Of PATH, the working directory (an empty entry) and relative folders do not count; nor those of no PATH."""
+    (tmp_path / "bin").mkdir()
+    for name in ("git", "bin/git"):
+        (tmp_path / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
+        (tmp_path / name).chmod(0o755)
+    real, found = os.environ["PATH"], []
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
+            person.emit("--wait", "20000", "--dir", str(repository[0]), python=python, cwd=str(tmp_path),
+                        env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n}, stdin=subprocess.DEVNULL)
+            found.append(json.loads(server.requests[-1][2])["branch_sha"])
+    assert not (tmp_path / "ran").exists()
+    assert repository[1][:12] in found and found[3] is None  # git may take longer than it is given, once
 
 
 @every_python
