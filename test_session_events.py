@@ -3995,6 +3995,9 @@ def test_ship_and_a_session_that_another_node_holds(tmp_path, clickhouse, other,
     merge(clickhouse, url)
     whole(clickhouse, url, rows, retold([rows[29]], other))
     assert shipped(db, url) == 0
+    house = session_events.ClickHouse(session_events.house_of(url), {})
+    asked = [session_events.key_binary(name_of(db), s) for s in session_events.batch_after(db, 0)]
+    assert house.held(name_of(db), 1, asked) == {n: n == 30 and other is sooner for n in range(1, 101)}
 
 
 class Relay:
