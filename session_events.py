@@ -2392,19 +2392,35 @@ def string(text: str) -> bytes:
     return LENGTHS[len(text)] + text.encode("ascii")  # every text of a Shipped is ASCII and shorter than 256
 
 
-HEAD, MIDDLE = struct.Struct("<qI32s"), struct.Struct("<32s24sIII")
+def seniority(node: str, received: int) -> int:
+    """64 bits by which the rows of one session are compared: the largest was received first, or in the same second by
+    the node whose name (its first 8 digits, which are random) comes first. Nothing else decides, so that shipping in
+    another order, or twice, changes nothing."""
+    return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
 
 
-def row_binary(node: bytes, s: Shipped) -> bytes:
-    """The row in ClickHouse's RowBinary, in the order of RAW_COLUMNS; `node` is already a string of it.
+HEAD, MIDDLE = struct.Struct("<QqI32s"), struct.Struct("<32s24sIII")
 
-    Half of the bytes of JSONEachRow (210 of 480), and a third of the time it takes to write."""
+
+def row_binary(node: str, s: Shipped) -> bytes:
+    """The row in ClickHouse's RowBinary, in the order of RAW_COLUMNS.
+
+    Two fifths of the bytes of JSONEachRow (217 of 530), and a third of the time it takes to write."""
     return b"".join((
-        node, HEAD.pack(s.id, s.received, bytes.fromhex(s.identity)),
+        string(node), HEAD.pack(seniority(node, s.received), s.id, s.received, bytes.fromhex(s.identity)),
         b"\1" if s.github is None else b"\0" + bytes.fromhex(s.github),
         MIDDLE.pack(bytes.fromhex(s.session), s.ended.encode(), s.ended_seconds, s.tools, s.tokens),
         b"\1" if s.branch is None else b"\0" + string(s.branch),
         LENGTHS[len(s.refs)], *map(string, s.refs), string(s.version)))
+
+
+KEY = struct.Struct("<qQ32s32s")
+KEY_COLUMNS = "id Int64, seniority UInt64, identity_hash FixedString(32), session_id_hash FixedString(32)"
+
+
+def key_binary(node: str, s: Shipped) -> bytes:
+    """What ClickHouse needs to say who holds the row's session: KEY_COLUMNS in RowBinary."""
+    return KEY.pack(s.id, seniority(node, s.received), bytes.fromhex(s.identity), bytes.fromhex(s.session))
 
 
 # The same text for 18.16 and today's. Where they differ:
@@ -2413,30 +2429,27 @@ def row_binary(node: bytes, s: Shipped) -> bytes:
 # - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to 9999: so
 #   ended_at is the contract's text (its order is the order of time), and ended the nearest DateTime, for charts.
 RAW_COLUMNS = (
-    ("node", "LowCardinality(String)"), ("id", "Int64"), ("received_at", "DateTime('UTC')"),
+    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"), ("received_at", "DateTime('UTC')"),
     ("identity_hash", "FixedString(32)"), ("github_hash", "Nullable(FixedString(32))"),
     ("session_id_hash", "FixedString(32)"), ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"),
     ("tool_count", "UInt32"), ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"),
     ("discovery_refs", "Array(String)"), ("plugin_version", "LowCardinality(String)"))
-# What was received first stands first, whichever node received it; a row that was sent twice is the same to the letter,
-# and merged. Partitions are the months of arrival: a batch lies in one or two of them, whatever clients say.
-RAW_KEY = "identity_hash, session_id_hash, received_at, node, id"
+# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the largest seniority
+# stays (of two that are equal, one row sent twice, the last). Only rows of one partition and one shard ever meet, so
+# there are no partitions, and the shard is the key's. FINAL answers at any moment as if all were merged already; in the
+# view it stands below any WHERE, so that no condition can bring back a row that must give way.
 RAW_DDL = """CREATE TABLE IF NOT EXISTS {0}.{1} (
   %s
 )
 ENGINE = {2}""" % ",\n  ".join(map(" ".join, RAW_COLUMNS))
-KEPT = "%sReplacingMergeTree%s\nPARTITION BY toYYYYMM(received_at)\nORDER BY (" + RAW_KEY + ")"
+KEPT = "%sReplacingMergeTree(%sseniority)\nORDER BY (identity_hash, session_id_hash)"
 VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at, r.ended AS ended,
   r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
   arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
   r.received_at AS received_at, r.node AS node, r.id AS id
-FROM (
-  SELECT * FROM {0}.session_events_raw
-  ORDER BY %s
-  LIMIT 1 BY identity_hash, session_id_hash
-) AS r""" % RAW_KEY, """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
+FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""", """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at, count() AS session_count,
   uniqExact(identity_hash) AS distinct_identity_count, now() AS last_aggregated_at
 FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
@@ -2453,7 +2466,7 @@ def ddl(cluster: Optional[str], database: str) -> List[str]:
     if cluster is None:
         return [RAW_DDL.format(database, RAW, KEPT % ("", "")), *(view.format(database, "") for view in VIEWS_DDL)]
     on = " ON CLUSTER '%s'" % cluster
-    place = "('/clickhouse/tables/{shard}/%s/session_events_local', '{replica}')" % database
+    place = "'/clickhouse/tables/{shard}/%s/session_events_local', '{replica}', " % database
     spread = "Distributed('%s', '%s', session_events_local, cityHash64(identity_hash, session_id_hash))" % (
         cluster, database)
     return [RAW_DDL.format(database, "session_events_local" + on, KEPT % ("Replicated", place)),
@@ -2535,6 +2548,14 @@ SAID = {  # number: what it means here; ClickHouse's own words could name the us
 }
 
 
+HELD_SQL = """SELECT id, held > seniority AND (holder != '{1}' OR holder_id < {2}) FROM mine ALL INNER JOIN (
+  SELECT identity_hash, session_id_hash, max(seniority) AS held, argMax(node, seniority) AS holder,
+    argMax(id, seniority) AS holder_id
+  FROM {0} WHERE (identity_hash, session_id_hash) GLOBAL IN (SELECT identity_hash, session_id_hash FROM mine)
+  GROUP BY identity_hash, session_id_hash
+) AS them USING (identity_hash, session_id_hash) WHERE held >= seniority"""
+
+
 class ClickHouse:
     """One ClickHouse over HTTP. A connection for each request: there are few, and none can have gone stale."""
 
@@ -2545,17 +2566,38 @@ class ClickHouse:
 
     def ask(self, sql: str) -> List[List[str]]:
         """The rows of a SELECT, or none. Raises Later, Refused."""
-        status, headers, said = self.posted({}, sql.encode(), {})
+        return self.selected(*self.posted({}, sql.encode(), {}))
+
+    def selected(self, status: int, headers: http.client.HTTPMessage, said: bytes) -> List[List[str]]:
         if status != 200:
             raise self.refusal(status, headers, said, quote=True)
         return [line.split("\t") for line in said.decode("utf-8", "replace").splitlines()]
 
     def numbers(self, sql: str, width: int) -> List[List[int]]:
         """The rows of a SELECT of so many numbers."""
-        rows = self.ask(sql)
+        return self.numeric(self.ask(sql), width)
+
+    def numeric(self, rows: List[List[str]], width: int) -> List[List[int]]:
         if any(len(row) != width or not all(map(is_number, row)) for row in rows):
             raise Refused(self.name + " answers what was not asked; is it one?")
         return [list(map(int, row)) for row in rows]
+
+    def held(self, node: str, first: int, keys: Iterable[bytes]) -> Dict[int, bool]:
+        """{id: is that one of another node, or swept} of the key_binary rows whose session ClickHouse holds, as this
+        row or as one that this row gives way to. A session that it holds only as a younger row is not held. `first` is
+        the node's first row that is not swept (a session can end again after that).
+
+        The keys go as a table beside the query (ClickHouse's "external data"): in its text they would be in
+        ClickHouse's query log, whole, and would not fit it (256 KiB)."""
+        rows = b"".join(keys)
+        if not rows:
+            return {}
+        mark = uuid.uuid4().hex
+        return {row_id: bool(older) for row_id, older in self.numeric(self.selected(*self.posted(
+            {"query": HELD_SQL.format(RAW, node, first), "mine_structure": KEY_COLUMNS, "mine_format": "RowBinary"},
+            b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n%s\r\n--%s--\r\n' % (
+                mark.encode(), rows, mark.encode()),
+            {"Content-Type": "multipart/form-data; boundary=" + mark})), 2)}
 
     def highest(self, node: str) -> Optional[int]:
         """The highest id of a node's rows, None if it has none."""
@@ -2719,26 +2761,40 @@ def resume_point(path: str, house: ClickHouse, node: str) -> int:
     node's name is not this file's.
 
     Rows are sent in the order of their ids, and each batch only when the one before it was answered. So what may be
-    missing below the highest id there (a batch can be in by halves: two months, two shards) is among the last SHIP_ROWS
-    rows, and these are compared one by one. Two that ship at once change nothing of that: each sends without a gap."""
-    named = "FROM %s WHERE node = '%s'" % (RAW, node)
+    missing below the highest id there (a batch can be in by halves, on one of two shards) is among the last SHIP_ROWS
+    rows, and these are compared one by one. Two that ship at once change nothing of that: each sends without a gap.
+
+    A row that gave way to another node's is gone after a merge, and nothing is missing: what is not there by its id is
+    looked for by its session. The highest id that is left can be less than what was sent, so that goes on behind it,
+    up to the first row that is nowhere."""
     top = house.highest(node)
-    if top is None:
-        return LEAST_ID
-    with reading(path) as reader:
-        small(reader)
-        highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
-        if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():  # rows may be swept
-            sequence = reader.rows("SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'").fetchone()[0]
-            highest = max((n for n in (highest, sequence) if n is not None), default=None)
-        if highest is None or highest < top:
+    after = LEAST_ID
+    if top is not None:
+        with reading(path) as reader:
+            small(reader)
+            highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
+            if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():  # maybe swept
+                sequence = reader.rows("SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'").fetchone()
+                highest = max((n for n in (highest, sequence[0]) if n is not None), default=None)
+            if highest is None or highest < top:
+                raise other_file(house, path)
+            before = reader.rows("SELECT id FROM session_events WHERE id <= ? ORDER BY id DESC LIMIT 1 OFFSET ?",
+                                 [top, SHIP_ROWS]).fetchone()
+            after = before[0] if before else after
+    while True:
+        rows = batch_after(path, after)
+        if not rows:
+            return after
+        ours = {s.id: s for s in rows}
+        theirs = house.numbers("SELECT id, %s FROM %s WHERE node = '%s' AND id >= %d AND id <= %d" % (
+            ROW_SUM, RAW, node, rows[0].id, rows[-1].id), 2) if top is not None and rows[0].id <= top else []
+        if any(row_id in ours and row_sum(ours[row_id]) != total for row_id, total in theirs):
             raise other_file(house, path)
-        ours = {s.id: row_sum(s) for s in map(shippable, reader.rows(
-            SHIP_SQL + "<= ? ORDER BY id DESC LIMIT ?", [top, SHIP_ROWS]))}
-    theirs = house.numbers("SELECT id, %s %s AND id >= %d" % (ROW_SUM, named, min(ours, default=top)), 2)
-    if any(ours.get(row_id, total) != total for row_id, total in theirs):
-        raise other_file(house, path)
-    return min(ours.keys() - {row_id for row_id, _ in theirs}, default=top + 1) - 1
+        gone = ours.keys() - {row_id for row_id, _ in theirs}
+        held = house.held(node, rows[0].id, (key_binary(node, ours[row_id]) for row_id in gone))
+        if gone - held.keys():
+            return min(gone - held.keys()) - 1
+        after = rows[-1].id
 
 
 def other_file(house: ClickHouse, path: str) -> Refused:
@@ -2747,7 +2803,7 @@ def other_file(house: ClickHouse, path: str) -> Refused:
                    " shipped anew, and no session counts twice" % (house.name, path, NODE_TABLE))
 
 
-def store(house: ClickHouse, node: bytes, rows: Sequence[Shipped]) -> None:
+def store(house: ClickHouse, node: str, rows: Sequence[Shipped]) -> None:
     """One batch. Raises Refused with the row's id when there is one that ClickHouse does not take; what comes before
     it is stored then."""
     try:
@@ -2767,7 +2823,7 @@ def ship_rows(path: str, house: ClickHouse, node: str, after: int, told: Callabl
         rows = batch_after(path, after)
         if not rows:
             return after
-        store(house, string(node), rows)
+        store(house, node, rows)
         after = rows[-1].id
         told(len(rows))
 
@@ -2814,31 +2870,59 @@ def follow(path: str, house: ClickHouse, node: str, cluster: Optional[str], told
 DaySums = Dict[int, List[int]]  # {day since 1970: [rows, sum of their row sums]}
 
 
-def day_sums(path: str, last: int) -> Tuple[DaySums, DaySums, int]:
-    """(the file's rows up to the id `last`, those after it, the first id), by the day on which they were received."""
+def day_sums(path: str, after: int, last: int, chosen: Callable[[List[Shipped]], Iterable[Shipped]]) -> Tuple[
+        DaySums, DaySums, Dict[int, int], int]:
+    """(the file's rows up to the id `last`, those behind it, the first id) by the day on which they were received, and
+    the last id; of the rows after an id, as far as `chosen` takes them from their batch."""
     shipped: DaySums = {}
     waiting: DaySums = {}
-    first, after = None, LEAST_ID
+    starts: Dict[int, int] = {}
     while True:
         rows = batch_after(path, after)
         if not rows:
-            return shipped, waiting, LEAST_ID if first is None else first
-        for s in rows:
-            day = (shipped if s.id <= last else waiting).setdefault(s.received // 86_400, [0, 0])
-            day[0] += 1
-            day[1] = (day[1] + row_sum(s)) % (1 << 64)
-        first, after = rows[0].id if first is None else first, rows[-1].id
+            return shipped, waiting, starts, after
+        for s in chosen(rows):
+            starts.setdefault(day_of(s), s.id)
+            day = (shipped if s.id <= last else waiting).setdefault(day_of(s), [0, 0])
+            day[:] = day[0] + 1, (day[1] + row_sum(s)) % (1 << 64)
+        after = rows[-1].id
+
+
+def day_of(s: Shipped) -> int:
+    return s.received // 86_400
+
+
+def without(sums: DaySums, taken: DaySums) -> DaySums:
+    """The days that are left, with what is left of them."""
+    left = {day: [rows - taken.get(day, [0, 0])[0], (total - taken.get(day, [0, 0])[1]) % (1 << 64)]
+            for day, (rows, total) in sums.items()}
+    return {day: rest for day, rest in left.items() if rest != [0, 0]}
 
 
 def check(path: str, house: ClickHouse, node: str) -> int:
     """Compares the file's rows with ClickHouse's, day by day; 0 if all are there, else 1. Rows of today that wait to be
-    shipped are no difference, those of earlier days are."""
-    named = "FROM %s FINAL WHERE node = '%s'" % (RAW, node)
+    shipped are no difference, those of earlier days are.
+
+    A session that another node received first (or this one, before a sweep) is held as that row. Where a day differs,
+    the file's rows of it are looked for by their sessions, and those held so are taken out of the comparison."""
     last = house.highest(node)
-    shipped, waiting, first = day_sums(path, LEAST_ID if last is None else last)
+    top = LEAST_ID if last is None else last
+    shipped, waiting, starts, end = day_sums(path, LEAST_ID, top, lambda rows: rows)
+    first = min(starts.values(), default=top)
     theirs = {day: [rows, total] for day, rows, total in house.numbers(
-        "SELECT toUInt32(toDate(received_at)) AS day, count(), sum(%s) %s AND id >= %d AND id <= %d GROUP BY day" % (
-            ROW_SUM, named, first, last), 3)} if last is not None else {}
+        "SELECT toUInt32(toDate(received_at)) AS day, count(), sum(%s) FROM %s FINAL WHERE node = '%s' AND id >= %d"
+        " AND id <= %d GROUP BY day" % (ROW_SUM, RAW, node, first, top), 3)
+    } if last is not None else {}
+    days = {day for day in {*shipped, *theirs} if shipped.get(day) != theirs.get(day)}
+
+    def elsewhere(rows: List[Shipped]) -> Iterable[Shipped]:
+        asked = [s for s in rows if s.id <= end and (s.id > top or day_of(s) in days)]
+        held = house.held(node, first, (key_binary(node, s) for s in asked))
+        return (s for s in asked if held.get(s.id))
+
+    begin = min([top + 1, *(starts[day] for day in days if day in starts)]) - 1
+    lost, lost_waiting = day_sums(path, begin, top, elsewhere)[:2]
+    shipped, waiting = without(shipped, lost), without(waiting, lost_waiting)
     today = now_ms() // DAY_MS
     differ = 0
     for day in sorted({*shipped, *theirs, *waiting}):
@@ -2848,10 +2932,11 @@ def check(path: str, house: ClickHouse, node: str) -> int:
             print("%s  differs: %d rows in the file, %d in ClickHouse%s" % (
                 moment_text(day * DAY_MS)[:10], here[0] + later, there[0],
                 "" if here[0] + later != there[0] else ", not the same"))
-    late = sum(rows for rows, _ in waiting.values())
-    print("{:,} rows compared, {:,} wait to be shipped: {}".format(
-        sum(rows for rows, _ in shipped.values()), late,
-        "the same on every day" if not differ else "%d days differ; %s" % (
+    compared, late, given = (sum(rows for sums in kinds for rows, _ in sums.values()) for kinds in (
+        (shipped,), (waiting,), (lost, lost_waiting)))
+    before = ", {:,} stand as received before (by another node, or before a sweep)".format(given) if given else ""
+    print("{:,} rows compared{}, {:,} wait to be shipped: {}".format(
+        compared, before, late, "the same on every day" if not differ else "%d days differ; %s" % (
             differ, "ship, and check again" if late else "ship --again sends all of them once more")))
     return 1 if differ else 0
 

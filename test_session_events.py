@@ -3890,10 +3890,25 @@ def as_viewed(r):
 
 
 def whole(clickhouse, url, *nodes):
-    """Every row of the nodes is in the raw table, and each session is in the view once, as it was received first."""
-    received = clickhouse.ask("SELECT count() FROM (SELECT DISTINCT node, id FROM session_events_raw)", url)
-    assert received == [[str(sum(map(len, nodes)))]]
-    assert sorted(clickhouse.ask(VIEW, url)) == sorted(map(as_viewed, sessions_of(*nodes)))
+    """Each session of the nodes is in the view once, as it was received first, and the raw table holds nothing else
+    once it is merged; it may be now."""
+    expected = sorted(map(as_viewed, sessions_of(*nodes)))
+    assert sorted(clickhouse.ask(VIEW, url)) == expected
+    assert clickhouse.ask("SELECT count() FROM session_events_raw FINAL", url) == [[str(len(expected))]]
+
+
+def merge(clickhouse, url):
+    clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
+
+
+def name_of(db):
+    return session_events.node_of(str(db))
+
+
+def make_tables(clickhouse, url):
+    for statement in read("ship", "--print-ddl", "--to", url).stdout.split(";\n"):
+        if statement.strip():
+            clickhouse.ask(statement, url)
 
 
 def many(count, start=0, **changes):
@@ -3922,14 +3937,9 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
         r.update(received_at=one[2500 + n]["received_at"] if n % 3 == 0 else "2026-0%d-15T00:00:00Z" % (3 + n % 3 * 2),
                  tool_count=7)
     a, b = stored(tmp_path / "a.db", *one), stored(tmp_path / "b.db", *two)
-    node = {}
-    for db in (a, b):
-        finished(shipper(db, url, "--check"))  # fails, nothing is there; but it names the node
-        with contextlib.closing(sqlite3.connect(db)) as connection:
-            node[db] = connection.execute("SELECT name FROM session_events_node").fetchone()[0]
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
-    nodes = [one, two] if node[a] < node[b] else [two, one]  # in the same second, the node's name decides
+    nodes = [one, two] if name_of(a) < name_of(b) else [two, one]  # in the same second, the node's name decides
     whole(clickhouse, url, *nodes)
     merged = stored(tmp_path / "merged.db", *sessions_of(*nodes))
     with session_events.reading(merged) as reader:
@@ -3944,9 +3954,102 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     assert shipped(a, url) == shipped(b, url) == 0
     assert shipped(a, url, "--again") == len(one)
     assert ship(a, url, "--check")[0] == 0  # also before the repeats are merged
-    clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
+    merge(clickhouse, url)
     whole(clickhouse, url, *nodes)
-    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [[str(len(one) + len(two))]]
+    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["4600"]]
+
+
+def retold(rows, received, **changes):
+    """What another node keeps of the same sessions: received at other times, with other content."""
+    return [dict(r, received_at=received(n, r), ended_at="2026-01-%02dT00:00:00.000Z" % (1 + n % 28), tokens_saved=n,
+                 discovery_refs_json='["from-%d"]' % n, **changes) for n, r in enumerate(rows)]
+
+
+def sooner(n, r):
+    return "2026-02-0%dT00:00:00Z" % (1 + n % 9)
+
+
+def later(n, r):
+    return "2026-08-0%dT00:00:00Z" % (1 + n % 9)
+
+
+SAME = "%d rows compared, %d stand as received before (by another node, or before a sweep), 0 wait to be shipped: the" \
+       " same on every day\n"
+
+
+@pytest.mark.parametrize("order", ("ab", "ba"))
+def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
+    """A session that two nodes received, months apart and with other content, ends up once in the raw table, the one
+    received first, whichever is shipped first; the view and --check say so before and after it is merged."""
+    url = clickhouse.database()
+    rows = {"a": many(600)}
+    same_second = retold(rows["a"][200:250], lambda n, r: r["received_at"], branch_sha=None)
+    rows["b"] = [*retold(rows["a"][:100], sooner), *many(50, 5000), *retold(rows["a"][100:200], later), *same_second,
+                 *retold(rows["a"][250:260], sooner), *retold(rows["a"][300:400], later)]
+    dbs = {node: stored(tmp_path / (node + ".db"), *rows[node]) for node in "ab"}
+    nodes = [rows[node] for node in sorted("ab", key=lambda node: name_of(dbs[node]))]
+    tied = 0 if nodes[0] is rows["a"] else 50  # of the same second
+    checks = {"a": SAME % (490 - tied, 110 + tied), "b": SAME % (160 + tied, 250 - tied)}
+
+    def agrees():
+        whole(clickhouse, url, *nodes)
+        return {node: ship(dbs[node], url, "--check") for node in "ab"} == {
+            node: (0, text, "") for node, text in checks.items()}
+
+    sent = [shipped(dbs[node], url) for node in order]
+    assert sent == ([600, 410] if order == "ab" else [410, 500])  # of a, the first 100 are there already, as b's
+    assert agrees()
+    late = "SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8" % name_of(dbs["b"])
+    assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
+    merge(clickhouse, url)
+    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["650"]]
+    assert agrees() and clickhouse.ask(late, url) == [["0"]]
+    assert shipped(dbs["a"], url) == shipped(dbs["b"], url) == 0  # of b, the newest 100 rows are gone
+    more = many(30, 7000)
+    with contextlib.closing(sqlite3.connect(dbs["b"])) as connection:
+        insert(connection, more)
+    rows["b"] += more
+    assert shipped(dbs["b"], url) == 30
+    checks["b"] = SAME % (190 + tied, 250 - tied)
+    assert agrees()
+    for node in order:
+        assert shipped(dbs[node], url, "--again") == len(rows[node])
+    assert agrees()
+    merge(clickhouse, url)
+    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["680"]] and agrees()
+
+    none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # nothing of it is left
+    for flags, sent in (((), 0), (("--again",), 600), ((), 0)):
+        assert shipped(none, url, *flags) == sent
+        merge(clickhouse, url)
+        assert ship(none, url, "--check")[:2] == (0, SAME % (0, 600))
+    assert agrees()
+
+
+@pytest.mark.parametrize("other, sent, differ", ((sooner, 31, ["2026-04-15"]),
+                                                 (later, 71, ["2026-04-15", "2026-06-15"])))
+def test_ship_and_a_session_that_another_node_holds(tmp_path, clickhouse, other, sent, differ):
+    """A row that is not there is no loss if its session was received earlier by another node. Else it is sent, also
+    if another node's younger row is there; and --check names its day until then."""
+    source, url = clickhouse.database(), clickhouse.database()
+    rows = many(100)
+    db, beside = stored(tmp_path / "a.db", *rows), stored(tmp_path / "b.db", *retold([rows[29]], other))
+    assert shipped(db, source) == 100
+    make_tables(clickhouse, url)
+    clickhouse.ask("INSERT INTO session_events_raw SELECT * FROM %s.session_events_raw WHERE id NOT IN (30, 70)" % (
+        urllib.parse.urlsplit(source).query.split("=")[1]), url)
+    assert shipped(beside, url) == 1
+    status, out, _ = ship(db, url, "--check")
+    assert status == 1 and [line[:10] for line in out.splitlines()[:-1]] == differ
+    assert shipped(db, url) == sent
+    whole(clickhouse, url, rows, retold([rows[29]], other))
+    assert ship(db, url, "--check")[0] == 0
+    merge(clickhouse, url)
+    whole(clickhouse, url, rows, retold([rows[29]], other))
+    assert shipped(db, url) == 0
+    house = session_events.ClickHouse(session_events.house_of(url), {})
+    asked = [session_events.key_binary(name_of(db), s) for s in session_events.batch_after(db, 0)]
+    assert house.held(name_of(db), 1, asked) == {n: n == 30 and other is sooner for n in range(1, 101)}
 
 
 class Relay:
@@ -3997,10 +4100,12 @@ class Relay:
 
 def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
     """SIGKILL in the middle of a batch, a connection cut there, an answer that does not arrive, ClickHouse killed and
-    started again: afterwards every row is there, and each session once."""
+    started again, and in between another node's rows, which take the place of some: afterwards every session is there,
+    once, as it was received first."""
     url = clickhouse.database()
     rows = many(4000)
-    db = stored(tmp_path / "a.db", *rows)
+    beside = [*retold(rows[::5], sooner), *retold(rows[1::5], later)]
+    db, other = stored(tmp_path / "a.db", *rows), stored(tmp_path / "b.db", *beside)
     relay = Relay(clickhouse.port)
     by_relay = url.replace(str(clickhouse.port), str(relay.port))
     count = "SELECT count() FROM session_events_raw"
@@ -4018,6 +4123,8 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
             assert status == 1 and "cannot reach" in err
         relay.late = False
         assert 0 < seen < int(clickhouse.ask(count, url)[0][0]) < 4000  # there is still something to do
+        assert shipped(other, url) == 1600
+        merge(clickhouse, url)  # of rows that were sent, some are no longer there
         relay.limit, relay.then = 40_000, lambda: clickhouse.stop(signal.SIGKILL)
         process = shipper(db, by_relay, "--follow")
         line = process.stderr.readline().decode()
@@ -4025,7 +4132,7 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
         clickhouse.process.wait(60)
         clickhouse.start()
         end = time.monotonic() + 60
-        while int(clickhouse.ask("SELECT uniqExact(id) FROM session_events_raw", url)[0][0]) < 4000:
+        while sorted(clickhouse.ask(VIEW, url)) != sorted(map(as_viewed, sessions_of(rows, beside))):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(.1)
         process.send_signal(signal.SIGTERM)
@@ -4034,8 +4141,8 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
         relay.stop()
         if clickhouse.process.poll() is not None:
             clickhouse.start()
-    whole(clickhouse, url, rows)
-    assert ship(db, url, "--check")[0] == 0
+    whole(clickhouse, url, rows, beside)
+    assert ship(db, url, "--check")[0] == ship(other, url, "--check")[0] == 0
 
 
 def test_ship_follows_a_server(tmp_path, clickhouse):
@@ -4067,9 +4174,7 @@ def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
     db = stored(tmp_path / "a.db", *rows)
     assert shipped(db, url) == 1000
     halves = clickhouse.database()
-    for statement in read("ship", "--print-ddl", "--to", halves).stdout.split(";\n"):
-        if statement.strip():
-            clickhouse.ask(statement, halves)
+    make_tables(clickhouse, halves)
     source = urllib.parse.urlsplit(url).query.split("=")[1]
     clickhouse.ask("INSERT INTO session_events_raw SELECT * FROM %s.session_events_raw WHERE id <= 900 AND"
                    " (id <= 700 OR toMonth(received_at) != 5)" % source, halves)
@@ -4092,7 +4197,10 @@ def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
     assert status == 1 and "DROP TABLE session_events_node" in err
     with contextlib.closing(sqlite3.connect(str(tmp_path / "old.db"))) as connection:
         connection.execute("DROP TABLE session_events_node")
-    assert shipped(tmp_path / "old.db", url) == 1080
+        name_of(tmp_path / "old.db")
+        connection.execute("UPDATE session_events_node SET name = '%s'" % ("f" * 16))  # else chance decides, for it is
+        connection.commit()  # the same second; a name before the first one would send all 1080
+    assert shipped(tmp_path / "old.db", url) == 80
     assert sorted(clickhouse.ask(VIEW, url)) == sorted(map(as_viewed, sessions_of(rows, newer, other)))
 
 
@@ -4143,9 +4251,7 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
     url = clickhouse.database()
     rows = many(600)
     db = stored(tmp_path / "a.db", *rows)
-    for statement in read("ship", "--print-ddl", "--to", url).stdout.split(";\n"):
-        if statement.strip():
-            clickhouse.ask(statement, url)
+    make_tables(clickhouse, url)
     clickhouse.ask("ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED toUInt64(if(tokens_saved = %d,"
                    " concat('x', lower(hex(identity_hash))), '1'))" % rows[442]["tokens_saved"], url)
     status, out, err = ship(db, url)
@@ -4196,13 +4302,39 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     assert checked(add % today) == (0, [], "900 rows compared, 1 wait to be shipped: the same on every day")
     assert checked("UPDATE session_events SET received_at = '2026-06-16' || substr(received_at, 11) WHERE id = 603")[
         :2] == (1, ["2026-06-15", "2026-06-16"])
+    keep, sweep = "CREATE TEMP TABLE kept AS SELECT * FROM session_events WHERE id = 5", "DELETE FROM session_events" \
+        " WHERE id %s 5"
+    again = (add % "2026-07-01T00:00:00Z").replace("'f' || substr(identity_hash, 2)", "identity_hash").replace(
+        "session_events WHERE id = 3", "kept")  # the session ends once more
+    assert checked(keep, sweep % "<=", again) == (0, [], SAME.strip() % (895, 1))
+    assert checked(keep, sweep % "=", again)[:2] == (1, ["2026-05-15", "2026-07-01"])  # that was no sweep
+
+
+def test_ship_asks_for_sessions_without_naming_them(tmp_path):
+    """Whole hashes travel as a table, not in the query's text, which ClickHouse writes into its logs."""
+    shape = session_events.batch_after(stored(tmp_path / "a.db", *many(3)), 0)
+    with Pretender(reply(200, b"1\t0\n3\t1\n")) as pretender:
+        house = session_events.ClickHouse(session_events.house_of(pretender.url), {})
+        assert house.held("ab" * 8, 1, [session_events.key_binary("ab" * 8, s) for s in shape]) == {1: False, 3: True}
+        assert house.held("ab" * 8, 1, []) == {}
+    head, body = pretender.asked[0][1].split(b"\r\n\r\n", 1)
+    for digest in {s.session for s in shape} | {s.identity for s in shape}:
+        assert bytes.fromhex(digest) in body and digest.encode() not in head + body
+        assert urllib.parse.quote_from_bytes(bytes.fromhex(digest)).encode() not in head
+
+
+def test_ship_seniority():
+    """Sooner comes before later, then the node whose name is less; all moments and names fit into 64 bits."""
+    moments, names = (0, 1, 1_800_000_000, (1 << 32) - 1), ("0" * 16, "00000001" + "f" * 8, "f" * 16)
+    listed = [session_events.seniority(name, moment) for moment in moments for name in names]
+    assert listed == sorted(set(listed), reverse=True) and listed[0] == (1 << 64) - 1 and listed[-1] == 0
 
 
 class Pretender(threading.Thread):
     """An HTTP server that gives prepared answers (bytes), one a connection, and keeps what it was asked and when."""
 
     def __init__(self, *answers, tls=None, patient=True):
-        super().__init__()
+        super().__init__(daemon=True)  # a request that does not come may not keep the tests from ending
         self.patient = patient  # else it closes without reading what is still sent
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.answers, self.tls, self.asked = answers, tls, []
@@ -4250,7 +4382,10 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
             ([version, reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
               reply(200, b"a\nb\n"), reply(200, b"1" * 30 + b"\n")], "answers what was not asked"),
             ([version, reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
-              reply(200, b"a\nb\n"), reply(200), *[reply(200, b"surprise")] * 2], "is it ClickHouse's HTTP port")):
+              reply(200, b"a\nb\n"), reply(200), reply(200, b"surprise")], "answers what was not asked"),
+            ([version, reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
+              reply(200, b"a\nb\n"), reply(200), reply(200), *[reply(200, b"surprise")] * 2],
+             "is it ClickHouse's HTTP port")):
         with Pretender(*answers) as pretender:
             status, out, err = ship(db, pretender.url, env=secret)
         assert (status, out) == (1, "") and says in err and err.count("\n") <= 1, (says, err)
@@ -4306,7 +4441,10 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     status, _, err = answered(capfdbinary, ["ship", "--db", db, "--to", "http://h/"])
     assert status == 2 and "CLICKHOUSE_PASSWORD" in err and "two" not in err
     out = answered(capfdbinary, ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
-    assert out.count(" ON CLUSTER 'main'") == 4 and "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/" in out
+    assert out.count(" ON CLUSTER 'main'") == 4 and "_local, cityHash64(identity_hash, session_id_hash))" in out
+    assert "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/session_events_local', '{replica}', sen" in out
+    for made in (out, answered(capfdbinary, ["ship", "--print-ddl"])[1]):
+        assert "seniority)\nORDER BY (identity_hash, session_id_hash);" in made and "PARTITION" not in made
 
     monkeypatch.setattr(session_events, "SHIP_BYTES", 20_000)  # a batch ends early where rows are large
     wide = many(30, discovery_refs_json=json.dumps(["r" * 128] * 200))
