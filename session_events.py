@@ -320,6 +320,11 @@ class Reader:
         return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
 
 
+def small(reader: Reader) -> None:
+    """For a walk over all rows, which needs no page twice."""
+    reader.rows("PRAGMA cache_size = -8192")
+
+
 def span(window: Window) -> Plain:
     return {"since": window.since, "until": None if window.until == END_OF_TIME else window.until}
 
@@ -634,7 +639,7 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
     All labels have one length, the least at which no two developers of the window look alike; finding it
     reads the developers once, in order, and remembers one of them."""
-    reader.rows("PRAGMA cache_size = -8192")
+    small(reader)
     sql, values = where(window)
     length, before = PREFIX, ""
     for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
@@ -2721,11 +2726,6 @@ def node_in(reader: Reader) -> Optional[str]:
         return None
     found = reader.rows("SELECT name FROM " + NODE_TABLE).fetchone()
     return str(found[0]) if found else None
-
-
-def small(reader: Reader) -> None:
-    for pragma in ("mmap_size = 0", "cache_size = -8192"):  # a map of a large file would count as memory
-        reader.rows("PRAGMA " + pragma)
 
 
 SHIP_SQL = "SELECT %s FROM session_events WHERE id " % ", ".join(column for column, _, _ in CELLS)

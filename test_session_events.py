@@ -516,7 +516,7 @@ def test_emit_builds_what_the_server_accepts():
                     {"tool_count": 0, "tokens_saved": 0}, {"tool_count": 1000000, "tokens_saved": 1000000000},
                     {"branch_sha": "a" * 7}, {"branch_sha": "0" * 40},
                     {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]}, {"plugin_version": "0"},
-                    {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46}, {"ended_at": "2000-02-29T23:59:59.999Z"}):
+                    {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46}, {"ended_at": "2000-12-31T23:59:59.999Z"}):
         built = event("builds", **changes)
         assert emit.is_event(built)
         assert server.canonical_row(emit.as_sent(built)), changes
@@ -1388,6 +1388,20 @@ def test_short_check_is_the_long_one_sooner():
             taken += 1
             assert row == server.check_event(server.parse_json(bytes(mutant)))
     assert taken > 1000
+    for year, month, day in itertools.product(("0000", "0001", "1900", "2024", "9999"), range(14), range(33)):
+        if (month, day) != (2, 29):  # which goes the long way
+            same_check("%s-%02d-%02dT23:59:59.999Z" % (year, month, day))
+    for moment in ("24:00:00.000", "23:60:00.000", "23:59:60.000", "19:59:59.000", "00:00:00.000"):
+        same_check("2026-05-22T%sZ" % moment)
+
+
+def same_check(moment):
+    body = as_sent(dict(EVENT, ended_at=moment), separators=(",", ":"))
+    try:
+        expected = server.check_event(server.parse_json(body))
+    except server.NotAnEvent:
+        expected = None
+    assert server.canonical_row(body) == expected, moment
 
 
 # -- The store ------------------------------------------------------------------------------------------
