@@ -331,15 +331,17 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
-SAMPLE, MOST_STEPS = 64, 12_000
+SAMPLE, MOST_STEPS = 64, 15_000  # identities: where more are likely, the whole index is read sooner than walked
 SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
 NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?"""
+# In the order of the unique index, whose pages the look-up needs too: through the other it takes half as long again.
 EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
   SELECT min(identity_hash) FROM session_events
   UNION ALL
-  SELECT (SELECT identity_hash FROM session_events WHERE identity_hash > identity ORDER BY 1 LIMIT 1) FROM one
-    WHERE identity IS NOT NULL)
+  SELECT (SELECT identity_hash FROM session_events WHERE identity_hash > identity
+      ORDER BY identity_hash, session_id_hash LIMIT 1)
+    FROM one WHERE identity IS NOT NULL)
 SELECT """
 SAMPLED = EACH_IDENTITY + "identity FROM one LIMIT 1 OFFSET ?"
 IDENTITY_IDS = EACH_IDENTITY + """e.id FROM one CROSS JOIN session_events e
