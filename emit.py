@@ -363,7 +363,7 @@ def parent_started(ppid):
         fields = contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()
         return fields[19].decode()  # the 22nd of all, in ticks since the system started
     except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"})
+        return str(unfold(3)["printed_by"](["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"}))
 
 
 # ======================================================================================================
@@ -1280,9 +1280,9 @@ def alone(env, caller, why, rest, error, life):
     # type: (Dict[str, str], Optional[Caller], str, Sequence[str], Optional[BaseException], float) -> NoReturn
     """What a hook run does when its caller has gone, or would not: within `life` seconds, and never failing.
 
-    `caller`: None if consent, by `why`, is off; `rest`: unknown arguments; `error`: from what came before.
+    `caller`: None if consent, by `why`, is off, or with an `error` from what came before; `rest`: unknown arguments.
     """
-    log = ["consent is %s: %s" % ("on" if caller else "off", why)]
+    log = [] if error and not caller else ["consent is %s: %s" % ("on" if caller else "off", why)]
     log.extend(["arguments ignored: see --help"] * bool(rest))
     try:
         leave_in(life)

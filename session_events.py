@@ -41,6 +41,7 @@ import html
 import http.client
 import http.server
 import io
+import itertools
 import json
 import math
 import os
@@ -331,6 +332,7 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
+MOST_MATCHES = 1000  # of a prefix that fits many
 SAMPLE, MOST_STEPS = 64, 15_000  # identities: where more are likely, the whole index is read sooner than walked
 SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
 NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
@@ -344,9 +346,8 @@ EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
     FROM one WHERE identity IS NOT NULL)
 SELECT """
 SAMPLED = EACH_IDENTITY + "identity FROM one LIMIT 1 OFFSET ?"
-IDENTITY_IDS = EACH_IDENTITY + """e.id FROM one CROSS JOIN session_events e
-  ON e.identity_hash = identity AND %s LIMIT ?"""
-ALL_IDS = "SELECT id FROM session_events WHERE %s LIMIT ?"
+IDENTITY_IDS = EACH_IDENTITY + "e.id FROM one CROSS JOIN session_events e ON e.identity_hash = identity AND "
+ALL_IDS = "SELECT id FROM session_events WHERE "
 
 
 def identities(reader: Reader) -> float:
@@ -357,20 +358,18 @@ def identities(reader: Reader) -> float:
     return SAMPLE * 16.0 ** 8 / (int(sample[:8], 16) + 1)
 
 
-def session_ids(reader: Reader, prefix: str) -> List[int]:
-    """The ids of the rows whose session starts with `prefix`; of a whole hash, those found first are enough.
+def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
+    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole hash stops early.
 
     No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two steps per
     identity through the unique index (all of 4,000 identities: 17 ms); or, where there are too many of them,
     all of that index (of a million rows: 65 ms)."""
     whole_hash = len(prefix) == 64
     given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
-    found = reader.rows(NEWEST_IDS, [NEWEST, prefix]).fetchall() if whole_hash else []
-    if not found:
-        few = identities(reader) <= MOST_STEPS
-        sql = IDENTITY_IDS % SESSION_IS[whole_hash].format("e.") if few else ALL_IDS % SESSION_IS[whole_hash].format("")
-        found = reader.rows(sql, [*given, 1 if whole_hash else -1]).fetchall()
-    return [row_id for row_id, in found]
+    if whole_hash:
+        yield from (row_id for row_id, in reader.rows(NEWEST_IDS, [NEWEST, prefix]))
+    sql, name = (IDENTITY_IDS, "e.") if identities(reader) <= MOST_STEPS else (ALL_IDS, "")
+    yield from (row_id for row_id, in reader.rows(sql + SESSION_IS[whole_hash].format(name), given))
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
@@ -380,16 +379,14 @@ def find_session(reader: Reader, prefix: str) -> Session:
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    ids = session_ids(reader, prefix)
-    found: List[Session] = []
-    for row_id in ids[:1000]:
-        found += reader.sessions("WHERE e.id = ?", [row_id])
+    matching = (s for row_id in session_ids(reader, prefix) for s in reader.sessions("WHERE e.id = ?", [row_id]))
+    found = list(itertools.islice(matching, 1 if len(prefix) == 64 else MOST_MATCHES))
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
     if len(names) > 1:
         raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
-            "at least " if len(ids) > 1000 else "", len(names), ", ".join(name[:16] for name in names[:4]),
+            "at least " if len(found) == MOST_MATCHES else "", len(names), ", ".join(name[:16] for name in names[:4]),
             " ..." if names[4:] else ""))
     return max(found, key=lambda s: (s.ended, s.id))
 

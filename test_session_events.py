@@ -272,7 +272,7 @@ class Person:
                                                                                     {})}.items() if value}
         argv = [python, "-I", "-S", EMIT]
         if before:
-            code = "import sys; sys.path[:0] = [%r]; %s; import emit; emit.run()" % (str(ROOT), before)
+            code = "import sys; %s; import runpy; runpy.run_path(%r, run_name='__main__')" % (before, str(EMIT))
             argv = [python, "-I", "-S", "-c", code]
         if recorded:
             return run([*argv, *args], **options)
@@ -2834,6 +2834,26 @@ def test_answers_against_a_plain_reference(tmp_path, monkeypatch):
                     assert (found.session, found.identity) == (r["session_id_hash"], r["identity_hash"])
             with pytest.raises(session_events.NotFound, match="no session"):
                 session_events.find_session(reader, "0" * 64)
+
+
+def test_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
+    """Another program's rows, of the same session: one that sorts before it in every order, and the newest."""
+    good = row(1, "dev", "2026-05-01T00:00:00.000Z", ["r"])
+    db = stored(tmp_path / "e.db", good)
+    with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
+        connection.executemany(
+            "INSERT INTO session_events (id, identity_hash, session_id_hash, ended_at, plugin_version)"
+            " VALUES (?, ?, ?, ?, '1')", [
+                (-3, "", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
+                (-2, "!", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
+                (-1, "0" * 64, good["session_id_hash"], "never")])
+    for newest, steps in itertools.product((1, 1000), (0, 1 << 60)):
+        monkeypatch.setattr(session_events, "NEWEST", newest)
+        monkeypatch.setattr(session_events, "MOST_STEPS", steps)
+        with session_events.reading(db) as reader:
+            for digits in (64, 12):
+                assert session_events.find_session(reader, good["session_id_hash"][:digits]).identity == good[
+                    "identity_hash"]
 
 
 def check_discoveries(reader, window, inside):
