@@ -369,7 +369,11 @@ def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
     if whole_hash:
         yield from (row_id for row_id, in reader.rows(NEWEST_IDS, [NEWEST, prefix]))
     sql, name = (IDENTITY_IDS, "e.") if identities(reader) <= MOST_STEPS else (ALL_IDS, "")
-    yield from (row_id for row_id, in reader.rows(sql + SESSION_IS[whole_hash].format(name), given))
+    sql += SESSION_IS[whole_hash].format(name) + " LIMIT ?"
+    first = reader.rows(sql, [*given, 1 if whole_hash else -1]).fetchall()
+    yield from (row_id for row_id, in first)
+    if whole_hash and first:  # who still asks has found that one to be no session
+        yield from (row_id for row_id, in reader.rows(sql, [*given, -1]))
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
