@@ -802,7 +802,8 @@ def take_lock(fd):
 
 def machine_id(home, make=True):
     # type: (bytes, bool) -> str
-    """The machine's random name, made on first use: OSError if it cannot be kept; "" if not to `make`."""
+    """The machine's random name, made on first use: OSError if it cannot be kept, Told if there is none in its file;
+    "" for both if not to `make`."""
     import os
     if make and not os.path.lexists(home + MACHINE_ID):
         try:
@@ -810,9 +811,12 @@ def machine_id(home, make=True):
         except FileExistsError:  # another session was quicker
             pass
     try:
-        return contents(home + MACHINE_ID).decode("utf-8", "surrogateescape").strip()
+        name = contents(home + MACHINE_ID).decode("utf-8", "surrogateescape").strip()
     except FileNotFoundError:
-        return ""
+        name = ""
+    if make and not name:
+        raise Told("~/.ashlr/machine-id is empty: remove it")
+    return name
 
 
 def touched_refs(home, session):
@@ -1041,14 +1045,14 @@ def record_touched(env, argv, data, allowed, why):
     directory, _, refs = options(argv)
     if not all(map(is_ref, refs)):
         return complain("a reference is a letter or digit, then at most 127 of those and . _ : -", 2)
+    if not allowed and refs:
+        return complain("not recorded: consent is off: " + why)
     if allowed:
         caller = Caller(env, directory, data)
         refs = refs or touched_by(caller)
-        machine = machine_id(caller.home) if refs else ""
-        if machine:
-            touch(caller.home, session_hash(caller, machine), refs)
-    said = "consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))
-    tell(env, [said])
+        if refs:
+            touch(caller.home, session_hash(caller, machine_id(caller.home)), refs)
+    tell(env, ["consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))])
     return 0
 
 
@@ -1301,10 +1305,7 @@ def work(caller, log):
     # type: (Caller, List[str]) -> None
     """Capture, keep, send. OSError or ValueError if that cannot be."""
     home, unkept = caller.home, b""
-    machine = machine_id(home)
-    if not machine:
-        raise Told("~/.ashlr/machine-id is empty: remove it")
-    event = compose(caller, machine)
+    event = compose(caller, machine_id(home))
     data = as_sent(event)
     try:
         spool(home, data, caller.ended)

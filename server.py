@@ -720,7 +720,7 @@ class Store:
                 self.db.close()
                 raise
         except (OSError, sqlite3.Error) as error:
-            raise StartError("cannot use %s: %s" % (path, error)) from None
+            raise StartError("cannot use %s: %s" % (path, getattr(error, "strerror", None) or error)) from None
         names = () if self.in_memory else (self.path, self.path + "-wal")
         self.files = [(name, file_identity(name)) for name in names]
 

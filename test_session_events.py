@@ -383,16 +383,18 @@ def test_emit_known_hashes():
     assert emit.encoded(b"\xff/x".decode("utf-8", "surrogateescape")) == b"\xff/x"
 
 
+MOMENTS = (  # as an event may have them, and as they are stored
+    ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
+    ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
+    ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
+    ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"))
+
+
 def test_emit_reads_and_writes_times():
-    for text, canonical in (
-        ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
-        ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
-        ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
-        ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
-        ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
-        ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
-        ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
-    ):
+    for text, canonical in MOMENTS:
         assert emit.iso(emit.instant(text) + 0.0001) == canonical
     for text in ("2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
                  "2026-05-22T12:34:56Z\n",
@@ -821,7 +823,8 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         bare = Person(tmp_path / "bare", server.url, ASHLR_TELEMETRY="")
         (bare.ashlr / "machine-id").unlink()
         bare.hook("off", python=python)
-        bare.emit("track", "x", python=python)
+        by_hand = bare.emit("track", "x", python=python)
+        assert (by_hand.returncode, by_hand.stdout) == (0, "") and "not recorded: consent is off" in by_hand.stderr
         assert list(bare.home.rglob("*")) == [bare.ashlr] and not log.exists() and not server.requests
 
         server.answer = lambda n, body: (person.put("config.json", {"telemetry": "off"}), (202, {}))[1]
@@ -1165,6 +1168,12 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
         person.hook("tool", python=python, env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert json.loads(server.requests[0][2])["discovery_refs"] == ["auth-jwt-flow", "rate", "other-way", "by-hand"]
     assert not listed.exists() and not old.exists()
+    person.put("machine-id", "")
+    for refs, code, said in (("x",), 1, "emit.py: could not be recorded: ~/.ashlr/machine-id is empty: remove it\n"), (
+            (), 0, ""):
+        done = person.emit("track", *refs, python=python, input=json.dumps(TOOLS[0]).replace(
+            "PROJECT", str(tmp_path)).encode())
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_emit_tracks_many_at_once(person):
@@ -2695,12 +2704,7 @@ def test_schema_in_the_reader():
 def test_moments():
     """Every form that an event may have, read back as the stored form; what is none is no time."""
     for text, stored_form in (
-            ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
-            ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
-            ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
-            ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
-            ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
-            ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
+            *MOMENTS,
             ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
             ("2026-05-22", None), ("2026-02-30T00:00:00Z", None), ("2026-05-22T24:00:01Z", None),
             ("2026-05-22T12:34:56Z\n", None), ("٢٠٢٦-05-22T12:34:56Z", None),
