@@ -23,6 +23,7 @@ import http.server
 import importlib.util
 import io
 import ipaddress
+import functools
 import itertools
 import json
 import os
@@ -4388,8 +4389,8 @@ class Pretender(threading.Thread):
                 client.sendall(answer)
                 if self.patient:
                     client.shutdown(socket.SHUT_WR)
-                    while client.recv(1 << 16):
-                        pass
+                    for more in iter(functools.partial(client.recv, 1 << 16), b""):
+                        self.asked[-1] = (self.asked[-1][0], self.asked[-1][1] + more)
         self.listener.close()
 
     def __enter__(self):
