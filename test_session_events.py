@@ -16,6 +16,7 @@ import csv
 import datetime
 import email.utils
 import fcntl
+import functools
 import glob
 import hashlib
 import hmac
@@ -23,7 +24,6 @@ import http.server
 import importlib.util
 import io
 import ipaddress
-import functools
 import itertools
 import json
 import os
