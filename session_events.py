@@ -2159,7 +2159,7 @@ INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
     WHERE json_each.type = 'text';
 
 PRAGMA user_version = 1;
-"""  # noqa: E501 (schema.sql, to the letter)
+"""
 
 DEMO_DAYS, DEMO_DEVELOPERS, DEMO_TEAM = 21, 12, 4
 DEMO_REFS = """
