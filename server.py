@@ -82,12 +82,21 @@ __version__ = "1.0.0"
 
 ENDPOINT = "/v1/session-events"
 MAX_BODY = 64 * 1024  # bytes, CONTRACT §1
-SCHEMA_VERSION = 1
-SCHEMA = """\
--- The session-event store: CONTRACT.md section 3, for SQLite 3.38 or newer (or an older one built with JSON1).
--- Runs on a fresh file, and brings a file that holds session_events already up to this version: every statement
--- may run again without changing anything. server.py carries this text to the letter.
+# The file's tables and indexes. The text of the four parts together is schema.sql, to the letter.
+SCHEMA_START = """\
+-- The session-event store, schema version 1 (README, Contract 3). For SQLite 3.38 or newer, or an
+-- older one built with JSON1. It makes a fresh file. Run again, or on a file in which another
+-- program made session_events with the same columns, it adds what is missing and changes no row.
+-- Where columns are missing it changes nothing: it is one transaction, which its last check undoes.
+-- server.py carries this text to the letter.
 
+BEGIN IMMEDIATE;
+CREATE TEMP TABLE schema_before AS SELECT user_version AS version FROM pragma_user_version;
+PRAGMA user_version = 1;
+
+"""
+# The table itself. Another program may have made it; then the rest is added by ADOPTION.
+SCHEMA_TABLE = """\
 CREATE TABLE IF NOT EXISTS session_events (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   identity_hash TEXT NOT NULL,
@@ -102,9 +111,12 @@ CREATE TABLE IF NOT EXISTS session_events (
   received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
 );
 
+"""
+ADOPTION = """\
 CREATE UNIQUE INDEX IF NOT EXISTS idx_session_events_identity_session_unique
   ON session_events (identity_hash, session_id_hash);
-CREATE INDEX IF NOT EXISTS idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
+CREATE INDEX IF NOT EXISTS idx_session_events_identity_ended_at
+  ON session_events (identity_hash, ended_at);
 CREATE INDEX IF NOT EXISTS idx_session_events_received_at ON session_events (received_at);
 CREATE INDEX IF NOT EXISTS idx_session_events_ended_at ON session_events (ended_at);
 
@@ -115,9 +127,10 @@ CREATE TABLE IF NOT EXISTS session_discoveries (
   PRIMARY KEY (discovery_ref, event_id)
 ) WITHOUT ROWID;
 
--- No SQL function is called while a row is inserted (json_each is a table): a function might abort the statement, and
--- for that SQLite would copy each page first, a fifth of the whole cost of an event. So a row whose refs are not JSON
--- text is refused. The upsert clause, unlike OR IGNORE, holds under any OR clause of the statement that inserts.
+-- The insert calls no SQL function (json_each is a table). A function might abort the statement,
+-- and for that SQLite would copy each page first: a fifth of the whole cost of an event. So a row
+-- whose refs are not JSON text is refused. The upsert clause, unlike OR IGNORE, also holds where
+-- the statement that inserts the row has an OR clause of its own.
 CREATE TRIGGER IF NOT EXISTS session_events_discoveries_insert AFTER INSERT ON session_events
 WHEN NEW.discovery_refs_json <> '[]'
 BEGIN
@@ -131,18 +144,58 @@ WHEN OLD.discovery_refs_json <> '[]' AND json_valid(OLD.discovery_refs_json)
 BEGIN
   DELETE FROM session_discoveries
     WHERE event_id = OLD.id
-      AND discovery_ref IN (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
+      AND discovery_ref IN
+        (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
 END;
 
--- Rows that were there before the triggers; whatever they hold, this does not fail.
+-- Edges of rows that were there before the triggers. This does not fail, whatever the rows hold.
 INSERT OR IGNORE INTO session_discoveries (discovery_ref, event_id)
   SELECT value, session_events.id
     FROM session_events,
          json_each(CASE WHEN json_valid(discovery_refs_json) THEN discovery_refs_json ELSE '[]' END)
     WHERE json_each.type = 'text';
 
-PRAGMA user_version = 1;
 """
+SCHEMA_END = """\
+-- The check. It undoes all of the above where the file is not what version 1 says, or is newer. A
+-- program that goes on after an error (as sqlite3 < schema.sql does) finds nothing to commit.
+CREATE TEMP TABLE schema_check (
+  complete INTEGER CONSTRAINT "session_events lacks columns of version 1, or is of a newer version"
+    CHECK (complete)
+);
+INSERT OR ROLLBACK INTO schema_check SELECT
+  (SELECT version FROM schema_before) <= 1
+  AND (SELECT count(*) FROM pragma_table_info('session_events') WHERE name IN (
+    'id', 'identity_hash', 'github_hash', 'session_id_hash', 'ended_at', 'tool_count',
+    'tokens_saved', 'branch_sha', 'discovery_refs_json', 'plugin_version', 'received_at')) = 11
+  AND (SELECT count(*) FROM sqlite_master WHERE name IN (
+    'idx_session_events_identity_session_unique', 'idx_session_events_identity_ended_at',
+    'idx_session_events_received_at', 'idx_session_events_ended_at', 'session_discoveries',
+    'session_events_discoveries_insert', 'session_events_discoveries_delete')) = 7;
+DROP TABLE schema_check;
+DROP TABLE schema_before;
+COMMIT;
+"""
+SCHEMA = SCHEMA_START + SCHEMA_TABLE + ADOPTION + SCHEMA_END
+
+
+class Migration(NamedTuple):
+    """What brings a file of the version before to `version`."""
+    version: int
+    columns: Tuple[str, ...]  # that session_events has from this version on
+    script: str  # SQL statements, without BEGIN, COMMIT and user_version
+
+
+# In order, one for each version. A change of the schema edits the text above, which only a fresh file
+# gets, and adds a line here, which every older file gets. A line that was released never changes. A
+# file in which another program made session_events counts as version 0, with the columns of 1.
+MIGRATIONS = (
+    Migration(1, (
+        "id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
+        "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at",
+    ), ADOPTION),
+)
+SCHEMA_VERSION = MIGRATIONS[-1].version
 
 COLUMNS = (
     "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
@@ -696,6 +749,18 @@ class Written(NamedTuple):
     swept: int  # old rows deleted
 
 
+NULLABLE = ("github_hash", "branch_sha")  # columns in which an event may have no value
+
+
+class Column(NamedTuple):
+    """A column of a table, as SQLite describes it."""
+    name: str
+    kind: str  # the declared type, in capitals
+    not_null: bool
+    has_default: bool
+    key: int  # its place in the primary key; 0 when it is not part of it
+
+
 class Store:
     """The one connection to the database. Raises StartError when it cannot be used.
 
@@ -732,42 +797,92 @@ class Store:
         return sqlite3.connect(self.path, timeout=self.LOCK_SECONDS, isolation_level=None, check_same_thread=False)
 
     def migrate(self) -> None:
-        """Bring the file to SCHEMA_VERSION: the schema's text is its own migration, from nothing or from version 0."""
-        version = self.db.execute("PRAGMA user_version").fetchone()[0]
+        """Bring the file to SCHEMA_VERSION. Raises StartError when that cannot be."""
+        version = self.version()
         if version > SCHEMA_VERSION:
-            raise StartError("%s has schema version %d, and this server.py knows %d: use a newer server.py"
-                             % (self.path, version, SCHEMA_VERSION))
-        if version == SCHEMA_VERSION or self.columns("session_events"):
-            self.check_table()  # before anything in the file is changed
+            raise StartError(
+                "%s has schema version %d, and this server.py knows %d: use a newer server.py"
+                % (self.path, version, SCHEMA_VERSION))
+        fresh = version == 0 and not self.columns()
+        if not fresh:
+            self.check_table(version)  # before anything in the file is changed
         for setting in SETTINGS:
             self.db.execute("PRAGMA " + setting)
         if self.max_bytes is not None:
             page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
             self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
-        if version < SCHEMA_VERSION:
-            self.db.executescript("BEGIN IMMEDIATE;\n%s\nCOMMIT;" % SCHEMA)
+        if fresh:
+            self.db.executescript(SCHEMA)
+        elif version < SCHEMA_VERSION:
+            self.run_migrations()
         self.check_rest()
 
-    def columns(self, table: str) -> Set[str]:
-        return {row[1] for row in self.db.execute("PRAGMA table_info(%s)" % table)}
+    def version(self) -> int:
+        return int(self.db.execute("PRAGMA user_version").fetchone()[0])
 
-    def check_table(self) -> None:
-        """Another program's session_events is taken when it has the contract's columns."""
-        missing = {"id", "received_at", *COLUMNS} - self.columns("session_events")
+    def run_migrations(self) -> None:
+        """Run what the file lacks, all in one transaction. Closing the connection undoes a half."""
+        self.db.execute("BEGIN IMMEDIATE")
+        version = self.version()  # anew: another server may have been faster
+        for migration in MIGRATIONS:
+            if migration.version > version:
+                for statement in statements(migration.script):
+                    self.db.execute(statement)
+                self.db.execute("PRAGMA user_version = %d" % migration.version)
+        self.db.execute("COMMIT")
+
+    def columns(self) -> List[Column]:
+        """The columns of session_events; an empty list where there is no such table."""
+        return [Column(name, kind.upper(), bool(not_null), default is not None, key)
+                for _, name, kind, not_null, default, key
+                in self.db.execute("PRAGMA table_info(session_events)")]
+
+    def check_table(self, version: int) -> None:
+        """Raises StartError unless events fit into session_events, whoever made it.
+
+        `version` is the file's own. The table needs the columns that this version has.
+        """
+        columns = self.columns()
+        wanted = [name for migration in MIGRATIONS if migration.version <= max(version, 1)
+                  for name in migration.columns]
+        missing = set(wanted) - {column.name for column in columns}
         if missing:
-            raise StartError("%s has no table session_events with a column %s: it is not this program's"
-                             % (self.path, min(missing)))
+            raise StartError(
+                "%s has no table session_events with a column %s: it is not this program's"
+                % (self.path, min(missing)))
+        keys = [(column.name, column.kind) for column in columns if column.key]
+        if keys != [("id", "INTEGER")]:
+            raise StartError("%s has a table session_events in which id is not INTEGER PRIMARY KEY:"
+                             " no event can be stored in it" % self.path)
+        for column in columns:
+            if column.not_null and (column.name in NULLABLE
+                                    or (column.name not in wanted and not column.has_default)):
+                raise StartError("%s has a table session_events in which column %s is NOT NULL:"
+                                 " not every event can be stored in it"
+                                 % (self.path, shown(column.name)))
+        for key in self.unique_keys():
+            if not key >= {"identity_hash", "session_id_hash"}:
+                # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
+                raise StartError("%s has a table session_events with a unique index on (%s): not"
+                                 " every event can be stored in it"
+                                 % (self.path, ", ".join(map(shown, sorted(key)))))
+
+    def unique_keys(self) -> List[Set[str]]:
+        """The columns of each unique index of session_events, apart from partial ones."""
+        unique = [row[1] for row in self.db.execute("PRAGMA index_list(session_events)")
+                  if row[2] and not row[4]]
+        return [{str(row[0]) for row in self.db.execute(
+            "SELECT name FROM pragma_index_info(?)", (name,))} for name in unique]
 
     def check_rest(self) -> None:
-        """What makes events idempotent and keeps their edges has to be there, whatever user_version says."""
+        """Raises StartError unless all is there that keeps events idempotent, and their edges."""
         names = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master")}
         wanted = re.findall(r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
         missing = [name for name in wanted if name not in names]
-        unique = [row[1] for row in self.db.execute("PRAGMA index_list(session_events)") if row[2] and not row[4]]
-        keys = [[row[2] for row in self.db.execute("PRAGMA index_info(%s)" % name)] for name in unique]
-        if missing or ["identity_hash", "session_id_hash"] not in keys:
+        if missing or {"identity_hash", "session_id_hash"} not in self.unique_keys():
             raise StartError("%s is not whole: %s is missing" % (
-                self.path, missing[0] if missing else "the unique index on (identity_hash, session_id_hash)"))
+                self.path, missing[0] if missing
+                else "the unique index on (identity_hash, session_id_hash)"))
 
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer the ones at their paths: what is written is lost."""
@@ -884,6 +999,24 @@ class Store:
         with contextlib.suppress(sqlite3.Error):  # all is durable in the log already; the next start takes it over
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script, one by one, so that all can run in one transaction.
+
+    (Connection.executescript commits the transaction that is open before it starts.)
+    """
+    statement = ""
+    for piece in script.split(";")[:-1]:
+        statement += piece + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def shown(name: str) -> str:
+    """A name out of a database, in a form that is safe to print on one line."""
+    return json.dumps(name[:64])
 
 
 def load_pepper(path: str) -> bytes:

@@ -2118,6 +2118,178 @@ def test_server_migration_of_fresh_older_and_emptied_files(tmp_path):
     ).fetchone() == (0,)
 
 
+FILE_OF_VERSION_1 = """
+    CREATE TABLE session_events (id INTEGER PRIMARY KEY AUTOINCREMENT, identity_hash TEXT NOT NULL,
+      github_hash TEXT, session_id_hash TEXT NOT NULL, ended_at TEXT NOT NULL,
+      tool_count INTEGER NOT NULL DEFAULT 0, tokens_saved INTEGER NOT NULL DEFAULT 0, branch_sha TEXT,
+      discovery_refs_json TEXT NOT NULL DEFAULT '[]', plugin_version TEXT NOT NULL,
+      received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')));
+    CREATE UNIQUE INDEX idx_session_events_identity_session_unique
+      ON session_events (identity_hash, session_id_hash);
+    CREATE INDEX idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
+    CREATE INDEX idx_session_events_received_at ON session_events (received_at);
+    CREATE INDEX idx_session_events_ended_at ON session_events (ended_at);
+    CREATE TABLE session_discoveries (discovery_ref TEXT NOT NULL, event_id INTEGER NOT NULL,
+      PRIMARY KEY (discovery_ref, event_id)) WITHOUT ROWID;
+    CREATE TRIGGER session_events_discoveries_insert AFTER INSERT ON session_events
+    WHEN NEW.discovery_refs_json <> '[]' BEGIN
+      INSERT INTO session_discoveries (discovery_ref, event_id)
+        SELECT value, NEW.id FROM json_each(NEW.discovery_refs_json) WHERE type = 'text'
+        ON CONFLICT DO NOTHING;
+    END;
+    CREATE TRIGGER session_events_discoveries_delete AFTER DELETE ON session_events
+    WHEN OLD.discovery_refs_json <> '[]' AND json_valid(OLD.discovery_refs_json) BEGIN
+      DELETE FROM session_discoveries WHERE event_id = OLD.id AND discovery_ref IN
+        (SELECT value FROM json_each(OLD.discovery_refs_json) WHERE type = 'text');
+    END;
+    PRAGMA user_version = 1;
+"""  # as released; never edit it
+
+
+def edited(module, folder, *changes):
+    """A copy of a program with parts of its text replaced, imported. Each part has to be there."""
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new)
+    path = folder / ("edited_%s.py" % module.__name__)
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, str(path))
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = copy
+    spec.loader.exec_module(copy)
+    return copy
+
+
+def version_2(folder):
+    """server.py as it would be after a column was added."""
+    return edited(
+        server,
+        folder,
+        ("  plugin_version TEXT NOT NULL,\n", "  plugin_version TEXT NOT NULL,\n  host TEXT,\n"),
+        ("PRAGMA user_version = 1;", "PRAGMA user_version = 2;"),
+        ("FROM schema_before) <= 1", "FROM schema_before) <= 2"),
+        ("'received_at')) = 11", "'received_at', 'host')) = 12"),
+        (
+            "    ), ADOPTION),\n",
+            "    ), ADOPTION),\n    Migration(2, ('host',),"
+            " 'ALTER TABLE session_events ADD COLUMN host TEXT;'),\n",
+        ),
+    )
+
+
+def scripted(db, *scripts):
+    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+        for script in scripts:
+            connection.executescript(script)
+    return db
+
+
+def user_version(db):
+    return rows_of(db, "PRAGMA user_version")[0]["user_version"]
+
+
+def column_names(db):
+    return [row["name"] for row in rows_of(db, "PRAGMA table_info(session_events)")]
+
+
+def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
+    """A file of version 1, another program's and a fresh one, opened by a pretended version 2."""
+    later = version_2(tmp_path)
+    reader = edited(session_events, tmp_path, ("SCHEMA_VERSION = 1\n", "SCHEMA_VERSION = 2\n"))
+    for name, script in (("one", FILE_OF_VERSION_1), ("other", OTHER_PROGRAM), ("none", "")):
+        db = scripted(tmp_path / (name + ".db"), script)
+        if script:
+            insert_rows(db, ['["a","b"]', "[]"])
+        if name == "one":
+            server.Store(str(db)).close()  # today's server leaves it as it is
+            assert user_version(db) == 1 and "host" not in column_names(db)
+            with session_events.reading(str(db)), reader.reading(str(db)):
+                pass  # both readers take it
+        before = rows_of(db) if script else []
+        for _ in range(2):
+            later.Store(str(db)).close()
+            assert user_version(db) == 2 and column_names(db).count("host") == 1
+            assert rows_of(db) == [dict(row, host=None) for row in before]
+            assert edges(db) == ([("a", 1), ("b", 1)] if script else [])
+        with reader.reading(str(db)):
+            pass
+        with pytest.raises(session_events.Refused, match="schema version 2"):
+            with session_events.reading(str(db)):
+                pass
+        with pytest.raises(server.StartError, match="schema version 2"):
+            server.Store(str(db))
+        store = later.Store(str(db))
+        store.run_migrations()  # as a second server that saw the old version
+        store.close()
+    # A version's own columns are asked for: 1 needs no host, 2 does.
+    claims = scripted(tmp_path / "claims.db", FILE_OF_VERSION_1, "PRAGMA user_version = 2")
+    with pytest.raises(later.StartError, match="column host"):
+        later.Store(str(claims))
+
+
+def test_server_migration_that_fails_changes_nothing(tmp_path):
+    later = edited(
+        server,
+        tmp_path,
+        (
+            "    ), ADOPTION),\n",
+            "    ), ADOPTION),\n    Migration(2, (), 'CREATE TABLE a (b); CREATE TABLE a (b);'),\n",
+        ),
+    )
+    for name, script in (("one", FILE_OF_VERSION_1), ("other", OTHER_PROGRAM)):
+        db = scripted(tmp_path / (name + ".db"), script)
+        before = rows_of(db, "SELECT * FROM sqlite_master"), user_version(db)
+        with pytest.raises(later.StartError, match="already exists"):
+            later.Store(str(db))
+        assert (rows_of(db, "SELECT * FROM sqlite_master"), user_version(db)) == before
+
+
+def by_hand(db, script):
+    """Run a script as `sqlite3 FILE < script` does: it goes on after an error."""
+    with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
+        for statement in server.statements(script):
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute(statement)
+
+
+def test_server_schema_file_by_hand_stamps_no_version_that_the_columns_lack(tmp_path):
+    columns = server.MIGRATIONS[0].columns
+    fresh = tmp_path / "fresh.db"
+    for _ in range(2):
+        by_hand(fresh, server.SCHEMA)
+        assert user_version(fresh) == server.SCHEMA_VERSION and set(column_names(fresh)) == {
+            name for migration in server.MIGRATIONS for name in migration.columns
+        }
+    by_hand(scripted(tmp_path / "other.db", OTHER_PROGRAM), server.SCHEMA)
+    assert user_version(tmp_path / "other.db") == 1
+    for missing in columns:
+        there = ", ".join(name for name in columns if name != missing)
+        db = scripted(tmp_path / (missing + ".db"), "CREATE TABLE session_events (x, %s)" % there)
+        before = rows_of(db, "SELECT * FROM sqlite_master")
+        by_hand(db, server.SCHEMA)
+        assert user_version(db) == 0, missing
+        assert rows_of(db, "SELECT * FROM sqlite_master") == before, missing
+    twice = scripted(tmp_path / "twice.db", OTHER_PROGRAM.replace("CREATE UNIQUE INDEX", "-- "))
+    insert_rows(twice, ["[]", "[]"])
+    scripted(twice, "UPDATE session_events SET session_id_hash = 's'")
+    by_hand(twice, server.SCHEMA)  # the unique index cannot be made
+    assert user_version(twice) == 0
+    newer = scripted(tmp_path / "newer.db", FILE_OF_VERSION_1, "PRAGMA user_version = 2")
+    by_hand(newer, server.SCHEMA)
+    assert user_version(newer) == 2
+
+
+def test_server_takes_the_demos_file(tmp_path):
+    """The demo's small table is one more file that another program made."""
+    db = tmp_path / "demo.db"
+    count = session_events.write_demo(str(db))
+    by_demo = edges(db)
+    server.Store(str(db)).close()
+    assert len(rows_of(db)) == count > 100 and user_version(db) == server.SCHEMA_VERSION
+    assert edges(db) == by_demo != []
+
+
 def test_server_edges_follow_the_rows_whoever_writes(tmp_path):
     db = tmp_path / "events.db"
     server.Store(str(db)).close()
@@ -2492,6 +2664,13 @@ def start_faults(folder):
             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
             " VALUES ('i', 's', '', ''), ('i', 's', '', '')"
         )
+    for name, old, new in (
+        ("tenant", "branch_sha TEXT,", "branch_sha TEXT, tenant TEXT NOT NULL,"),
+        ("branch", "branch_sha TEXT,", "branch_sha TEXT NOT NULL DEFAULT '',"),
+        ("alone", "session_id_hash TEXT", "session_id_hash TEXT UNIQUE"),
+        ("no-id", "id INTEGER PRIMARY KEY AUTOINCREMENT", "id INTEGER"),
+    ):
+        scripted(folder / (name + ".db"), OTHER_PROGRAM.replace(old, new))
     (folder / "open.pepper").write_text("x" * 64)
     (folder / "open.pepper").chmod(0o644)
     taken = socket.create_server(("127.0.0.1", 0))
@@ -2505,6 +2684,10 @@ def start_faults(folder):
         "not a database": (["--db", folder / "text.db"], "not a database"),
         "newer schema": (["--db", folder / "newer.db"], "schema version 99"),
         "other table": (["--db", folder / "other.db"], "not this program's"),
+        "a column to fill": (["--db", folder / "tenant.db"], 'column "tenant" is NOT NULL'),
+        "a column that is never null": (["--db", folder / "branch.db"], 'column "branch_sha" is'),
+        "one more unique index": (["--db", folder / "alone.db"], 'index on ("session_id_hash")'),
+        "no key": (["--db", folder / "no-id.db"], "id is not INTEGER PRIMARY KEY"),
         "half a schema": (["--db", folder / "half.db"], "idx_session_events_ended_at is missing"),
         "the same event twice": (["--db", folder / "twice.db"], "UNIQUE constraint failed"),
         "readable pepper": (["--db", fresh, "--pepper-file", folder / "open.pepper"], "chmod 600"),
@@ -3663,11 +3846,6 @@ def story_session(n):
     }
 
 
-def test_reader_schema_in_the_reader():
-    text = (ROOT / "schema.sql").read_text()
-    assert text == session_events.SCHEMA
-
-
 def test_reader_moments():
     """Every form that an event may have, read back as the stored form; what is none is no time."""
     for text, stored_form in (
@@ -4135,7 +4313,7 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
                 connection.execute(statement)
             connection.commit()
 
-    changed("v0.db", "PRAGMA user_version = 0")
+    changed("v0.db", "PRAGMA user_version = 0", "DROP TABLE session_discoveries")
     changed("v2.db", "PRAGMA user_version = 2")
     changed("lacks.db", "DROP TABLE session_discoveries")
     changed(
