@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import queue
 import re
 import selectors
@@ -46,6 +47,7 @@ import socketserver
 import sqlite3
 import ssl
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -722,6 +724,8 @@ SETTINGS = (
     # moved once for all of them. On disk, at a million rows and 32 clients, 4,000 pages give 8,000 events/s, these
     # 11,900; while they are moved nobody is answered, 60 ms and 180 at the most. A start after a crash takes 0.1 s.
     "wal_autocheckpoint = 32000",
+    # Deleted rows are overwritten with zeros: some builds of SQLite do so anyway, some do not.
+    "secure_delete = ON",
     # Bytes: after somebody's long read, which keeps the log growing, it shrinks again.
     "journal_size_limit = 201326592",
 )
@@ -1052,6 +1056,385 @@ def file_identity(path: str) -> Optional[Tuple[int, int]]:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_size or path.endswith("-wal") else None
+
+
+# ==================================================================================================
+# The database file: backup and forget, beside a running server
+# ==================================================================================================
+
+SIDE_FILES = ("", "-wal", "-shm", "-journal")  # what SQLite appends to the database's name
+PIECE = 16  # hex digits: so much of a hash in a file counts as a copy of it
+DELETE_BATCH = 100  # rows in a transaction: about 10 ms, in which the server cannot write
+NEIGHBOURS = 50  # rows on either side of a deleted one that are written anew
+BUSY_SECONDS = 30.0  # how long a command tries to get the write lock
+LOG_SECONDS = 60.0  # how long it tries to empty the -wal file, which needs a moment without readers
+CHUNK = 4 << 20  # bytes of a file in memory while it is searched
+FORGOTTEN = ("identity_hash IN (SELECT hash FROM forgotten)"
+             " OR github_hash IN (SELECT hash FROM forgotten)")
+
+
+class CommandError(Exception):
+    """A command on the file could not be completed. The text is one line for the operator."""
+
+
+class Interrupted(Exception):
+    """A signal ended the command. Its argument is the signal's number."""
+
+
+class Signals:
+    """Remembers the signal that asks this process to end, so that a command can end in order."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.take)
+
+    def take(self, signum: int, *_: Any) -> None:
+        self.received = signum
+
+    def check(self) -> None:
+        """Raises Interrupted when a signal has come."""
+        if self.received:
+            raise Interrupted(self.received)
+
+
+class Progress:
+    """How far a command is, on standard error: on a terminal one line that changes."""
+
+    def __init__(self) -> None:
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
+        self.due = time.monotonic() + self.every
+        self.shown = False
+
+    def show(self, text: str) -> None:
+        """Print `text` if the last line is long enough ago."""
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + self.every
+            self.shown = self.terminal
+            self.write("\r\x1b[K" + text if self.terminal else text + "\n")
+
+    def say(self, text: str) -> None:
+        """Print `text` now, as a line that stays."""
+        self.write(("\r\x1b[K" if self.shown else "") + text + "\n")
+        self.shown = False
+
+    def write(self, text: str) -> None:
+        if sys.stderr:
+            with contextlib.suppress(OSError):  # nobody reads it: the command goes on
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+def open_existing(path: str) -> sqlite3.Connection:
+    """A connection to a database with session events. Raises StartError; makes no file."""
+    if path == ":memory:":
+        raise StartError("--db :memory: is no file: there is nothing to back up or to delete from")
+    if not os.path.exists(path):
+        raise StartError("there is no file %s" % path)
+    uri = pathlib.Path(os.path.realpath(path)).as_uri() + "?mode=rw"
+    try:
+        db = sqlite3.connect(uri, uri=True, timeout=1.0, isolation_level=None)
+        try:
+            columns = {row[1] for row in db.execute("PRAGMA table_info(session_events)")}
+            if not columns >= {"id", "identity_hash", "github_hash"}:
+                raise StartError("%s holds no session events" % path)
+        except BaseException:
+            db.close()
+            raise
+    except sqlite3.Error as error:
+        raise StartError("cannot use %s: %s" % (path, error)) from None
+    return db
+
+
+def back_up(path: str, target: str, signals: Signals) -> None:
+    """Write a copy of the database at `path` to `target`, which must not exist.
+
+    The copy holds one moment: every event that was answered 202 before the call. It appears under
+    its name when it is complete and on the disk. Raises StartError before anything is copied,
+    CommandError and Interrupted later; then nothing is left behind.
+    """
+    source = os.path.realpath(path)
+    if os.path.lexists(target):
+        raise StartError("%s is there already: name a new file, or delete that one" % target)
+    if os.path.realpath(target) in [source + suffix for suffix in SIDE_FILES]:
+        raise StartError("%s is one of the database's own files: name another" % target)
+    started, folder = time.monotonic(), os.path.dirname(os.path.abspath(target))
+    with contextlib.closing(open_existing(path)) as db:
+        try:
+            # A folder, so that whatever SQLite puts beside the copy goes together with it.
+            scratch = tempfile.TemporaryDirectory(".partial", ".backup-", folder)
+        except OSError as error:
+            raise StartError("cannot write in %s: %s" % (folder, error.strerror)) from None
+        with scratch as partial:
+            copy = os.path.join(partial, "copy")
+            try:
+                os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                vacuum_into(db, copy, signals)
+                sync(copy, os.O_RDWR)
+                signals.check()
+                take_name(copy, target)
+            except FileExistsError:
+                raise CommandError("%s appeared meanwhile: it was left as it is" % target) from None
+            except (OSError, sqlite3.Error) as error:
+                signals.check()  # an interrupted statement is an error too
+                raise CommandError("cannot write %s: %s" % (
+                    target, getattr(error, "strerror", None) or error)) from None
+    with contextlib.suppress(OSError):  # not every system can do that to a folder
+        sync(folder, os.O_RDONLY)
+    print("%s: %d MB in %.1f s" % (
+        target, os.path.getsize(target) >> 20, time.monotonic() - started), flush=True)
+
+
+def vacuum_into(db: sqlite3.Connection, copy: str, signals: Signals) -> None:
+    """Copy the database of `db` into the empty file `copy`, from one read transaction.
+
+    VACUUM INTO, not Connection.backup: VACUUM_INTO_REASON
+    """
+    pages, free, page_size = (db.execute("PRAGMA " + name).fetchone()[0] for name in (
+        "page_count", "freelist_count", "page_size"))
+    progress, megabytes = Progress(), max(1, (pages - free) * page_size >> 20)
+
+    def step() -> int:
+        done = min(os.path.getsize(copy) >> 20, megabytes)
+        progress.show("backup: %d of %d MB (%d%%)" % (done, megabytes, 100 * done // megabytes))
+        return signals.received  # not 0 ends the statement
+
+    db.set_progress_handler(step, 20_000)  # steps of SQLite's machine: about 2 ms
+    db.execute("VACUUM INTO ?", (copy,))
+    if progress.shown:
+        progress.say("backup: copied")
+
+
+def sync(path: str, flags: int) -> None:
+    """Return when what is in the file or folder is on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def take_name(path: str, target: str) -> None:
+    """Give the file the name `target`. Raises FileExistsError where that is taken."""
+    try:
+        os.link(path, target)  # a rename would replace what another process put there meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(target):
+            raise FileExistsError from None
+        os.rename(path, target)
+
+
+def read_hashes(words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
+    """The hashes of --forget as the database has them. `-` stands for those on standard input.
+
+    Raises StartError, which never quotes a hash.
+    """
+    hashes: List[str] = []
+    for word in words:
+        hashes += sys.stdin.read().split() if word == "-" else [word]
+    if not hashes:
+        raise StartError("--forget -: there is no hash on standard input")
+    for place, text in enumerate(hashes):
+        if not re.fullmatch(HASH, text, re.ASCII):
+            raise StartError("--forget takes hashes of 64 lowercase hex digits, and number %d is"
+                             " none" % (place + 1))
+    if pepper_file:
+        if not os.path.exists(pepper_file):  # load_pepper would make one, which hides nothing here
+            raise StartError("there is no pepper file %s" % pepper_file)
+        pepper = load_pepper(pepper_file)
+        hashes = [hmac.digest(pepper, text.encode("ascii"), "sha256").hex() for text in hashes]
+    return list(dict.fromkeys(hashes))
+
+
+def forget(path: str, hashes: Sequence[str], peppered: bool, signals: Signals) -> None:
+    """Delete every event whose identity or GitHub hash is one of `hashes`, and all copies of them.
+
+    `hashes` are as the database has them. Standard output gets the statement that does the same in
+    ClickHouse. Raises StartError, CommandError when copies are left, and Interrupted.
+    """
+    path = os.path.realpath(path) if path != ":memory:" else path
+    progress = Progress()
+    with contextlib.closing(open_existing(path)) as db:
+        try:
+            deleted = delete_events(db, hashes, progress, signals)
+            progress.say("deleted %s" % counted(deleted, "event"))
+            if not deleted and not peppered:
+                progress.say("(if the server runs with --pepper-file, give it here too)")
+            print(clickhouse_statement(hashes), flush=True)
+            empty_log(db, progress, signals)
+        except sqlite3.Error as error:
+            raise CommandError("cannot write %s: %s; run the command again"
+                               % (path, error)) from None
+    # Only now: a process that closes any descriptor of the file loses SQLite's locks on it (POSIX).
+    own = [path + suffix for suffix in SIDE_FILES]
+    left = files_with(os.path.dirname(path), hashes, progress, signals)
+    if any(name in own for name in left):
+        progress.say("copies are left in unused parts of the file: the whole file is written anew,"
+                     " and meanwhile the server answers 503")
+        rewrite_file(path, progress, signals)
+        left = files_with(os.path.dirname(path), hashes, progress, signals)
+    if left:
+        raise CommandError(
+            "copies are left in %s: if it is a backup, delete it, or run --forget with --db on it;"
+            " if it is this database, run the command again" % ", ".join(map(shown, left)))
+
+
+def counted(count: int, word: str) -> str:
+    return "%d %s%s" % (count, word, "" if count == 1 else "s")
+
+
+def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progress,
+                  signals: Signals) -> int:
+    """Delete the events of `hashes` in short transactions; returns how many there were."""
+    for setting in ("temp_store = MEMORY", "secure_delete = ON"):
+        db.execute("PRAGMA " + setting)
+    db.execute("CREATE TEMP TABLE forgotten (hash TEXT PRIMARY KEY) WITHOUT ROWID")
+    db.executemany("INSERT INTO forgotten VALUES (?)", [(text,) for text in hashes])
+    # Found first, without a lock: no index has the GitHub hash, so all rows are looked at.
+    found = [row[0] for row in db.execute("SELECT id FROM session_events WHERE " + FORGOTTEN)]
+    deleted = 0
+    for start in range(0, len(found), DELETE_BATCH):
+        progress.show("deleted %d of %d events" % (deleted, len(found)))
+        with write_lock(db, signals):
+            deleted += db.executemany(
+                "DELETE FROM session_events WHERE id = ? AND (%s)" % FORGOTTEN,
+                [(event_id,) for event_id in found[start:start + DELETE_BATCH]]).rowcount
+    for text in hashes:
+        rewrite_neighbours(db, text, signals)
+    return deleted
+
+
+@contextlib.contextmanager
+def write_lock(db: sqlite3.Connection, signals: Signals) -> Iterator[None]:
+    """One short transaction. Afterwards it waits, since SQLite's lock is not given out in order."""
+    end = time.monotonic() + BUSY_SECONDS
+    while not db.in_transaction:
+        signals.check()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not passing(error) or time.monotonic() > end:
+                raise
+    started = time.monotonic()
+    try:
+        yield
+        db.execute("COMMIT")
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+    # The server waits 250 ms for the lock, and looks for it every 25 to 100 ms.
+    time.sleep(max(0.03, time.monotonic() - started))
+
+
+def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> None:
+    """Write the index entries around a deleted hash anew.
+
+    When SQLite splits a full page, the entries that move to the new page can stay in the unused
+    part of the old one, also with secure_delete. So a copy of a deleted entry can be in a page
+    beside its place. Here the entries around that place are moved to the end of the index and back,
+    in one transaction. Pages become empty, and are overwritten, or they are filled over the copy.
+    Without this, 10 of 100 identities needed the whole file written anew, with it none (200,000
+    events of 4,000 identities).
+    """
+    around = ("SELECT id FROM session_events WHERE identity_hash %s ?"
+              " ORDER BY identity_hash %s LIMIT ?")
+    try:
+        with write_lock(db, signals):
+            near = [row for side in (("<", "DESC"), (">", "ASC"))
+                    for row in db.execute(around % side, (text, NEIGHBOURS)).fetchall()]
+            for value in ("'~' || identity_hash", "substr(identity_hash, 2)"):
+                db.executemany(
+                    "UPDATE session_events SET identity_hash = %s WHERE id = ?" % value, near)
+    except sqlite3.IntegrityError:
+        pass  # a foreign table's rule forbids such a value: the whole file is written anew instead
+
+
+def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> None:
+    """Move all of the -wal file into the database and cut it to nothing. Raises CommandError."""
+    end = time.monotonic() + LOG_SECONDS
+    # TRUNCATE holds the write lock while it waits for readers: less than the server waits for it.
+    db.execute("PRAGMA busy_timeout = 100")
+    while True:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # most of the work, and no lock
+        if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            return
+        signals.check()
+        if time.monotonic() > end:
+            raise CommandError("the -wal file may hold copies and could not be emptied: another"
+                               " process was reading for %d s. End it, and run the command again"
+                               % LOG_SECONDS)
+        progress.show("waiting for readers of the database to end")
+        time.sleep(0.1)
+
+
+def rewrite_file(path: str, progress: Progress, signals: Signals) -> None:
+    """VACUUM: every page is written anew, and no free page is left. Raises CommandError."""
+    # SQLite's temporary file is as large as the database, and as private.
+    os.environ["SQLITE_TMPDIR"] = os.path.dirname(path)
+    try:
+        with contextlib.closing(open_existing(path)) as db:
+            with write_lock(db, signals):
+                pass
+            db.execute("PRAGMA busy_timeout = %d" % (BUSY_SECONDS * 1000))
+            db.set_progress_handler(lambda: signals.received, 20_000)
+            db.execute("VACUUM")
+            db.set_progress_handler(None, 0)
+            empty_log(db, progress, signals)
+    except sqlite3.Error as error:
+        signals.check()
+        raise CommandError(
+            "copies are left: %s cannot be written anew: %s. This takes twice its size in free disk"
+            " space. Run the command again" % (path, error)) from None
+
+
+def files_with(folder: str, hashes: Sequence[str], progress: Progress,
+               signals: Signals) -> List[str]:
+    """The paths of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
+
+    Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
+    the rest of one. That takes about 0.6 s per hash and gigabyte.
+    """
+    pieces = [text[start:start + PIECE].encode("ascii")
+              for text in hashes for start in range(0, len(text), PIECE)]
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                if entry.is_file() and holds(entry.path, pieces, progress, signals):
+                    found.append(entry.path)
+    return found
+
+
+def holds(path: str, pieces: Sequence[bytes], progress: Progress, signals: Signals) -> bool:
+    """True if one of `pieces`, each of PIECE bytes, is in the file, or nobody can tell."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            kept = b""
+            while True:
+                signals.check()
+                progress.show("searching %s: %d MB" % (shown(path), file.tell() >> 20))
+                data = file.read(CHUNK)
+                if not data:
+                    return False
+                data = kept + data
+                if any(piece in data for piece in pieces):
+                    return True
+                kept = data[1 - PIECE:]
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return True
+
+
+def clickhouse_statement(hashes: Sequence[str]) -> str:
+    """What deletes the same events from the table that `session_events.py ship` fills."""
+    among = "IN (%s)" % ", ".join("unhex('%s')" % text for text in hashes)
+    return ("ALTER TABLE session_events_raw DELETE WHERE identity_hash %s OR github_hash %s;"
+            % (among, among))
 
 
 # ======================================================================================================
@@ -1896,6 +2279,7 @@ EPILOG = """\
 example:
   python3 server.py --db events.db --port 8787
   curl http://127.0.0.1:8787/readyz
+  python3 server.py --db events.db --backup events-backup.db
 
 SIGTERM and Ctrl-C finish what is under way and exit with 0; SIGHUP reads the TLS files again. Started by a systemd
 socket unit, it takes that socket in place of --host and --port.
@@ -1975,6 +2359,14 @@ def parser() -> argparse.ArgumentParser:
     add("--max-db-bytes", positive, "a positive number", "N", None, "size at which the database takes no more (none)")
     add("--retain-days", positive, "a positive number", "N", 0,
         "delete events received longer ago, in small pieces (keep all)")
+    task = p.add_mutually_exclusive_group()
+    task.add_argument("--backup", metavar="FILE",
+                      help="write a copy of the database to a new FILE, beside a running server,"
+                           " and exit")
+    task.add_argument("--forget", metavar="HASH", nargs="+", action="extend",
+                      help="delete all events of these identity or GitHub hashes and every trace"
+                           " of them, beside a running server, and exit; - reads hashes from"
+                           " standard input; what ClickHouse needs for it goes to standard output")
     p.add_argument("--pepper-file", metavar="FILE",
                    help="store HMAC-SHA256(pepper, hash) for each hash; made when not there (store what was sent)")
     p.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
@@ -1991,6 +2383,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     options = p.parse_args(argv)
     if bool(options.tls_cert) != bool(options.tls_key):
         p.error("--tls-cert and --tls-key go together")
+    if options.backup or options.forget:
+        return run_command(options)
     try:
         server = build(options)
     except StartError as error:
@@ -2002,6 +2396,26 @@ def main(argv: Optional[List[str]] = None) -> int:
     server.serve_forever()
     server.server_close()
     server.store.close()
+    return 0
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """--backup or --forget. Returns the exit status: 0 done, 1 not completed, 2 not begun."""
+    signals = Signals()
+    try:
+        if options.backup:
+            if hasattr(os, "nice"):
+                os.nice(10)  # the server goes first
+            back_up(options.db, options.backup, signals)
+        else:
+            hashes = read_hashes(options.forget, options.pepper_file)
+            forget(options.db, hashes, bool(options.pepper_file), signals)
+    except Interrupted:
+        print("server.py: interrupted", file=sys.stderr)
+        return 128 + signals.received
+    except (StartError, CommandError) as error:
+        print("server.py: %s" % error, file=sys.stderr)
+        return 2 if isinstance(error, StartError) else 1
     return 0
 
 
