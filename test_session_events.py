@@ -3654,6 +3654,355 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
     assert rows_of(db, "SELECT count(*) AS n FROM session_discoveries") == [{"n": 2 * stay}]
 
 
+# -- The database file -----------------------------------------------------------------------------
+
+
+def command(db, *flags, patch="", **options):
+    """server.py with these flags as a process of its own, its module changed by `patch` first."""
+    script = "import os, signal, sys, server\n%s\nsys.exit(server.main())" % patch
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    return run([sys.executable, "-c", script, "--db", db, *flags], env=env, **options)
+
+
+def crowded(db, count, who=lambda n: n % 50, secure=True):
+    """A database of `count` events of which each is of identity and login `who(n)`; n is its id."""
+    store = server.Store(str(db))
+    store.db.execute("PRAGMA synchronous = OFF")
+    store.db.execute("PRAGMA secure_delete = %d" % secure)
+    for start in range(1, count + 1, 500):
+        store.db.execute("BEGIN")
+        store.db.executemany(
+            server.INSERT_ONE,
+            (
+                (
+                    sha("identity", who(n)),
+                    sha("login", who(n)),
+                    sha("session", n),
+                    "2026-01-01T00:00:00.000Z",
+                    1,
+                    1,
+                    None,
+                    '["a","r%d"]' % (n % 9),
+                    "1",
+                    "2026-01-01T00:00:00Z",
+                )
+                for n in range(start, min(start + 500, count + 1))
+            ),
+        )
+        store.db.execute("COMMIT")
+    store.close()
+    return db
+
+
+def fenced(heading):
+    """The first block of shell commands in README.md after `heading`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(r"```sh\n(.*?)```", text[text.index(heading) :], re.DOTALL)[1]
+
+
+def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
+    """The copy is whole and has every event answered before; README's steps bring it back."""
+    db, copy = crowded(tmp_path / "events.db", 20000), tmp_path / "events-backup.db"
+    with serving(db) as running:
+        clients = [Load(("backup", n), running) for n in range(3)]
+        for client in clients:
+            client.start()
+        until(lambda: all(len(client.accepted) > 50 for client in clients))
+        before = {session for client in clients for session in list(client.accepted)}
+        done = run([sys.executable, ROOT / "server.py", "--db", db, "--backup", copy])
+        assert (done.returncode, done.stderr) == (0, "") and "events-backup.db: " in done.stdout
+        for client in clients:
+            client.stop()
+            assert client.failures == []
+        assert len(client.accepted) > 50
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert {p.name for p in tmp_path.iterdir()} == {"events.db", "events-backup.db"}
+    assert rows_of(copy, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    rows = rows_of(copy)
+    assert before <= {row["session_id_hash"] for row in rows}
+    assert [row["id"] for row in rows[:20000]] == list(range(1, 20001))
+    # Restored, as README says, over a server that was killed and left its -wal file.
+    with serving(db) as running:
+        assert post(running, event("after the backup")).status == 202
+        running.stop(signal.SIGKILL)
+    assert (tmp_path / "events.db-wal").stat().st_size > 0
+    run(["sh", "-ec", fenced("**Restore**")], cwd=str(tmp_path)).check_returncode()
+    assert not (tmp_path / "events.db-wal").exists() and db.stat().st_mode & 0o777 == 0o600
+    with serving(db) as running:
+        assert rows_of(db) == rows
+        assert post(running, event("after the restore")).status == 202
+    assert len(rows_of(db)) == len(rows) + 1
+    replaced = {row["session_id_hash"] for row in rows_of(tmp_path / "replaced.db")}
+    assert event("after the backup")["session_id_hash"] in replaced
+
+
+def test_server_backup_holds_nothing_of_deleted_rows(tmp_path):
+    db = crowded(tmp_path / "events.db", 2000, secure=False)
+    scripted(
+        db, "PRAGMA secure_delete = 0; DELETE FROM session_events WHERE id <= 1000 OR id % 50 = 7"
+    )
+    assert sha("session", 900).encode() in db.read_bytes()  # in free pages
+    assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
+    assert sha("session", 900).encode() not in (tmp_path / "copy.db").read_bytes()
+    assert sha("session", 1900).encode() in (tmp_path / "copy.db").read_bytes()
+
+
+def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
+    db = crowded(tmp_path / "events.db", 20000)
+    taken, kill = tmp_path / "taken.db", "os.kill(os.getpid(), signal.%s)"
+    taken.write_text("mine")
+    (tmp_path / "text.db").write_bytes(b"not a database, but long enough to look like one" * 40)
+    scripted(tmp_path / "other.db", "CREATE TABLE t (x)")
+    # Ctrl-C in the middle of the copy: from the function that shows the progress.
+    stop = "server.Progress.show = lambda *_: " + kill
+    late = "take = server.take_name\nserver.take_name = lambda a, b: (open(b, 'x'), take(a, b))"
+    for source, target, patch, status, words in (
+        (db, "taken.db", "", 2, "is there already"),
+        (db, ".", "", 2, "is there already"),
+        (db, "events.db", "", 2, "is there already"),
+        (db, "events.db-wal", "", 2, "own files"),
+        (db, "none/copy.db", "", 2, "No such file"),
+        (":memory:", "copy.db", "", 2, "is no file"),
+        ("none.db", "copy.db", "", 2, "there is no file none.db"),
+        ("other.db", "copy.db", "", 2, "holds no session events"),
+        ("text.db", "copy.db", "", 2, "not a database"),
+        (db, "copy.db", stop % "SIGINT", 130, "interrupted"),
+        (db, "copy.db", stop % "SIGTERM", 143, "interrupted"),
+        (db, "copy.db", late, 1, "appeared meanwhile"),
+    ):
+        before = {p.name for p in tmp_path.iterdir()}
+        done = command(source, "--backup", target, patch=patch, cwd=str(tmp_path))
+        assert (done.returncode, done.stdout) == (status, ""), (target, done.stderr)
+        assert done.stderr.startswith("server.py: ") and words in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "copy.db").unlink()  # the one that appeared meanwhile
+        assert {p.name for p in tmp_path.iterdir()} == before
+    assert taken.read_text() == "mine"
+    assert len(rows_of(db)) == 20000
+
+
+@needs_linux
+def test_server_backup_on_another_file_system_also_a_full_one(tmp_path):
+    db = crowded(tmp_path / "events.db", 5000)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        done = command(db, "--backup", disk / "copy.db")
+        assert (done.returncode, done.stdout) == (1, "") and "full" in done.stderr
+        assert list(disk.iterdir()) == []
+        run(["mount", "-o", "remount,size=64m", disk]).check_returncode()
+        no_links = "def link(*_): raise OSError(95, 'Operation not supported')\nos.link = link"
+        for name, patch in (("copy.db", ""), ("renamed.db", no_links)):
+            assert command(db, "--backup", disk / name, patch=patch).returncode == 0
+            assert rows_of(disk / name) == rows_of(db)
+        assert {p.name for p in disk.iterdir()} == {"copy.db", "renamed.db"}
+
+
+def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
+    """Lines on a file, one line that changes on a terminal; never a line for each step."""
+    db = crowded(tmp_path / "events.db", 20000)
+    often = (
+        "\ninit = server.Progress.__init__\ndef eager(self): init(self); self.every = self.due = 0"
+    )
+    often += "\nserver.Progress.__init__ = eager"
+    done = command(db, "--backup", tmp_path / "one.db", patch=often)
+    lines = done.stderr.splitlines()
+    assert len(lines) > 2 and all(re.fullmatch(r"backup: \d+ of \d+ MB \(\d+%\)", x) for x in lines)
+    script = "import server\n%s\nserver.main()" % often
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "--db", str(db), "--backup", str(tmp_path / "two.db")],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # how Linux tells the end
+        for data in iter(lambda: os.read(ours, 4096), b""):
+            said += data
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert said.count(b"\r\x1b[K") > 2 and said.count(b"\n") == 1 and said.endswith(b"copied\r\n")
+
+
+def forgotten(*hashes):
+    """What --forget prints for ClickHouse."""
+    among = ", ".join("unhex('%s')" % text for text in hashes)
+    return "ALTER TABLE session_events_raw DELETE WHERE identity_hash IN (%s)" % among + (
+        " OR github_hash IN (%s);\n" % among
+    )
+
+
+def forget(db, *words, **options):
+    """`--forget` as a process. Its output is not recorded: it has whole hashes, as documented."""
+    before = len(PRINTED)
+    done = command(db, "--forget", *words, **options)
+    del PRINTED[before]  # standard output
+    assert not re.search("[0-9a-f]{17}", done.stderr), done.stderr
+    return done
+
+
+def traces(folder, text):
+    """The names of the files in the folder that hold any 16 aligned digits of a hash."""
+    pieces = [text[i : i + 16].encode() for i in range(0, 64, 16)]
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if any(piece in path.read_bytes() for piece in pieces)
+    ]
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["overwriting", "not overwriting"])
+@pytest.mark.parametrize("how", ["alone", "beside a server"])
+def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
+    """Also none in free pages of earlier deletions, in index pages that were split, in the log."""
+    db = crowded(tmp_path / "events.db", 10000, secure=secure)
+    scripted(
+        db,  # a sweep of old, whose pages stay full of them where SQLite does not overwrite
+        "PRAGMA secure_delete = %d; DELETE FROM session_events WHERE id <= 2000" % secure,
+    )
+    before = [row for row in rows_of(db) if row["id"] % 50 not in (1, 2, 3)]
+    with contextlib.ExitStack() as stack:
+        if how == "beside a server":
+            running = stack.enter_context(serving(db))
+            client = Load(("forget", secure), running)
+            client.start()
+            until(lambda: len(client.accepted) > 20)
+        named = sha("identity", 1), sha("login", 2), sha("identity", 999)
+        done = forget(db, *named[:2], "--forget", named[2])
+        assert (done.returncode, done.stdout) == (0, forgotten(*named)), done.stderr
+        assert "deleted 320 events\n" in done.stderr  # 8000 / 50 of each
+        assert traces(tmp_path, named[0]) == traces(tmp_path, named[1]) == []
+        done = forget(db, "-", input=("%s\n %s" % (sha("identity", 3), named[0])).encode())
+        assert (done.returncode, done.stdout) == (0, forgotten(sha("identity", 3), named[0]))
+        assert "deleted 160 events\n" in done.stderr and "--pepper-file" not in done.stderr
+        assert traces(tmp_path, sha("identity", 3)) == []
+        assert sha("identity", 4).encode() in db.read_bytes()  # the search finds what is there
+        if how == "beside a server":
+            client.stop()
+            assert set(client.failures) <= ({503} if not secure else set())
+            assert len(client.accepted) > 20
+    after = rows_of(db)
+    assert after[: len(before)] == before and rows_of(db, "PRAGMA integrity_check") == [
+        {"integrity_check": "ok"}
+    ]
+    assert edges(db) == sorted(
+        ((ref, row["id"]) for row in after for ref in json.loads(row["discovery_refs_json"])),
+        key=lambda edge: (edge[1], edge[0]),
+    )
+
+
+def test_server_forget_takes_its_time_with_many_rows(tmp_path):
+    """A server beside it answers every event, while 3,000 rows of one developer go."""
+    db = crowded(tmp_path / "events.db", 6000, who=lambda n: n % 2)
+    with serving(db) as running:
+        clients = [Load(("many", n), running) for n in range(3)]
+        for client in clients:
+            client.start()
+        done = forget(db, sha("login", 1))
+        assert done.returncode == 0 and "deleted 3000 events" in done.stderr, done.stderr
+        for client in clients:
+            client.stop()
+            assert client.failures == [] and client.accepted
+
+
+def test_server_forget_says_where_copies_are_left(tmp_path):
+    db = crowded(tmp_path / "events.db", 500)
+    assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
+    done = forget(db, sha("identity", 1))
+    assert done.returncode == 1 and "copy.db" in done.stderr and "events.db" not in done.stderr
+    assert "deleted 10 events" in done.stderr and traces(tmp_path, sha("identity", 1)) == [
+        "copy.db"
+    ]
+    assert forget(tmp_path / "copy.db", sha("identity", 1)).returncode == 0
+    done = forget(db, sha("identity", 1))
+    assert done.returncode == 0 and "deleted 0 events" in done.stderr
+    assert "--pepper-file" in done.stderr  # a hint
+    (tmp_path / "copy.db").unlink()
+    # Somebody reads: the log cannot be emptied. It says so, and the second run ends it.
+    reader = sqlite3.connect(str(db), isolation_level=None)
+    reader.execute("BEGIN")
+    assert len(reader.execute("SELECT * FROM session_events").fetchall()) == 490
+    done = forget(db, sha("identity", 2), patch="server.LOG_SECONDS = 0.3")
+    assert done.returncode == 1 and "deleted 10 events" in done.stderr
+    assert "another process was reading" in done.stderr
+    assert "events.db" in traces(tmp_path, sha("identity", 2))
+    reader.close()
+    assert forget(db, sha("identity", 2)).returncode == 0
+    assert traces(tmp_path, sha("identity", 2)) == []
+
+
+def test_server_forget_hides_with_the_pepper(tmp_path):
+    db, pepper = tmp_path / "events.db", tmp_path / "pepper"
+    with serving(db, "--pepper-file", pepper) as running:
+        assert post(running, event(1)).status == post(running, event(2)).status == 202
+        assert post(running, event(3, identity_hash=sha(3), github_hash=None)).status == 202
+        done = forget(db, EVENT["identity_hash"])
+        assert done.returncode == 0 and "deleted 0 events" in done.stderr
+        hidden = hmac.new(pepper.read_bytes().strip(), EVENT["identity_hash"].encode(), "sha256")
+        done = forget(db, EVENT["identity_hash"], "--pepper-file", pepper)
+        assert (done.returncode, done.stdout) == (0, forgotten(hidden.hexdigest()))
+        assert "deleted 2 events" in done.stderr
+        assert traces(tmp_path, hidden.hexdigest()) == []
+    assert len(rows_of(db)) == 1
+
+
+def test_server_forget_refuses_what_it_cannot_do(tmp_path):
+    db, good = crowded(tmp_path / "events.db", 100), sha("identity", 1)
+    locked = "server.BUSY_SECONDS = 0.2"
+    with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as other:
+        for source, words, patch, status, says in (
+            (db, ["abc"], "", 2, "number 1 is none"),
+            (db, [good, good.upper()], "", 2, "number 2 is none"),
+            (db, [good + "\n"], "", 2, "number 1 is none"),
+            (db, ["-"], "", 2, "no hash on standard input"),
+            (db, [], "", 2, "expected at least one argument"),
+            (db, [good, "--backup", "x.db"], "", 2, "not allowed with"),
+            (db, [good, "--pepper-file", "none"], "", 2, "there is no pepper file none"),
+            (":memory:", [good], "", 2, "is no file"),
+            ("none.db", [good], "", 2, "there is no file none.db"),
+            (db, [good], locked, 1, "database is locked; run the command again"),
+        ):
+            if patch:
+                other.execute("BEGIN IMMEDIATE")
+            done = forget(source, *words, patch=patch, cwd=str(tmp_path))
+            assert (done.returncode, done.stdout) == (status, ""), (words, done.stderr)
+            assert says in done.stderr and good[:8] not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["events.db"]
+    assert len(rows_of(db)) == 100
+
+
+def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
+    db = crowded(tmp_path / "events.db", 4000, who=lambda n: n % 4)
+    stop = (
+        "def stop(self, text):\n  if text.startswith(%r): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "server.Progress.show = stop"
+    )
+    for where, left in (("deleted 300 ", 700), ("searching", 0)):
+        done = forget(db, sha("identity", 1), patch=stop % where)
+        assert done.returncode == 143 and done.stderr.endswith("server.py: interrupted\n")
+        kept = rows_of(db, "SELECT * FROM session_events WHERE id % 4 = 1")
+        assert len(kept) == left
+    assert forget(db, sha("identity", 1)).returncode == 0
+    assert traces(tmp_path, sha("identity", 1)) == []
+
+
+def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
+    """The statement that it prints, run in a real ClickHouse on the table that `ship` makes."""
+    url = clickhouse.database()
+    make_tables(clickhouse, url)
+    for n, (identity, login) in enumerate([("a", "x"), ("a", None), ("b", "y"), ("c", "x")]):
+        clickhouse.ask(
+            "INSERT INTO session_events_raw (id, identity_hash, github_hash, session_id_hash)"
+            " SELECT %d, unhex('%s'), %s, unhex('%s')"
+            % (n, sha(identity), "unhex('%s')" % sha(login) if login else "NULL", sha(n)),
+            url,
+        )
+    db = crowded(tmp_path / "events.db", 1)
+    clickhouse.ask(forget(db, sha("a"), sha("y")).stdout.rstrip(";\n"), url)
+    until(lambda: clickhouse.ask("SELECT id FROM session_events_raw", url) == [["3"]])
+
+
 # -- Hostile input ---------------------------------------------------------------------------------
 
 SPLICES = (
