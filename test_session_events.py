@@ -3822,7 +3822,7 @@ def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
             said += data
     os.close(ours)
     assert process.wait(60) == 0
-    assert said.count(b"\r\x1b[K") > 2 and said.count(b"\n") == 1 and said.endswith(b"copied\r\n")
+    assert said.count(b"\r\x1b[K") > 2 and said.count(b"\n") == 0 and said.endswith(b"\r\x1b[K")
 
 
 def forgotten(*hashes):
@@ -3970,6 +3970,52 @@ def test_server_forget_refuses_what_it_cannot_do(tmp_path):
             assert says in done.stderr and good[:8] not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["events.db"]
     assert len(rows_of(db)) == 100
+
+
+def test_server_forget_with_odd_input_and_output(tmp_path):
+    db, argv = crowded(tmp_path / "events.db", 500), [sys.executable, str(ROOT / "server.py")]
+    argv += ["--db", str(db), "--forget"]
+    done = forget(db, "-", input=b"\xff\xfe\x00")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    # Nobody reads the statement: the deleting goes on, and the exit status says it.
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run(
+        [*argv, sha("identity", 1)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(theirs)
+    assert done.returncode == 1 and b"could not be printed: Broken pipe\n" in done.stderr
+    assert done.stderr.count(b"\n") == 2 and traces(tmp_path, sha("identity", 1)) == []
+    # Ctrl-C while hashes are typed in.
+    typed = (
+        "import sys, server\nclass Typed:\n  buffer = property(lambda self: self)\n"
+        "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
+        "sys.stdin = Typed()\nsys.exit(server.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", typed, *argv[2:], "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+    )
+    assert process.stdout.readline() == b"reading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and process.stderr.read() == b"server.py: interrupted\n"
+    process.communicate()
+    # Another program's table has the hash: it says so, and the events are gone all the same.
+    scripted(
+        db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events"
+    )
+    done = forget(db, sha("identity", 2))
+    assert done.returncode == 1 and "another program's table" in done.stderr
+    assert "deleted 10 events\ncopies are left in unused" in done.stderr
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    assert len(rows_of(db)) == 480
 
 
 def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
