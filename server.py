@@ -1065,6 +1065,7 @@ def file_identity(path: str) -> Optional[Tuple[int, int]]:
 SIDE_FILES = ("", "-wal", "-shm", "-journal")  # what SQLite appends to the database's name
 PIECE = 16  # hex digits: so much of a hash in a file counts as a copy of it
 DELETE_BATCH = 100  # rows in a transaction, during which the server cannot write: about 10 ms
+READ_BATCH = 20_000  # rows read at a time
 NEIGHBOURS = 50  # rows on either side of a deleted one that are written anew
 BUSY_SECONDS = 30.0  # how long a command tries to get the write lock
 LOG_SECONDS = 60.0  # how long it tries to empty the -wal file, which needs a moment without readers
@@ -1328,9 +1329,7 @@ def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progr
         db.execute("PRAGMA " + setting)
     db.execute("CREATE TEMP TABLE forgotten (hash TEXT PRIMARY KEY) WITHOUT ROWID")
     db.executemany("INSERT INTO forgotten VALUES (?)", [(text,) for text in hashes])
-    # Found first, without a lock: no index has the GitHub hash, so all rows are looked at.
-    found = [row[0] for row in db.execute("SELECT id FROM session_events WHERE " + FORGOTTEN)]
-    deleted = 0
+    found, deleted = find_events(db, progress, signals), 0
     for start in range(0, len(found), DELETE_BATCH):
         progress.show("deleted %d of %d events" % (deleted, len(found)))
         with write_lock(db, signals):
@@ -1340,6 +1339,25 @@ def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progr
     for text in hashes:
         rewrite_neighbours(db, text, signals)
     return deleted
+
+
+def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) -> List[int]:
+    """The ids of the events whose hashes are in the table `forgotten`.
+
+    No index has the GitHub hash, so all rows are read. That goes in many short reads, since the -wal
+    file grows as long as a read lasts.
+    """
+    query = "SELECT id, %s FROM session_events WHERE id > ? ORDER BY id LIMIT ?" % FORGOTTEN
+    found: List[int] = []
+    last, looked = -1 << 63, 0
+    while True:
+        signals.check()
+        progress.show("looked at %d events" % looked)
+        rows = db.execute(query, (last, READ_BATCH)).fetchall()
+        if not rows:
+            return found
+        found += [event_id for event_id, wanted in rows if wanted]
+        last, looked = rows[-1][0], looked + len(rows)
 
 
 @contextlib.contextmanager
