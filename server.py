@@ -1088,8 +1088,9 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.take)
+            signum = getattr(signal, name, None)
+            if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+                signal.signal(signum, self.take)
 
     def take(self, signum: int, *_: Any) -> None:
         self.received = signum
@@ -1183,14 +1184,13 @@ def back_up(path: str, target: str, progress: Progress, signals: Signals) -> Non
                 raise CommandError("%s appeared meanwhile: it was left as it is" % target) from None
             except (OSError, sqlite3.Error) as error:
                 signals.check()  # an interrupted statement is an error too
-                raise CommandError("cannot write %s: %s" % (
-                    target, getattr(error, "strerror", None) or error)) from None
+                raise CommandError("cannot copy %s to %s: %s" % (
+                    path, target, getattr(error, "strerror", None) or error)) from None
     with contextlib.suppress(OSError):  # not every system can do that to a folder
         sync(folder, os.O_RDONLY)
     progress.clear()
-    with contextlib.suppress(OSError):  # nobody reads it: the copy is there all the same
-        print("%s: %d MB in %.1f s" % (
-            target, os.path.getsize(target) >> 20, time.monotonic() - started), flush=True)
+    print_line("%s: %d MB in %.1f s" % (
+        target, os.path.getsize(target) >> 20, time.monotonic() - started))
 
 
 def vacuum_into(db: sqlite3.Connection, copy: str, progress: Progress, signals: Signals) -> None:
@@ -1269,9 +1269,7 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
     ClickHouse. Raises StartError, CommandError when copies are left, and Interrupted.
     """
     folder, name = os.path.split(os.path.realpath(path))
-    # SQLite's temporary file is as large as the database, and as private. (VACUUM makes one.)
-    os.environ["SQLITE_TMPDIR"] = folder
-    unprinted = None
+    unprinted = ""
     for rewrite in (False, True):
         with contextlib.closing(open_existing(path)) as db:
             try:
@@ -1279,11 +1277,11 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
                 if deleted or not rewrite:
                     progress.say("deleted %s" % counted(deleted, "event"))
                 if not rewrite:
-                    unprinted = print_statement(hashes)
+                    unprinted = print_line(clickhouse_statement(hashes))
                     if not deleted and not peppered:
                         progress.say("(if the server runs with --pepper-file, give it here too)")
                 else:
-                    rewrite_file(db, signals)
+                    rewrite_file(db, folder, signals)
                 empty_log(db, progress, signals)
             except sqlite3.Error as error:
                 signals.check()  # an interrupted statement is an error too
@@ -1307,15 +1305,15 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
         raise CommandError("the statement for ClickHouse could not be printed: %s" % unprinted)
 
 
-def print_statement(hashes: Sequence[str]) -> Optional[str]:
-    """Print what ClickHouse has to do. Returns what went wrong, as the deleting must go on."""
+def print_line(text: str) -> str:
+    """Print on standard output. Returns what went wrong, or "": what is done stays done."""
     try:
-        print(clickhouse_statement(hashes), flush=True)
+        print(text, flush=True)
     except OSError as error:
         # Else Python would try once more at its end, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return error.strerror
-    return None
+        return str(error.strerror)
+    return ""
 
 
 def counted(count: int, word: str) -> str:
@@ -1423,8 +1421,11 @@ def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> N
         time.sleep(0.1)
 
 
-def rewrite_file(db: sqlite3.Connection, signals: Signals) -> None:
+def rewrite_file(db: sqlite3.Connection, folder: str, signals: Signals) -> None:
     """VACUUM: every page is written anew, and no free page is left. Raises sqlite3.Error."""
+    # Its temporary file is as large as the database, and as private: not in memory, not in /tmp.
+    db.execute("PRAGMA temp_store = FILE")
+    db.execute("PRAGMA temp_store_directory = '%s'" % folder.replace("'", "''"))
     db.execute("PRAGMA busy_timeout = %d" % (BUSY_SECONDS * 1000))
     db.set_progress_handler(lambda: signals.received, 20_000)
     db.execute("VACUUM")

@@ -3898,6 +3898,17 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
     )
 
 
+def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "CHUNK", 32)
+    quiet = argparse.Namespace(show=lambda text: None, check=lambda: None)
+    for place in range(70):
+        for start in (0, 16, 48):
+            (tmp_path / "page").write_bytes(b"f" * place + sha(1)[start : start + 16].encode())
+            assert server.files_with(str(tmp_path), [sha(2), sha(1)], quiet, quiet) == ["page"]
+    (tmp_path / "page").write_bytes(sha(1)[1:16].encode() + sha(1)[17:32].encode())
+    assert server.files_with(str(tmp_path), [sha(1)], quiet, quiet) == []
+
+
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
     """A server beside it answers every event, while 3,000 rows of one developer go."""
     db = crowded(tmp_path / "events.db", 6000, who=lambda n: n % 2)
@@ -3905,7 +3916,7 @@ def test_server_forget_takes_its_time_with_many_rows(tmp_path):
         clients = [Load(("many", n), running) for n in range(3)]
         for client in clients:
             client.start()
-        done = forget(db, sha("login", 1))
+        done = forget(db, sha("login", 1), patch="server.READ_BATCH = 700")
         assert done.returncode == 0 and "deleted 3000 events" in done.stderr, done.stderr
         for client in clients:
             client.stop()
