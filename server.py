@@ -753,6 +753,24 @@ class Written(NamedTuple):
     swept: int  # old rows deleted
 
 
+def statements(script: str) -> Iterator[str]:
+    """The statements of an SQL script, one by one, so that all can run in one transaction.
+
+    (Connection.executescript commits the transaction that is open before it starts.)
+    """
+    statement = ""
+    for piece in script.split(";")[:-1]:
+        statement += piece + ";"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+def shown(name: str) -> str:
+    """A name out of a database or a folder, in a form that is safe to print on one line."""
+    return json.dumps(name[:255])
+
+
 NULLABLE = ("github_hash", "branch_sha")  # columns in which an event may have no value
 
 
@@ -1003,24 +1021,6 @@ class Store:
         with contextlib.suppress(sqlite3.Error):  # all is durable in the log already; the next start takes it over
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
-
-
-def statements(script: str) -> Iterator[str]:
-    """The statements of an SQL script, one by one, so that all can run in one transaction.
-
-    (Connection.executescript commits the transaction that is open before it starts.)
-    """
-    statement = ""
-    for piece in script.split(";")[:-1]:
-        statement += piece + ";"
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-def shown(name: str) -> str:
-    """A name out of a database or a folder, in a form that is safe to print on one line."""
-    return json.dumps(name[:255])
 
 
 def load_pepper(path: str) -> bytes:
