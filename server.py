@@ -188,9 +188,9 @@ class Migration(NamedTuple):
     script: str  # SQL statements, without BEGIN, COMMIT and user_version
 
 
-# In order, one for each version. A change of the schema edits the text above, which only a fresh file
-# gets, and adds a line here, which every older file gets. A line that was released never changes. A
-# file in which another program made session_events counts as version 0, with the columns of 1.
+# In order, one for each version. A change of the schema edits the text above, which only a fresh
+# file gets, and adds a line here, which every older file gets. A line that was released never
+# changes. A file in which another program made session_events is version 0 with the columns of 1.
 MIGRATIONS = (
     Migration(1, (
         "id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
@@ -1342,8 +1342,8 @@ def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progr
 def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) -> List[int]:
     """The ids of the events whose hashes are in the table `forgotten`.
 
-    No index has the GitHub hash, so all rows are read. That goes in many short reads, since the -wal
-    file grows as long as a read lasts.
+    No index has the GitHub hash, so all rows are read. That goes in many short reads, since the
+    -wal file grows as long as a read lasts.
     """
     query = "SELECT id, %s FROM session_events WHERE id > ? ORDER BY id LIMIT ?" % FORGOTTEN
     found: List[int] = []
