@@ -85,7 +85,8 @@ WAIT_S = 0.5  # for the answer, where the home may end with the session
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
-COMMIT_S = 2.0  # that other senders leave to a session's own child to add the commit
+COMMIT_S = 1.0  # that other senders leave to a session's own child to add the commit
+DONE = -1
 FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
@@ -105,6 +106,7 @@ MACHINE_ID = HOME + b"machine-id"
 SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
+BEGAN = "began, and did not finish (yet)"
 UNCLEAR = object()  # what a config.json says that cannot be read
 
 COLLECTED = """\
@@ -1304,7 +1306,9 @@ def attempt(post: "Post", data: bytes) -> "Tuple[str, str, int, Optional[str]]":
 
 
 def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Optional[str]]":
-    """Send one waiting event: (what happened in words, status or 0, Retry-After).
+    """Send one waiting event: (what happened in words, status if it failed, Retry-After).
+
+    The status is 0 if nobody answered, and DONE if nothing failed.
 
     It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
     others; one that another version of the program wrote stays. OSError if it is not there.
@@ -1313,14 +1317,14 @@ def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Opt
     data = contents(path, EVENT_BYTES, NO_LINK)
     event = loads_object(data) if len(data) <= EVENT_BYTES else {}
     if unknown_keys(event):
-        return "left to another version of emit.py", 200, None
+        return "left to another version of emit.py", DONE, None
     if not is_event(event):
         remove(path)
-        return "removed, being no event", 200, None
+        return "removed, being no event", DONE, None
     result, text, status, after = attempt(post, data)
     if result != "waits":
         remove(path)
-        return text, 200, None
+        return text, DONE, None
     failed, ended, chance = name_parts(name) or (0, 0, "")
     try:
         os.rename(path, home + PENDING + spool_name(ended, chance, failed + 1))
@@ -1383,7 +1387,7 @@ class Sender:
 
     def round(self, names: "Sequence[bytes]") -> None:
         """Send these, in this order, and keep how it went."""
-        self.record("began, and did not finish (yet)")
+        self.record(BEGAN)
         tally: "Dict[str, int]" = {}
         failures = 0
         for name in names:
@@ -1397,7 +1401,7 @@ class Sender:
                 continue
             tally[text] = tally.get(text, 0) + 1
             retry = retry_at(after, time.time())
-            failures += status != 200
+            failures += status != DONE
             if retry:
                 self.wishes[self.key] = retry
             if retry or status in (0, 429, 503) or failures == FAILED_ANSWERS:
@@ -1572,7 +1576,8 @@ def send_all(ending: Ending, log: "List[str]", done: "Optional[int]") -> None:
         if done is not None:
             os.close(done)
     if not withdrawn(home, env):
-        expire(home, 0.0)  # by number alone: a clock that is wrong ages nothing that was not tried
+        if object_at(home + LAST).get("result") == BEGAN:  # cut off, and so never came to this
+            expire(home, 0.0)  # by number alone: a wrong clock must not age what was not tried
         sweep(home, env, ending.machine)
         sender.flush(own_name)
         expire(home, time.time())
