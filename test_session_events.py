@@ -2216,6 +2216,262 @@ def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path)
         assert shas[secret_hash("slow")] == repository[1][:12]
 
 
+# -- Where the home may end with the session -------------------------------------------------------
+
+
+def has_unshare():
+    """True if this user may make a process namespace, as a container has one."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(["unshare", "-pf", "true"], stderr=subprocess.DEVNULL).returncode == 0
+    return False
+
+
+@pytest.mark.skipif(not has_unshare(), reason="unshare -pf")
+def test_emit_captures_before_everything_ends(person):
+    """The namespace ends, and all that runs in it, as soon as the hook returns: 20 of 20."""
+    command = "%s -I -S -c '%s' %s" % (sys.executable, CACHED, ROOT)
+    for n in range(20):
+        env = {**person.env, "CLAUDE_SESSION_ID": "unshared-%d" % n}
+        done = run(["unshare", "-pf", "sh", "-c", command], env=env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = {kept["session_id_hash"] for kept in person.kept()}
+    assert found == {secret_hash("unshared-%d" % n) for n in range(20)}
+    assert all(emit.is_event(kept) for kept in person.kept())
+
+
+@every_python
+def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
+    """Answered before the hook returns; a silent server is waited for as long as was said."""
+    with Odd() as server, Odd(lambda n, body: None) as silent:
+        for n, env in enumerate(({"ASHLR_SESSION_EVENTS_WAIT": "20000"}, {"CI": "true"})):
+            person = Person(tmp_path / str(n), server.url)
+            if n:
+                person.env.pop("ASHLR_SESSION_EVENTS_WAIT")
+            hook = b'{"session_id": "passing-%d"}' % n
+            person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
+            person.emit(python=python, input=hook, env=env)
+            if not n:  # before what waits; 500 ms may be too short for a loaded machine
+                assert server.sessions()[0] == secret_hash("passing-0")
+        person = Person(tmp_path / "silent", silent.url)
+        begun = time.monotonic()
+        person.emit(python=python, env={"ASHLR_SESSION_EVENTS_WAIT": "700"})
+        assert 0.65 < time.monotonic() - begun < 8 and len(person.kept()) == 1
+        for pid in person.senders():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_emit_takes_the_numbers_before_a_plugin_tidies_them(person):
+    """What stats.json said when the hook returned is in the spool."""
+    stats = {"schemaVersion": 2, "sessions": {"tidied": {"calls": 7, "tokensSaved": 70}}}
+    path = person.put("stats.json", stats)
+    person.emit(env={"CLAUDE_SESSION_ID": "tidied"})
+    path.unlink()
+    [kept] = person.kept()
+    assert (kept["tool_count"], kept["tokens_saved"]) == (7, 70)
+
+
+# -- Another product, and what is not ours ---------------------------------------------------------
+
+
+def test_emit_as_another_product(person, tmp_path):
+    """One line is changed: another folder, other variables, other discoveries; no shared consent."""
+    text = EMIT.read_text(encoding="utf-8")
+    assert text.count('\nPRODUCT = "ashlr"\n') == 1
+    copy = tmp_path / "acme-tool" / "emit.py"
+    copy.parent.mkdir()
+    copy.write_text(text.replace('PRODUCT = "ashlr"', 'PRODUCT = "acme-tool"'), encoding="utf-8")
+    home = os.fsencode(str(person.home))
+
+    def acme(*args, **env):
+        names = {"PATH": os.environ["PATH"], "HOME": str(person.home), **env}
+        call = {"session_id": "acme", "cwd": str(person.home), "tool_input": {"path": path}}
+        argv = [sys.executable, "-I", "-S", copy, *args]
+        return run(argv, env=names, input=json.dumps(call).encode())
+
+    path = str(person.home / ".acme-toolcode/genome/sections/discoveries/of-acme.md")
+    acme("track", ASHLR_TELEMETRY="on")
+    acme(ASHLR_TELEMETRY="on")
+    assert not (person.home / ".acme-tool").exists()
+    on = {"ACME_TOOL_TELEMETRY": "on", "ACME_TOOL_SESSION_EVENTS_WAIT": "0"}
+    acme("track", **on)
+    acme(ACME_TOOL_API_URL="http://127.0.0.1:9", **on)
+    assert person.kept() == [] and not (person.ashlr / "session-events").exists()
+    folder = person.home / ".acme-tool" / "session-events" / "pending"
+    [kept] = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert (kept["discovery_refs"], kept["tool_count"]) == (["of-acme"], 1)
+    machine = (person.home / ".acme-tool" / "machine-id").read_text()
+    SECRETS.add(machine)
+    assert machine.strip() != MACHINE
+    said = acme("--help").stdout + acme("status").stdout
+    assert "ACME_TOOL_TELEMETRY" in said and "~/.acme-tool/" in said
+    assert "ashlr" not in said.lower() and emit.waiting(home) == []
+    person.hook("of ashlr")
+    assert acme("off").returncode == 0
+    assert not list(folder.glob("*.json")) and len(person.kept()) == 1
+
+
+def test_emit_deletes_nothing_that_is_not_its_own(person, tmp_path):
+    """`off`, and no consent: only names that it makes, and through no symbolic link."""
+    names = "%015d-%012x.json" % (5, 5), "%015d-%012x-3.json" % (5, 5), ".0123456789abcdef.tmp"
+    foreign = ("note.txt", "5-5.json", "0123456789abcdef.tmp", "%015d-%012x.json.bak" % (5, 5))
+    for n, way in enumerate(("off", "DO_NOT_TRACK")):
+        theirs = tmp_path / ("theirs-%d" % n)
+        theirs.mkdir()
+        for name in (*names, "a" * 64):
+            (theirs / name).write_text("a person's")
+
+        def stop(someone, way=way):
+            if way == "off":
+                assert someone.emit("off").returncode == 0
+            else:
+                someone.hook("no", env={"DO_NOT_TRACK": "1"})
+
+        for link in ("pending", "sessions", "touched", ""):
+            home = Person(tmp_path / ("home-%d-%s" % (n, link)))
+            if link:
+                (home.ashlr / "session-events").mkdir()
+            (home.ashlr / "session-events" / link).symlink_to(theirs)
+            if not link:
+                (theirs / "pending").mkdir()
+                (theirs / "pending" / names[0]).write_text("a person's")
+            stop(home)
+            assert len([path for path in theirs.rglob("*") if path.is_file()]) >= 4
+            assert (theirs / "pending" / names[0]).exists() == (not link)
+        home = Person(tmp_path / ("home-%d" % n))
+        for name in (*names, *foreign):
+            home.put("session-events/pending/" + name, "{}")
+            home.put("session-events/sessions/" + name, "{}")
+        home.put("session-events/sessions/" + "a" * 64, "call 5\n")
+        home.put("session-events/sessions/" + "A" * 64, "x")
+        stop(home)
+        left = {path.name for path in (home.pending).iterdir()}
+        assert left == set(foreign)
+        left = {path.name for path in (home.pending.parent / "sessions").iterdir()}
+        assert left == {*foreign, "A" * 64, *names[:2]}
+
+
+def test_emit_writes_through_no_link(person, tmp_path):
+    """A spool that is a link is not used: the event is sent at once, and `status` says why."""
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (person.ashlr / "session-events").mkdir()
+    for link in ("pending", "sessions"):
+        (person.ashlr / "session-events" / link).symlink_to(theirs)
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        person.tool("linked", person.discovery("x"))
+        assert "not kept" in person.hook("linked")
+        assert server.sessions() == [secret_hash("linked")]
+    assert list(theirs.iterdir()) == []
+    done = person.emit("status")
+    assert done.returncode == 1 and "symbolic link" in done.stdout
+
+
+OBSTACLES = {  # why nothing can be captured, in words of `status`
+    "machine-id is empty": lambda person: person.put("machine-id", " \n"),
+    "Is a directory": lambda person: [
+        (person.ashlr / "machine-id").unlink(),
+        (person.ashlr / "machine-id").mkdir(),
+    ],
+    "Not a directory": lambda person: person.put("session-events", "a file"),
+    "no home folder": lambda person: person.env.update(HOME=""),
+}
+
+
+@pytest.mark.parametrize("words", OBSTACLES)
+def test_emit_says_why_nothing_can_be_captured(words, person):
+    OBSTACLES[words](person)
+    # An empty variable is dropped by `emit`, and an empty HOME is what is meant here.
+    done = run([sys.executable, "-I", "-S", EMIT, "status"], env=person.env)
+    assert done.returncode == 1 and words in done.stdout + done.stderr, done
+    assert str(person.home) not in done.stdout + done.stderr
+    if words != "no home folder":
+        done = person.emit("status", "--json")
+        assert done.returncode == 1 and words in json.loads(done.stdout)["capture"]["fault"]
+
+
+def test_emit_says_that_the_disk_is_full(person):
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))}
+    done = person.emit("status", **full)
+    assert done.returncode == 1 and "cannot be used: OSError: File too large" in done.stdout
+    assert not list(person.ashlr.rglob("*.tmp"))
+
+
+def test_emit_with_an_empty_home_writes_nowhere(person, tmp_path):
+    """An empty HOME is no home: not the root folder, not the password file's, not a relative one."""
+    for argv in ([], ["track"], ["track", "x"], ["off"], ["status"]):
+        env = {**person.env, "HOME": "", "ASHLR_TELEMETRY_DEBUG": "1"}
+        done = run([sys.executable, "-I", "-S", EMIT, *argv], env=env, cwd=str(tmp_path))
+        assert "no home folder" in done.stderr or argv == ["track", "x"], (argv, done)
+    assert os.listdir(str(tmp_path)) == ["home"] and not os.path.exists("/.ashlr")
+
+
+def test_emit_shows_the_folder_to_nobody(person, tmp_path):
+    """Git gets the project as its working directory, not in an argument that `ps` shows."""
+    (tmp_path / "git").write_text(
+        '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@" > ' + str(tmp_path / "ran")
+    )
+    (tmp_path / "git").chmod(0o755)
+    (person.home / ".git").mkdir()
+    person.hook("folder", env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
+    said = (tmp_path / "ran").read_text().splitlines()
+    assert said == [str(person.home), "rev-parse", "--short=12", "HEAD"]
+
+
+def test_emit_mine_and_version(person):
+    """For a person who asks an operator to delete what is stored: each quarter's names."""
+    person.put("pro-token-cache.json", {"valid": True, "githubLogin": " octocat "})
+    made = emit.instant("2026-05-22T12:00:00Z")
+    os.utime(str(person.ashlr / "machine-id"), (made, made))
+    done = person.emit("mine", recorded=False)
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    quarters = [*lines]
+    assert quarters[0] == "2026Q2" and quarters[-1] == emit.salt(time.time())[5:]
+    assert len(quarters) == len(set(quarters)) and quarters == sorted(quarters)
+    for quarter, text in lines.items():
+        salt = "salt_" + quarter
+        known = secret_hash(MACHINE + salt), secret_hash("octocat" + salt)
+        assert text == "identity_hash %s github_hash %s" % known
+    (person.ashlr / "pro-token-cache.json").unlink()
+    assert "github" not in person.emit("mine", recorded=False).stdout
+    (person.ashlr / "machine-id").unlink()
+    done = person.emit("mine")
+    assert done.returncode == 1 and "no machine-id" in done.stderr
+    assert re.fullmatch(r"emit.py \d+\.\d+\.\d+\n", person.emit("--version").stdout)
+
+
+def test_emit_show_says_that_nothing_is_sent(person):
+    person.env["ASHLR_TELEMETRY"] = ""
+    (person.home / ".git").mkdir()
+    done = person.emit("show", recorded=False)
+    assert json.loads(done.stdout)["branch_sha"] is None
+    assert "but nothing is sent, nor git asked for the commit: consent is off" in done.stderr
+
+
+def test_emit_takes_other_folders_for_discoveries(person):
+    call = {"session_id": "elsewhere", "cwd": str(person.home)}
+    for path, refs in (
+        ("docs/notes/a.md", ["a"]),
+        (person.discovery("b"), ["a"]),
+        ("adr/c.md", ["a", "c"]),
+    ):
+        hook = json.dumps(dict(call, tool_input={"file_path": path})).encode()
+        person.emit("track", "--discoveries", "docs/notes", "--discoveries", "./adr/", input=hook)
+        record = emit.Record(
+            person.session_file("elsewhere").read_bytes(), secret_hash("elsewhere")
+        )
+        assert record.refs == refs
+
+
+def test_emit_names_the_line_of_a_fault(person):
+    """Under ASHLR_TELEMETRY_DEBUG, and not what the error says, which may hold a path."""
+    broken = "import os; os.urandom = lambda n: {}['/secret/path']"
+    env = {"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "fault"}
+    done = person.emit(before=broken, env=env)
+    assert re.search(r"failed: KeyError \(in \w+, line \d+\)\n", done.stderr), done.stderr
+    assert done.returncode == 0 and "secret" not in done.stderr
+
+
 # -- What the person sees --------------------------------------------------------------------------
 
 
