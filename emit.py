@@ -93,7 +93,7 @@ WAITING_EVENTS, WAITING_DAYS = 500, 30
 SESSION_DAYS = 90  # that a session's file is kept after its last line: hosts continue none after 30
 LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
-SESSION_BYTES = 1 << 22  # of a session's file, 180,000 calls; half of it for calls
+SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 
 # Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
 HOME = ("/." + PRODUCT + "/").encode()
@@ -291,8 +291,12 @@ def environment() -> "Dict[str, str]":
     """The environment as text, UTF-8 whatever the locale."""
     if not os.supports_bytes_environ:
         return dict(os.environ)
-    return {name.decode("utf-8", "surrogateescape"): value.decode("utf-8", "surrogateescape")
-            for name, value in os.environb.items()}
+    return {decoded(name): decoded(value) for name, value in os.environb.items()}
+
+
+def decoded(data: bytes) -> str:
+    """The text of UTF-8, whatever the bytes: `encoded` gives them back."""
+    return data.decode("utf-8", "surrogateescape")
 
 
 def encoded(text: str) -> bytes:
@@ -370,7 +374,7 @@ class Caller:
         self.session = first_text(self.hook, SESSION_KEYS) or next(filter(None, named), "")
         self.ppid = os.getppid() if hasattr(os, "getppid") else 0
         try:
-            here = os.getcwd()
+            here = decoded(os.getcwdb())
         except OSError:  # deleted
             here = "/"
         given = first_text(self.hook, PROJECT_KEYS)
@@ -507,7 +511,7 @@ class Record:
                 elif kind == "kept":
                     self.kept.add(words[0])
                 elif kind == "id" and not self.session:
-                    session = bytes.fromhex(words[0]).decode("utf-8", "surrogateescape")
+                    session = decoded(bytes.fromhex(words[0]))
                     self.session = session if sha256_hex(session) == name else ""
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
                 pass
@@ -586,12 +590,16 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
         for path in paths:
             ref = touched_ref(path, base, project, folder)
             if not ref:  # the same folder by another way: on a Mac, /tmp is /private/tmp
-                real = os.path.realpath(os.path.join(base, path))
-                ref = touched_ref(real, "/", os.path.realpath(project), folder)
+                ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
             found.append(ref)
         if isinstance(command, str):
             found += mentioned_refs(command, folder)
     return newest_refs(found)
+
+
+def real_path(base: str, path: str) -> str:
+    """A path without the disk's symbolic links, whatever the locale."""
+    return decoded(os.path.realpath(encoded(os.path.join(base, path))))
 
 
 def touched_ref(path: str, base: str, project: str, folder: str) -> str:
@@ -789,8 +797,11 @@ def contents(path: bytes, most: int = FILE_BYTES, flags: int = 0) -> bytes:
     """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
     fd = os.open(path, os.O_RDONLY | SAFELY | flags)
     try:
-        found = b"".join(iter(lambda: os.read(fd, 1 << 20), b"")) if most >= FILE_BYTES else b""
-        return found or os.read(fd, most + 1)
+        found = piece = os.read(fd, most + 1)
+        while piece and len(found) <= most:
+            piece = os.read(fd, most + 1 - len(found))
+            found += piece
+        return found
     finally:
         os.close(fd)
 
@@ -881,7 +892,7 @@ def machine_id(home: bytes, make: bool = True) -> str:
         except FileExistsError:  # another session was quicker
             pass
     try:
-        name = contents(path).decode("utf-8", "surrogateescape").strip()
+        name = decoded(contents(path)).strip()
     except FileNotFoundError:
         return ""
     if not name:
@@ -987,7 +998,10 @@ def sweep(home: bytes, env: "Dict[str, str]", machine: str) -> None:
             if is_leftover(name) and age > LEFTOVER_S:
                 remove(path)
             elif folder in (SESSIONS, TOUCHED) and is_session(name) and age > DAY_S:
-                if folder == SESSIONS and settle(home, env, machine, name.decode()):
+                try:
+                    if folder == SESSIONS and settle(home, env, machine, name.decode()):
+                        continue
+                except OSError:  # no room: the next session's end tries again
                     continue
                 if age > SESSION_DAYS * DAY_S or folder == TOUCHED:
                     remove(path)
@@ -1152,23 +1166,24 @@ def parent_started(ppid: int) -> str:
         fields = contents(b"/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
         return fields[19].decode()  # the 22nd of all, in ticks since the system started
     except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], "/", {"LC_ALL": "C"})
+        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
 
 
 def branch_sha(project: str) -> "Optional[str]":
     """The commit of a folder. A hostile repository runs nothing: no hooks, fetching, prompts."""
-    up, last = project, ""
-    while not any(os.path.exists(os.path.join(up, name)) for name in (".git", "HEAD")):
+    folder = encoded(project)
+    up, last = folder, b""
+    while not any(os.path.exists(os.path.join(up, name)) for name in (b".git", b"HEAD")):
         up, last = os.path.dirname(up), up
         if up == last:  # not in a repository: git costs more than all else
             return None
-    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], project, {
+    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], folder, {
         "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
         "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
     return sha if fits(sha, RULES["branch_sha"]) else None
 
 
-def printed_by(argv: "List[str]", folder: str, changes: "Dict[str, str]") -> str:
+def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> str:
     """What a program prints within 250 ms, stripped; "" if it fails or takes longer.
 
     It is looked for in the absolute folders of PATH: others lead into a project. It gets no GIT_*
@@ -1563,7 +1578,10 @@ def send_all(ending: Ending, log: "List[str]", done: "Optional[int]") -> None:
     `done`: the pipe of a caller that stays for the answer to this event, which then goes first.
     """
     home, env, own_name = ending.home, ending.caller.env, os.path.basename(ending.path)
-    ending.complete()
+    try:
+        ending.complete()
+    except OSError as error:  # the event waits as it is
+        log.append("the commit could not be added: " + reason(error))
     tell(env, log)
     try:
         sender = Sender(home, env, log)
