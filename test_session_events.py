@@ -1417,6 +1417,8 @@ BREAKAGES = {  # what somebody may have done to the folder: nothing may come of 
     "stats has numbers of thousands of digits": lambda person: person.put(
         "stats.json", '{"sessions": %s}' % ("9" * 9000)
     ),
+    "stats has no end": lambda person: (person.ashlr / "stats.json").symlink_to("/dev/zero"),
+    "stats is a pipe": lambda person: os.mkfifo(str(person.ashlr / "stats.json")),
     "the spool is a file": lambda person: person.put("session-events/pending", "x"),
     "there is no home": lambda person: (
         shutil.rmtree(str(person.home)) or person.home.write_text("a file")
@@ -2170,6 +2172,8 @@ def test_emit_sends_sessions_that_never_ended(person):
     os.mkfifo(str(person.session_file("a pipe")))
     person.session_file("a folder").mkdir()
     person.session_file("a link").symlink_to(person.put("somebody's", "call 5\n"))
+    for name in ("a pipe", "a folder", "a link"):
+        os.utime(str(person.session_file(name)), (now - 2 * day,) * 2)
     with Odd() as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
         person.hook("another")
@@ -2188,6 +2192,53 @@ def test_emit_sends_sessions_that_never_ended(person):
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
     assert not person.session_file("forgotten").exists() and person.session_file("old").exists()
     assert person.session_file("done").exists()
+
+
+HOSTILE = {  # what may stand where a session's file should
+    "a pipe": lambda path: os.mkfifo(str(path)),
+    "a folder": lambda path: path.mkdir(),
+    "a link": lambda path: path.symlink_to("/etc/passwd"),
+    "endless lines": lambda path: path.write_text("call 1764000000000\n" * 200000),
+    "no lines": lambda path: path.write_bytes(b"\0" * 3000000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
+    """The event goes all the same, and so does what waits."""
+    path = person.session_file("hostile")
+    path.parent.mkdir(parents=True)
+    HOSTILE[kind](path)
+    person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        person.tool("hostile", person.discovery("x"))
+        said = person.hook("hostile")
+        assert set(server.sessions()) == {secret_hash("hostile"), event(5)["session_id_hash"]}
+        assert person.kept() == [] and "failed" not in said, said
+
+
+@every_python
+def test_emit_whatever_the_locale(python, tmp_path, repository):
+    """A project that is not ASCII, in an environment that knows only that: Python 3.6 is strict."""
+    project = tmp_path / "zoë ☃"
+    project.symlink_to(repository[0])
+    with Odd() as server:
+        for n in range(9):  # git has 250 ms
+            person = Person(tmp_path / ("é%d" % n), server.url, LC_ALL="C", CLAUDE_PROJECT_DIR="")
+            session = "locale-%d ☃" % n
+            path = str(project) + "/sub/../.ashlrcode/genome/sections/discoveries/x.md"
+            call = {"session_id": session, "cwd": str(project), "tool_input": {"path": path}}
+            for args in (["track"], ["--wait", "20000"]):
+                hook = json.dumps(call, ensure_ascii=False).encode()
+                done = person.emit(*args, python=python, input=hook)
+                assert (done.returncode, done.stderr) == (0, "")
+            sent = json.loads(server.requests[-1][2])
+            assert sent["session_id_hash"] == secret_hash(session)
+            assert (sent["tool_count"], sent["discovery_refs"]) == (1, ["x"])
+            if sent["branch_sha"]:
+                break
+        assert sent["branch_sha"] == repository[1][:12]
 
 
 def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path):
