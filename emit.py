@@ -1385,20 +1385,21 @@ class Sender:
 
         Other sessions' events are left alone while their own child may still add the commit.
         """
-        while not self.stop:  # again after each round: who came meanwhile did not get the lock
+        while not self.stop:
+            # Listed without the lock: whoever did not get it must be seen after it is free again.
+            fresh = [name for name in waiting(self.home) if name[:28] not in self.seen]
+            ready = [name for name in fresh if name == own_name or not is_young(name)]
+            if not fresh:
+                return
+            if not ready:
+                time.sleep(0.05)
+                continue
             fd = lock(self.home)
             if fd is None:
                 self.log.append("another sender is at work, and takes this event along")
                 return
-            fresh = [name for name in waiting(self.home) if name[:28] not in self.seen]
-            ready = [name for name in fresh if name == own_name or not is_young(name)]
-            if ready:
-                self.round(ready)
-            elif fresh:
-                time.sleep(0.05)
+            self.round(ready)
             os.close(fd)
-            if not fresh:
-                return
 
     def round(self, names: "Sequence[bytes]") -> None:
         """Send these, in this order, and keep how it went."""

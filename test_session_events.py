@@ -2069,7 +2069,9 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
         emit.append(os.fsencode(str(person.home)), session, lines)
-    env = {**person.env, "DO_NOT_TRACK": "", "ASHLR_SESSION_EVENTS_URL": "http://127.0.0.1:9/"}
+    env = dict(person.env)
+    key = emit.sha256_hex(env["ASHLR_SESSION_EVENTS_URL"])[:16]  # the senders have nothing to do
+    person.put("session-events/last.json", {"retry_at": {key: time.time() + 3600}})
     for n in range(60):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
