@@ -827,11 +827,11 @@ def own(home: bytes, folder: bytes, make: bool = False) -> bytes:
 
     Only the product's own folder may be one: that is how a person keeps it elsewhere.
     """
-    if make:
-        os.makedirs(home + folder, 0o700, exist_ok=True)
     for path in ([OURS, folder] if folder != HOME else []):
         if os.path.islink((home + path)[:-1]):
             raise OSError(40, "a folder of emit.py is a symbolic link")
+    if make:
+        os.makedirs(home + folder, 0o700, exist_ok=True)
     return home + folder
 
 
@@ -1271,7 +1271,7 @@ def reason(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """ (in FUNCTION, line N)` of this file, where an error came up."""
+    """` (in FUNCTION, line N)`: where in this file an error came up."""
     trace, found = error.__traceback__, ""
     while trace:
         code = trace.tb_frame.f_code
@@ -1295,7 +1295,7 @@ def poster(url: str, authorization: str) -> "Post":
     proxies = u.ProxyHandler(u.getproxies_environment())
     for way in (proxies, u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
         opener.add_handler(way)
-    headers = {"Content-Type": "application/json", "User-Agent": "emit.py/" + VERSION}
+    headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
         headers["Authorization"] = authorization
 
@@ -1497,9 +1497,10 @@ def hook(argv: "Sequence[str]") -> int:
             log.append(ending.capture())
     except BaseException as error:
         log.append("failed: " + reason(error) + place_of(error))
-    if ending:
-        return leave(ending, log, begun)
-    return tell(env, log)
+    try:
+        return leave(ending, log, begun) if ending else tell(env, log)
+    except BaseException:  # Ctrl-C while it stays for the answer: the event is safe
+        return 0
 
 
 def leave(ending: Ending, log: "List[str]", begun: float) -> int:

@@ -2199,7 +2199,7 @@ def test_emit_sends_sessions_that_never_ended(person):
 HOSTILE = {  # what may stand where a session's file should
     "a pipe": lambda path: os.mkfifo(str(path)),
     "a folder": lambda path: path.mkdir(),
-    "a link": lambda path: path.symlink_to("/etc/passwd"),
+    "a link": lambda path: path.symlink_to(path.parent.parent / "a person's"),
     "endless lines": lambda path: path.write_text("call 1764000000000\n" * 200000),
     "no lines": lambda path: path.write_bytes(b"\0" * 3000000),
 }
@@ -2210,6 +2210,7 @@ def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
     """The event goes all the same, and so does what waits."""
     path = person.session_file("hostile")
     path.parent.mkdir(parents=True)
+    theirs = person.put("session-events/a person's", "untouched")
     HOSTILE[kind](path)
     person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
     with Odd() as server:
@@ -2218,6 +2219,7 @@ def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
         said = person.hook("hostile")
         assert set(server.sessions()) == {secret_hash("hostile"), event(5)["session_id_hash"]}
         assert person.kept() == [] and "failed" not in said, said
+    assert theirs.read_text() == "untouched"
 
 
 @every_python
@@ -2309,6 +2311,22 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
         begun = time.monotonic()
         person.emit(python=python, env={"ASHLR_SESSION_EVENTS_WAIT": "700"})
         assert 0.65 < time.monotonic() - begun < 8 and len(person.kept()) == 1
+        for pid in person.senders():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_emit_is_interrupted_in_silence(person):
+    """Ctrl-C while the hook stays for the answer: no traceback, and the event is in the spool."""
+    with Odd(lambda n, body: None) as silent:
+        env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "ctrl-c"}
+        env["ASHLR_SESSION_EVENTS_URL"] = silent.url
+        argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, **pipes) as hook:
+            until(lambda: silent.requests)
+            hook.send_signal(signal.SIGINT)
+            assert (hook.communicate(timeout=60), hook.returncode) == ((b"", b""), 0)
+        assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("ctrl-c")]
         for pid in person.senders():
             os.kill(pid, signal.SIGKILL)
 
@@ -2418,6 +2436,11 @@ def test_emit_writes_through_no_link(person, tmp_path):
     assert list(theirs.iterdir()) == []
     done = person.emit("status")
     assert done.returncode == 1 and "symbolic link" in done.stdout
+    shutil.rmtree(str(person.ashlr / "session-events"))
+    (person.ashlr / "session-events").symlink_to(theirs)
+    person.tool("linked", person.discovery("x"))
+    person.hook("linked")
+    assert list(theirs.iterdir()) == []
 
 
 OBSTACLES = {  # why nothing can be captured, in words of `status`
