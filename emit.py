@@ -275,7 +275,7 @@ def standard_input() -> bytes:
             except OSError:  # Windows knows sockets only; the read waits there
                 ready = [0]
             if ready:
-                piece = os.read(0, 1 << 20)
+                piece = os.read(0, 65536)
                 until = until if data else time.monotonic() + INPUT_REST_S
                 data += piece
                 if not piece:
@@ -407,13 +407,18 @@ SHA256_START = (0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
 LOW = 0xFFFFFFFF
 
 
+HASHES: "Dict[str, str]" = {}  # a session's end asks for its own four times
+
+
 def sha256_hex(text: str) -> str:
     """64 lowercase hex digits."""
-    data = encoded(text)
-    if len(data) > 500:
-        from hashlib import sha256
-        return sha256(data).hexdigest()
-    return quick_sha256(data)
+    if text not in HASHES:
+        data = encoded(text)
+        if len(data) > 500:
+            from hashlib import sha256
+            return sha256(data).hexdigest()
+        HASHES[text] = quick_sha256(data)
+    return HASHES[text]
 
 
 def quick_sha256(data: bytes) -> str:
@@ -742,7 +747,10 @@ def as_sent(event: "Dict[str, Any]") -> bytes:
 
 
 def spool_name(ended: int, session: str, failed: int = 0) -> bytes:
-    """The name of a waiting event: ms, the beginning of the session's hash, failed sendings."""
+    """The name of a waiting event: ms, the beginning of the session's hash, failed sendings.
+
+    It is the same, however often a part is captured.
+    """
     name = "%015d-%s" % (max(0, ended), session[:12])
     return ((name + "-%d" % min(failed, 999) if failed else name) + ".json").encode()
 
@@ -1026,7 +1034,8 @@ def settle(home: bytes, env: "Dict[str, str]", machine: str, name: str) -> bool:
     missing = [part for part in record.parts if part.token not in record.kept]
     for part in missing:
         event = compose(env, home, machine, session, part)
-        write_whole(own(home, PENDING, make=True) + name_of(event, part), as_sent(event))
+        name_there = spool_name(part.ended, event["session_id_hash"])
+        write_whole(own(home, PENDING, make=True) + name_there, as_sent(event))
     append(home, session, ["kept " + part.token for part in missing] or ["kept -"])
     return bool(missing)
 
@@ -1052,9 +1061,8 @@ def track(argv: "Sequence[str]") -> int:
         if not allowed:
             said = "not recorded: consent is off: " + why
             return complain(said) if refs else tell(env, [said])
-        caller = Caller(env, directory)
-        if not (refs and caller.session):
-            caller = Caller(env, directory, standard_input())
+        by_hand = refs and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
+        caller = Caller(env, directory, b"" if by_hand else standard_input())
         now = "%d" % (time.time() * 1000)
         # Without an id each call would look like a session of its own.
         lines = ["call " + now] if caller.session and caller.hook and not refs else []
@@ -1068,7 +1076,7 @@ def track(argv: "Sequence[str]") -> int:
         return tell(env, ["consent is on: %s; lines recorded: %d" % (why, len(lines))])
     except BaseException as error:
         said = "could not be recorded: " + reason(error)
-        by_hand = [word for word in argv if word[:1] != "-"] and refs
+        by_hand = options(argv)[3]
         return complain(said, 1) if by_hand else tell(env, [said + place_of(error)])
 
 
@@ -1102,11 +1110,6 @@ def plugin_version(env: "Dict[str, str]") -> str:
     return "0.0.0"
 
 
-def name_of(event: "Dict[str, Any]", part: Part) -> bytes:
-    """The spool's name for the event of a part: always the same, however often it is captured."""
-    return spool_name(part.ended, event["session_id_hash"])
-
-
 class Ending:
     """A session's end: `event`, None if it brings nothing new; `path` in the spool, or "not kept".
 
@@ -1128,7 +1131,8 @@ class Ending:
             return "nothing new since this session's last end, so no event"
         self.event = compose(self.caller.env, self.home, self.machine, self.session, self.part)
         try:
-            path = own(self.home, PENDING, make=True) + name_of(self.event, self.part)
+            path = own(self.home, PENDING, make=True)
+            path += spool_name(self.part.ended, self.event["session_id_hash"])
             write_whole(path, as_sent(self.event))
             self.path = path
             return "captured"
@@ -1201,27 +1205,15 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
                         cwd=folder, start_new_session=True)
     except (OSError, ValueError, StopIteration):
         return ""
-    RUNNING.append(process.pid)
     try:
         printed = process.communicate(timeout=PROGRAM_S)[0]
     except TimeoutExpired:
-        kill_running()
-        return ""
-    finally:
-        RUNNING.clear()
-    return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
-
-
-RUNNING: "List[int]" = []  # the program being waited for
-
-
-def kill_running() -> None:
-    """And all that it started: one of those may hold the pipe."""
-    for pid in RUNNING:
-        try:
-            getattr(os, "killpg", os.kill)(pid, 9)
+        try:  # and all that it started: one of those may hold the pipe
+            getattr(os, "killpg", os.kill)(process.pid, 9)
         except OSError:  # gone
             pass
+        return ""
+    return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
 
 
 # ==================================================================================================
@@ -1609,7 +1601,6 @@ def leave_in(seconds: float) -> None:
 
     def watch() -> None:
         time.sleep(max(seconds, 0.0))
-        kill_running()
         os._exit(0)
     Thread(target=watch, daemon=True).start()
 
