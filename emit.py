@@ -926,12 +926,17 @@ def append(home: bytes, session: str, lines: "Sequence[str]", most: int = SESSIO
         size = os.fstat(fd).st_size
         if size > most:
             raise OSError(27, "the session's file is full")
-        first = [] if size else ["id " + encoded(session).hex()]
+        first = [] if size else id_lines(session)
         data = ("\n%s\n" % "\n".join([*first, *lines])).encode("latin-1")
         if os.write(fd, data) < len(data):
             raise OSError(28, "no room")
     finally:
         os.close(fd)
+
+
+def id_lines(session: str) -> "List[str]":
+    """The line that names a session; none for an id that only a fault would make so long."""
+    return ["id " + encoded(session).hex()] if len(session) <= 1000 else []
 
 
 def session_data(home: bytes, name: str) -> bytes:
@@ -953,7 +958,7 @@ def end_session(home: bytes, session: str, ended: int, calls: "Optional[int]",
     line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
     missing = ""
     try:
-        append(home, session, ["id " + encoded(session).hex(), line])
+        append(home, session, [*id_lines(session), line])
     except OSError:
         missing = "\n" + line
     record = Record(session_data(home, name) + missing.encode(), name)
@@ -1894,8 +1899,8 @@ def main(argv: "Sequence[str]") -> int:
 
 def run() -> None:
     """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
-    folder = os.path.dirname(__file__)
-    if folder in sys.path[:1]:  # of the cached start: a json.py beside this file is not Python's
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file is not Python's
         del sys.path[0]
     os._exit(main(sys.argv[1:]))
 

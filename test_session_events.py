@@ -1013,7 +1013,7 @@ def test_emit_starts_from_a_folder_that_cannot_be_written(python, person, tmp_pa
     shutil.copy(str(EMIT), str(folder))
     (folder / "json.py").write_text("raise SystemExit('not this one')")
     (folder / "__pycache__").write_text("no folder")
-    for argv in (["-I", "-S", folder / "emit.py"], ["-I", "-S", "-c", CACHED, folder]):
+    for argv in (["-I", "-S", folder / "emit.py"], ["-I", "-S", "-c", CACHED, "%s/" % folder]):
         shown = run([python, *argv, "status", "--json"], env=person.env)
         assert json.loads(shown.stdout)["consent"]["on"], shown.stderr
     with Odd() as server:
@@ -2210,6 +2210,17 @@ def test_emit_loses_no_line_to_one_that_was_cut_short(person):
     emit.append(home, "cut short", ["touch 6 x"])
     part = emit.end_session(home, "cut short", 7, None, 0)
     assert (part.number, part.calls, part.refs) == (1, 2, ["x"])
+
+
+def test_emit_ends_a_session_with_an_endless_id(person):
+    for _ in range(2):  # the second has nothing new
+        call = {"session_id": "long " * 200000, "cwd": "/", "tool_input": {}}
+        person.emit("track", input=json.dumps(call).encode())
+    said = [person.emit("--wait", "20000", input=json.dumps(call).encode()) for _ in range(2)]
+    [kept] = person.kept()
+    assert kept["session_id_hash"] == secret_hash("long " * 200000) and kept["tool_count"] == 2
+    assert sum(path.stat().st_size for path in person.ashlr.rglob("*") if path.is_file()) < 10000
+    assert [done.returncode for done in said] == [0, 0]
 
 
 HOSTILE = {  # what may stand where a session's file should
