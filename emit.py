@@ -474,6 +474,7 @@ def github_login(cache: "Dict[str, Any]") -> str:
 #   touch MS REF                      a discovery that was touched
 #   end MS TOKEN CALLS TOKENS         an end: what stats.json said then (CALLS - without a bucket)
 #   kept TOKEN                        the event of that end is on the disk
+#   settled                           a day of silence later: all above is told
 #
 # Ends at the same time each append a line. The order of the lines decides: an end has what stands
 # between it and the end before, and one that has nothing new is a repeat. Everybody who reads the
@@ -594,7 +595,8 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
     for folder in folders:
         for path in paths:
             ref = touched_ref(path, base, project, folder)
-            if not ref:  # the same folder by another way: on a Mac, /tmp is /private/tmp
+            if not ref and os.path.basename(folder.rstrip("/")) in path:
+                # The same folder by another way: on a Mac, /tmp is /private/tmp.
                 ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
             found.append(ref)
         if isinstance(command, str):
@@ -1026,7 +1028,7 @@ def settle(home: bytes, env: "Dict[str, str]", machine: str, name: str) -> bool:
     That is an end that never came, at its last call, and ends whose event a kill prevented.
     """
     data = session_data(home, name)
-    if data.rstrip().rpartition(b"\n")[2].startswith(b"kept "):  # as most: nothing since
+    if data.endswith(b"\nsettled\n"):  # nothing since; so each file is read once
         return False
     record = Record(data, name)
     session = record.session
@@ -1041,7 +1043,7 @@ def settle(home: bytes, env: "Dict[str, str]", machine: str, name: str) -> bool:
         event = compose(env, home, machine, session, part)
         name_there = spool_name(part.ended, event["session_id_hash"])
         write_whole(own(home, PENDING, make=True) + name_there, as_sent(event))
-    append(home, session, ["kept " + part.token for part in missing] or ["kept -"])
+    append(home, session, ["kept " + part.token for part in missing] + ["settled"])
     return bool(missing)
 
 

@@ -2172,6 +2172,7 @@ def test_emit_sends_sessions_that_never_ended(person):
     silent("running", day / 2, "call %d")
     silent("ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
     silent("lost", 3 * day, "call %d", "end %d b - 0")  # a kill took the event
+    silent("crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
     silent("done", 4 * day, "call %d", "end %d c - 0", "kept c")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
     silent("forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
@@ -2190,7 +2191,8 @@ def test_emit_sends_sessions_that_never_ended(person):
             made = json.loads(body)
             assert sent.setdefault(made["session_id_hash"], made) is made
     hashes = [secret_hash(name) for name in ("killed", "ended:part:2", "lost", "old")]
-    assert set(sent) == {*hashes, secret_hash("another"), secret_hash("and-another")}
+    others = [secret_hash(name) for name in ("another", "and-another", "crossed:part:2")]
+    assert set(sent) == {*hashes, *others}
     killed, ended, lost, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
     assert emit.instant(killed["ended_at"]) == pytest.approx(now - 2 * day, abs=0.01)
