@@ -1283,11 +1283,11 @@ def test_emit_understands_every_host(person):
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
         for host, (tool, end) in KEYS.items():
             for shape, args in ((tool, ["track"]), (tool, ["track"]), (end, ["--wait", "20000"])):
-                hook = json.dumps(recorded(shape, "of " + host, project, path))
+                hook = json.dumps(recorded(shape, "host: " + host + "!", project, path))
                 done = person.emit(*args, input=hook.encode())
                 assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), host
             sent = json.loads(server.requests.pop()[2])
-            assert sent["session_id_hash"] == secret_hash("of " + host), host
+            assert sent["session_id_hash"] == secret_hash("host: " + host + "!"), host
             assert (sent["tool_count"], sent["discovery_refs"]) == (2, ["auth-flow"]), host
         person.emit("--wait", "20000", input=b"{}")  # only the environment speaks
         assert server.sessions() == [secret_hash("of the session outside")]
@@ -2168,30 +2168,34 @@ def test_emit_sends_sessions_that_never_ended(person):
         )
         os.utime(str(person.session_file(session)), (now - age,) * 2)
 
-    silent("killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
-    silent("running", day / 2, "call %d")
-    silent("ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
-    silent("lost", 3 * day, "call %d", "end %d b - 0")  # a kill took the event
-    silent("crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
-    silent("done", 4 * day, "call %d", "end %d c - 0", "kept c")
+    silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
+    silent("sid-running", day / 2, "call %d")
+    silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
+    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took the event
+    silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
+    silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
-    silent("forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
-    silent("old", 91 * day, "call %d")
-    os.mkfifo(str(person.session_file("a pipe")))
-    person.session_file("a folder").mkdir()
-    person.session_file("a link").symlink_to(person.put("somebody's", "call 5\n"))
-    for name in ("a pipe", "a folder", "a link"):
+    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
+    silent("sid-old", 91 * day, "call %d")
+    os.mkfifo(str(person.session_file("sid-a pipe")))
+    person.session_file("sid-a folder").mkdir()
+    person.session_file("sid-a link").symlink_to(person.put("somebody's", "call 5\n"))
+    for name in ("sid-a pipe", "sid-a folder", "sid-a link"):
         os.utime(str(person.session_file(name)), (now - 2 * day,) * 2)
     with Odd() as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.hook("another")
-        person.hook("and-another")
+        person.hook("sid-another")
+        person.hook("sid-and-another")
         sent = {}
         for _, _, body in server.requests:
             made = json.loads(body)
             assert sent.setdefault(made["session_id_hash"], made) is made
-    hashes = [secret_hash(name) for name in ("killed", "ended:part:2", "lost", "old")]
-    others = [secret_hash(name) for name in ("another", "and-another", "crossed:part:2")]
+    hashes = [
+        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")
+    ]
+    others = [
+        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")
+    ]
     assert set(sent) == {*hashes, *others}
     killed, ended, lost, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
@@ -2199,8 +2203,11 @@ def test_emit_sends_sessions_that_never_ended(person):
     assert (ended["tool_count"], lost["tool_count"], old["tool_count"]) == (1, 1, 1)
     salt = emit.salt(now - 91 * day)
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
-    assert not person.session_file("forgotten").exists() and person.session_file("old").exists()
-    assert person.session_file("done").exists()
+    assert (
+        not person.session_file("sid-forgotten").exists()
+        and person.session_file("sid-old").exists()
+    )
+    assert person.session_file("sid-done").exists()
 
 
 def test_emit_loses_no_line_to_one_that_was_cut_short(person):
@@ -2237,16 +2244,16 @@ HOSTILE = {  # what may stand where a session's file should
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
     """The event goes all the same, and so does what waits."""
-    path = person.session_file("hostile")
+    path = person.session_file("sid-hostile")
     path.parent.mkdir(parents=True)
     theirs = person.put("session-events/a person's", "untouched")
     HOSTILE[kind](path)
     person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
     with Odd() as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.tool("hostile", person.discovery("x"))
-        said = person.hook("hostile")
-        assert set(server.sessions()) == {secret_hash("hostile"), event(5)["session_id_hash"]}
+        person.tool("sid-hostile", person.discovery("x"))
+        said = person.hook("sid-hostile")
+        assert set(server.sessions()) == {secret_hash("sid-hostile"), event(5)["session_id_hash"]}
         assert person.kept() == [] and "failed" not in said, said
     assert theirs.read_text() == "untouched"
 
@@ -2566,7 +2573,7 @@ def test_emit_show_says_that_nothing_is_sent(person):
 
 
 def test_emit_takes_other_folders_for_discoveries(person):
-    call = {"session_id": "elsewhere", "cwd": str(person.home)}
+    call = {"session_id": "sid-elsewhere", "cwd": str(person.home)}
     for path, refs in (
         ("docs/notes/a.md", ["a"]),
         (person.discovery("b"), ["a"]),
@@ -2575,7 +2582,7 @@ def test_emit_takes_other_folders_for_discoveries(person):
         hook = json.dumps(dict(call, tool_input={"file_path": path})).encode()
         person.emit("track", "--discoveries", "docs/notes", "--discoveries", "./adr/", input=hook)
         record = emit.Record(
-            person.session_file("elsewhere").read_bytes(), secret_hash("elsewhere")
+            person.session_file("sid-elsewhere").read_bytes(), secret_hash("sid-elsewhere")
         )
         assert record.refs == refs
 
