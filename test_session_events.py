@@ -1395,7 +1395,9 @@ def test_emit_waits_for_no_input(python, tmp_path):
         for data, session in ((b'{"session_id": "unclosed"}\n', "unclosed"), (b"", parent)):
             read, write = os.pipe()
             os.write(write, data)
-            ends(session, stdin=read)
+            # An object without the end of the input is enough: nothing waits an hour for more.
+            patient = "sys.path.insert(0, %r); import emit; emit.INPUT_REST_S = 3600" % str(ROOT)
+            ends(session, stdin=read, before=patient if data else "")
             os.close(write)
             os.close(read)
 
@@ -2133,6 +2135,8 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person):
         assert end("again") == []
         person.tool("again", python=python)
         assert end("again") == [(part[4], 1, 0, [])]
+        record = emit.Record(person.session_file("again").read_bytes(), part[0])
+        assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
         assert person.emit("status", python=python).returncode == 0
 
 
