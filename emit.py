@@ -1,714 +1,822 @@
 #!/usr/bin/env python3
-"""emit.py says that a coding session ended, and what shape it had: one small event, and only after a yes.
+"""emit.py says that a coding session ended, and what shape it had, and only after a yes.
 
 usage:
-  emit.py [--dir DIR] [--wait [MS]]     the session-end hook: capture, let the caller go, send
-  emit.py track [--dir DIR] [REF ...]   the after-tool hook, or: this session touched these discoveries
-  emit.py show [--dir DIR]              the JSON that would be sent now (standard output), and where to
-  emit.py status [--json]               consent, endpoint, what waits, how the last sending went
-  emit.py on | off                      say yes | say no, and delete what waits
+  emit.py [--dir DIR] [--wait [MS]]       the session-end hook: capture, let the caller go, send
+  emit.py track [--dir DIR] [--discoveries DIR]... [REF ...]
+                                          the after-tool hook, or: discoveries touched by hand
+  emit.py show [--dir DIR]                the JSON that would be sent now, and where to
+  emit.py status [--json]                 consent, endpoint, what waits, why nothing can be captured
+  emit.py mine                            this machine's identity in each quarter, to ask an
+                                          operator for deletion
+  emit.py hooks HOST [--folder TEXT]      the configuration of claude, codex, copilot, gemini, qwen
+                                          or opencode
+  emit.py on | off                        say yes | say no, and delete what waits
+  emit.py --version | --help
 example:
-  echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 -I -S emit.py --wait 2000
+  echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 emit.py --wait 2000
 
-It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints nothing on
-standard output, exits 0, and is gone in milliseconds: the sender goes on alone, for 20 s at the most. What
-cannot be sent waits in ~/.ashlr/session-events/pending/ (at most 500 events, 30 days) for the next session.
---wait does everything in the foreground within MS milliseconds (500). ASHLR_TELEMETRY_DEBUG=1 says on
-standard error what a hook run did. Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
+It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints
+nothing on standard output, and exits 0. The event is on the disk before the caller is let go. The
+sender goes on alone, for 20 s at the most. What cannot be sent waits in
+~/.ashlr/session-events/pending/ (at most 500 events, 30 days) for the next session's end.
+--wait stays until the event is answered, MS milliseconds (500) at the most; in CI and in containers
+that is the default. ASHLR_SESSION_EVENTS_WAIT=MS decides otherwise (0: never).
+--discoveries names a folder below the project whose files count as discoveries.
+ASHLR_TELEMETRY_DEBUG=1 says on standard error what a hook run did.
+Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# Part one is all of a tool call that touched nothing: consent, input, `track`, command line. Part two is a session's
-# end until the caller is let go: caller, hook. Part three is what nobody waits for: identity, session, payload (pure);
-# spool, capture, sending (edges); commands.
-#
-# A start costs what it compiles and imports, so part one is short and imports next to nothing, and the others are
-# folded until they are needed (`unfold`). Of a bare start with -I -S, `import os` costs up to 0.25, `import json` 0.9;
-# leaving by _exit wins 0.15. Types stand in comments for the same reason: as annotations they would cost 0.1.
+# A host waits for each start, so a start imports no more than its path needs. Of a bare start
+# (-I -S) json costs 0.9, re 0.7, hashlib 0.4, subprocess and urllib.request more than 1. So imports
+# stand in functions, and leaving by os._exit, which wins 0.15, is worth a line.
+import os
 import sys
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os as system
-    from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Set, Tuple  # noqa: F401
+    from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-    Post = Callable[[bytes], Tuple[int, Optional[str]]]  # one event's JSON to (status, Retry-After)
-else:  # os where it is loaded already; else the built-in module beneath it, which always is
-    system = sys.modules.get("os") or sys.modules.get("posix") or __import__("os")
+    # One event's JSON to (status, Retry-After, body of a 2xx).
+    Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]
 
-DEFAULT_SERVER = "http://127.0.0.1:8787"  # CONTRACT section 6
+# The one line that another plugin changes. The folder in the home, the prefix of the variables and
+# the default place of discoveries follow it.
+PRODUCT = "ashlr"
+HOME_FOLDER = "~/." + PRODUCT
+PREFIX = PRODUCT.upper().replace("-", "_") + "_"
+DISCOVERIES = "." + PRODUCT + "code/genome/sections/discoveries"
 
-FOREGROUND_S = 0.5  # of a run that cannot leave its caller, or was asked to --wait
+VERSION = "2.0.0"
+DEFAULT_SERVER = "http://127.0.0.1:8787"  # README, Contract 6
+ENDPOINT_PATH = "/v1/session-events"
+
+# The fields of an event, in the order of the table's columns (README, Contract 1).
+# Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
+FIELDS = (
+    ("identity_hash", "string", True, "[0-9a-f]{64}"),
+    ("github_hash", "string or null", False, "[0-9a-f]{64}"),
+    ("session_id_hash", "string", True, "[0-9a-f]{64}"),
+    ("ended_at", "string", True, "moment"),
+    ("tool_count", "number", True, (0, 1_000_000)),
+    ("tokens_saved", "number", True, (0, 1_000_000_000)),
+    ("branch_sha", "string or null", False, "[0-9A-Fa-f]{7,40}"),
+    ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
+)
+RULES: "Dict[str, Any]" = {name: rule for name, _, _, rule in FIELDS}
+HASH, REF = RULES["identity_hash"], RULES["discovery_refs"][1]
+EVENT_BYTES = 65536
+
+# Where hosts keep what the event needs (measured; README, Contract 4).
+SESSION_KEYS = ("session_id", "sessionId", "sessionID", "conversation_id")
+SESSION_VARIABLES = ("CLAUDE_SESSION_ID", "CLAUDE_CODE_SESSION_ID", "GEMINI_SESSION_ID",
+                     "QWEN_CODE_SESSION_ID")
+PROJECT_KEYS = ("cwd", "directory")
+INPUT_KEYS = ("tool_input", "toolArgs", "args")
+PATH_KEYS = ("file_path", "filePath", "absolute_path", "notebook_path", "path")
+
+# Where the home probably ends with the session: CI services and containers say so.
+PASSING_VARIABLES = ("CI", "KUBERNETES_SERVICE_HOST", "container", "TF_BUILD", "JENKINS_URL")
+PASSING_FILES = ("/.dockerenv", "/run/.containerenv")
+
+LIFE_S = 20.0  # of the sender, whatever the network does
+WAIT_S = 0.5  # for the answer, where the home may end with the session
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
+PROGRAM_S = 0.25  # for git, and for ps
+ANSWER_S = 10.0  # for each step of one request
+COMMIT_S = 1.0  # that other senders leave to a session's own child to add the commit
+DONE = -1
+FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event
+DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
+WAITING_EVENTS, WAITING_DAYS = 500, 30
+SESSION_DAYS = 90  # that a session's file is kept after its last line: hosts continue none after 30
+LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
-INT_DIGITS = 4300  # as in Python itself, but only since 3.11
+SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 
 # Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
-ASHLR = b"/.ashlr/"
+HOME = ("/." + PRODUCT + "/").encode()
+OURS = HOME + b"session-events/"
+PENDING, SESSIONS, LAST = OURS + b"pending/", OURS + b"sessions/", OURS + b"last.json"
+TOUCHED = OURS + b"touched/"  # of versions before 2.0, which kept discoveries there
+MACHINE_ID = HOME + b"machine-id"
+
+# No waiting for a pipe that stands where a file should, no text mode, nothing left to children.
+SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+BEGAN = "began, and did not finish (yet)"
 UNCLEAR = object()  # what a config.json says that cannot be read
 
+COLLECTED = """\
+Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
+Never: names, paths, code, prompts. Machine, login and session are one-way hashes; the first two
+change every quarter. It goes to %s.
+To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
 
-# ======================================================================================================
+
+class Told(ValueError):
+    """An error in this file's own words, which may be printed. Others' may hold a path."""
+
+
+# ==================================================================================================
 # Consent
-# ======================================================================================================
+# ==================================================================================================
 
 
-def consent(env, said):
-    # type: (Dict[str, str], Any) -> Tuple[bool, str]
-    """(may it be sent, what decided): CONTRACT section 5. `said`: "telemetry" of config.json or None."""
-    asked = env.get("ASHLR_TELEMETRY", "").strip().lower()
+def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
+    """(may it be sent, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
+    asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
     if env.get("DO_NOT_TRACK", "").strip() not in ("", "0"):
         return False, "DO_NOT_TRACK is set"
     if asked in ("off", "0"):
-        return False, "ASHLR_TELEMETRY says off"
+        return False, PREFIX + "TELEMETRY says off"
     if said == "off":
-        return False, "~/.ashlr/config.json says off"
+        return False, HOME_FOLDER + "/config.json says off"
     if asked in ("on", "1"):
-        return True, "ASHLR_TELEMETRY says on"
+        return True, PREFIX + "TELEMETRY says on"
     if said == "opt-in":
-        return True, "~/.ashlr/config.json says opt-in"
+        return True, HOME_FOLDER + "/config.json says opt-in"
     if said is UNCLEAR:
-        return False, "~/.ashlr/config.json cannot be read, and nobody else said yes"
+        return False, HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"
     return False, "nobody said yes (emit.py on does)"
 
 
-def telemetry_said(home):
-    # type: (bytes) -> Any
+def refused(env: "Dict[str, str]", said: "Any") -> bool:
+    """True if what waits must go: somebody said no, or nobody yes.
+
+    A config.json that cannot be read alone says neither.
+    """
+    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
+
+
+def telemetry_said(home: bytes) -> "Any":
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
     try:
-        return loads(contents(home + ASHLR + b"config.json")).get("telemetry")
+        return loads(contents(home + HOME + b"config.json")).get("telemetry")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError):
         return UNCLEAR
 
 
-def short_int(digits):
-    # type: (str) -> int
-    """A whole number of a JSON text. ValueError for thousands of digits: the time grows with their square."""
-    if len(digits) > INT_DIGITS:
+# ==================================================================================================
+# Hosts: what they hand over, as input, arguments and environment
+# ==================================================================================================
+
+BLANKS = " \t\n\r"
+ESCAPES = (('\\"', '"'), ("\\/", "/"), ("\\n", "\n"), ("\\t", "\t"), ("\\r", "\r"), ("\\b", "\b"),
+           ("\\f", "\f"))
+
+
+def loads(data: bytes) -> "Any":
+    """`json.loads` of UTF-8 text, with NaN and numbers of thousands of digits as errors.
+
+    What is short and plain is read by `quick_json`, which spares the import of json. ValueError for
+    anything that is not JSON.
+    """
+    text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode().strip(BLANKS)
+    try:
+        if text.count('"') * len(text) < 1 << 27 and text.count(",") <= 5000:
+            value, end = quick_json(text, 0)
+            if end == len(text):
+                return value
+    except (ValueError, IndexError, RecursionError):
+        pass
+    import json
+    try:
+        return json.loads(text, parse_constant=short_int, parse_int=short_int)
+    except RecursionError:
+        raise ValueError("not JSON") from None
+
+
+def quick_json(text: str, at: int) -> "Tuple[Any, int]":
+    """(value, where it ends) of the JSON at text[at:], 0.9 of a bare start cheaper than json.
+
+    It knows the usual: objects, arrays, whole numbers, printable text without \\u. A ValueError or
+    IndexError means that json must decide; a test holds the two to the same values.
+    """
+    at = after_blanks(text, at)
+    first = text[at]
+    if first == '"':
+        end = text.index('"', at + 1)
+        while (end - len(text[at + 1:end].rstrip("\\")) - at) % 2 == 0:  # this quote is escaped
+            end = text.index('"', end + 1)
+        inside = text[at + 1:end].replace("\\\\", "\0")
+        if not text[at:end].isprintable():
+            raise ValueError("for json")
+        for escape, character in ESCAPES:
+            inside = inside.replace(escape, character)
+        if "\\" in inside:
+            raise ValueError("for json")
+        return inside.replace("\0", "\\"), end + 1
+    if first in "{[":
+        values: "List[Any]" = []
+        at = after_blanks(text, at + 1)
+        while text[at] != ("}" if first == "{" else "]"):
+            if values and text[at] != ",":
+                raise ValueError("for json")
+            value, at = quick_json(text, at + bool(values))
+            at = after_blanks(text, at)
+            if first == "{":
+                if text[at] != ":" or not isinstance(value, str):
+                    raise ValueError("for json")
+                member, at = quick_json(text, at + 1)
+                at = after_blanks(text, at)
+                value = value, member
+            values.append(value)
+        return (dict(values) if first == "{" else values), at + 1
+    for word, constant in (("true", True), ("false", False), ("null", None)):
+        if text.startswith(word, at):
+            return constant, at + len(word)
+    end = at + len(text[at:at + 16]) - len(text[at:at + 16].lstrip("-0123456789"))
+    if text[at:end] != str(int(text[at:end])) or text[end:end + 1] in tuple("-0123456789.eE"):
+        raise ValueError("for json")
+    return int(text[at:end]), end
+
+
+def after_blanks(text: str, at: int) -> int:
+    """The next place that holds no blank. IndexError at the end of the text."""
+    while text[at] in BLANKS:
+        at += 1
+    return at
+
+
+def short_int(digits: str) -> int:
+    """A whole number of a JSON text. ValueError for thousands of digits, whose cost is squared."""
+    if len(digits) > 4300:  # as in Python itself, but only since 3.11
         raise ValueError("too many digits")
     return int(digits)
 
 
-class Scanner:
-    """What the C scanner beneath json wants to know: json's own defaults."""
+def loads_object(data: bytes) -> "Dict[str, Any]":
+    """The JSON object in `data`, {} for whatever else may be there."""
+    try:
+        value = loads(data) if data else None
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {}
 
-    strict, parse_float, parse_int = True, float, short_int
-    object_hook = object_pairs_hook = array_hook = None
-    parse_constant = int  # of "NaN" and the infinities, which are not JSON: a ValueError
 
+def standard_input() -> bytes:
+    """What the host wrote on standard input; b"" for a terminal or nothing.
 
-def loads(data):
-    # type: (bytes) -> Any
-    """`json.loads` of UTF-8 in which NaN is an error. ValueError for anything that is not JSON, or has endless numbers.
-
-    The C scanner, asked directly, spares the import of json, 0.9 of a bare start. Where there is none, or it
-    wants to be asked differently, json itself answers; a test holds the two to the same answers.
+    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object without
+    the end of the input: hosts that never close the pipe exist.
     """
-    text = data.decode("utf-8-sig").strip(" \t\n\r")
+    from select import select
+    data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
     try:
-        try:
-            from _json import make_scanner
-            value, end = make_scanner(Scanner)(text, 0)  # type: ignore[arg-type]
-        except (ImportError, AttributeError):
-            import json
-            value, end = json.loads(text, parse_constant=int, parse_int=short_int), len(text)
-    except (StopIteration, RecursionError, SystemError):  # the last in 3.10 and 3.11, as json is not there
-        end = -1
-    if end != len(text):
-        raise ValueError("not JSON")
-    return value
+        while not os.isatty(0) and len(data) <= FILE_BYTES:
+            left, may_be_all = until - time.monotonic(), data[-64:].rstrip()[-1:] == b"}"
+            try:
+                ready = select([0], [], [], max(0, min(left, 0.02) if may_be_all else left))[0]
+            except OSError:  # Windows knows sockets only; the read waits there
+                ready = [0]
+            if ready:
+                piece = os.read(0, 65536)
+                until = until if data else time.monotonic() + INPUT_REST_S
+                data += piece
+                if not piece:
+                    break
+            elif left <= 0 or (may_be_all and loads_object(bytes(data))):
+                break
+    except OSError:  # closed
+        pass
+    return bytes(data)
 
 
-# No waiting for a pipe that stands where a file should, no text mode, nothing left to child processes.
-SAFELY = sum(getattr(system, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-
-
-def contents(path, most=FILE_BYTES):
-    # type: (bytes, int) -> bytes
-    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
-    fd = system.open(path, SAFELY)
-    try:
-        file = open(fd, "rb")  # noqa: SIM115
-    except OSError:  # a folder, which open() refuses, but does not close
-        system.close(fd)
-        raise
-    with file:
-        return file.read(most + 1) or b""
-
-
-# ======================================================================================================
-# Input
-# ======================================================================================================
-
-
-def environment():
-    # type: () -> Dict[str, str]
+def environment() -> "Dict[str, str]":
     """The environment as text, UTF-8 whatever the locale."""
-    found = getattr(system, "environb", None) or system.environ  # type: Any
-    if isinstance(next(iter(found), ""), str):
-        return dict(found)
-    return {name.decode("utf-8", "surrogateescape"): value.decode("utf-8", "surrogateescape")
-            for name, value in found.items()}
+    if not os.supports_bytes_environ:
+        return dict(os.environ)
+    return {decoded(name): decoded(value) for name, value in os.environb.items()}
 
 
-def home_of(env):
-    # type: (Dict[str, str]) -> bytes
-    """The person's folder. OSError without one: a relative path would let a project's folder speak for a person."""
-    home = encoded(env.get("HOME") or env.get("USERPROFILE") or __import__("os").path.expanduser("~"))
-    if home[:1] not in (b"/", b"\\") and home[1:2] != b":":
-        raise FileNotFoundError(2, "no home folder")
-    return home
+def decoded(data: bytes) -> str:
+    """The text of UTF-8, whatever the bytes: `encoded` gives them back."""
+    return data.decode("utf-8", "surrogateescape")
 
 
-def encoded(text):
-    # type: (str) -> bytes
-    """UTF-8, whatever the text: undecodable bytes of the environment come out as they went in."""
+def encoded(text: str) -> bytes:
+    """UTF-8, whatever the text. Undecodable bytes come out as they went in."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
 
 
-def standard_input(most_s=INPUT_FIRST_S + INPUT_REST_S):
-    # type: (float) -> bytes
-    """What the host wrote on standard input; b"" for a terminal, nothing, or more than anybody would write.
-
-    It waits 0.25 s for the first byte and 1 s for the rest, `most_s` in all, and is content with an object,
-    without the end: hosts that never close the pipe exist.
-    """
-    from time import monotonic
-    last = monotonic() + most_s
-    data, until = bytearray(), min(last, monotonic() + INPUT_FIRST_S)
-    try:
-        if system.isatty(0) or not system.fstat(0):
-            return b""
-        read = input_reader()
-        while len(data) <= FILE_BYTES:
-            left, may_be_all = until - monotonic(), data[-64:].rstrip()[-1:] == b"}"
-            piece = read(min(left, 0.02) if may_be_all else left)
-            if piece:
-                until = until if data else min(last, until + INPUT_REST_S)
-                data += piece
-            elif piece is not None or left <= 0 or (may_be_all and loads_object(bytes(data))):
-                break
-    except OSError:
-        pass
-    return bytes(data)
+def home_of(env: "Dict[str, str]") -> bytes:
+    """The person's folder. OSError without one: a project's folder must not speak for a person."""
+    home = env.get("HOME", env.get("USERPROFILE"))
+    path = encoded(os.path.expanduser("~") if home is None else home)
+    if path[:1] not in (b"/", b"\\") and path[1:2] != b":":
+        raise FileNotFoundError(2, "no home folder")
+    return path
 
 
-def input_reader():
-    # type: () -> Callable[[float], Optional[bytes]]
-    """A function of seconds: what arrives on standard input by then, b"" at its end, None for nothing yet."""
-    try:
-        from select import select
-        select([0], [], [], 0)
-        return lambda seconds: system.read(0, 65536) if select([0], [], [], max(seconds, 0))[0] else None
-    except (ImportError, OSError):  # Windows: it knows sockets only
-        return unfold(3)["threaded_reader"]()  # type: ignore[no-any-return]
-
-
-def loads_object(data):
-    # type: (bytes) -> Dict[str, Any]
-    """The JSON object in `data`, {} for whatever else may be there."""
-    try:
-        value = loads(data)
-    except ValueError:
-        value = None
-    return value if isinstance(value, dict) else {}
-
-
-def debugging(env):
-    # type: (Dict[str, str]) -> bool
-    """Does somebody want to be told what a hook run does?"""
-    return env.get("ASHLR_TELEMETRY_DEBUG", "").strip() not in ("", "0")
-
-
-# ======================================================================================================
-# The hook after a tool call
-# ======================================================================================================
-
-
-def track(argv):
-    # type: (Sequence[str]) -> int
-    """Record the discoveries named, or (as a hook, which never fails) those that a tool call touched."""
-    refs = []  # type: List[str]
-    try:
-        if argv and argv[:-1] != ["--dir"]:  # a hook names its project at the most
-            refs = unfold(2)["options"](argv)[2]
-        env, data = environment(), b""
-        allowed, why = consent(env, telemetry_said(home_of(env)))
-        if allowed and not (refs and unfold(2)["session_id"](env, {})):
-            data = standard_input()
-        # Asked after every tool call: to parse what a tool wrote may cost ms, the other parts cost a bare start.
-        # (JSON may write any letter as \u00...)
-        if refs or debugging(env) or b"discoveries" in data.lower() or b"\\u00" in data:
-            return int(unfold(3)["record_touched"](env, argv, data, allowed, why))
-        return 0
-    except BaseException as error:
-        return int(unfold(3)["tracking_failed"](environment(), refs, error))
-
-
-# ======================================================================================================
-# Command line
-# ======================================================================================================
-
-
-def main(argv):
-    # type: (Sequence[str]) -> int
-    """The exit status of a command line. A hook run's sender does not come back from here."""
-    system.umask(0o077)
-    if "--help" not in argv and "-h" not in argv:
-        if not argv or argv[0][:1] == "-":
-            return int(unfold(2)["hook"](argv))
-        if argv[0] == "track":
-            return track(argv[1:])
-    return int(unfold(3)["command"](argv))
-
-
-def run():
-    # type: () -> NoReturn
-    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
-    system._exit(main(sys.argv[1:]))
-
-
-# ======================================================================================================
-# Part two and part three, folded
-# ======================================================================================================
-
-
-def unfold(part):
-    # type: (int) -> Dict[str, Any]
-    """The names of all parts up to this one (2 or 3), which are compiled here and now if they were not.
-
-    Parts two and three stand in strings, which Python reads at once and compiles when asked. Of a bare start,
-    compiling part one costs 0.2, part two 0.2, part three 0.9; by compile(), for a file name in tracebacks, 0.15
-    more. Without the lines from `def part_...` to `r'''` and the closing ones this is an ordinary program; as
-    such it is linted, type-checked and tested against the folded one.
-    """
-    names = globals()
-    for name in ("part_two", "part_three")[:part - 1]:
-        folded = names.pop(name, None)
-        if folded:  # compiled at its own line numbers
-            exec("\n" * folded.__code__.co_firstlineno + folded(), names)
-    return names
-
-
-def part_two():  # type: () -> str
-    return r'''
-
-LIFE_S = 20.0  # of the sender, whatever the network does
-OURS = b"/.ashlr/session-events/"
-PENDING, TOUCHED, LAST = OURS + b"pending/", OURS + b"touched/", OURS + b"last.json"
-
-
-# ======================================================================================================
-# Caller: what only the hook's own process, and its command line, can tell
-# ======================================================================================================
-
-
-def options(argv):
-    # type: (Sequence[str]) -> Tuple[str, Optional[float], List[str]]
-    """(--dir or "", --wait in seconds or None, what is neither)."""
-    directory, wait, rest = "", None, []  # type: str, Optional[float], List[str]
-    left = list(argv)
+def options(argv: "Sequence[str]") -> "Tuple[str, Optional[float], List[str], List[str]]":
+    """(--dir or "", --wait in seconds or None, --discoveries, what is none of these)."""
+    directory, folders, rest, left = "", [], [], list(argv)
+    wait: "Optional[float]" = None
     while left:
         word = left.pop(0)
         if word == "--dir" and left:
             directory = left.pop(0)
+        elif word == "--discoveries" and left:
+            folders.append(left.pop(0))
         elif word == "--wait":
-            wait = FOREGROUND_S
-            if left and left[0] and not left[0].strip("0123456789"):
-                wait = min(float(left.pop(0)) / 1000, LIFE_S)
+            wait = WAIT_S
+            if left and fits(left[0], "[0-9]{1,9}"):
+                wait = min(int(left.pop(0)) / 1000, LIFE_S)
         else:
             rest.append(word)
-    return directory, wait, rest
+    return directory, wait, folders, rest
 
 
-def session_id(env, hook):
-    # type: (Dict[str, str], Dict[str, Any]) -> str
-    """The session's raw id as the host gave it, or "" (CONTRACT section 4)."""
-    named, given = env.get("CLAUDE_SESSION_ID", "").strip(), hook.get("session_id")
-    return named or (given if isinstance(given, str) and given.strip() else "")
+def wait_of(env: "Dict[str, str]", asked: "Optional[float]",
+            exists: "Callable[[str], bool]" = os.path.exists) -> float:
+    """How many seconds the hook stays for the answer. `asked`: by --wait, or None."""
+    chosen = env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()
+    if asked is not None:
+        return asked
+    if fits(chosen, "[0-9]{1,9}"):
+        return min(int(chosen) / 1000, LIFE_S)
+    said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
+    passing = any(word not in ("", "0", "false") for word in said)
+    return WAIT_S if passing or any(map(exists, PASSING_FILES)) else 0.0
+
+
+def debugging(env: "Dict[str, str]") -> bool:
+    """True if somebody wants to be told what a hook run does."""
+    return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
+
+
+def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
+    """The first of the named members that is text and not blank, or ""."""
+    values = [found.get(name) for name in names]
+    return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
 class Caller:
     """What the event owes to the process that ran the hook, and what the host told it.
 
-    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id, "" if it gave none; `ppid`
-    and `started`, asked for only then; `here`: working directory; `base`, `project`, from there: where
-    relative paths start, and what was worked on; `ended`: seconds since 1970.
+    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave it,
+    "" if it gave none; `ppid`; `base`: where relative paths of the tool start; `project`. Both are
+    absolute.
     """
 
-    def __init__(self, env, directory="", data=b""):
-        # type: (Dict[str, str], str, bytes) -> None
+    def __init__(self, env: "Dict[str, str]", directory: str = "", data: bytes = b"") -> None:
         """`directory`: from --dir; `data`: from standard input. Asks the process for the rest."""
-        from time import time
-        self.env, self.home, self.ended, self.hook = env, home_of(env), time(), loads_object(data)
-        self.session = session_id(env, self.hook)
-        self.ppid = getattr(system, "getppid", int)()
-        self.started = "" if self.session else parent_started(self.ppid)
+        self.env, self.home, self.hook = env, home_of(env), loads_object(data)
+        named = (env.get(name, "").strip() for name in SESSION_VARIABLES)
+        self.session = first_text(self.hook, SESSION_KEYS) or next(filter(None, named), "")
+        self.ppid = os.getppid() if hasattr(os, "getppid") else 0
         try:
-            self.here = system.getcwdb().decode("utf-8", "surrogateescape")
+            here = decoded(os.getcwdb())
         except OSError:  # deleted
-            self.here = "/"
-        given = self.hook.get("cwd")
-        self.base = given if isinstance(given, str) else ""
-        self.project = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or self.base
+            here = "/"
+        given = first_text(self.hook, PROJECT_KEYS)
+        roots = self.hook.get("workspace_roots")
+        if not given and isinstance(roots, list) and roots and isinstance(roots[0], str):
+            given = roots[0]
+        wanted = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or given
+        self.base, self.project = os.path.join(here, given), os.path.join(here, wanted)
+
+    def session_id(self, machine: str) -> str:
+        """The host's, or one made of the parent process (README, Contract 4)."""
+        return self.session or "ppid:%d:%s:%s" % (self.ppid, parent_started(self.ppid), machine)
 
 
-def parent_started(ppid):
-    # type: (int) -> str
-    """When a process started, in its system's own words; "" where nobody can tell (CONTRACT section 4)."""
-    try:
-        fields = contents(b"/proc/%d/stat" % ppid).rpartition(b")")[2].split()
-        return fields[19].decode()  # the 22nd of all, in ticks since the system started
-    except (OSError, IndexError):
-        return str(unfold(3)["printed_by"](["ps", "-o", "lstart=", "-p", str(ppid)], {"LC_ALL": "C"}))
-
-
-# ======================================================================================================
-# The hook at a session's end
-# ======================================================================================================
-
-
-def hook(argv):
-    # type: (Sequence[str]) -> int
-    """The end of a session. It returns 0 to the caller, whatever happens; what it starts never returns."""
-    from time import monotonic
-    begun, child, caller, error = monotonic(), -1, None, None
-    env, why, wait, rest = {}, "", None, []  # type: Dict[str, str], str, Optional[float], List[str]
-    try:
-        env = environment()
-        directory, wait, rest = options(argv)
-        if wait is None and not hasattr(system, "fork"):
-            wait = FOREGROUND_S
-        said = telemetry_said(home_of(env))
-        allowed, why = consent(env, said)
-        if refused(env, said):
-            purge(home_of(env))
-        if allowed:
-            # In the foreground, half of the time is for capturing and sending.
-            caller = Caller(env, directory, standard_input() if wait is None else standard_input(wait / 2))
-        elif not debugging(env):
-            return 0
-        if wait is None:
-            try:
-                child = leave()
-            except OSError:  # no room for another process: do it here
-                pass
-        if child > 0:
-            return 0
-        if child == 0:
-            detach(debugging(env))
-    except BaseException as fault:  # a hook never fails
-        error = fault
-    life = LIFE_S if child == 0 else (FOREGROUND_S if wait is None else wait) - (monotonic() - begun)
-    unfold(3)["alone"](env, caller, why, rest, error, life)
-    return 0
-
-
-def leave():
-    # type: () -> int
-    """Fork, into a session of its own. The parent goes on only when that is made: what a host signals to its
-    process group, or a terminal that closes, as soon as the hook has ended, no longer reaches the child."""
-    ours, theirs = system.pipe()
-    child = system.fork()
-    if child:
-        system.close(theirs)
-        system.read(ours, 1)  # its end
-        system.close(ours)
-    else:
-        system.setsid()
-        system.close(theirs)
-    return child
-
-
-def detach(keep_errors):
-    # type: (bool) -> None
-    """Let go of everything else of the caller's: directory, descriptors."""
-    system.chdir("/")
-    null = system.open("/dev/null", system.O_RDWR)
-    for fd in (0, 1) if keep_errors else (0, 1, 2):
-        system.dup2(null, fd)
-    for fd in [int(name) for name in names_in(b"/proc/self/fd") or names_in(b"/dev/fd")] or range(3, 4096):
-        if fd > 2:
-            try:
-                system.close(fd)
-            except OSError:  # the listing's own
-                pass
-
-
-def refused(env, said):
-    # type: (Dict[str, str], Any) -> bool
-    """Did anybody say no, or nobody yes? Then what waits goes; not when all there is is a file nobody can read."""
-    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
-
-
-def purge(home):
-    # type: (bytes) -> int
-    """Delete what waits and what was noted, for a person who said no; how many files that was."""
-    gone = 0
-    for folder in (PENDING, TOUCHED):
-        for name in names_in(home + folder):
-            gone += remove(home + folder + name)
-    remove(home + LAST)
-    return gone
-
-
-def names_in(folder):
-    # type: (bytes) -> List[bytes]
-    """Sorted; [] for a folder that is not there."""
-    try:
-        return sorted(system.listdir(folder))
-    except OSError:
-        return []
-
-
-def remove(path):
-    # type: (bytes) -> bool
-    """Was it there, and is gone?"""
-    try:
-        system.unlink(path)
-        return True
-    except OSError:
-        return False
-'''
-
-
-def part_three():  # type: () -> str
-    return r'''
-
-EVENT_BYTES = 65536
-MAX_CALLS, MAX_TOKENS, MAX_REFS = 1000000, 1000000000, 200
-ENDPOINT_PATH = "/v1/session-events"
-
-PROGRAM_S = 0.25  # for git, and for ps
-ANSWER_S = 10.0  # for each step of one request
-FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event each
-DAY_S = 86400.0  # also the longest Retry-After that is believed
-WAITING_EVENTS, WAITING_DAYS, LIST_DAYS = 500, 30, 7
-LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
-
-DIGITS = "0123456789"
-HEX = DIGITS + "abcdef"
-ALNUM = DIGITS + "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MACHINE_ID = ASHLR + b"machine-id"
-BEGAN = "began, and did not finish (yet)"
-
-COLLECTED = """\
-Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries touched, version.
-Never: names, paths, code, prompts. Machine, login, session are one-way hashes; two of them change quarterly.
-It goes to %s.
-To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
-
-
-# ======================================================================================================
+# ==================================================================================================
 # Identity
-# ======================================================================================================
+# ==================================================================================================
+
+SHA256_ROUNDS = (  # FIPS 180-4, section 4.2.2
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2)
+SHA256_START = (0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+                0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19)
+LOW = 0xFFFFFFFF
 
 
-def sha256_hex(text):
-    # type: (str) -> str
+HASHES: "Dict[str, str]" = {}  # a session's end asks for its own four times
+
+
+def sha256_hex(text: str) -> str:
     """64 lowercase hex digits."""
-    from hashlib import sha256
-    return sha256(encoded(text)).hexdigest()
+    if text not in HASHES:
+        data = encoded(text)
+        if len(data) > 500:
+            from hashlib import sha256
+            return sha256(data).hexdigest()
+        HASHES[text] = quick_sha256(data)
+    return HASHES[text]
 
 
-def salt(seconds):
-    # type: (float) -> str
-    """`salt_2026Q4`: the UTC quarter of a time in seconds since 1970 (CONTRACT section 4)."""
-    from time import gmtime
-    year, month = gmtime(seconds)[:2]
+def quick_sha256(data: bytes) -> str:
+    """SHA-256 in plain Python: 0.01 of a bare start for 64 bytes.
+
+    hashlib loads OpenSSL, which costs 0.3 to 0.5. A test compares the two.
+    """
+    state = list(SHA256_START)
+    data += b"\x80" + bytes((55 - len(data)) % 64) + (8 * len(data)).to_bytes(8, "big")
+    for at in range(0, len(data), 64):
+        w = [int.from_bytes(data[i:i + 4], "big") for i in range(at, at + 64, 4)]
+        for i in range(16, 64):  # a word beside itself is rotated by a shift
+            x, y = w[i - 15] * 0x100000001, w[i - 2] * 0x100000001
+            w.append(w[i - 16] + w[i - 7] + ((x >> 7 ^ x >> 18) & LOW ^ w[i - 15] >> 3)
+                     + ((y >> 17 ^ y >> 19) & LOW ^ w[i - 2] >> 10) & LOW)
+        a, b, c, d, e, f, g, h = state
+        for k, word in zip(SHA256_ROUNDS, w):
+            x, y = e * 0x100000001, a * 0x100000001
+            one = h + ((x >> 6 ^ x >> 11 ^ x >> 25) & LOW) + (e & f ^ ~e & g) + k + word
+            two = ((y >> 2 ^ y >> 13 ^ y >> 22) & LOW) + (a & b ^ a & c ^ b & c)
+            a, b, c, d, e, f, g, h = one + two & LOW, a, b, c, d + one & LOW, e, f, g
+        state = [old + new & LOW for old, new in zip(state, (a, b, c, d, e, f, g, h))]
+    return "".join("%08x" % word for word in state)
+
+
+def salt(seconds: float) -> str:
+    """`salt_2026Q4`: the UTC quarter of a time in seconds since 1970 (README, Contract 4)."""
+    year, month = time.gmtime(seconds)[:2]
     return "salt_%dQ%d" % (year, (month + 2) // 3)
 
 
-def random_uuid():
-    # type: () -> str
-    """RFC 4122, version 4, lower case. (To import `uuid` starts other programs on old Pythons.)"""
-    from os import urandom
-    h = urandom(16).hex()
-    return "%s-%s-4%s-%s%s-%s" % (h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
+def random_uuid() -> str:
+    """RFC 4122, version 4, lower case. (Importing `uuid` starts programs on old Pythons.)"""
+    h = os.urandom(16).hex()
+    return "%s-%s-4%s-%s%s-%s" % (
+        h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
 
 
-def github_login(cache):
-    # type: (Dict[str, Any]) -> str
-    """The login in pro-token-cache.json, or "": never guessed."""
-    login = cache.get("githubLogin")
-    return login if cache.get("valid") is True and isinstance(login, str) and login.strip() else ""
+def github_login(cache: "Dict[str, Any]") -> str:
+    """The login in pro-token-cache.json, trimmed, or "": never guessed."""
+    return first_text(cache, ["githubLogin"]).strip() if cache.get("valid") is True else ""
 
 
-def session_hash(caller, machine):
-    # type: (Caller, str) -> str
-    """CONTRACT section 4, `session_id_hash`."""
-    return sha256_hex(caller.session or "ppid:%d:%s:%s" % (caller.ppid, caller.started, machine))
+# ==================================================================================================
+# Session: its file, its parts, its counts, its discoveries (pure)
+# ==================================================================================================
+#
+# While a session runs, its file is all the state there is. Every process appends whole lines to it
+# in one write, and nobody rewrites it:
+#
+#   id HEX                            the raw session id, UTF-8 in hex
+#   call MS                           a tool call; MS since 1970
+#   touch MS REF                      a discovery that was touched
+#   end MS TOKEN CALLS TOKENS         an end: what stats.json said then (CALLS - without a bucket)
+#   kept TOKEN                        the event of that end is on the disk
+#   settled                           a day of silence later: all above is told
+#
+# Ends at the same time each append a line. The order of the lines decides: an end has what stands
+# between it and the end before, and one that has nothing new is a repeat. Everybody who reads the
+# file comes to the same parts, so a part whose event was lost by a kill can be made again.
 
 
-# ======================================================================================================
-# Session
-# ======================================================================================================
+class Part:
+    """What one end brought: `token` of its line, `ended` in ms, `number` from 1, and the shape."""
+
+    def __init__(self, token: str, ended: int, number: int, calls: int, tokens: int,
+                 refs: "List[str]") -> None:
+        self.token, self.ended, self.number = token, ended, number
+        self.calls, self.tokens, self.refs = calls, tokens, refs
 
 
-def stats_bucket(ppid, home):
-    # type: (int, str) -> str
-    """The name that stats.json gives to a parent process: a 32-bit Java string hash (CONTRACT section 4)."""
+class Record:
+    """What a session's file says. Lines that nobody here writes say nothing.
+
+    `session`: the raw id, "" if none that fits `name` is there; `parts`; `kept`: tokens; since the
+    last end: `calls`, `refs`; `last`: ms of the last call or touch.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.session, self.calls, self.last = "", 0, 0
+        self.parts: "List[Part]" = []
+        self.refs: "List[str]" = []
+        self.kept: "Set[str]" = set()
+        self.said = [0, 0]  # calls and tokens that the parts so far reported
+        for line in data.decode("latin-1").split("\n"):
+            kind, *words = line.split(" ")
+            try:
+                if kind == "call":
+                    self.last = moment_ms(words[0])
+                    self.calls += 1
+                elif kind == "touch":
+                    self.last = moment_ms(words[0])
+                    self.refs.append(words[1])
+                elif kind == "end":
+                    self.end(moment_ms(words[0]), *words[1:4])
+                elif kind == "kept":
+                    self.kept.add(words[0])
+                elif kind == "id" and not self.session:
+                    session = decoded(bytes.fromhex(words[0]))
+                    self.session = session if sha256_hex(session) == name else ""
+            except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
+                pass
+
+    def end(self, ended: int, token: str, calls: str, tokens: str) -> None:
+        """Add a part, unless the end brings nothing new."""
+        if not fits(tokens, "[0-9]{1,10}") or not (calls == "-" or fits(calls, "[0-9]{1,10}")):
+            raise ValueError("no counts")
+        refs = newest_refs(self.refs)
+        new_calls = self.calls if calls == "-" else max(0, int(calls) - self.said[0])
+        new_tokens = max(0, int(tokens) - self.said[1])
+        if not self.parts or self.calls or refs or new_calls or new_tokens:
+            self.parts.append(Part(token, ended, len(self.parts) + 1, new_calls, new_tokens, refs))
+            self.said = [self.said[0] + new_calls, self.said[1] + new_tokens]
+            self.calls, self.refs = 0, []
+
+
+def moment_ms(digits: str) -> int:
+    """A time in a session's file, in ms since 1970. ValueError if it is none, or after 9999."""
+    if not fits(digits, "[0-9]{1,15}") or int(digits) >= 253402300800000:
+        raise ValueError("no time")
+    return int(digits)
+
+
+def stats_bucket(ppid: int, home: str) -> str:
+    """The name that stats.json gives to a parent process (README, Contract 4)."""
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
     h = 0
     for low, high in zip(units[::2], units[1::2]):
-        h = (h * 31 + low + 256 * high) & 0xFFFFFFFF
+        h = (h * 31 + low + 256 * high) & LOW
     return "p%x" % h
 
 
-def instant(text):
-    # type: (Any) -> float
-    """Seconds since 1970 of an ISO 8601 date and time (CONTRACT section 1, `ended_at`), or ValueError."""
-    from calendar import timegm
-    from datetime import datetime
-    from re import ASCII, fullmatch
-    match = fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|([+-])([01]\d|2[0-3]):([0-5]\d))?",
-                      str(text), ASCII)
-    if not match:
-        raise Told("not a date and time")
-    at, fraction, _, sign, hours, minutes = match.groups()
-    east = int(sign + "1") * (3600 * int(hours) + 60 * int(minutes)) if sign else 0
-    return timegm(datetime.strptime(at, "%Y-%m-%dT%H:%M:%S").timetuple()) + float(fraction or 0) - east
+def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[str]",
+           now: float) -> "Tuple[Optional[int], int]":
+    """(calls, tokens saved) over this session's buckets of stats.json, each once.
 
-
-def counts(stats, project, ids, now):
-    # type: (Dict[str, Any], Dict[str, Any], Sequence[str], float) -> Tuple[int, int]
-    """(tool_count, tokens_saved) over this session's buckets of stats.json, each once (CONTRACT section 4).
-
-    `project`: last-project.json; `ids`: the session's raw id and its parent's bucket; `now`: s since 1970.
+    Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id, its
+    parent's bucket; `now`: seconds since 1970 (README, Contract 4).
     """
-    mine = list(dict.fromkeys(ids))  # type: List[Any]
+    mine = list(dict.fromkeys(ids))
     try:
         if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
-            mine += [name for name in [project.get("sessionId")] if name not in mine]
+            mine += {first_text(project, ["sessionId"]).strip()}.difference(mine)
     except ValueError:
         pass
     sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
-    named = [name for name in mine if name and isinstance(name, str)]
-    found = [sessions.get(name) for name in named] if isinstance(sessions, dict) else []
-    return (min(MAX_CALLS, sum(whole(bucket, "calls") for bucket in found)),
-            min(MAX_TOKENS, sum(whole(bucket, "tokensSaved") for bucket in found)))
+    found = [sessions.get(name) for name in mine if name] if isinstance(sessions, dict) else []
+    buckets = [bucket for bucket in found if isinstance(bucket, dict)]
+    calls, tokens = (min(RULES[field][1], sum(whole(bucket.get(name)) for bucket in buckets))
+                     for field, name in (("tool_count", "calls"), ("tokens_saved", "tokensSaved")))
+    return calls if buckets else None, tokens
 
 
-def whole(bucket, name):
-    # type: (Any, str) -> int
-    """A number in a bucket, floored; 0 for one below 0, and for whatever is none."""
-    value = bucket.get(name) if isinstance(bucket, dict) else 0  # type: Any
+def whole(value: "Any") -> int:
+    """A number of a bucket, floored; 0 for one below 0, and for whatever is none."""
     return int(value) if type(value) in (int, float) and 0 <= value < float("inf") else 0
 
 
-def touched_ref(path, base, project):
-    # type: (str, str, str) -> str
-    """The discovery that a path in a tool's input stands for, "" if it lies elsewhere. No disk is asked.
+def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]") -> "List[str]":
+    """The discoveries that a tool's input touched. `folders`: where they are, below the project.
 
-    `base`: the absolute folder that a relative path starts from. Windows paths compare without case.
+    A path counts when it lies in one of the folders, by its name or by the disk's links; a shell
+    command when it mentions the last two names of a folder and a file.
     """
-    import ntpath
-    import posixpath
-    rules = ntpath if project[1:2] == ":" or project[:2] == "\\\\" else posixpath  # type: Any
-    folder = rules.normcase(rules.normpath(project + "/.ashlrcode/genome/sections/discoveries")) + rules.sep
+    if isinstance(tool, str):  # one host hands over the input as JSON text
+        tool = loads_object(encoded(tool))
+    found: "List[str]" = []
+    tool = tool if isinstance(tool, dict) else {}
+    paths = [path for path in map(tool.get, PATH_KEYS)
+             if isinstance(path, str) and "\0" not in path]
+    command = tool.get("command")
+    if isinstance(command, list):
+        command = " ".join(word for word in command if isinstance(word, str))
+    for folder in folders:
+        for path in paths:
+            ref = touched_ref(path, base, project, folder)
+            if not ref and os.path.basename(folder.rstrip("/")) in path:
+                # The same folder by another way: on a Mac, /tmp is /private/tmp.
+                ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
+            found.append(ref)
+        if isinstance(command, str):
+            found += mentioned_refs(command, folder)
+    return newest_refs(found)
+
+
+def real_path(base: str, path: str) -> str:
+    """A path without the disk's symbolic links, whatever the locale."""
+    return decoded(os.path.realpath(encoded(os.path.join(base, path))))
+
+
+def touched_ref(path: str, base: str, project: str, folder: str) -> str:
+    """The discovery that a path stands for, "" if it lies elsewhere. No disk is asked.
+
+    `base`: the absolute folder that a relative path starts from. Windows paths have no case.
+    """
+    if project[1:2] == ":" or project[:2] == "\\\\":
+        import ntpath as rules
+    else:
+        import posixpath as rules  # type: ignore[no-redef]
+    inside = rules.normcase(rules.normpath(rules.join(project, folder))) + rules.sep
     path = rules.normpath(rules.join(base, path))
     stem = rules.splitext(rules.basename(path))[0]
-    return stem if rules.normcase(path).startswith(folder) and is_ref(stem) else ""
+    return stem if rules.normcase(path).startswith(inside) and fits(stem, REF) else ""
 
 
-def newest_refs(refs):
-    # type: (Sequence[Any]) -> List[str]
+def mentioned_refs(command: str, folder: str) -> "List[str]":
+    """The discoveries that a shell command mentions as `…/sections/discoveries/NAME`."""
+    text = command.replace("\\", "/")
+    mark = "/".join(folder.replace("\\", "/").strip("/").split("/")[-2:]) + "/"
+    found = []
+    before, *rest = text.split(mark)
+    for piece in rest:
+        name = piece[:leading(piece, "A-Za-z0-9._:/-")]
+        if not leading(before[-1:], "A-Za-z0-9._-"):  # `x-sections/…` is another folder
+            found.append(touched_ref(name, "/x/y", "/x", "y"))
+        before = piece
+    return found
+
+
+def newest_refs(refs: "Sequence[str]") -> "List[str]":
     """The slugs among them in order of first touch, without repeats, the newest 200."""
-    return list(dict.fromkeys(filter(is_ref, refs)))[-MAX_REFS:]
+    return [ref for ref in dict.fromkeys(refs) if fits(ref, REF)][-RULES["discovery_refs"][0]:]
 
 
-# ======================================================================================================
-# Payload
-# ======================================================================================================
+# ==================================================================================================
+# Payload (pure)
+# ==================================================================================================
 
 
-def shaped(text, characters, shortest, longest):
-    # type: (Any, str, int, int) -> bool
-    """Is it a string of these characters and no others? (Of such, `strip` leaves nothing.)"""
-    return isinstance(text, str) and shortest <= len(text) <= longest and not text.strip(characters)
+def leading(text: str, characters: str) -> int:
+    """How many characters of a class such as `A-Za-z._-` a text begins with."""
+    letters, at = "", 0
+    while at < len(characters):
+        if characters[at + 1:at + 2] == "-" and at + 2 < len(characters):
+            letters += "".join(map(chr, range(ord(characters[at]), ord(characters[at + 2]) + 1)))
+            at += 2
+        else:
+            letters += characters[at]
+        at += 1
+    return len(text) - len(text.lstrip(letters))
 
 
-def is_ref(text):
-    # type: (Any) -> bool
-    """Is it a slug that `discovery_refs` may carry (CONTRACT section 1)?"""
-    return shaped(text, ALNUM + "._:-", 1, 128) and text[0] in ALNUM
+def fits(text: "Any", pattern: str) -> bool:
+    """`re.fullmatch` for patterns like those of FIELDS: classes, each with a count.
+
+    `import re` costs 0.7 of a bare start. A test compares the two.
+    """
+    if not isinstance(text, str):
+        return False
+    for piece in pattern.split("[")[1:]:
+        characters, _, count = piece.partition("]")
+        least, _, most = count.strip("{}").partition(",")
+        run = leading(text[:int(most or least or 1)], characters)
+        if run < int(least or 1):
+            return False
+        text = text[run:]
+    return not text
 
 
-def is_version(text):
-    # type: (Any) -> bool
-    """Is it what `plugin_version` may carry (CONTRACT section 1)?"""
-    return shaped(text, ALNUM + ".+_-", 1, 64) and text[0] in ALNUM
+def iso(seconds: float) -> str:
+    """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
+    ms = int(seconds * 1000 + 0.01)  # what a float lost
+    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(ms // 1000)[:6] + ".%03dZ" % (ms % 1000)
 
 
-# Field: what its value must be, to be one that this program wrote.
-FIELDS = {
-    "identity_hash": lambda value: shaped(value, HEX, 64, 64),
-    "github_hash": lambda value: value is None or shaped(value, HEX, 64, 64),
-    "session_id_hash": lambda value: shaped(value, HEX, 64, 64),
-    "ended_at": lambda value: value == iso(instant(value) + 0.0001),
-    "tool_count": lambda value: type(value) is int and 0 <= value <= MAX_CALLS,
-    "tokens_saved": lambda value: type(value) is int and 0 <= value <= MAX_TOKENS,
-    "branch_sha": lambda value: value is None or shaped(value, HEX, 7, 40),
-    "discovery_refs": lambda value: isinstance(value, list) and value == newest_refs(value),
-    "plugin_version": is_version,
-}  # type: Dict[str, Callable[[Any], bool]]
+def instant(text: "Any") -> float:
+    """Seconds since 1970 of an ISO 8601 date and time (README, Contract 1), or ValueError."""
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    from datetime import datetime
+    at, rest, east = text[:19], text[19:], 0
+    if rest[-1:] == "Z":
+        rest = rest[:-1]
+    elif rest[-6:-5] in ("+", "-"):
+        hours, minutes = int(rest[-5:-3]), int(rest[-2:])
+        if rest[-5:] != "%02d:%02d" % (hours, minutes) or hours > 23 or minutes > 59:
+            raise ValueError("no zone")
+        east, rest = int(rest[-6] + "60") * (60 * hours + minutes), rest[:-6]
+    year, month, day, hour, minute, second = (
+        int(at[start:start + (2 if start else 4)]) for start in (0, 5, 8, 11, 14, 17))
+    moment = datetime(year, month, day, hour, minute, second)
+    if moment.isoformat() != at or (rest and not (rest[0] == "." and fits(rest[1:], "[0-9]{1,9}"))):
+        raise ValueError("no date and time")
+    return (moment - datetime(1970, 1, 1)).total_seconds() + float(rest or 0) - east
 
 
-def is_event(value):
-    # type: (Any) -> bool
-    """Is it an event that this program could have written: all fields, good, and no other?"""
+def is_event(event: "Any") -> bool:
+    """True for what FIELDS allows: all that is needed, good, and nothing unknown."""
+    return isinstance(event, dict) and not unknown_keys(event) and all(
+        is_value(event[name], kind, rule) if name in event else not needed
+        for name, kind, needed, rule in FIELDS)
+
+
+def unknown_keys(event: "Dict[str, Any]") -> "Set[str]":
+    """What another version of the program may know."""
+    return set(event).difference(RULES)
+
+
+def is_value(value: "Any", kind: str, rule: "Any") -> bool:
+    """True if a value keeps a row of FIELDS."""
+    if value is None:
+        return kind.endswith("null")
+    if kind == "number":
+        return type(value) is int and rule[0] <= value <= rule[1]
+    if kind == "array":
+        return (isinstance(value, list) and len(value) <= rule[0]
+                and all(fits(item, rule[1]) for item in value))
+    if rule != "moment":
+        return fits(value, rule)
     try:
-        return value.keys() == FIELDS.keys() and all(good(value[name]) for name, good in FIELDS.items())
-    except (AttributeError, TypeError, ValueError, OverflowError, OSError):
+        return bool(instant(value)) or True
+    except ValueError:
         return False
 
 
-def as_sent(event):
-    # type: (Dict[str, Any]) -> bytes
-    """The JSON of an event, without blanks: so the server reads it fastest. ValueError if it is none."""
-    import json
-    data = json.dumps(event, separators=(",", ":")).encode()
-    if not is_event(event) or len(data) > EVENT_BYTES:
-        raise Told("what was built is no event, which is an error in emit.py")
-    return data
+def as_sent(event: "Dict[str, Any]") -> bytes:
+    """The JSON of an event, without blanks.
+
+    No rule of FIELDS lets a character through that JSON would have to escape. That an event keeps
+    the rules is asked by whoever sends it, since nobody waits for that.
+    """
+    def text(value: "Any") -> str:
+        if isinstance(value, list):
+            return "[%s]" % ",".join(map(text, value))
+        return "null" if value is None else ('"%s"' if isinstance(value, str) else "%d") % value
+
+    return ("{%s}" % ",".join('"%s":%s' % (name, text(event[name])) for name in event)).encode()
 
 
-def iso(seconds):
-    # type: (float) -> str
-    """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
-    from time import gmtime
-    return "%04d-%02d-%02dT%02d:%02d:%02d" % gmtime(seconds // 1)[:6] + ".%03dZ" % (seconds % 1 * 1000)
+def spool_name(ended: int, session: str, failed: int = 0) -> bytes:
+    """The name of a waiting event: ms, the beginning of the session's hash, failed sendings.
+
+    It is the same, however often a part is captured.
+    """
+    name = "%015d-%s" % (max(0, ended), session[:12])
+    return ((name + "-%d" % min(failed, 999) if failed else name) + ".json").encode()
 
 
-def retry_at(header, now):
-    # type: (Optional[str], float) -> float
-    """When a server wants to be asked again, from `Retry-After` (s or a date), at most a day on; else 0.0."""
+def name_parts(name: bytes) -> "Optional[Tuple[int, int, str]]":
+    """(failed sendings, ms, chance) of a waiting event's name, as they wait; None if it is none."""
+    stem, ending = name.decode("latin-1")[:-5], name[-5:]
+    ended, chance, failed = [*stem.split("-"), "0", "", ""][:3]
+    good = (ending == b".json" and stem.count("-") <= 2 and fits(ended, "[0-9]{15}")
+            and fits(chance, "[0-9a-f]{12}") and fits(failed, "[0-9]{1,3}"))
+    return (int(failed), int(ended), chance) if good else None
+
+
+def is_leftover(name: bytes) -> bool:
+    """True for what `write_whole` names a file that is not whole yet."""
+    text = name.decode("latin-1")
+    return text[:1] == "." and text[-4:] == ".tmp" and fits(text[1:-4], "[0-9a-f]{16}")
+
+
+def verdict(status: int, body: bytes) -> str:
+    """What an answer says of an event: "arrived", "given up" or "waits" (README, Contract 6)."""
+    if status == 202 or (200 <= status < 300 and loads_object(body).get("ok") is True):
+        return "arrived"
+    return "given up" if status in (400, 413, 422) else "waits"
+
+
+def retry_at(header: "Optional[str]", now: float) -> float:
+    """When a server wants to be asked again (`Retry-After`: s or a date), a day at most; or 0.0."""
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
-        at = now + int(text[:9]) if shaped(text, DIGITS, 1, 99) else parsedate_to_datetime(text).timestamp()
+        seconds = fits(text, "[0-9]{1,99}")
+        at = now + int(text[:9]) if seconds else parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(at, now + DAY_S) if at > now else 0.0
 
 
-def expired(names, now):
-    # type: (Sequence[bytes], float) -> Set[bytes]
-    """Of the spool's files, oldest first, those that may wait no longer. A clock that was ahead ages none."""
-    old = {name for name in names if now - int(name[:15]) / 1000 > WAITING_DAYS * DAY_S}
-    return old.union([name for name in names if name not in old][:-WAITING_EVENTS])
+def expired(names: "Sequence[bytes]", now: float) -> "Set[bytes]":
+    """Of waiting events, those that may wait no longer. A clock that was ahead ages none."""
+    ages = {name: now - int(name[:15]) / 1000 for name in sorted(names)}
+    old = {name for name, age in ages.items() if age > WAITING_DAYS * DAY_S}
+    return old.union([name for name in ages if name not in old][:-WAITING_EVENTS])
 
 
-# ======================================================================================================
-# Spool
-# ======================================================================================================
+# ==================================================================================================
+# Spool: files in the home
+# ==================================================================================================
 
 
-def object_at(path):
-    # type: (bytes) -> Dict[str, Any]
+def contents(path: bytes, most: int = FILE_BYTES, flags: int = 0) -> bytes:
+    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
+    fd = os.open(path, os.O_RDONLY | SAFELY | flags)
+    try:
+        found = piece = os.read(fd, most + 1)
+        while piece and len(found) <= most:
+            piece = os.read(fd, most + 1 - len(found))
+            found += piece
+        return found
+    finally:
+        os.close(fd)
+
+
+def object_at(path: bytes) -> "Dict[str, Any]":
     """The JSON object in a file; {} for whatever else may be there, or not."""
     try:
         return loads_object(contents(path))
@@ -716,383 +824,432 @@ def object_at(path):
         return {}
 
 
-def place_fresh(temporary, path):
-    # type: (bytes, bytes) -> None
-    """Give a file its name if nobody has it; FileExistsError if somebody has."""
-    import os
+def names_in(home: bytes, folder: bytes) -> "List[bytes]":
+    """The sorted names in one of our folders; [] if it is not there, or a symbolic link."""
     try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except (AttributeError, OSError):  # a system, or a file system, without links
-        if os.path.lexists(path):
-            raise FileExistsError from None
-        os.rename(temporary, path)
-
-
-def write_whole(path, data, mode=0o600, fresh=False):
-    # type: (bytes, bytes, int, bool) -> None
-    """Whoever looks, and whenever the power fails, finds at `path` what was there before, or all of `data`.
-
-    `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing is left behind then.
-    """
-    import os
-    folder = os.path.dirname(path)
-    os.makedirs(folder, 0o700, exist_ok=True)
-    temporary = folder + b"/." + os.urandom(8).hex().encode() + b".tmp"
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
-        with open(fd, "wb") as file:
-            os.chmod(temporary, mode)  # whatever the umask
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        if fresh:
-            place_fresh(temporary, path)
-        else:
-            os.replace(temporary, path)
-    finally:
-        remove(temporary)
-    try:  # the name, too, should survive a power cut; Windows cannot be asked for that
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)
-
-
-def lock(path, patience_s=0.0):
-    # type: (bytes, float) -> Optional[int]
-    """A descriptor that holds a lock until it is closed or its process dies, or None: somebody else has it.
-
-    Where a system has no locks everybody gets it. That is safe: the server takes an event once.
-    """
-    import os
-    from time import monotonic, sleep
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    fd, until = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o600), monotonic() + patience_s
-    while True:
-        try:
-            take_lock(fd)
-        except (BlockingIOError, PermissionError):
-            if monotonic() < until:
-                sleep(0.005)
-                continue
-            os.close(fd)
-            return None
-        except (ImportError, OSError):
-            pass
-        return fd
-
-
-def take_lock(fd):
-    # type: (int) -> None
-    """At once, or BlockingIOError (PermissionError on Windows). ImportError where there are no locks."""
-    try:
-        import fcntl
-    except ImportError:
-        __import__("msvcrt").locking(fd, 2, 1)  # LK_NBLCK, the first byte
-    else:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def machine_id(home, make=True):
-    # type: (bytes, bool) -> str
-    """The machine's random name, made on first use: OSError if it cannot be kept, Told if there is none in its file;
-    "" for both if not to `make`."""
-    import os
-    if make and not os.path.lexists(home + MACHINE_ID):
-        try:
-            write_whole(home + MACHINE_ID, random_uuid().encode(), fresh=True)
-        except FileExistsError:  # another session was quicker
-            pass
-    try:
-        name = contents(home + MACHINE_ID).decode("utf-8", "surrogateescape").strip()
-    except FileNotFoundError:
-        name = ""
-    if make and not name:
-        raise Told("~/.ashlr/machine-id is empty: remove it")
-    return name
-
-
-def touched_refs(home, session):
-    # type: (bytes, str) -> List[str]
-    """The list of discoveries of a session (its hash), as recorded so far."""
-    try:
-        return newest_refs(contents(home + TOUCHED + session.encode()).decode("latin-1").split("\n"))
+        return sorted(os.listdir(own(home, folder)))
     except OSError:
         return []
 
 
-def touch(home, session, refs):
-    # type: (bytes, str, Sequence[str]) -> None
-    """Add to a session's list. OSError if it cannot be kept. Hooks that run at the same moment take turns."""
-    fd = lock(home + OURS + b"touched.lock", 5.0)
-    try:
-        before = touched_refs(home, session)
-        after = newest_refs([*before, *refs])
-        if after != before:
-            write_whole(home + TOUCHED + session.encode(), "\n".join(after).encode())
-    finally:
-        if fd is not None:
-            system.close(fd)
+def own(home: bytes, folder: bytes, make: bool = False) -> bytes:
+    """The path of one of our folders. OSError if it, or what it is in, is a symbolic link.
 
-
-def waiting(home):
-    # type: (bytes) -> List[bytes]
-    """The spool's files, oldest first. Others, whoever put them there, are left alone."""
-    from re import fullmatch
-    return [name for name in names_in(home + PENDING) if fullmatch(rb"[0-9]{15}-[0-9a-f]{12}\.json", name)]
-
-
-def spool(home, data, captured):
-    # type: (bytes, bytes, float) -> None
-    """Keep one event. OSError if that cannot be. The name is the time in ms, then chance."""
-    from os import urandom
-    name = "%015d-%s.json" % (max(0, captured * 1000), urandom(6).hex())
-    write_whole(home + PENDING + name.encode(), data)
-
-
-def event_in(path):
-    # type: (bytes) -> bytes
-    """What a spool file holds, b"" if it is no event. OSError if it cannot be read."""
-    data = contents(path, EVENT_BYTES)
-    return data if len(data) <= EVENT_BYTES and is_event(loads_object(data)) else b""
-
-
-def sweep(home, now):
-    # type: (bytes, float) -> None
-    """Remove what kills left half-written, and the lists of sessions that never ended."""
-    for folder in (ASHLR, OURS, PENDING, TOUCHED):
-        for name in names_in(home + folder):
-            leftover = len(name) == 21 and name[:1] == b"." and name[-4:] == b".tmp"
-            if leftover or folder == TOUCHED:
-                try:
-                    age = now - system.lstat(home + folder + name).st_mtime
-                except OSError:  # gone by itself
-                    continue
-                if age > (LEFTOVER_S if leftover else LIST_DAYS * DAY_S):
-                    remove(home + folder + name)
-
-
-def expire(home, now):
-    # type: (bytes, float) -> None
-    """Remove what may wait no longer."""
-    for name in expired(waiting(home), now):
-        remove(home + PENDING + name)
-
-
-# ======================================================================================================
-# Capture
-# ======================================================================================================
-
-
-def threaded_reader():
-    # type: () -> Callable[[float], Optional[bytes]]
-    """`input_reader` where nobody can say whether something has arrived."""
-    from _thread import start_new_thread
-    from queue import Empty, Queue
-    pieces = Queue()  # type: Queue[bytes]
-
-    def drain():
-        # type: () -> None
-        piece = b"-"
-        while piece:
-            try:
-                piece = system.read(0, 65536)
-            except OSError:
-                piece = b""
-            pieces.put(piece)
-
-    def read(seconds):
-        # type: (float) -> Optional[bytes]
-        try:
-            return pieces.get(True, max(seconds, 0.001))
-        except Empty:
-            return None
-    start_new_thread(drain, ())
-    return read
-
-
-def printed_by(argv, changes):
-    # type: (List[str], Dict[str, str]) -> str
-    """What a program prints within 250 ms, stripped; "" if it fails, cannot be started or takes longer.
-
-    It gets no GIT_* variables (a hook of git's own has them, pointing elsewhere), no input, no terminal.
+    Only the product's own folder may be one: that is how a person keeps it elsewhere.
     """
-    import os
-    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
-    env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    folders = absolute_folders(env.get("PATH") or os.defpath)
-    env.update(changes, PATH=os.pathsep.join(folders))
+    for path in ([OURS, folder] if folder != HOME else []):
+        if os.path.islink((home + path)[:-1]):
+            raise OSError(40, "a folder of emit.py is a symbolic link")
+    if make:
+        os.makedirs(home + folder, 0o700, exist_ok=True)
+    return home + folder
+
+
+def remove(path: bytes) -> bool:
+    """Delete; True if it existed."""
     try:
-        process = Popen([program(argv[0], folders), *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL,
-                        env=env, start_new_session=True)
-    except (OSError, ValueError):
-        return ""
-    RUNNING.append(process.pid)
+        os.unlink(path)
+        return True
+    except OSError:
+        return False
+
+
+def sync(path: bytes) -> None:
+    """Ask the disk to keep a file or folder through a power cut; some systems cannot be asked."""
     try:
-        printed = process.communicate(timeout=PROGRAM_S)[0]
-    except TimeoutExpired:
-        kill_running()
-        return ""
-    finally:
-        del RUNNING[:]
-    return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
-
-
-def absolute_folders(path):
-    # type: (str) -> List[str]
-    """Of a PATH: the others lead to the working directory, which is a project's, who knows whose."""
-    import os
-    return [folder for folder in path.split(os.pathsep) if os.path.isabs(folder)]
-
-
-def program(name, folders):
-    # type: (str, Sequence[str]) -> str
-    """Where a program is. FileNotFoundError if it is in none. (Windows itself looks in the working directory.)"""
-    import os
-    for folder in folders:
-        file = os.path.join(folder, name + ".exe" * (os.name == "nt"))
-        if os.path.isfile(file) and os.access(file, os.X_OK):
-            return file
-    raise FileNotFoundError(2, "no such program")
-
-
-RUNNING = []  # type: List[int]  # the program being waited for
-
-
-def kill_running():
-    # type: () -> None
-    """And all that it started: one of those may hold the pipe."""
-    import os
-    for pid in RUNNING:
+        fd = os.open(path, os.O_RDONLY | SAFELY)
         try:
-            getattr(os, "killpg", os.kill)(pid, 9)
-        except OSError:  # gone
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        pass
+
+
+def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
+    """Whoever looks finds at `path` what was there before, or all of `data`.
+
+    `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing stays then.
+    """
+    temporary = b"%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex().encode())
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
+        try:
+            if os.write(fd, data) < len(data):
+                raise OSError(28, "no room")
+            if mode != 0o600:
+                os.chmod(temporary, mode)  # whatever the umask
+        finally:
+            os.close(fd)
+        if fresh and hasattr(os, "link"):
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def machine_id(home: bytes, make: bool = True) -> str:
+    """The machine's random name, made on first use; "" if there is none and none is to be made.
+
+    OSError if it cannot be kept, Told if its file is empty.
+    """
+    path = home + MACHINE_ID
+    if make and not os.path.lexists(path):
+        try:
+            own(home, HOME, make=True)
+            write_whole(path, random_uuid().encode(), fresh=True)
+        except FileExistsError:  # another session was quicker
             pass
+    try:
+        name = decoded(contents(path)).strip()
+    except FileNotFoundError:
+        return ""
+    if not name:
+        raise Told(HOME_FOLDER + "/machine-id is empty: remove it")
+    return name
 
 
-def branch_sha(project):
-    # type: (str) -> Optional[str]
-    """The commit of a folder. A hostile repository gets to run nothing: no hooks, no fetching, no prompts."""
-    from os import fsdecode
-    sha = printed_by(["git", "-C", fsdecode(encoded(project)), "rev-parse", "--short=12", "HEAD"], {
-        "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
-        "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
-    return sha if shaped(sha, HEX, 7, 40) else None
+def append(home: bytes, session: str, lines: "Sequence[str]", most: int = SESSION_BYTES) -> None:
+    """Add whole lines to a session's file, in one write. OSError if they cannot be kept.
+
+    Lines of writers at the same moment do not mix: O_APPEND. The blank line in front keeps what a
+    full disk cut short from spoiling the next line. `most`: bytes that the file may have had.
+    """
+    path = home + SESSIONS + sha256_hex(session).encode()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY
+    try:
+        own(home, SESSIONS)
+        fd = os.open(path, flags, 0o600)
+    except FileNotFoundError:
+        own(home, SESSIONS, make=True)
+        fd = os.open(path, flags, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        if size > most:
+            raise OSError(27, "the session's file is full")
+        first = [] if size else id_lines(session)
+        data = ("\n%s\n" % "\n".join([*first, *lines])).encode("latin-1")
+        if os.write(fd, data) < len(data):
+            raise OSError(28, "no room")
+    finally:
+        os.close(fd)
 
 
-def plugin_version(env, here):
-    # type: (Dict[str, str], str) -> str
-    """CONTRACT section 4, `plugin_version`. `here`: where relative paths start."""
-    from os import fsencode
-    from os.path import dirname, join, normpath
-    beside = dirname(normpath(join(encoded(here), fsencode(__file__))))
-    plugin = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
-    for root in (plugin and join(encoded(here), plugin), beside, dirname(beside)):
-        for name in (b"/package.json", b"/.claude-plugin/plugin.json") if root else ():
-            version = object_at(root + name).get("version")
-            if is_version(version):
+def id_lines(session: str) -> "List[str]":
+    """The line that names a session; none for an id that only a fault would make so long."""
+    return ["id " + encoded(session).hex()] if len(session) <= 1000 else []
+
+
+def session_data(home: bytes, name: str) -> bytes:
+    """A session's file, b"" for whatever else may be there, or not."""
+    try:
+        return contents(own(home, SESSIONS) + name.encode(), SESSION_BYTES + 4096, NO_LINK)
+    except OSError:
+        return b""
+
+
+def end_session(home: bytes, session: str, ended: int, calls: "Optional[int]",
+                tokens: int) -> "Optional[Part]":
+    """Append an end, and return the part that is this end's; None if it brings nothing new.
+
+    `ended`: ms since 1970; `calls`, `tokens`: of stats.json. Where the file cannot be written, the
+    end is added to what it holds, and only the claim against others is lost.
+    """
+    token, name = os.urandom(4).hex(), sha256_hex(session)
+    line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
+    missing = ""
+    try:
+        append(home, session, [*id_lines(session), line])
+    except OSError:
+        missing = "\n" + line
+    record = Record(session_data(home, name) + missing.encode(), name)
+    return next((part for part in record.parts if part.token == token), None)
+
+
+def waiting(home: bytes) -> "List[bytes]":
+    """The waiting events' names, in the order in which they are sent. Others are left alone."""
+    found = [(name_parts(name), name) for name in names_in(home, PENDING)]
+    return [name for parts, name in sorted(pair for pair in found if pair[0])]
+
+
+def purge(home: bytes) -> int:
+    """Delete what waits and what was noted, for a person who said no; how many files that was.
+
+    Only names that this program makes go, and only in folders that are no symbolic links.
+    """
+    gone = 0
+    for folder, is_ours in ((PENDING, name_parts), (SESSIONS, is_session), (TOUCHED, is_session)):
+        for name in names_in(home, folder):
+            if is_ours(name) or is_leftover(name):
+                gone += remove(home + folder + name)
+    if names_in(home, OURS):
+        remove(home + LAST)
+    return gone
+
+
+def is_session(name: bytes) -> bool:
+    """True for the name of a session's file, or of a list of discoveries before 2.0."""
+    return fits(name.decode("latin-1"), HASH)
+
+
+def expire(home: bytes, now: float) -> None:
+    """Remove what may wait no longer, but nothing that another version of the program wrote."""
+    for name in expired(waiting(home), now):
+        if not unknown_keys(object_at(home + PENDING + name)):
+            remove(home + PENDING + name)
+
+
+def sweep(home: bytes, env: "Dict[str, str]", machine: str) -> None:
+    """Capture the sessions that fell silent without an end; remove what is old or half-written."""
+    now = time.time()
+    for folder in (HOME, OURS, PENDING, SESSIONS, TOUCHED):
+        for name in names_in(home, folder):
+            path = home + folder + name
+            try:
+                age = now - os.lstat(path).st_mtime
+            except OSError:  # gone by itself
+                continue
+            if is_leftover(name) and age > LEFTOVER_S:
+                remove(path)
+            elif folder in (SESSIONS, TOUCHED) and is_session(name) and age > DAY_S:
+                try:
+                    if folder == SESSIONS and settle(home, env, machine, name.decode()):
+                        continue
+                except OSError:  # no room: the next session's end tries again
+                    continue
+                if age > SESSION_DAYS * DAY_S or folder == TOUCHED:
+                    remove(path)
+
+
+def settle(home: bytes, env: "Dict[str, str]", machine: str, name: str) -> bool:
+    """Capture what a silent session's file holds that no event has told; True if there was any.
+
+    That is an end that never came, at its last call, and ends whose event a kill prevented.
+    """
+    data = session_data(home, name)
+    if data.endswith(b"\nsettled\n"):  # nothing since; so each file is read once
+        return False
+    record = Record(data, name)
+    session = record.session
+    if not session or session.startswith("ppid:"):  # its parent may have been the shell of one call
+        return False
+    if record.calls or record.refs:
+        stats = counts(object_at(home + HOME + b"stats.json"), {}, [session], time.time())
+        end_session(home, session, record.last, *stats)
+        record = Record(session_data(home, name), name)
+    missing = [part for part in record.parts if part.token not in record.kept]
+    for part in missing:
+        event = compose(env, home, machine, session, part)
+        name_there = spool_name(part.ended, event["session_id_hash"])
+        write_whole(own(home, PENDING, make=True) + name_there, as_sent(event))
+    append(home, session, ["kept " + part.token for part in missing] + ["settled"])
+    return bool(missing)
+
+
+# ==================================================================================================
+# Capture
+# ==================================================================================================
+
+
+def track(argv: "Sequence[str]") -> int:
+    """Record a tool call and the discoveries that it touched (a hook, which never fails).
+
+    Or, by hand, the discoveries named.
+    """
+    env = environment()
+    refs: "List[str]" = []
+    try:
+        directory, _, folders, refs = options(argv)
+        if not all(fits(ref, REF) for ref in refs):
+            return complain("a discovery's name is a letter or digit, then at most 127 of those "
+                            "and . _ : -", 2)
+        allowed, why = consent(env, telemetry_said(home_of(env)))
+        if not allowed:
+            said = "not recorded: consent is off: " + why
+            return complain(said) if refs else tell(env, [said])
+        by_hand = refs and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
+        caller = Caller(env, directory, b"" if by_hand else standard_input())
+        now = "%d" % (time.time() * 1000)
+        # Without an id each call would look like a session of its own.
+        lines = ["call " + now] if caller.session and caller.hook and not refs else []
+        if not refs:
+            tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
+            refs = touched_refs(tool, caller.base, caller.project, folders or [DISCOVERIES])
+        lines += ["touch %s %s" % (now, ref) for ref in refs]
+        if lines:
+            session = caller.session or caller.session_id(machine_id(caller.home))
+            append(caller.home, session, lines, SESSION_BYTES // 2)
+        return tell(env, ["consent is on: %s; lines recorded: %d" % (why, len(lines))])
+    except BaseException as error:
+        said = "could not be recorded: " + reason(error)
+        by_hand = options(argv)[3]
+        return complain(said, 1) if by_hand else tell(env, [said + place_of(error)])
+
+
+def compose(env: "Dict[str, str]", home: bytes, machine: str, session: str,
+            part: Part) -> "Dict[str, Any]":
+    """The event of a part (README, Contract 1 and 4), without the commit."""
+    login = github_login(object_at(home + HOME + b"pro-token-cache.json"))
+    quarter = salt(part.ended / 1000)
+    named = session if part.number == 1 else "%s:part:%d" % (session, part.number)
+    return {
+        "identity_hash": sha256_hex(machine + quarter),
+        "github_hash": sha256_hex(login + quarter) if login else None,
+        "session_id_hash": sha256_hex(named),
+        "ended_at": iso(part.ended / 1000),
+        "tool_count": min(part.calls, RULES["tool_count"][1]),
+        "tokens_saved": part.tokens,
+        "branch_sha": None,
+        "discovery_refs": part.refs,
+        "plugin_version": plugin_version(env),
+    }
+
+
+def plugin_version(env: "Dict[str, str]") -> str:
+    """Of the plugin around this file (README, Contract 4, `plugin_version`)."""
+    beside = os.path.dirname(os.path.abspath(__file__))
+    for root in (env.get("CLAUDE_PLUGIN_ROOT", "").strip(), beside, os.path.dirname(beside)):
+        for name in ("package.json", ".claude-plugin/plugin.json") if root else ():
+            version = object_at(encoded(os.path.join(root, name))).get("version")
+            if fits(version, RULES["plugin_version"]):
                 return str(version)
     return "0.0.0"
 
 
-def compose(caller, machine, run_git=True):
-    # type: (Caller, str, bool) -> Dict[str, Any]
-    """The event of the session that the caller ends (CONTRACT sections 1 and 4)."""
-    from os.path import join
-    env, ashlr, now = caller.env, caller.home + ASHLR, caller.ended
-    login = github_login(object_at(ashlr + b"pro-token-cache.json"))
-    session = session_hash(caller, machine)
-    calls, tokens = counts(object_at(ashlr + b"stats.json"), object_at(ashlr + b"last-project.json"),
-                           (caller.session, stats_bucket(caller.ppid, env.get("HOME", ""))), now)
-    return {
-        "identity_hash": sha256_hex(machine + salt(now)),
-        "github_hash": sha256_hex(login + salt(now)) if login else None,
-        "session_id_hash": session,
-        "ended_at": iso(now),
-        "tool_count": calls,
-        "tokens_saved": tokens,
-        "branch_sha": branch_sha(join(caller.here, caller.project)) if run_git else None,
-        "discovery_refs": touched_refs(caller.home, session),
-        "plugin_version": plugin_version(env, caller.here),
-    }
+class Ending:
+    """A session's end: `event`, None if it brings nothing new; `path` in the spool, or "not kept".
+
+    `wait`: seconds to stay for the answer; `machine`: its id; `session`: its raw id.
+    """
+
+    def __init__(self, caller: Caller, wait: float) -> None:
+        self.caller, self.wait, self.home = caller, wait, caller.home
+        self.machine = machine_id(self.home)
+        self.session = caller.session_id(self.machine)
+        self.part = end_session(self.home, self.session, int(time.time() * 1000),
+                                *caller_counts(caller, self.session))
+        self.event: "Optional[Dict[str, Any]]" = None
+        self.path = b""
+
+    def capture(self) -> str:
+        """Put the event into the spool; in words, what came of it."""
+        if not self.part:
+            return "nothing new since this session's last end, so no event"
+        self.event = compose(self.caller.env, self.home, self.machine, self.session, self.part)
+        try:
+            path = own(self.home, PENDING, make=True)
+            path += spool_name(self.part.ended, self.event["session_id_hash"])
+            write_whole(path, as_sent(self.event))
+            self.path = path
+            return "captured"
+        except OSError as error:
+            return "captured, but not kept (%s)" % reason(error)
+
+    def complete(self) -> None:
+        """Add the commit to the waiting event, and ask the disk to keep it."""
+        if not self.event or not self.part:
+            return
+        if not is_event(self.event):
+            raise Told("what was built is no event, which is an error in emit.py")
+        self.event["branch_sha"] = branch_sha(self.caller.project)
+        if self.path and self.event["branch_sha"] and os.path.exists(self.path):
+            write_whole(self.path, as_sent(self.event))
+        if self.path:
+            for path in (self.path, os.path.dirname(self.path), self.home + MACHINE_ID):
+                sync(path)
+            append(self.home, self.session, ["kept " + self.part.token])
 
 
-def touched_by(caller):
-    # type: (Caller) -> List[str]
-    """The discoveries that the tool call in the host's JSON touched."""
-    from os.path import join, realpath
-    found, given = [], caller.hook.get("tool_input")
-    base, project = join(caller.here, caller.base), join(caller.here, caller.project)
-    for name in ("file_path", "notebook_path", "path"):
-        path = given.get(name) if isinstance(given, dict) else None
-        if isinstance(path, str) and "\0" not in path:
-            # The second: the same folder by another way. On a Mac, /tmp is /private/tmp.
-            found.append(touched_ref(path, base, project)
-                         or touched_ref(realpath(join(base, path)), "/", realpath(project)))
-    return newest_refs(found)
+def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
+    """`counts` of the session that a caller ends."""
+    stats = object_at(caller.home + HOME + b"stats.json")
+    if not stats:
+        return None, 0
+    bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
+    project = object_at(caller.home + HOME + b"last-project.json")
+    return counts(stats, project, [session, bucket], time.time())
 
 
-def record_touched(env, argv, data, allowed, why):
-    # type: (Dict[str, str], Sequence[str], bytes, bool, str) -> int
-    """Add to the session's list what `argv` names, or what the tool call in `data` touched. The exit status."""
-    directory, _, refs = options(argv)
-    if not all(map(is_ref, refs)):
-        return complain("a reference is a letter or digit, then at most 127 of those and . _ : -", 2)
-    if not allowed and refs:
-        return complain("not recorded: consent is off: " + why)
-    if allowed:
-        caller = Caller(env, directory, data)
-        refs = refs or touched_by(caller)
-        if refs:
-            touch(caller.home, session_hash(caller, machine_id(caller.home)), refs)
-    tell(env, ["consent is %s: %s; discoveries touched: %d" % ("on" if allowed else "off", why, len(refs))])
-    return 0
+def parent_started(ppid: int) -> str:
+    """When a process started, in its system's own words; "" where nobody can tell."""
+    try:
+        fields = contents(b"/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
+        return fields[19].decode()  # the 22nd of all, in ticks since the system started
+    except (OSError, IndexError):
+        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
 
 
-def tracking_failed(env, refs, error):
-    # type: (Dict[str, str], Sequence[str], BaseException) -> int
-    """The exit status then: a hook, which names no references, never fails."""
-    said = "could not be recorded: " + reason(error)
-    if refs:
-        return complain(said, 1)
-    tell(env, [said])
-    return 0
+def branch_sha(project: str) -> "Optional[str]":
+    """The commit of a folder. A hostile repository runs nothing: no hooks, fetching, prompts."""
+    folder = encoded(project)
+    up, last = folder, b""
+    while not any(os.path.exists(os.path.join(up, name)) for name in (b".git", b"HEAD")):
+        up, last = os.path.dirname(up), up
+        if up == last:  # not in a repository: git costs more than all else
+            return None
+    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], folder, {
+        "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
+        "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
+    return sha if fits(sha, RULES["branch_sha"]) else None
 
 
-# ======================================================================================================
-# Sending
-# ======================================================================================================
+def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> str:
+    """What a program prints within 250 ms, stripped; "" if it fails or takes longer.
+
+    It is looked for in the absolute folders of PATH: others lead into a project. It gets no GIT_*
+    variables (a hook of git's own has them, pointing elsewhere), no input, no terminal.
+    """
+    from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+    env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
+    paths = [path for path in (env.get("PATH") or os.defpath).split(os.pathsep)
+             if os.path.isabs(path)]
+    env.update(changes, PATH=os.pathsep.join(paths))
+    files = [os.path.join(path, argv[0] + ".exe" * (os.name == "nt")) for path in paths]
+    try:
+        program = next(file for file in files if os.path.isfile(file) and os.access(file, os.X_OK))
+        process = Popen([program, *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env,
+                        cwd=folder, start_new_session=True)
+    except (OSError, ValueError, StopIteration):
+        return ""
+    try:
+        printed = process.communicate(timeout=PROGRAM_S)[0]
+    except TimeoutExpired:
+        try:  # and all that it started: one of those may hold the pipe
+            getattr(os, "killpg", os.kill)(process.pid, 9)
+        except OSError:  # gone
+            pass
+        return ""
+    return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
 
 
-def endpoint(env):
-    # type: (Dict[str, str]) -> Tuple[str, str]
-    """(URL, what decided): CONTRACT section 6. The URL is as it was set: see `checked_url`."""
-    whole_url, base = env.get("ASHLR_SESSION_EVENTS_URL", "").strip(), env.get("ASHLR_API_URL", "").strip()
+# ==================================================================================================
+# Send
+# ==================================================================================================
+
+
+def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
+    """(URL, what decided): README, Contract 6. The URL is as it was set: see `checked_url`."""
+    names = PREFIX + "SESSION_EVENTS_URL", PREFIX + "API_URL"
+    whole_url, base = (env.get(name, "").strip() for name in names)
     if whole_url:
-        return whole_url, "ASHLR_SESSION_EVENTS_URL"
+        return whole_url, names[0]
     if base:
-        return base.rstrip("/") + ENDPOINT_PATH, "ASHLR_API_URL"
+        return base.rstrip("/") + ENDPOINT_PATH, names[1]
     return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
 
 
-def checked_url(url):
-    # type: (str) -> Tuple[str, str, str]
-    """(URL to ask, Authorization or "", text to print). ValueError, without the URL, if it is not http(s)."""
+def checked_url(url: str) -> "Tuple[str, str, str]":
+    """(URL to ask, Authorization or "", text to print). Told, without the URL, if not http(s)."""
     from base64 import b64encode
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.path
+        good = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                and "@" not in parts.path and fits(url, "[!-~]{1,4096}"))
     except ValueError:
         good = False
-    if not good or not shaped(url, "".join(map(chr, range(33, 127))), 1, 4096):
+    if not good:
         raise Told("the endpoint is not a http:// or https:// URL")
     userinfo, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
@@ -1101,12 +1258,7 @@ def checked_url(url):
             bare + "?..." if parts.query else bare)
 
 
-class Told(ValueError):
-    """An error in this file's own words, which may be printed. Others' words may hold a path or a password."""
-
-
-def reason(error):
-    # type: (BaseException) -> str
+def reason(error: BaseException) -> str:
     """An error in words that hold no path and no URL."""
     inner = getattr(error, "reason", None)
     if isinstance(inner, Exception):
@@ -1117,13 +1269,24 @@ def reason(error):
     return "%s: %s" % (type(error).__name__, words) if words else type(error).__name__
 
 
-def poster(url, authorization):
-    # type: (str, str) -> Post
-    """A function that posts one event and gives (status, Retry-After): OSError, ValueError, HTTPException.
+def place_of(error: BaseException) -> str:
+    """` (in FUNCTION, line N)`: where in this file an error came up."""
+    trace, found = error.__traceback__, ""
+    while trace:
+        code = trace.tb_frame.f_code
+        if code.co_filename == poster.__code__.co_filename:
+            found = " (in %s, line %d)" % (code.co_name, trace.tb_lineno)
+        trace = trace.tb_next
+    return found
 
-    Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no redirect.
+
+def poster(url: str, authorization: str) -> "Post":
+    """A function that posts one event: OSError, ValueError, HTTPException.
+
+    Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no
+    redirect.
     """
-    if sys.platform == "darwin":  # urllib would load _scproxy, for more proxies, and crash after a fork
+    if sys.platform == "darwin":  # urllib would load _scproxy, and crash after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
@@ -1135,35 +1298,56 @@ def poster(url, authorization):
     if authorization:
         headers["Authorization"] = authorization
 
-    def post(data):
-        # type: (bytes) -> Tuple[int, Optional[str]]
-        answer = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)  # type: Any
+    def post(data: bytes) -> "Tuple[int, Optional[str], bytes]":
+        answer: "Any" = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)
         if not answer:
             raise Told("a proxy of an unknown kind")
         with answer:
-            return answer.status, answer.headers.get("Retry-After")
+            wanted = 200 <= answer.status < 300 and answer.status != 202
+            body = answer.read(EVENT_BYTES) if wanted else b""
+            return answer.status, answer.headers.get("Retry-After"), body
     return post
 
 
-def send(post, data):
-    # type: (Post, bytes) -> Tuple[int, str, Optional[str]]
-    """(status or 0, what happened in words, Retry-After) of one event."""
+def attempt(post: "Post", data: bytes) -> "Tuple[str, str, int, Optional[str]]":
+    """(verdict, in words, status or 0, Retry-After) of one event that is sent."""
     from http.client import HTTPException
     try:
-        status, after = post(data)
+        status, after, body = post(data)
     except (OSError, ValueError, HTTPException) as error:
-        return 0, "without an answer (%s)" % reason(error), None
-    return status, "answered %d" % status, after
+        return "waits", "without an answer (%s)" % reason(error), 0, None
+    return verdict(status, body), "answered %d" % status, status, after
 
 
-def is_final(status):
-    # type: (int) -> bool
-    """Does an answer mean that the event need not come again: accepted, or refused for ever?"""
-    return 200 <= status < 300 or (400 <= status < 500 and status not in (407, 408, 429))
+def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Optional[str]]":
+    """Send one waiting event: (what happened in words, status if it failed, Retry-After).
+
+    The status is 0 if nobody answered, and DONE if nothing failed.
+
+    It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
+    others; one that another version of the program wrote stays. OSError if it is not there.
+    """
+    path = home + PENDING + name
+    data = contents(path, EVENT_BYTES, NO_LINK)
+    event = loads_object(data) if len(data) <= EVENT_BYTES else {}
+    if unknown_keys(event):
+        return "left to another version of emit.py", DONE, None
+    if not is_event(event):
+        remove(path)
+        return "removed, being no event", DONE, None
+    result, text, status, after = attempt(post, data)
+    if result != "waits":
+        remove(path)
+        return text, DONE, None
+    failed, ended, chance = name_parts(name) or (0, 0, "")
+    try:
+        os.rename(path, home + PENDING + spool_name(ended, chance, failed + 1))
+    except OSError:  # answered by another sender
+        pass
+    return text, status, after
 
 
-def withdrawn(home, env):
-    # type: (bytes, Dict[str, str]) -> str
+def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
     """Consent, asked anew: "", or why it is off; what waits is deleted then."""
     said = telemetry_said(home)
     allowed, why = consent(env, said)
@@ -1172,182 +1356,387 @@ def withdrawn(home, env):
     return "" if allowed else "consent is off: " + why
 
 
-def record(home, result, again=0.0):
-    # type: (bytes, str, float) -> None
-    """Keep how the sending went, for `status`, and when the server wants to be asked again."""
-    import json
-    from time import time
-    try:
-        last = {"at": iso(time()), "result": result, "retry_at": again}
-        write_whole(home + LAST, json.dumps(last).encode())
-    except OSError:  # a full disk must not keep from sending
-        pass
+class Sender:
+    """Sends what waits, in the process that nobody waits for, and keeps how that went.
 
-
-def flush(home, env, log, unkept=b""):
-    # type: (bytes, Dict[str, str], List[str], bytes) -> None
-    """Send what waits, oldest first, until there is no more, or the server or the person says stop.
-
-    `unkept`: an event that the spool could not keep. OSError for a lack of locks, ValueError for a bad URL.
+    `stop`: why nothing is sent, or no more; `log`: for ASHLR_TELEMETRY_DEBUG; `seen`: beginnings of
+    the names of events that were tried.
     """
-    from time import time
-    last, stop = object_at(home + LAST), withdrawn(home, env)
-    again = last.get("retry_at")
-    if not stop and type(again) is float and 0 < again - time() <= DAY_S:
-        stop = "the server asked for nothing before " + iso(again)
-    if stop:
-        log.append("nothing sent; " + stop)
-        return
-    url, authorization, shown = checked_url(endpoint(env)[0])
-    log.append("sending to %s, for 20 s at most: if this is the last line, time ran out" % shown)
-    tell(env, log)
-    post = poster(url, authorization)
-    seen = set()  # type: Set[bytes]
-    if unkept:
-        log.append("the event that could not be kept: " + send(post, unkept)[1])
-    # Asked again after each round: the sender of what came meanwhile did not get the lock, and left.
-    while not stop and not seen.issuperset(waiting(home)):
-        fd = lock(home + OURS + b"flush.lock")
-        if fd is None:
-            log.append("another sender is at work, and takes this event along")
+
+    def __init__(self, home: bytes, env: "Dict[str, str]", log: "List[str]") -> None:
+        self.home, self.env, self.log = home, env, log
+        self.seen: "Set[bytes]" = set()
+        url, authorization, shown = checked_url(endpoint(env)[0])
+        self.key = sha256_hex(url)[:16]
+        self.wishes = wishes_at(home)
+        self.stop = withdrawn(home, env)
+        if self.key in self.wishes and not self.stop:
+            self.stop = "the server asked for nothing before " + iso(self.wishes[self.key])
+        if self.stop:
+            log.append("nothing sent; " + self.stop)
             return
-        if last.get("result") == BEGAN:  # cut off, and so never came to this
-            expire(home, 0.0)  # by number alone: the clock may be wrong, and these were not tried yet
-        record(home, BEGAN)
-        tally, stop, retry = send_round(home, env, post, seen)
-        log.append(", ".join(["%d %s" % (n, text) for text, n in tally.items()] + [stop] * bool(stop)))
-        if not withdrawn(home, env):
-            record(home, log[-1], retry)
-        system.close(fd)
+        log.append("sending to %s, for 20 s at most: if no line follows, time ran out" % shown)
+        tell(env, log)
+        self.post = poster(url, authorization)
 
+    def flush(self, own_name: bytes) -> None:
+        """Send what waits, until there is no more, or the server or the person says stop.
 
-def send_round(home, env, post, seen):
-    # type: (bytes, Dict[str, str], Post, Set[bytes]) -> Tuple[Dict[str, int], str, float]
-    """Send the files not in `seen` yet: ({what happened: how often}, why it stopped or "", next try)."""
-    from time import time
-    tally, failures = {}, 0  # type: Dict[str, int], int
-    for name in waiting(home):
-        stop = withdrawn(home, env)
-        if stop:
-            return tally, stop, 0.0
-        if name in seen:
-            continue
-        seen.add(name)
+        Other sessions' events are left alone while their own child may still add the commit.
+        """
+        while not self.stop:
+            # Listed without the lock: whoever did not get it must be seen after it is free again.
+            fresh = [name for name in waiting(self.home) if name[:28] not in self.seen]
+            ready = [name for name in fresh if name == own_name or not is_young(name)]
+            if not fresh:
+                return
+            if not ready:
+                time.sleep(0.05)
+                continue
+            fd = lock(self.home)
+            if fd is None:
+                self.log.append("another sender is at work, and takes this event along")
+                return
+            self.round(ready)
+            os.close(fd)
+
+    def round(self, names: "Sequence[bytes]") -> None:
+        """Send these, in this order, and keep how it went."""
+        self.record(BEGAN)
+        tally: "Dict[str, int]" = {}
+        failures = 0
+        for name in names:
+            self.stop = withdrawn(self.home, self.env)
+            if self.stop:
+                break
+            self.seen.add(name[:28])
+            try:
+                text, status, after = attempt_file(self.post, self.home, name)
+            except OSError:  # another sender was quicker, or it cannot be read
+                continue
+            tally[text] = tally.get(text, 0) + 1
+            retry = retry_at(after, time.time())
+            failures += status != DONE
+            if retry:
+                self.wishes[self.key] = retry
+            if retry or status in (0, 429, 503) or failures == FAILED_ANSWERS:
+                self.stop = "stopped until " + iso(retry) if retry else "stopped"
+                break
+        counted = ["%d %s" % (n, text) for text, n in tally.items()]
+        self.log.append(", ".join(counted + [self.stop] * bool(self.stop)))
+        if not withdrawn(self.home, self.env):
+            self.record(self.log[-1])
+
+    def record(self, result: str) -> None:
+        """Keep how the sending went, for `status`, and when servers want to be asked again."""
+        import json
+        last = {"at": iso(time.time()), "result": result, "retry_at": self.wishes}
         try:
-            data = event_in(home + PENDING + name)
-        except OSError:
-            continue
-        status, text, after = send(post, data) if data else (400, "removed, being no event", None)
-        tally[text] = tally.get(text, 0) + 1
-        if is_final(status):
-            remove(home + PENDING + name)
-            continue
-        failures, retry = failures + 1, retry_at(after, time())
-        if retry or status in (0, 429, 503) or failures == FAILED_ANSWERS:
-            return tally, "stopped until " + iso(retry) if retry else "stopped", retry
-    return tally, "", 0.0
+            write_whole(own(self.home, OURS, make=True) + b"last.json", json.dumps(last).encode())
+        except OSError:  # a full disk must not keep from sending
+            pass
 
 
-def leave_in(seconds):
-    # type: (float) -> None
-    """End this process when its time is over, wherever it hangs: nothing else stops a name look-up."""
-    from _thread import start_new_thread
-    from time import sleep
+def wishes_at(home: bytes) -> "Dict[str, float]":
+    """When servers want to be asked again (Retry-After), for each endpoint's hash, as it was kept.
 
-    def watch():
-        # type: () -> None
-        sleep(max(seconds, 0.0))
-        kill_running()
-        system._exit(0)
+    What is over, or was written by a clock that was ahead, does not count.
+    """
+    kept, now = object_at(home + LAST).get("retry_at"), time.time()
+    wishes = kept.items() if isinstance(kept, dict) else ()
+    return {key: at for key, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
+
+
+def is_young(name: bytes) -> bool:
+    """True while the child of an event's own session may still add the commit."""
+    ended = (name_parts(name) or (0, 0))[1]
+    return 0 <= time.time() - ended / 1000 < COMMIT_S
+
+
+def lock(home: bytes) -> "Optional[int]":
+    """A descriptor that holds a lock until it is closed or its process dies; None: others have it.
+
+    Where a system has no locks everybody gets it. That is safe: the server takes an event once.
+    """
+    path = own(home, OURS, make=True) + b"flush.lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
     try:
-        start_new_thread(watch, ())
-    except RuntimeError:  # no room for a thread
-        import signal
-        signal.alarm(max(1, int(seconds)))
+        import fcntl
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.close(fd)
+        return None
+    except (ImportError, OSError):
+        pass
+    return fd
 
 
-def tell(env, log):
-    # type: (Dict[str, str], List[str]) -> None
+# ==================================================================================================
+# Detach
+# ==================================================================================================
+
+
+def hook(argv: "Sequence[str]") -> int:
+    """The end of a session. It returns 0 to the caller, whatever happens."""
+    begun, ending = time.monotonic(), None
+    log: "List[str]" = []
+    env: "Dict[str, str]" = {}
+    try:
+        env = environment()
+        directory, asked, _, rest = options(argv)
+        home = home_of(env)
+        said = telemetry_said(home)
+        allowed, why = consent(env, said)
+        log.append("consent is %s: %s" % ("on" if allowed else "off", why))
+        log.extend(["arguments ignored: see --help"] * bool(rest))
+        if refused(env, said):
+            purge(home)
+        if allowed:
+            ending = Ending(Caller(env, directory, standard_input()), wait_of(env, asked))
+            log.append(ending.capture())
+    except BaseException as error:
+        log.append("failed: " + reason(error) + place_of(error))
+    try:
+        return leave(ending, log, begun) if ending else tell(env, log)
+    except BaseException:  # Ctrl-C while it stays for the answer: the event is safe
+        return 0
+
+
+def leave(ending: Ending, log: "List[str]", begun: float) -> int:
+    """Let the caller go; what goes on in its stead never returns."""
+    wait, child = ending.wait, -1
+    done: "Optional[int]" = None
+    if hasattr(os, "fork"):
+        try:
+            child, done = fork()
+        except OSError:  # no room for another process: do it here
+            pass
+    if child > 0 and done is not None:
+        os.read(done, 1)
+        if wait:
+            from select import select
+            select([done], [], [], max(0.0, wait - (time.monotonic() - begun)))
+        return 0
+    try:
+        if done is not None:
+            detach(done, debugging(ending.caller.env))
+            if not wait:
+                os.close(done)
+        leave_in(LIFE_S if child == 0 else (wait or WAIT_S))
+        send_all(ending, log, done if wait else None)
+    except BaseException as error:
+        log.append("failed: " + reason(error) + place_of(error))
+    finally:
+        tell(ending.caller.env, log)
+        os._exit(0)
+    return 0
+
+
+def fork() -> "Tuple[int, int]":
+    """(child's pid or 0, end of a pipe). The child is in a session of its own.
+
+    The pipe tells the parent first that this is so: what a host signals to its process group, or a
+    terminal that closes, as soon as the hook has ended, no longer reaches the child. Then, when the
+    child closes it, that the event is answered.
+    """
+    for fd in (0, 1, 2):  # a number that the caller closed must not become the pipe's
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(theirs)
+        return child, ours
+    os.setsid()
+    os.write(theirs, b".")
+    return child, theirs
+
+
+def detach(done: int, keep_errors: bool) -> None:
+    """Let go of all that is the caller's: directory and descriptors."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1) if keep_errors else (0, 1, 2):
+        os.dup2(null, fd)
+    try:
+        open_ones = [int(name) for name in os.listdir(
+            "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")]
+    except OSError:
+        open_ones = list(range(3, 4096))
+    for fd in open_ones:
+        if fd > 2 and fd != done:
+            try:
+                os.close(fd)
+            except OSError:  # the listing's own
+                pass
+
+
+def send_all(ending: Ending, log: "List[str]", done: "Optional[int]") -> None:
+    """What nobody waits for: the commit, the disk, silent sessions, the network.
+
+    `done`: the pipe of a caller that stays for the answer to this event, which then goes first.
+    """
+    home, env, own_name = ending.home, ending.caller.env, os.path.basename(ending.path)
+    try:
+        ending.complete()
+    except OSError as error:  # the event waits as it is
+        log.append("the commit could not be added: " + reason(error))
+    tell(env, log)
+    try:
+        sender = Sender(home, env, log)
+        if ending.event and not ending.path and not sender.stop:
+            result = attempt(sender.post, as_sent(ending.event))[1]
+            log.append("the event that is not kept: 1 " + result)
+        elif own_name and done is not None and not sender.stop:
+            sender.round([own_name])
+    finally:
+        if done is not None:
+            os.close(done)
+    if not withdrawn(home, env):
+        if object_at(home + LAST).get("result") == BEGAN:  # cut off, and so never came to this
+            expire(home, 0.0)  # by number alone: a wrong clock must not age what was not tried
+        sweep(home, env, ending.machine)
+        sender.flush(own_name)
+        expire(home, time.time())
+
+
+def leave_in(seconds: float) -> None:
+    """End this process when its time is over, wherever it hangs: a name look-up has no limit."""
+    from threading import Thread
+
+    def watch() -> None:
+        time.sleep(max(seconds, 0.0))
+        os._exit(0)
+    Thread(target=watch, daemon=True).start()
+
+
+def tell(env: "Dict[str, str]", log: "List[str]") -> int:
     """Say what a hook run did, if ASHLR_TELEMETRY_DEBUG wants it: no hash, path or credential.
 
-    Not at once, but when the event is safe: a standard error that nobody reads may hold its writer for good.
+    A hook's exit status. A standard error that nobody reads may hold its writer for good, so it is
+    written when the event is safe.
     """
     if debugging(env):
         try:
-            system.write(2, "".join("emit.py: %s\n" % line for line in log).encode())
+            os.write(2, "".join("emit.py: %s\n" % line for line in log).encode())
         except OSError:
             pass
     del log[:]
+    return 0
 
 
-def alone(env, caller, why, rest, error, life):
-    # type: (Dict[str, str], Optional[Caller], str, Sequence[str], Optional[BaseException], float) -> NoReturn
-    """What a hook run does when its caller has gone, or would not: within `life` seconds, and never failing.
+# ==================================================================================================
+# Hooks: what a host's configuration has to say
+# ==================================================================================================
 
-    `caller`: None if consent, by `why`, is off, or with an `error` from what came before; `rest`: unknown arguments.
-    """
-    log = [] if error and not caller else ["consent is %s: %s" % ("on" if caller else "off", why)]
-    log.extend(["arguments ignored: see --help"] * bool(rest))
-    try:
-        leave_in(life)
-        if error:
-            raise error
-        if caller:
-            work(caller, log)
-    except BaseException as fault:
-        log.append("failed: " + reason(fault))
-    finally:
-        tell(env, log)
-        system._exit(0)
+START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import %s; %s.run()"
+CLAUDE_EVENTS = (("SessionEnd", ""), ("PostToolUse", " track"), ("PostToolUseFailure", " track"))
+# Of each host: events, with what is added to the command; where it goes, and what the host wants.
+HOSTS: "Dict[str, Tuple[Sequence[Tuple[str, str]], str]]" = {
+    "claude": (CLAUDE_EVENTS, "~/.claude/settings.json, or a plugin's hooks/hooks.json. "
+               "Claude Code ends its session-end hooks after 1.5 s."),
+    "codex": (CLAUDE_EVENTS[:2], "~/.codex/hooks.json. Codex skips hooks that nobody trusts, "
+              "without a word: trust them in its dialog, /hooks."),
+    "copilot": (CLAUDE_EVENTS[:2], "~/.copilot/hooks/session-events.json. The names of the events "
+                "stay in PascalCase: with others Copilot hands over other keys."),
+    "gemini": ((("SessionEnd", ""), ("AfterTool", " track")), "~/.gemini/settings.json. Gemini's "
+               "event after a tool is AfterTool; it warns of PostToolUse."),
+    "qwen": (CLAUDE_EVENTS, "~/.qwen/settings.json. `qwen -p` fires no SessionEnd: what it did is "
+             "sent a day later, when another session ends."),
+    "opencode": ((), "~/.config/opencode/plugin/session-events.js. It is a plugin: opencode has no "
+                 "shell hooks."),
+}
+
+OPENCODE = """\
+import { spawnSync } from "node:child_process"
+
+const command = %s
+
+export const SessionEvents = async ({ directory }) => {
+  const sessions = new Set()
+  const run = (more, input) =>
+    spawnSync(command[0], [...command.slice(1), ...more], {
+      input: JSON.stringify({ cwd: directory, ...input }), stdio: ["pipe", "ignore", "inherit"] })
+  const end = () => {
+    for (const id of sessions) run([], { session_id: id })
+    sessions.clear()
+  }
+  process.on("exit", end)
+  for (const [signal, number] of [["SIGHUP", 1], ["SIGINT", 2], ["SIGTERM", 15]])
+    process.on(signal, () => { end(); process.exit(128 + number) })
+  return {
+    "tool.execute.after": async (call, result) => {
+      sessions.add(call.sessionID)
+      run(["track"], { session_id: call.sessionID, tool_input: call.args ?? result?.args })
+    },
+    dispose: async () => end(),
+  }
+}
+"""
 
 
-def work(caller, log):
-    # type: (Caller, List[str]) -> None
-    """Capture, keep, send. OSError or ValueError if that cannot be."""
-    home, unkept = caller.home, b""
-    event = compose(caller, machine_id(home))
-    data = as_sent(event)
-    try:
-        spool(home, data, caller.ended)
-        remove(home + TOUCHED + event["session_id_hash"].encode())
-        log.append("captured")
-    except OSError as error:
-        unkept = data
-        log.append("captured, but not kept (%s)" % reason(error))
-    tell(caller.env, log)
-    sweep(home, caller.ended)
-    try:
-        flush(home, caller.env, log, unkept)
-    finally:
-        expire(home, caller.ended)
+def hooks(argv: "Sequence[str]") -> int:
+    """Print the configuration of a host; on standard error where it goes."""
+    import json
+    from shlex import quote
+    if not argv or argv[0] not in HOSTS or (argv[1:] and (argv[1] != "--folder" or len(argv) != 3)):
+        return complain("hooks takes %s; then --folder TEXT or nothing" % " or ".join(HOSTS), 2)
+    folder, name = os.path.split(os.path.abspath(__file__))
+    module = os.path.splitext(name)[0]
+    start = [sys.executable or "python3", "-I", "-S", "-c", START % (module, module), folder]
+    if len(argv) == 3:
+        start[0], start[-1] = "python3", argv[2]
+    events, where = HOSTS[argv[0]]
+    words = [quote(start[0]), *start[1:4], '"%s"' % start[4], quote(folder)]
+    if len(argv) == 3:  # as it stands: the host or its shell puts the folder in
+        words[-1] = argv[2] if '"' in argv[2] or "'" in argv[2] else '"%s"' % argv[2]
+    command = " ".join(words)
+    entries = {event: [{"hooks": [{"type": "command", "command": command + more}]}]
+               for event, more in events}
+    print(json.dumps({"hooks": entries}, indent=2) if events
+          else OPENCODE % json.dumps(start, indent=2), end="\n" if events else "")
+    complain("goes to %s Keep what is there already. Set no `timeout`: its unit differs." % where)
+    return 0
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Commands
-# ======================================================================================================
+# ==================================================================================================
 
 
-def show(argv):
-    # type: (Sequence[str]) -> int
-    """Print the event as it would be sent now; where to, and what is made up in it, on standard error."""
-    directory, wait, rest = options(argv)
-    if rest or wait is not None:
+def show(argv: "Sequence[str]") -> int:
+    """Print the event as it would be sent now; where to, and what is made up, on standard error."""
+    directory, wait, folders, rest = options(argv)
+    if rest or folders or wait is not None:
         return complain("show takes --dir DIR and nothing else; see emit.py --help", 2)
     env = environment()
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, directory, standard_input())
     known = machine_id(caller.home, make=False)
-    print(as_sent(compose(caller, known or random_uuid(), run_git=allowed)).decode())
+    machine = known or random_uuid()
+    session = caller.session_id(machine)
+    name, (calls, tokens) = sha256_hex(session), caller_counts(caller, session)
+    line = "\nend %d now %s %d" % (time.time() * 1000, "-" if calls is None else calls, tokens)
+    record = Record(session_data(caller.home, name) + line.encode(), name)
+    part = next((part for part in record.parts if part.token == "now"), None)
+    if part:
+        event = compose(env, caller.home, machine, session, part)
+        event["branch_sha"] = branch_sha(caller.project) if allowed else None
+        print(as_sent(event).decode())
+    else:
+        complain("no event: this session has ended %d times, and nothing is new since the last"
+                 % len(record.parts))
     complain("goes to: " + shown_endpoint(env))
     if not allowed:
         complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)
     if not known:
-        complain("there is no ~/.ashlr/machine-id yet: identity_hash is that of a passing one")
+        complain("there is no machine-id yet: identity_hash is that of a passing one")
     return 0
 
 
-def shown_endpoint(env):
-    # type: (Dict[str, str]) -> str
+def shown_endpoint(env: "Dict[str, str]") -> str:
     """Where it goes, without credentials."""
     try:
         return checked_url(endpoint(env)[0])[2]
@@ -1355,62 +1744,102 @@ def shown_endpoint(env):
         return "nowhere: " + str(error)
 
 
-def status(argv):
-    # type: (Sequence[str]) -> int
-    """Print consent, endpoint, what waits and the last result, for people or (--json) for programs."""
+def obstacle(home: bytes, allowed: bool) -> str:
+    """Why nothing can be captured, or "". It tries to write, but not without consent."""
+    try:
+        machine_id(home, make=False)
+        if allowed:
+            for folder in (HOME, PENDING, SESSIONS):
+                probe = own(home, folder, make=True) + b".%s.tmp" % os.urandom(8).hex().encode()
+                try:
+                    write_whole(probe + b"", b"x" * 4096)
+                    sync(probe)
+                finally:
+                    remove(probe)
+    except (OSError, ValueError) as error:
+        return "%s cannot be used: %s" % (HOME_FOLDER, reason(error))
+    return ""
+
+
+def status(argv: "Sequence[str]") -> int:
+    """Print consent, endpoint, what waits, the last result, for people or (--json) programs."""
     import json
     if argv and list(argv) != ["--json"]:
         return complain("status takes --json and nothing else; see emit.py --help", 2)
     env = environment()
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
-    names, last = waiting(home), object_at(home + LAST)
-    at, result, again = last.get("at"), last.get("result"), last.get("retry_at")
-    since = iso(int(names[0][:15]) / 1000) if names else None
-    until = iso(again) if type(again) is float and 0 < again < 1e11 else None
-    url, chosen_by = shown_endpoint(env), endpoint(env)[1]
+    names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
+    at, result = last.get("at"), last.get("result")
+    since = iso(int(min(names)[:15]) / 1000) if names else None
+    set_url, chosen_by = endpoint(env)
+    url, again = shown_endpoint(env), 0.0
+    if url[:7] != "nowhere":
+        again = wishes_at(home).get(sha256_hex(checked_url(set_url)[0])[:16], 0.0)
+    until = iso(again) if again else None
     if argv:
         print(json.dumps({
             "consent": {"on": allowed, "decided_by": why},
+            "capture": {"possible": not fault, "fault": fault or None},
             "endpoint": {"url": url, "decided_by": chosen_by},
             "waiting": {"events": len(names), "since": since},
             "last_flush": {"at": at, "result": result, "retry_at": until} if last else None,
         }))
-        return 0
-    print("consent   %s: %s" % ("on" if allowed else "off", why))
-    print("endpoint  %s (%s)" % (url, chosen_by))
-    print("waiting   events: %d%s" % (len(names), ", since " + since if since else ""))
-    print("last run  %s" % (ascii("%s: %s" % (at, result))[1:-1] if last else "none yet"))
-    if until:
-        print("retry     the server wants to be asked again at " + until)
+    else:
+        print("consent   %s: %s" % ("on" if allowed else "off", why))
+        print("capture   " + ("impossible: " + fault if fault else "possible"))
+        print("endpoint  %s (%s)" % (url, chosen_by))
+        print("waiting   events: %d%s" % (len(names), ", since " + since if since else ""))
+        print("last run  %s" % (ascii("%s: %s" % (at, result))[1:-1] if last else "none yet"))
+        if until:
+            print("retry     the server wants to be asked again at " + until)
+    return 1 if fault else 0
+
+
+def mine(argv: "Sequence[str]") -> int:
+    """Print what this machine is called in each quarter, newest last, since machine-id was made."""
+    if argv:
+        return complain("mine takes nothing; see emit.py --help", 2)
+    home = home_of(environment())
+    machine = machine_id(home, make=False)
+    if not machine:
+        return complain("there is no machine-id, so nothing was ever captured here", 1)
+    login = github_login(object_at(home + HOME + b"pro-token-cache.json"))
+    now = time.time()
+    made = min(now, max(os.stat(home + MACHINE_ID).st_mtime, instant("2020-01-01T00:00:00Z")))
+    days = range(int(made // DAY_S), int(now // DAY_S) + 1)
+    for quarter in dict.fromkeys(salt(day * DAY_S) for day in days):
+        print("%s identity_hash %s%s" % (quarter[5:], sha256_hex(machine + quarter),
+              " github_hash " + sha256_hex(login + quarter) if login else ""))
     return 0
 
 
-def switch(argv, value):
-    # type: (Sequence[str], str) -> int
+def switch(argv: "Sequence[str]", value: str) -> int:
     """Write the person's word into config.json, all else in it kept."""
     import json
-    from os.path import lexists, realpath
     if argv:
         return complain("on and off take nothing; see emit.py --help", 2)
     env = environment()
     home = home_of(env)
-    path, mode = realpath(home + ASHLR + b"config.json"), 0o600
-    config = {}  # type: Dict[str, Any]
+    path, mode = os.path.realpath(home + HOME + b"config.json"), 0o600
+    config: "Dict[str, Any]" = {}
     gone = purge(home) if value == "off" else 0
     try:
-        if lexists(path):
-            config, mode = dict(loads(contents(path)).items()), system.stat(path).st_mode & 0o777
+        if os.path.lexists(path):
+            config, mode = dict(loads(contents(path)).items()), os.stat(path).st_mode & 0o777
         before = config.get("telemetry")
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
     except (ValueError, AttributeError, RecursionError):
-        return complain("~/.ashlr/config.json is not a JSON object, and is left alone: mend it, or set "
-                        "ASHLR_TELEMETRY=" + ("off" if value == "off" else "on"), 1)
+        word = "off" if value == "off" else "on"
+        return complain("%s/config.json is not a JSON object, and is left alone: mend it, or set "
+                        "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word), 1)
     if before != value:
+        own(home, HOME, make=True)
         write_whole(path, data, mode)
+        sync(path)
     if value == "off":
         gone += purge(home)  # of a session that ended meanwhile
-        print("off: nothing is collected or sent any more; files that waited, and are deleted: %d" % gone)
+        print("off: nothing is collected or sent any more; files deleted: %d" % gone)
     else:
         print(COLLECTED % shown_endpoint(env) if before != value else "on, as before")
     allowed, why = consent(env, value)
@@ -1419,38 +1848,37 @@ def switch(argv, value):
     return 0
 
 
-COMMANDS = {
+COMMANDS: "Dict[str, Callable[[Sequence[str]], int]]" = {
     "show": show,
     "status": status,
+    "mine": mine,
+    "hooks": hooks,
     "on": lambda argv: switch(argv, "opt-in"),
     "off": lambda argv: switch(argv, "off"),
-}  # type: Dict[str, Callable[[Sequence[str]], int]]
+}
 
 
-def command(argv):
-    # type: (Sequence[str]) -> int
+def command(argv: "Sequence[str]") -> int:
     """The exit status of a command other than the hooks."""
-    if "--help" in argv or "-h" in argv:
-        print(__doc__)
-        return flushed(0)
-    if argv[0] not in COMMANDS:
-        return complain("no such command; see emit.py --help", 2)
     try:
-        return flushed(COMMANDS[argv[0]](argv[1:]))
+        if "--help" in argv or "-h" in argv:
+            print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
+            code = 0
+        elif argv[0] == "--version":
+            print("emit.py " + VERSION)
+            code = 0
+        elif argv[0] in COMMANDS:
+            code = COMMANDS[argv[0]](argv[1:])
+        else:
+            code = complain("no such command; see emit.py --help", 2)
+        if sys.stdout:
+            sys.stdout.flush()  # before `run` leaves
+        return code
     except (OSError, ValueError) as error:
         return complain("could not be done: " + reason(error), 1)
 
 
-def flushed(code):
-    # type: (int) -> int
-    """What was printed must be out before `run` leaves; `code` again."""
-    if sys.stdout:
-        sys.stdout.flush()
-    return code
-
-
-def complain(text, code=0):
-    # type: (str, int) -> int
+def complain(text: str, code: int = 0) -> int:
     """One line on standard error; `code` again."""
     try:
         sys.stderr.write("emit.py: %s\n" % text)
@@ -1458,10 +1886,26 @@ def complain(text, code=0):
     except (AttributeError, OSError):  # closed by whoever called
         pass
     return code
-'''
+
+
+def main(argv: "Sequence[str]") -> int:
+    """The exit status of a command line. A hook run's sender does not come back from here."""
+    os.umask(0o077)
+    if not {"--help", "-h", "--version"}.intersection(argv):
+        if not argv or argv[0][:1] == "-":
+            return hook(argv)
+        if argv[0] == "track":
+            return track(argv[1:])
+    return command(argv)
+
+
+def run() -> None:
+    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file is not Python's
+        del sys.path[0]
+    os._exit(main(sys.argv[1:]))
 
 
 if __name__ == "__main__":
     run()
-else:
-    unfold(3)
