@@ -647,11 +647,11 @@ class Metrics:
 # Retention, the pure part: clocks and stamps in, what may be deleted out
 # ======================================================================================================
 
-STEADY_SECONDS = 10.0  # that the wall clock must go beside the monotonic one before anything is deleted
+STEADY_SECONDS = 10.0  # for which the wall clock must agree with the monotonic one
 HOUR, DAY = 3600.0, 86400.0
-CLOCK_SLACK = 2.0  # seconds an hour by which the two clocks may part: a crystal's error is under 0.4
+CLOCK_SLACK = 2.0  # seconds an hour that they may differ by: a crystal's error is under 0.4
 SMALL_JUMP = 600.0  # seconds that a running clock may be corrected by without making it doubtful
-AHEAD = 120.0  # seconds that the newest row may lie in the future: another node's clock, a correction
+AHEAD = 120.0  # seconds that the newest row may lie in the future, after a small correction
 USUALLY_OFF = 7 * DAY  # a server that stood still for longer has to wait an hour
 # Stamps before this were made by a clock that had lost its battery (1970, 2000, 2010).
 FIRST_STAMP = "2020-01-01T00:00:00Z"
@@ -701,7 +701,7 @@ class Retention:
         elif self.newest is not None:
             behind = self.offset + self.started - self.newest  # at the start, by the present clock
             if not behind >= -AHEAD:
-                return DAY, "the newest row is not from the past: the clock must be steady for a day"
+                return DAY, "a row is not from the past: the clock has to be steady for a day"
             if behind > self.seconds:
                 return DAY, "every row would go: the clock has to be steady for a day"
             if behind > USUALLY_OFF:
@@ -778,7 +778,7 @@ class StartError(Exception):
 
 
 class Unavailable(Exception):
-    """The store cannot take rows now, and nothing of this turn was stored. The text is for the log."""
+    """The store cannot take rows now, and stored nothing of this turn. The text is for the log."""
 
 
 # SQLite's words for faults that pass, or that an operator mends, without the rows being to blame.
@@ -810,9 +810,11 @@ SETTINGS = (
 # us a row, in memory 21.
 SWEEP_SETTING = "temp_store = MEMORY"
 
-# received_at comes along, although the table has a default: the default is a function (see the schema's triggers).
-INSERT = "INSERT %%s INTO session_events (%s, received_at) VALUES (%s, ?) ON CONFLICT DO NOTHING" % (
-    ", ".join(COLUMNS), ", ".join("?" * len(COLUMNS)))
+# received_at is given, although the table has a default: the default is a function (see the
+# schema's triggers).
+INSERT = (
+    "INSERT %%s INTO session_events (%s, received_at) VALUES (%s, ?) ON CONFLICT DO NOTHING" % (
+        ", ".join(COLUMNS), ", ".join("?" * len(COLUMNS))))
 # OR ROLLBACK spares the statement journal: 26 us an event become 22, at 20 events a turn.
 INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
@@ -858,7 +860,8 @@ class Store:
     def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None,
                  retain_days: int = 0) -> None:
         self.in_memory = path == ":memory:"
-        self.path = path if self.in_memory else os.path.realpath(path)  # the side files lie beside the real one
+        # The side files lie beside the real file.
+        self.path = path if self.in_memory else os.path.realpath(path)
         self.max_bytes, self.pepper, self.retain_days = max_bytes, pepper, retain_days
         self.moved = False
         self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
@@ -995,7 +998,8 @@ class Store:
                     self.db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise Unavailable(str(error)) from None
-        # After the commit, so that it holds when the answers go: one check covers a deletion before and during it.
+        # After the commit, so that it holds when the answers go: one check covers a deletion before
+        # and during it.
         self.check_files()
 
     def write(self, rows: List[Row], sweep: int = 0) -> Written:
@@ -1040,7 +1044,8 @@ class Store:
             stored = self.insert_each(rows, refused)
         return stored, refused, True
 
-    def insert_each(self, rows: List[Tuple[Any, ...]], refused: Dict[int, Exception]) -> Optional[int]:
+    def insert_each(self, rows: List[Tuple[Any, ...]],
+                    refused: Dict[int, Exception]) -> Optional[int]:
         """Insert those not in `refused` yet, and add to that.
 
         Returns how many were new, or None when one of them rolled back what came before it.
@@ -1062,14 +1067,15 @@ class Store:
         def hmac_of(digest: str) -> str:
             return hmac.digest(self.pepper or b"", digest.encode("ascii"), "sha256").hex()
         identity, github, session, *rest = row
-        return (hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)  # type: ignore[return-value]
+        return (  # type: ignore[return-value]
+            hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)
 
     def old_rows_due(self, now: float, rows: int, quiet: float) -> int:
         """How many old rows a turn that stores `rows` is to delete.
 
         `now` is monotonic; for `quiet` seconds nobody was answered.
         """
-        if self.retention is None or now < self.sweep_at:
+        if self.retention is None:
             return 0
         if now >= self.clock_at:
             self.clock_at = now + 1.0
@@ -1077,9 +1083,8 @@ class Store:
                 self.look_at_clocks(self.retention)
             except sqlite3.Error:  # a write will say it
                 self.sweep_waits = None
-            if self.sweep_waits != "":
-                self.sweep_at = self.clock_at
-                return 0
+        if self.sweep_waits != "" or now < self.sweep_at:
+            return 0
         if rows:
             return int(rows * SWEEP_SHARE) + 1
         return 0 if quiet < SWEEP_QUIET else SWEEP_PIECE if quiet < 1 else SWEEP_IDLE
@@ -1092,8 +1097,8 @@ class Store:
         """For how many seconds, `most` at the most, the loop may wait for requests."""
         if self.retention is None:
             return most
-        due = max(self.sweep_at - now, SWEEP_QUIET - quiet, 0.0)
-        return min(most, due)
+        due = self.clock_at if self.sweep_waits != "" else self.sweep_at
+        return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
 
     def look_at_clocks(self, retention: Retention) -> None:
         """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
@@ -1146,7 +1151,7 @@ class Store:
         return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
 
     def look_for_old(self, most: int) -> bool:
-        """Look at the stamps of up to `most` further rows; True when there is no more to look at."""
+        """Look at the stamps of up to `most` further rows; True when there are no more."""
         assert self.retention
         shipped, fault = self.shipped_to()
         last = min(self.retention.oldest_young_id() - 1, shipped)
@@ -1184,7 +1189,7 @@ class Store:
         return (least, "") if whole == count else (LEAST_ID, "a mark in ship_marks is no number")
 
     def unshipped(self) -> Optional[int]:
-        """How many ids wait to be shipped; None where nobody ships, or the database is in a fault."""
+        """How many ids wait to be shipped; None where nobody ships or nothing can be read."""
         try:
             shipped, _fault = self.shipped_to()
             first, last = self.db.execute(
@@ -1261,8 +1266,8 @@ class Checkpoints:
     There are no locks: the thread touches its own connection and the two queues, nothing else. It
     has no part in what is durable: until pages are moved and synced, the log keeps them.
 
-    Nothing tells how long the log is but a checkpoint. So its length is estimated from the rows that
-    were stored, and corrected by what each checkpoint reports.
+    Nothing tells how long the log is but a checkpoint. So its length is estimated from the rows
+    that were stored, and corrected by what each checkpoint reports.
     """
 
     def __init__(self, path: str) -> None:
@@ -1314,7 +1319,7 @@ class Checkpoints:
                 busy, pages, done = passive_checkpoint(writer)
                 self.emptied = not busy and pages == done
 
-    # -- on the thread ----------------------------------------------------------------------------------
+    # -- on the thread ---------------------------------------------------------------------------
 
     def run(self) -> None:
         while self.wanted.get():
@@ -1336,7 +1341,7 @@ class Checkpoints:
             return Moved(0, False, str(error))
         return Moved(first, False, "")
 
-    # -- on the loop's thread again ---------------------------------------------------------------------
+    # -- on the loop's thread again --------------------------------------------------------------
 
     def close(self) -> None:
         """Wait for the pass that is under way, and end the thread."""
