@@ -850,9 +850,9 @@ class Store:
     """The connection that reads and writes the database. Raises StartError when it cannot be used.
 
     `path` may be `:memory:`. `max_bytes` bounds the database file (its log comes on top). With a
-    `pepper` the three
-    hash columns hold HMAC-SHA256(pepper, hash) in place of the hash. `retain_days` of 0 keeps all
-    rows. Where the disk has no room for the side files, `fault` says so and each write tries again.
+    `pepper` the three hash columns hold HMAC-SHA256(pepper, hash) in place of the hash.
+    `retain_days` of 0 keeps all rows. Where the disk has no room for the side files, `fault` says
+    so and writing tries again to open the database.
     """
 
     LOCK_SECONDS = 0.25  # how long a turn may wait for another process's write lock
@@ -880,6 +880,8 @@ class Store:
                 self.open()
             except BaseException as error:
                 if not (isinstance(error, sqlite3.Error) and self.lacks_room(error)):
+                    if self.checkpoints:
+                        self.checkpoints.close()
                     self.db.close()
                     raise
                 self.fault = str(error)
@@ -1140,20 +1142,20 @@ class Store:
         Rows go in the order of their ids, and so do their pages: only the two indexes that start
         with an identity have to be searched.
         """
-        ids = self.db.execute(NEXT_OLD_IDS, (self.old_to, most)).fetchall()
+        shipped, fault = self.shipped_to()  # each time: a new destination's mark begins at 0
+        ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
         if len(ids) < most:
-            ended = self.look_for_old(max(most, SWEEP_LOOK))
-            ids = self.db.execute(NEXT_OLD_IDS, (self.old_to, most)).fetchall()
+            ended = self.look_for_old(max(most, SWEEP_LOOK), shipped, fault)
+            ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
             if ended and len(ids) < most:
                 self.sweep_at = time.monotonic() + SWEEP_EVERY
         if not ids:
             return 0
         return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
 
-    def look_for_old(self, most: int) -> bool:
+    def look_for_old(self, most: int, shipped: int, fault: str) -> bool:
         """Look at the stamps of up to `most` further rows; True when there are no more."""
         assert self.retention
-        shipped, fault = self.shipped_to()
         last = min(self.retention.oldest_young_id() - 1, shipped)
         rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
         looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
@@ -1203,7 +1205,7 @@ class Store:
 
     def after_turn(self) -> None:
         """What can wait until the answers of a turn have left."""
-        if self.checkpoints:
+        if self.checkpoints and not self.moved:
             self.checkpoints.go_on(self.db)
 
     def size(self) -> int:
@@ -1297,19 +1299,33 @@ class Checkpoints:
             if not self.reports.empty():
                 self.finish(writer, self.reports.get())
         elif self.rows >= self.due:
-            self.asked_rows, self.rows, self.under_way = self.rows, 0, True
-            if self.thread is None:
-                self.thread = threading.Thread(target=self.run, name="checkpoints", daemon=True)
-                self.thread.start()
+            self.asked_rows, self.rows = self.rows, 0
+            try:
+                self.start()
+            except RuntimeError as error:  # no more threads: the commits do it, at their 32,000
+                self.note(str(error))
+                return
+            self.under_way = True
             self.wanted.put(True)
+
+    def start(self) -> None:
+        """Have a thread. Raises RuntimeError when the system gives none."""
+        if self.thread is None:
+            thread = threading.Thread(target=self.run, name="checkpoints", daemon=True)
+            thread.start()
+            self.thread = thread
+
+    def note(self, fault: str) -> None:
+        """The log has a line when a fault comes and when it goes."""
+        if fault != self.fault:
+            self.fault = fault
+            log("checkpoint_failed" if fault else "checkpoint_done",
+                **({"reason": fault} if fault else {}))
 
     def finish(self, writer: sqlite3.Connection, moved: Moved) -> None:
         """Move what the thread left, and estimate when the log will be as long again."""
         self.under_way = False
-        if moved.fault != self.fault:
-            self.fault = moved.fault
-            log("checkpoint_failed" if moved.fault else "checkpoint_done",
-                **({"reason": moved.fault} if moved.fault else {}))
+        self.note(moved.fault)
         if moved.pages and self.emptied:
             estimate = self.asked_rows * CHECKPOINT_PAGES // moved.pages
             self.due = min(max(FEWEST_ROWS, estimate), MOST_ROWS)
