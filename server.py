@@ -832,6 +832,7 @@ SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for 
 SWEEP_IDLE = 64  # rows a turn when there was no request for a second
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
+CLOCK_EVERY = 1.0  # seconds between looks at the clocks
 
 LITTLE_ROOM = 1 << 20  # bytes free; with less, a fault in opening the database is the disk's
 REOPEN_SECONDS = 1.0  # between attempts to open a database for which the disk had no room
@@ -1080,7 +1081,7 @@ class Store:
         if self.retention is None:
             return 0
         if now >= self.clock_at:
-            self.clock_at = now + 1.0
+            self.clock_at = now + CLOCK_EVERY
             try:
                 self.look_at_clocks(self.retention)
             except sqlite3.Error:  # a write will say it

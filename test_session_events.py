@@ -3670,7 +3670,7 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
         FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
     )
     clock.write_text("@2000-01-01 00:00:00\n")
-    script = altered(tmp_path, {"STEADY_SECONDS": 1})
+    script = altered(tmp_path, {"STEADY_SECONDS": 0.2, "CLOCK_EVERY": 0.1})
     with serving(db, "--retain-days", 30, env=env, script=script) as running:
         assert running.says("not from the past")
         for n in range(20):
@@ -3776,6 +3776,20 @@ def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshi
     assert len(waits) == (left > 10)
 
 
+def test_server_retention_heeds_a_new_destination_at_once(tmp_path):
+    db = tmp_path / "events.db"
+    old_and_new(db, (400, "-40 days"), (10, "-1 hour"))
+    with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
+        store.look_at_clocks(store.retention)
+        store.db.executescript(MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 400, '')")
+        assert store.write([], 10).swept == 10  # and it knows of 246 more that are old
+        store.db.execute("INSERT INTO ship_marks VALUES ('b', 'n', 15, '')")
+        assert [store.write([], 10).swept for _ in range(2)] == [5, 0]
+        store.db.execute("DROP TABLE ship_marks")
+        store.sweep_at = 0.0
+        assert store.write([], 1000).swept == 385
+
+
 @needs_faketime
 def test_server_retention_goes_on_when_ship_has_confirmed(tmp_path):
     db, port = tmp_path / "events.db", free_port()
@@ -3855,6 +3869,24 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
     assert len(rows_of(db)) == next(serial)
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert not (tmp_path / "events.db-wal").exists()
+
+
+def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch, capfd):
+    db = tmp_path / "events.db"
+
+    class NoneLeft(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(server, "FIRST_ROWS", 10)
+    with contextlib.closing(server.Store(str(db))) as store:
+        store.db.execute("PRAGMA wal_autocheckpoint = 100")
+        monkeypatch.setattr(server.threading, "Thread", NoneLeft)
+        for n in range(500):
+            assert store.write([server.check_event(event(n))]).stored == 1
+            store.after_turn()
+        assert (tmp_path / "events.db-wal").stat().st_size < 200 * 4120
+    assert capfd.readouterr().err.count("checkpoint_failed") == 1
 
 
 def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
