@@ -1268,8 +1268,9 @@ class Checkpoints:
     pages that are left, between two turns. With the log empty, its next commit begins at the start
     of the file. Overwriting a file also costs a commit less than growing it: 0.23 ms and 0.31.
 
-    There are no locks: the thread touches its own connection, its own descriptor and the two queues,
-    nothing else. It has no part in what is durable: the log keeps pages until SQLite has synced them.
+    There are no locks: the thread touches its own connection, its own descriptor and the two
+    queues, nothing else. It has no part in what is durable: the log keeps pages until SQLite has
+    synced them.
 
     Nothing tells how long the log is but a checkpoint. So its length is estimated from the rows
     that were stored, and corrected by what each checkpoint reports.
@@ -1384,7 +1385,10 @@ class Checkpoints:
         self.db.close()
 
     def let_go(self) -> None:
-        """Close the descriptor, after every connection: that ends this process's locks on the file."""
+        """Close the descriptor.
+
+        Last of all, when every connection is closed: it ends this process's locks on the file.
+        """
         if self.file >= 0:
             os.close(self.file)
 
