@@ -1247,8 +1247,9 @@ class Store:
 
 
 CHECKPOINT_PAGES = 12_000  # in the log (47 MB) when it is moved into the database
-FIRST_ROWS = 1_200  # that fill so much: each alone in its commit changes 10 pages
-FEWEST_ROWS, MOST_ROWS = 100, 50_000  # between two checkpoints, whatever the rows before took
+# About what a commit appends to it, and for each row besides. A row alone takes 10 to 12 pages, one
+# of 32 in a large table 4, one of 256 in a small table 2. So the estimate is off by two at most.
+COMMIT_PAGES, ROW_PAGES = 8, 4
 PASSES = 6  # of one checkpoint: each moves what was appended during the one before it
 FEW_PAGES = 500  # in the log that the writer moves itself, in 2 to 5 ms
 
@@ -1273,7 +1274,7 @@ class Checkpoints:
     synced them.
 
     Nothing tells how long the log is but a checkpoint. So its length is estimated from the rows
-    that were stored, and corrected by what each checkpoint reports.
+    that were written, and corrected by what each checkpoint reports.
     """
 
     def __init__(self, path: str) -> None:
@@ -1290,21 +1291,23 @@ class Checkpoints:
         self.reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
         self.thread: Optional[threading.Thread] = None
         self.under_way = False
-        self.rows, self.asked_rows, self.due = 0, 0, FIRST_ROWS
+        # Estimated pages: in the log, in it when the checkpoint began, and when the next is due.
+        self.pages, self.asked, self.due = 0, 0, CHECKPOINT_PAGES
         self.emptied = True  # the log was, before these rows
         self.fault = ""
 
     def count(self, rows: int) -> None:
-        """So many rows were written."""
-        self.rows += rows
+        """So many rows were written in one commit."""
+        if rows:
+            self.pages += COMMIT_PAGES + ROW_PAGES * rows
 
     def go_on(self, writer: sqlite3.Connection) -> None:
         """Begin a checkpoint when it is time, or finish the one that the thread has done."""
         if self.under_way:
             if not self.reports.empty():
                 self.finish(writer, self.reports.get())
-        elif self.rows >= self.due:
-            self.asked_rows, self.rows = self.rows, 0
+        elif self.pages >= self.due:
+            self.asked, self.pages = self.pages, 0
             try:
                 self.start()
             except RuntimeError as error:  # no more threads: the commits do it, at their 32,000
@@ -1332,8 +1335,8 @@ class Checkpoints:
         self.under_way = False
         self.note(moved.fault)
         if moved.pages and self.emptied:
-            estimate = self.asked_rows * CHECKPOINT_PAGES // moved.pages
-            self.due = min(max(FEWEST_ROWS, estimate), MOST_ROWS)
+            due = self.asked * CHECKPOINT_PAGES // moved.pages
+            self.due = min(max(CHECKPOINT_PAGES // 4, due), CHECKPOINT_PAGES * 2)
         self.emptied = False
         if not moved.stuck and not moved.fault:
             with contextlib.suppress(sqlite3.Error):  # the thread will see it too, and say it

@@ -3635,7 +3635,7 @@ def altered(folder, settings):
 
 def often(folder):
     """server.py with a checkpoint after every few rows."""
-    return altered(folder, {"FIRST_ROWS": 10, "FEWEST_ROWS": 10, "MOST_ROWS": 10, "FEW_PAGES": 5})
+    return altered(folder, {"CHECKPOINT_PAGES": 100, "FEW_PAGES": 5})
 
 
 def ids_of(db):
@@ -3842,7 +3842,6 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
     """It stays at half of what a commit of its own would wait for, and empties when a reader has left."""
     db = tmp_path / "events.db"
     monkeypatch.setattr(server, "CHECKPOINT_PAGES", 1500)  # 12,000 take eight times as long
-    monkeypatch.setattr(server, "FIRST_ROWS", 150)
     with contextlib.closing(server.Store(str(db))) as store:
         serial = itertools.count()
 
@@ -3856,7 +3855,7 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
             return longest / 4120
 
         assert write(200) < 6_000  # nobody moves it: 9,000
-        assert store.checkpoints.due != server.FIRST_ROWS  # it learned how much a row takes
+        assert store.checkpoints.due != 1500  # it learned how much a row takes
         with contextlib.closing(sqlite3.connect(str(db))) as reader:
             reader.execute("BEGIN")
             seen = reader.execute("SELECT count(*) FROM session_events").fetchone()
@@ -3878,7 +3877,7 @@ def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch,
         def start(self):
             raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(server, "FIRST_ROWS", 10)
+    monkeypatch.setattr(server, "CHECKPOINT_PAGES", 100)
     with contextlib.closing(server.Store(str(db))) as store:
         store.db.execute("PRAGMA wal_autocheckpoint = 100")
         monkeypatch.setattr(server.threading, "Thread", NoneLeft)
