@@ -4059,6 +4059,44 @@ def test_server_disk_full_file_system(tmp_path):
 
 
 @needs_linux
+def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
+    """503 until there is room, then it goes on by itself."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        server.Store(str(disk / "events.db")).close()
+        with open(disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(4096))
+        port = free_port()
+        with serving(disk / "events.db", "--metrics", "127.0.0.1:%d" % port) as running:
+            assert running.says("store_unavailable")
+            assert ready(running) == 503
+            for n in range(5):
+                assert post(running, event(n)).status == 503
+            metrics = "http://127.0.0.1:%d/metrics" % port
+            assert urllib.request.urlopen(metrics, timeout=30).status == 200
+            (disk / "ballast").unlink()
+            until(lambda: post(running, event(1)).status == 202)
+            assert ready(running) == 200
+            assert running.stop() == 0
+            assert [json.loads(line)["event"] for line in running.errors] == [
+                "store_unavailable",
+                "store_available",
+            ]
+        assert len(rows_of(disk / "events.db")) == 1
+
+
+@needs_linux
+def test_server_disk_full_while_the_log_is_moved(tmp_path):
+    """The database cannot grow, the log can: every answer holds, and the fault is said once."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk, serving(
+        disk / "events.db", script=often(tmp_path)
+    ) as running:
+        refused_until_it_works(
+            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
+        )
+
+
+@needs_linux
 def test_server_file_system_turned_read_only(tmp_path):
     """As a disk error does it: a real ext4, told to have seen one."""
     image = tmp_path / "image"
@@ -4115,8 +4153,16 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
             pass
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         connection.execute("UPDATE session_events SET received_at = '2020-01-01T00:00:00Z'")
-    with serving(db, "--max-db-bytes", 200_000, "--retain-days", 1) as running:
-        assert post(running, event("new")).status == 202
+        connection.execute(
+            "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
+            " WHERE id = (SELECT max(id) FROM session_events)"
+        )
+    with contextlib.closing(server.Store(str(db), 200_000, retain_days=1)) as store:
+        rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
+        with pytest.raises(server.Unavailable):
+            store.write(rows)
+        store.look_at_clocks(store.retention)
+        assert store.write(rows, 2).stored == 1
 
 
 def test_server_lock_held_by_another_process(tmp_path):
@@ -4520,41 +4566,248 @@ def test_server_metrics_on_their_own_listener(tmp_path):
             urllib.request.urlopen("http://127.0.0.1:%d/v1/session-events" % port, BODY, timeout=30)
 
 
+# -- Retention -------------------------------------------------------------------------------------
+
+NOON = 1_779_451_200.0  # 2026-05-22T12:00:00Z
+DAYS = 86400.0
+HEALTHY = [(0, 0, "steady for 10"), (5, 5, "steady for 10"), (10, 10, ""), (11, 11, "")]
+
+
+@pytest.mark.parametrize(
+    ("newest", "clocks"),
+    [
+        # What the wall clock and the monotonic clock show after the start, and why nothing goes yet.
+        (-60, HEALTHY),
+        (-6 * DAYS, HEALTHY),  # nobody worked for some days
+        (None, HEALTHY),  # an empty table
+        (60, HEALTHY),  # another node's clock is a minute ahead
+        (-8 * DAYS, [(0, 0, "an hour"), (3599, 3599, "an hour"), (3600, 3600, "")]),
+        (-31 * DAYS, [(0, 0, "every row"), (86399, 86399, "every row"), (86400, 86400, "")]),
+        # A start in 2038, and one in 2000 that is corrected.
+        (-12 * 365 * DAYS, [(10, 10, "every row"), (3600, 3600, "every row")]),
+        (
+            26 * 365 * DAYS,
+            [
+                (0, 0, "not from the past"),
+                (900, 900, "not from the past"),
+                (26 * 365 * DAYS + 901, 901, "steady for 10"),
+                (26 * 365 * DAYS + 911, 911, ""),
+            ],
+        ),
+        (float("nan"), [(10, 10, "not from the past"), (86400, 86400, "")]),
+        # A jump while running, and a clock that comes back.
+        (
+            -60,
+            [
+                (10, 10, ""),
+                (12 * 365 * DAYS, 20, "jumped"),
+                (12 * 365 * DAYS + 3600, 3620, "jumped"),
+                (3630, 3630, "steady for 10"),
+                (3640, 3640, ""),
+            ],
+        ),
+        (-60, [(10, 10, ""), (40 * DAYS, 20, "jumped"), (41 * DAYS, 20 + DAYS, "")]),
+        (-60, [(10, 10, ""), (-40 * DAYS, 20, "jumped"), (-39 * DAYS, 20 + DAYS, "")]),
+        # Small corrections, a slow crystal, and a clock that runs three times as fast.
+        (-60, [(10, 10, ""), (320, 20, "steady for 10"), (330, 30, "")]),
+        (-60, [(3601 * n, 3600 * n, "") for n in range(1, 50)]),
+        (-60, [(3 * n, n, "steady for 10") for n in range(2, 100)]),
+        (-60, [(10, 10, ""), (DAYS, DAYS, ""), (DAYS, 2 * DAYS, "jumped")]),
+    ],
+)
+def test_server_retention_doubts_its_clock(newest, clocks):
+    retention = server.Retention(
+        30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0
+    )
+    for wall, monotonic, reason in clocks:
+        said = retention.wait(NOON + wall, monotonic)
+        assert reason in said and bool(reason) == bool(said), (wall, monotonic, said)
+
+
+def test_server_retention_knows_what_it_received_itself():
+    """Whatever the stamps say: its monotonic clock knows that a row is younger than the process."""
+    retention = server.Retention(10 * DAYS, None, 7, NOON, 0.0)
+    for day in range(30):
+        retention.received(100 * day, day * DAYS)
+        assert retention.oldest_young_id() - 1 == (7 if day < 11 else 100 * (day - 10))
+    assert len(retention.marks) < 15
+    for minute in range(20 * 1440):
+        retention.received(minute, (30 + minute / 1440) * DAYS)
+    assert len(retention.marks) < 1010  # however long it runs
+
+
+@pytest.mark.parametrize(
+    ("stamps", "old"),
+    [
+        # The years in which rows were received, as their stamps have it. The present is 2026, and
+        # what was received before 2025 is old. Which ids, from 1, may be deleted?
+        ([], 0),
+        ([2023, 2024, 2026], 2),
+        ([2026, 2026], 0),
+        ([2023, 2024], 2),
+        ([2026, 2000, 2000, 2026], 0),  # a run as young as its neighbours
+        ([2024, 2000, 2000, 2026], 0),  # the first stays, to show that the others are younger
+        ([2023, 2024, 2000, 2000, 2024, 2026], 5),
+        ([2000, 2000, 2026], 0),
+        ([2000, 2000, 2024, 2026], 3),
+        ([2026, 2024, 2023], 0),  # what came in behind a young row is no older
+        ([2024, 2022, 2026], 0),  # wrong by less: behind a row of 2024 nothing is of 2022
+        ([2023, 2022, 2024, 2026], 3),
+        ([2038, 2038, 2024, 2026], 3),  # a clock in the future
+        ([2024, 2038, 2026], 0),
+        ([2038, 2038], 0),
+        ([None, 7, b"2024", "", "no date", 2024, 2026], 6),
+        ([2024, None], 0),
+    ],
+)
+@pytest.mark.parametrize("most", [1, 2, 256])
+def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, most):
+    """In pieces of any size, and with a restart after each piece, the same rows go."""
+    rows = [
+        (n, "%d-05-22T12:00:00Z" % stamp if type(stamp) is int and stamp > 7 else stamp)
+        for n, stamp in enumerate(stamps, 1)
+    ]
+    for restarts in (False, True):
+        left, store = list(rows), None
+        for _ in range(30):
+            if store is None or restarts:
+                store = server.Store(":memory:", retain_days=1)
+                store.cutoff, store.present = "2025-01-01T00:00:00Z", "2026-11-22T12:00:00Z"
+                store.retention.marks[0] = (0.0, 1000)
+                store.db.execute("DROP TABLE session_events")
+                store.db.execute(
+                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at)"
+                )
+                store.db.executemany("INSERT INTO session_events VALUES (?, ?)", left)
+            store.delete_old(most)
+            left = store.db.execute("SELECT * FROM session_events ORDER BY id").fetchall()
+        assert [number for number, _ in left] == [number for number, _ in rows if number > old]
+
+
+FAKETIME = "".join(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")[:1])
+needs_faketime = pytest.mark.skipif(not FAKETIME, reason="libfaketime sets a process's clock")
+
+
+def at_time(**settings):
+    """The environment of a process whose clock is faked."""
+    return dict(os.environ, LD_PRELOAD=FAKETIME, **settings)
+
+
+def old_and_new(db, *rows):
+    """A database with as many rows of each age, in the form of SQLite's date modifiers."""
+    server.Store(str(db)).close()
+    with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
+        for count, age in rows:
+            stamp = connection.execute(
+                "SELECT strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?)", (age,)
+            ).fetchone()[0]
+            least = connection.execute("SELECT count(*) FROM session_events").fetchone()[0]
+            connection.executemany(
+                server.INSERT_ONE,
+                (
+                    (
+                        "%064x" % (n % 999),
+                        None,
+                        "%064x" % n,
+                        "2026-01-01T00:00:00.000Z",
+                        1,
+                        1,
+                        None,
+                        '["old","r%d"]' % (n % 50),
+                        "1",
+                        stamp,
+                    )
+                    for n in range(least, least + count)
+                ),
+            )
+
+
+def altered(folder, settings):
+    """A script that runs server.py with other constants."""
+    script = folder / "altered.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import server\n"
+        "for name, value in %r.items():\n"
+        "    assert hasattr(server, name); setattr(server, name, value)\n"
+        "sys.exit(server.main())" % (str(ROOT), settings)
+    )
+    return script
+
+
+def often(folder):
+    """server.py with a checkpoint after every few rows."""
+    return altered(folder, {"CHECKPOINT_PAGES": 100, "FEW_PAGES": 5})
+
+
+def ids_of(db):
+    return [row["id"] for row in rows_of(db, "SELECT id FROM session_events ORDER BY id")]
+
+
+@needs_faketime
+def test_server_retention_survives_a_start_in_2038(tmp_path):
+    """The clock is wrong for 20 minutes (a second here is 1,000 there), and taken for no truth."""
+    db = tmp_path / "events.db"
+    old_and_new(db, (20, "-40 days"), (20, "-1 hour"))
+    env = at_time(FAKETIME="@2038-01-01 00:00:00 x1000")
+    with serving(db, "--retain-days", 30, "--rate", "off", env=env) as running:
+        assert running.says("every row would go")
+        for n in range(20):
+            assert post(running, event(n)).status == 202
+            time.sleep(0.06)
+    assert len(ids_of(db)) == 60
+    assert len(running.errors) == 1, running.errors  # the reason is said once
+    # What was received meanwhile says 2038. With the right clock that is doubted, and kept.
+    with serving(db, "--retain-days", 30, env=at_time(FAKETIME="+0 x100")) as running:
+        assert running.says("not from the past")
+        time.sleep(0.5)
+    assert len(ids_of(db)) == 60
+
+
+@needs_faketime
+def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
+    db, clock = tmp_path / "events.db", tmp_path / "clock"
+    old_and_new(db, (20, "-40 days"), (20, "-1 hour"))
+    env = at_time(
+        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
+    )
+    clock.write_text("@2000-01-01 00:00:00\n")
+    script = altered(tmp_path, {"STEADY_SECONDS": 0.2, "CLOCK_EVERY": 0.1})
+    with serving(db, "--retain-days", 30, env=env, script=script) as running:
+        assert running.says("not from the past")
+        for n in range(20):
+            assert post(running, event(n)).status == 202
+        clock.write_text("+0\n")
+        assert running.says("sweep_begins")
+        until(lambda: len(ids_of(db)) == 40)
+        clock.write_text("+3650d\n")  # and now it jumps
+        assert running.says("the clock jumped")
+        assert post(running, event("jumped")).status == 202
+        clock.write_text("+0\n")  # it comes back
+        until(lambda: sum("sweep_begins" in line for line in running.errors) == 2)
+    assert ids_of(db) == list(range(21, 62))
+    # A restart forgets what the process knew. The rows before those of 2000 tell that they are young.
+    env = at_time(FAKETIME="+0 x20")
+    with serving(db, "--retain-days", 30, env=env) as running:
+        assert running.says("sweep_waits")  # one row is from the future
+        time.sleep(0.5)
+    assert ids_of(db) == list(range(21, 62))
+
+
 def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
     """What is older goes, a piece at a time, while events come in; what is younger stays."""
     db = tmp_path / "events.db"
-    server.Store(str(db)).close()
     count = int(os.environ.get("TEST_ROWS", "10000"))
-    with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-        connection.executemany(
-            server.INSERT_ONE,
-            (
-                (
-                    "%064x" % (n % 999),
-                    None,
-                    "%064x" % n,
-                    "2026-01-01T00:00:00.000Z",
-                    1,
-                    1,
-                    None,
-                    '["old","r%d"]' % (n % 50),
-                    "1",
-                    "2020-01-01T00:00:00Z",
-                )
-                for n in range(count)
-            ),
-        )
-        connection.execute(
-            "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now', '-2 days')"
-            " WHERE id <= 10"
-        )
+    old_and_new(db, (count, "-2000 days"), (10, "-2 days"))
     with serving(db) as running:
         usual = loaded(running, "usual", 1000)
-    with serving(db, "--retain-days", 3) as running:
+    # The 10 seconds in which the clock has to be steady take half a second.
+    env = at_time(FAKETIME="+0 x20") if FAKETIME else None
+    started = time.monotonic()
+    with serving(db, "--retain-days", 3, env=env) as running:
+        assert running.says("sweep_begins") and time.monotonic() - started < 30
         during = loaded(running, "during", 1000)
-        assert len(rows_of(db, "SELECT id FROM session_events WHERE received_at < '2021'")) > 0
         deadline = time.monotonic() + 60 + count / 2000
-        while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2021' LIMIT 1"):
+        while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2024' LIMIT 1"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     print(
@@ -4565,11 +4818,207 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
         p99(during.seconds) < 2 * p99(usual.seconds) + 0.02
     )  # 20 ms for what else this machine does
     stay = len(usual.accepted) + len(during.accepted) + 10
-    assert (
-        rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": stay}]
-        and running.errors == []
-    )
+    assert rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": stay}]
     assert rows_of(db, "SELECT count(*) AS n FROM session_discoveries") == [{"n": 2 * stay}]
+    assert [json.loads(line)["event"] for line in running.errors] == ["sweep_waits", "sweep_begins"]
+
+
+def test_server_sweep_gains_on_what_comes_in(tmp_path):
+    """In each turn more rows go than come, also in a turn of one row, and at least half again in quiet."""
+    db = tmp_path / "events.db"
+    old_and_new(db, (3000, "-40 days"), (1, "-1 hour"))
+    with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
+        now = time.monotonic()
+        store.retention.wait(time.time() + 0, server.steady_clock())
+        store.retention.steady_since -= 60
+        for rows in (1, 4, 32, 256):
+            due = store.old_rows_due(now, rows, 0.0)
+            assert rows < due <= 2 * rows
+            written = store.write([server.check_event(event((rows, n))) for n in range(rows)], due)
+            assert (written.stored, written.swept) == (rows, due)
+        assert store.old_rows_due(now, 0, 0.0) == 0  # somebody may be about to send
+        assert store.patience(now, 0.25, 0.0) <= server.SWEEP_QUIET
+        assert 0 < store.old_rows_due(now, 0, 0.05) < store.old_rows_due(now, 0, 5.0)
+
+
+MARKS = """
+    CREATE TABLE ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL, last_id INTEGER NOT NULL,
+      confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT ROWID;
+"""
+
+
+@pytest.mark.parametrize(
+    ("marks", "left", "unshipped"),
+    [
+        ("", 10, None),
+        (MARKS, 10, None),  # nobody has shipped yet
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 12, '')", 38, 38),
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 12, ''), ('b', 'n', 5, '')", 45, 45),
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 50, '')", 10, 0),
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 9999, '')", 10, 0),
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', -3, '')", 50, 50),
+        (MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 'all', ''), ('b', 'n', 50, '')", 50, 50),
+        ("CREATE TABLE ship_marks (something)", 50, 50),
+    ],
+)
+def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshipped):
+    db = tmp_path / "events.db"
+    old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
+    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+        connection.executescript(marks)
+    with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
+        store.look_at_clocks(store.retention)
+        for _ in range(3):
+            store.write([], 64)
+            store.sweep_at = 0.0
+        assert store.unshipped() == unshipped
+    assert ids_of(db) == list(range(51 - left, 51))
+    waits = [line for line in capfd.readouterr().err.splitlines() if "ship" in line]
+    assert len(waits) == (left > 10)
+
+
+def test_server_retention_heeds_a_new_destination_at_once(tmp_path):
+    db = tmp_path / "events.db"
+    old_and_new(db, (400, "-40 days"), (10, "-1 hour"))
+    with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
+        store.look_at_clocks(store.retention)
+        store.db.executescript(MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 400, '')")
+        assert store.write([], 10).swept == 10  # and it knows of 246 more that are old
+        store.db.execute("INSERT INTO ship_marks VALUES ('b', 'n', 15, '')")
+        assert [store.write([], 10).swept for _ in range(2)] == [5, 0]
+        store.db.execute("DROP TABLE ship_marks")
+        store.sweep_at = 0.0
+        assert store.write([], 1000).swept == 385
+
+
+@needs_faketime
+def test_server_retention_goes_on_when_ship_has_confirmed(tmp_path):
+    db, port = tmp_path / "events.db", free_port()
+    old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
+    mark = "INSERT OR REPLACE INTO ship_marks VALUES ('a', 'n', %d, '')"
+
+    def ship(statement):
+        with contextlib.closing(sqlite3.connect(str(db), timeout=30)) as connection:
+            connection.executescript(statement)
+
+    def waiting():
+        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
+            return parse_metrics(page.read().decode())["session_events_unshipped_ids"][None]
+
+    ship(MARKS + mark % 12)
+    env = at_time(FAKETIME="+0 x40")
+    flags = "--retain-days", 30, "--metrics", "127.0.0.1:%d" % port
+    with serving(db, *flags, env=env) as running:
+        assert running.says("not shipped yet")
+        until(lambda: len(ids_of(db)) == 38)
+        assert waiting() == 38
+        ship(mark % 45)
+        until(lambda: len(ids_of(db)) == 10)  # the next look is a minute later, here 1.5 s
+        assert waiting() == 5
+
+
+def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
+    """A refused row rolls the turn back, and with it the deletion."""
+    db = tmp_path / "events.db"
+    old_and_new(db, (40, "-40 days"), (1, "-1 hour"))
+    rows = [server.check_event(event(n)) for n in range(3)]
+    rows[1] = (*rows[1][:3], None, *rows[1][4:])  # NOT NULL
+    with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
+        store.look_at_clocks(store.retention)
+        written = store.write(rows, 5)
+        assert (written.stored, sorted(written.refused), written.swept) == (2, [1], 0)
+        assert len(ids_of(db)) == 43
+        assert store.write([], 5) == (0, {}, 5) and len(ids_of(db)) == 38
+        store.db.execute(
+            "CREATE TRIGGER other BEFORE DELETE ON session_events BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+        )
+        new = [server.check_event(event(n)) for n in range(7, 9)]
+        assert store.write(new, 5) == (2, {}, 0)  # another program's trigger costs no event
+
+
+# -- Checkpoints -----------------------------------------------------------------------------------
+
+
+def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
+    """It stays at half of what a commit of its own would wait for, and empties when a reader has left."""
+    db = tmp_path / "events.db"
+    monkeypatch.setattr(server, "CHECKPOINT_PAGES", 1500)  # 12,000 take eight times as long
+    with contextlib.closing(server.Store(str(db))) as store:
+        serial = itertools.count()
+
+        def write(turns):
+            longest = 0
+            for _ in range(turns):
+                rows = [server.check_event(event(next(serial))) for _ in range(20)]
+                assert store.write(rows).stored == 20
+                store.after_turn()
+                longest = max(longest, (tmp_path / "events.db-wal").stat().st_size)
+            return longest / 4120
+
+        assert write(200) < 6_000  # nobody moves it: 9,000
+        assert store.checkpoints.due != 1500  # it learned how much a row takes
+        with contextlib.closing(sqlite3.connect(str(db))) as reader:
+            reader.execute("BEGIN")
+            seen = reader.execute("SELECT count(*) FROM session_events").fetchone()
+            write(200)
+            assert reader.execute("SELECT count(*) FROM session_events").fetchone() == seen
+        until(lambda: write(20) and store.checkpoints.emptied)
+        longest = write(20)
+        assert write(100) == longest  # from its start again: 4,000 pages of the 11,000 that it had
+        assert store.checkpoints.fault == ""
+    assert len(rows_of(db)) == next(serial)
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    assert not (tmp_path / "events.db-wal").exists()
+
+
+def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch, capfd):
+    db = tmp_path / "events.db"
+
+    class NoneLeft(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(server, "CHECKPOINT_PAGES", 100)
+    with contextlib.closing(server.Store(str(db))) as store:
+        store.db.execute("PRAGMA wal_autocheckpoint = 100")
+        monkeypatch.setattr(server.threading, "Thread", NoneLeft)
+        for n in range(500):
+            assert store.write([server.check_event(event(n))]).stored == 1
+            store.after_turn()
+        assert (tmp_path / "events.db-wal").stat().st_size < 200 * 4120
+    assert capfd.readouterr().err.count("checkpoint_failed") == 1
+
+
+def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
+    db, rng, accepted = tmp_path / "events.db", random.Random(9), set()
+    for life in range(6):
+        running = Server(db, script=often(tmp_path))
+        clients = [Load((life, n), running) for n in range(3)]
+        for client in clients:
+            client.start()
+        clients[0].ending.wait(rng.uniform(0.05, 0.2))  # the moment is what is random here
+        running.stop(signal.SIGKILL if life % 3 else signal.SIGTERM)
+        for client in clients:
+            client.stop()
+            accepted.update(client.accepted)
+    assert len(accepted) > 200
+    assert accepted <= {row["session_id_hash"] for row in rows_of(db)}
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+
+
+def test_server_two_on_one_file_both_move_the_log(tmp_path):
+    db = tmp_path / "events.db"
+    with serving(db, script=often(tmp_path)) as one, serving(db, script=often(tmp_path)) as two:
+        clients = [Load(n, running) for n, running in enumerate((one, two, one, two))]
+        for client in clients:
+            client.start()
+        until(lambda: all(len(client.accepted) > 150 for client in clients))
+        for client in clients:
+            client.stop()
+    stored = {row["session_id_hash"] for row in rows_of(db)}
+    assert stored >= {name for client in clients for name in client.accepted}
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    assert {fault for client in clients for fault in client.failures} <= {503}  # it was locked
 
 
 # -- The database file -----------------------------------------------------------------------------
