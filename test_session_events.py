@@ -1817,7 +1817,6 @@ def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd)
 # -- The event check -------------------------------------------------------------------------------
 
 HEX = EVENT["identity_hash"]
-SLUG = "must be a slug: 1 to 128 of A-Z a-z 0-9 . _ : -, the first a letter or digit"
 ABSENT = object()
 GOOD = [  # (field, value sent, value stored): CONTRACT §1, each row with its edges
     ("identity_hash", HEX, HEX),
@@ -1958,8 +1957,8 @@ def test_server_event_check_takes(field, value, stored):
         else stored
     )
     column = server.COLUMNS.index("discovery_refs_json" if field == "discovery_refs" else field)
-    short = server.judge(as_sent(with_field(field, value), separators=(",", ":")))
-    spaced = server.judge(as_sent(with_field(field, value), indent=1))
+    short = server.check_body(as_sent(with_field(field, value), separators=(",", ":")))
+    spaced = server.check_body(as_sent(with_field(field, value), indent=1))
     assert short == spaced and type(short) is tuple
     assert short[column] == stored
 
@@ -1967,7 +1966,7 @@ def test_server_event_check_takes(field, value, stored):
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_server_event_check_refuses(field, value):
     for options in ({"separators": (",", ":")}, {"indent": 1}, {"ensure_ascii": False}):
-        answer = server.judge(as_sent(with_field(field, value), **options))
+        answer = server.check_body(as_sent(with_field(field, value), **options))
         if isinstance(value, str) and "\ud800" in value and options.get("ensure_ascii") is False:
             assert answer.status == 400  # a lone surrogate is no UTF-8
             continue
@@ -1983,7 +1982,7 @@ def test_server_event_check_names_every_fault_and_no_value():
     )
     del wrong["ended_at"]
     wrong.update({"note": "SECRET-4", "SECRET key": 1})
-    answer = server.judge(as_sent(wrong))
+    answer = server.check_body(as_sent(wrong))
     told = json.loads(answer.payload)["issues"]
     assert [issue["path"] for issue in told] == [
         ["identity_hash"],
@@ -1995,18 +1994,52 @@ def test_server_event_check_names_every_fault_and_no_value():
         [],
     ]
     assert b"SECRET" not in answer.payload
-    many = server.judge(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
-    assert len(many.payload) < 16384 and b"8900 more unknown keys" in many.payload
+    many = server.check_body(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
+    assert len(many.payload) < 16384 and b"8900 more keys" in many.payload
+
+
+def test_server_event_check_says_the_rules_of_the_table():
+    """Each field's message and column come from its row of FIELDS."""
+    told = {name: server.check_body(as_sent(with_field(name, {}))) for name, *_ in server.FIELDS}
+    told = {name: json.loads(answer.payload)["issues"] for name, answer in told.items()}
+    for name, json_type, _needed, rule in server.FIELDS:
+        words = told[name][0]["message"]
+        assert words.endswith(", or null") == ("null" in json_type)
+        if json_type == "number":
+            assert words == "must be a whole number from %d to %d" % rule
+        elif json_type == "array":
+            assert words == "must be an array of strings"
+        else:
+            assert ("ISO 8601" if rule == "moment" else "of the form " + rule) in words
+        assert server.COLUMNS.count(name) + server.COLUMNS.count(name + "_json") == 1
+    assert server.FIELDS[7][3][1] in server.check_body(
+        as_sent(with_field("discovery_refs", ["a b"]))
+    ).payload.decode().replace("\\\\", "\\")
+
+
+def test_server_event_check_names_a_key_that_stands_twice():
+    """The last of two values is what most parsers take, the first what some do: neither is stored."""
+    for name, value in EVENT.items():
+        for other in (value, 1, "x"):
+            twice = as_sent(EVENT)[:-1] + b", " + as_sent({name: other})[1:]
+            told = json.loads(server.check_body(twice).payload)
+            assert {"path": [name], "message": "stands more than once"} in told["issues"], name
+    secret = as_sent(EVENT)[:-1] + b', "SECRET key": 1, "SECRET key": {"a": 1, "a": 2}}'
+    told = server.check_body(secret)
+    assert told.status == 400 and b"SECRET" not in told.payload
+    assert [issue["path"] for issue in json.loads(told.payload)["issues"]] == [[], []]
+    many = b"{%s}" % b",".join(b'"%d":1' % (n % 6000) for n in range(12000))
+    assert len(server.check_body(many).payload) < 32768
 
 
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:20]))
 def test_server_event_check_not_json(body):
-    assert server.judge(body)[:2] == (400, b'{"error":"Invalid JSON body"}')
+    assert server.check_body(body)[:2] == (400, b'{"error":"Invalid JSON body"}')
 
 
 @pytest.mark.parametrize("body", NO_EVENT, ids=lambda body: repr(body[:20]))
 def test_server_event_check_no_event(body):
-    assert json.loads(server.judge(body).payload)["issues"] == [
+    assert json.loads(server.check_body(body).payload)["issues"] == [
         {"path": [], "message": "must be a JSON object"}
     ]
 
