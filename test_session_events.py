@@ -2271,6 +2271,15 @@ def one(tmp_path_factory):
 OK_BODY, BODY = b'{"ok":true}', as_sent(event("http"), separators=(",", ":"))
 PADDED = BODY[:-1] + b" " * (65536 - len(BODY)) + b"}"
 BARE = b"POST /v1/session-events HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(BODY)
+CHUNKED = request(headers=["Transfer-Encoding: chunked"])
+
+
+def chunks(body, size):
+    """A body in chunks of so many bytes, and the last chunk."""
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
 ANSWERS = {  # name: (request, status, body or None, whether the connection stays)
     "event": (request(BODY), 202, OK_BODY, True),
     "event again": (request(BODY), 202, OK_BODY, True),
@@ -2297,7 +2306,18 @@ ANSWERS = {  # name: (request, status, body or None, whether the connection stay
         False,
     ),
     "no length": (request(), 411, None, False),
-    "chunked": (request(headers=["Transfer-Encoding: chunked"]) + b"0\r\n\r\n", 411, None, False),
+    "chunked": (CHUNKED + chunks(BODY, 100), 202, OK_BODY, True),
+    "chunks of a byte": (CHUNKED + chunks(BODY, 1), 202, OK_BODY, True),
+    "chunks of 64 KiB": (CHUNKED + chunks(PADDED, 50000), 202, OK_BODY, True),
+    "chunks of nothing": (CHUNKED + b"000\r\n\r\n", 400, b'{"error":"Invalid JSON body"}', True),
+    "chunks over 64 KiB": (CHUNKED + chunks(PADDED + b" ", 4096), 413, None, False),
+    "a chunk over 64 KiB": (CHUNKED + b"10001\r\n", 413, None, False),
+    "a GET with chunks": (
+        CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz") + chunks(b"x" * 9, 5),
+        200,
+        OK_BODY,
+        True,
+    ),
     "long head": (request(BODY, headers=["X-Long: " + "x" * 17000]), 431, None, False),
     "many headers": (request(BODY, headers=["X-%d: y" % n for n in range(120)]), 431, None, False),
     "unknown path": (
@@ -2354,6 +2374,74 @@ ANSWERS = {  # name: (request, status, body or None, whether the connection stay
     "small letters": (b"GET /healthz http/1.1\r\n\r\n", 400, None, False),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, False),
 }
+ANSWERS.update(
+    (name, (CHUNKED + body, 400, None, False))
+    for name, body in {
+        "a chunk's extension": b"2;a=b\r\n{}\r\n0\r\n\r\n",
+        "an extension of the last chunk": b"2\r\n{}\r\n0;a\r\n\r\n",
+        "a blank behind a chunk's size": b"2 \r\n{}\r\n0\r\n\r\n",
+        "a blank before a chunk's size": b" 2\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size in hex with 0x": b"0x2\r\n{}\r\n0\r\n\r\n",
+        "a signed chunk's size": b"+2\r\n{}\r\n0\r\n\r\n",
+        "an endless chunk's size": b"0" * 17 + b"\r\n\r\n",
+        "a chunk without a size": b"\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size with a bare LF": b"2\n{}\r\n0\r\n\r\n",
+        "a chunk with a bare LF": b"2\r\n{}\n0\r\n\r\n",
+        "a chunk's size with two CRs": b"2\r\r\n{}\r\n0\r\n\r\n",
+        "a chunk longer than its size": b"1\r\n{}\r\n0\r\n\r\n",
+        "a chunk shorter than its size": b"3\r\n{}\r\n0\r\n\r\n",
+        "a trailer": b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
+        "a trailer with a length": b"0\r\nContent-Length: 5\r\n\r\n",
+    }.items()
+)
+ANSWERS.update(
+    (name, (request(headers=lines) + b"0\r\n\r\n", 400, None, False))
+    for name, lines in {
+        "chunked twice": ["Transfer-Encoding: chunked, chunked"],
+        "chunked in two lines": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+        "another coding": ["Transfer-Encoding: gzip"],
+        "another coding and chunked": ["Transfer-Encoding: gzip, chunked"],
+        "identity": ["Transfer-Encoding: identity"],
+        "chunked with a parameter": ["Transfer-Encoding: chunked;q=1"],
+        "no coding": ["Transfer-Encoding:"],
+        "xchunked": ["Transfer-Encoding: xchunked"],
+        "chunked behind a control character": ["Transfer-Encoding: \x0bchunked"],
+        "chunked and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
+        "chunked and no length": ["Transfer-Encoding: chunked", "Content-Length: 0"],
+    }.items()
+)
+ANSWERS["chunked in HTTP/1.0"] = (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400, None, False)
+ANSWERS.update(
+    (
+        "Host %r" % host,
+        (BARE.replace(b"localhost", host) + b"\r\n" + BODY, status, None, status < 400),
+    )
+    for host, status in {
+        b"": 202,
+        b"events.example.org": 202,
+        b"192.0.2.1:8787": 202,
+        b"[2001:db8::1]:8787": 202,
+        b"a_b:": 202,
+        b"%61": 202,
+        b"a b": 400,
+        b"a/b": 400,
+        b"user@a": 400,
+        b"a:b": 400,
+        b"a:1:2": 400,
+        b"[::1": 400,
+        b"::1": 400,
+        b"%6": 400,
+        b"\xe4": 400,
+        b'"a"': 400,
+    }.items()
+)
+ANSWERS["no Host"] = (BARE.replace(b"Host: localhost\r\n", b"") + b"\r\n" + BODY, 400, None, False)
+ANSWERS["no Host in HTTP/1.0"] = (
+    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"),
+    202,
+    OK_BODY,
+    False,
+)
 HEALTH = request(method="GET", target="/healthz")
 
 
