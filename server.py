@@ -166,9 +166,9 @@ COLUMNS = tuple(COLUMN_OF.get(name, name) for name, _type, _needed, _rule in FIE
 Row = Tuple[str, Optional[str], str, str, int, int, Optional[str], str, str]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The event check: bytes in, a row or the faults out (README, Contract 1)
-# ======================================================================================================
+# ==================================================================================================
 
 Issue = Dict[str, Any]  # {"path": [field or index, ...], "message": words}
 MAX_ISSUES = 100  # of one kind: a body of 13,000 unknown keys is not worth an answer of a megabyte
@@ -446,10 +446,10 @@ def key_issues(keys: List[str], words: str) -> List[Issue]:
     return issues
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Framing: bytes in, whole requests out; answers in, bytes out. No socket, no clock.
 # (README, Contract 2; RFC 9112)
-# ======================================================================================================
+# ==================================================================================================
 
 MAX_HEAD = 16 * 1024  # bytes, request line and header lines
 MAX_HEADERS = 99  # what http.server itself takes
@@ -517,15 +517,15 @@ class Request(NamedTuple):
 
 _request_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/1\.([01])").fullmatch
 _header_line = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)").fullmatch
-# RFC 9110 §7.2, RFC 3986 §3.2.2: a name, an IPv4 address or a bracketed literal, and a port. It is
-# empty for a target without an authority.
+# RFC 9110 §7.2, RFC 3986 §3.2.2: a name, an IPv4 address or a bracketed literal, and a port. Empty
+# for a target without an authority.
 _host = re.compile(rb"(?:\[[0-9A-Za-z._~!$&'()*+,;=:-]+\]|(?:[0-9A-Za-z._~!$&'()*+,;=-]"
                    rb"|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?").fullmatch
 _hot_line = b"POST " + ENDPOINT.encode()
 _bare = re.compile(rb"(?<!\r)\n|\r(?=[^\n])").search
 
-# What parse_head found, 0.1 us for 5: clients of one kind send the same head each time. It has heads
-# of events alone, without a line that might name who sent it.
+# What parse_head found, 0.1 us for 5: clients of one kind send the same head each time. Only heads
+# of events are kept, and none with a line that might name who sent it.
 _known_heads: Dict[bytes, Head] = {}
 
 
@@ -725,9 +725,9 @@ def answer_bytes(answer: Answer, close: bool, second: int, bodiless: bool = Fals
     ).encode("ascii") + (b"" if bodiless else answer.payload)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The rate limit: addresses in, seconds to wait out
-# ======================================================================================================
+# ==================================================================================================
 
 MAX_BUCKETS = 65536  # about 10 MB; beyond that the one that was quiet longest is forgotten
 
@@ -742,7 +742,7 @@ class Rate(NamedTuple):
 
 
 def parse_address(text: str) -> Optional[Address]:
-    """An address, or None for text that is none. A port, which some proxies add, and a zone are cut.
+    """An address, or None for text that is none. A port (some proxies add it) and a zone are cut.
 
     An IPv4 address in the form of an IPv6 one becomes an IPv4 address.
     """
@@ -760,7 +760,8 @@ def is_trusted(address: Optional[Address], trusted: Sequence[Network]) -> bool:
 
 
 def client_address(peer: str, forwarded: str, trusted: Sequence[Network]) -> Optional[Address]:
-    """Who sends: the peer, or, behind trusted proxies, the last hop in X-Forwarded-For that is none.
+    """Who sends: the peer, or, behind trusted proxies, the last hop in X-Forwarded-For that is no
+    trusted proxy.
 
     It is read from the right, since a client wrote whatever stands further left. The walk ends at a
     hop that is no address.
@@ -817,9 +818,9 @@ class RateLimit:
         return max(1, math.ceil(wait - self.rounding * 0.999))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Metrics: numbers in, Prometheus text out. No label names a client, a developer or a session.
-# ======================================================================================================
+# ==================================================================================================
 
 class Histogram:
     """Counts of values up to each bound, their sum and their number."""
@@ -849,12 +850,14 @@ class Metrics:
         self.events = {"stored": 0, "already_there": 0}
         self.swept = 0
         self.rows = Histogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-        self.commits = Histogram(.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5)
+        self.commits = Histogram(.0001, .00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25,
+                                 .5, 1, 2.5)
 
     def text(self, connections: Dict[str, int], database_bytes: int) -> bytes:
         """The text format, version 0.0.4."""
         def labelled(name: str, label: str, values: Mapping[Any, int]) -> List[str]:
-            return ['%s{%s="%s"} %d' % (name, label, value, values[value]) for value in sorted(values)]
+            return ['%s{%s="%s"} %d' % (name, label, value, values[value])
+                    for value in sorted(values)]
 
         build = '{version="%s",python="%s",sqlite="%s"} 1' % (
             __version__, ".".join(map(str, sys.version_info[:3])), sqlite3.sqlite_version)
@@ -868,7 +871,8 @@ class Metrics:
             ("swept_rows_total", "counter", "Rows deleted because of --retain-days.",
              lambda name: ["%s %d" % (name, self.swept)]),
             ("turn_rows", "histogram", "Rows in a turn's transaction.", self.rows.samples),
-            ("commit_seconds", "histogram", "Seconds of a turn's transaction, commit included.", self.commits.samples),
+            ("commit_seconds", "histogram", "Seconds of a turn's transaction, commit included.",
+             self.commits.samples),
             ("connections", "gauge", "Open connections, by what they wait for.",
              lambda name: labelled(name, "phase", connections)),
             ("database_bytes", "gauge", "Size of the database and its log.",
@@ -1164,9 +1168,9 @@ def file_identity(path: str) -> Optional[Tuple[int, int]]:
     return (status.st_dev, status.st_ino) if status.st_size or path.endswith("-wal") else None
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The handler: one whole request in memory, one answer. (The short path does without it.)
-# ======================================================================================================
+# ==================================================================================================
 
 def check_body(body: bytes) -> Union[Row, Answer]:
     """The row of the event in `body`, or the 400 that says what is wrong with it."""
@@ -1178,7 +1182,8 @@ def check_body(body: bytes) -> Union[Row, Answer]:
         return Answer(400, as_json({"error": str(wrong), "issues": wrong.issues}), "not_an_event")
 
 
-Routes = Dict[str, Dict[str, Callable[["IngestHandler"], Union[Row, Answer]]]]  # path: method: its answer
+# {path: {method: what answers it}}
+Routes = Dict[str, Dict[str, Callable[["IngestHandler"], Union[Row, Answer]]]]
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"}
 
 
@@ -1267,10 +1272,10 @@ OPERATORS: Routes = {
 HOT_ROUTE = "POST " + ENDPOINT
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Connections. A connection changes its own fields and no others. It tells `Connections` what the
 # turn has to know. The turn calls its methods, and changes none of its fields.
-# ======================================================================================================
+# ==================================================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READ_SIZE = 64 * 1024  # bytes a connection may bring in one turn
@@ -1389,7 +1394,7 @@ class Connection:
         self.closing = False
         self.lingers = False  # after the last answer, whatever the reader holds
 
-    # -- called by the turn -----------------------------------------------------------------------------
+    # -- called by the turn ------------------------------------------------------------------------
 
     def start(self) -> None:
         """Begin. The request is often there already: a connection for it alone is never watched."""
@@ -1448,7 +1453,7 @@ class Connection:
             self.enter(CLOSED)
             self.sock.close()
 
-    # -- its own ----------------------------------------------------------------------------------------
+    # -- its own -----------------------------------------------------------------------------------
 
     def first_phase(self) -> str:
         return IDLE
@@ -1683,14 +1688,15 @@ class TLSConnection(Connection):
             return None
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The turn: one turn of the selector loop is one transaction
-# ======================================================================================================
+# ==================================================================================================
 
 ROWS_A_TURN = 1024  # of all connections, and
 BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), and
 READING_SECONDS = 0.02  # spent on them: who waits for a turn waits for all of it
 ACCEPTS_A_TURN = 256
+NO_DESCRIPTORS = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 TICK = 0.25  # seconds: how late a deadline may be noticed
 LOG_SECONDS = 1.0  # between two lines about the store
 
@@ -1714,7 +1720,7 @@ SWEEP_EVERY = 60.0  # seconds, once all that is due is gone
 
 class Limits(NamedTuple):
     """What the server grants: seconds, and counts. `None`: no limit."""
-    request_seconds: float = 10.0  # from a request's first byte to its last; a TLS handshake likewise
+    request_seconds: float = 10.0  # from a request's first byte to its last; or a TLS handshake
     idle_seconds: float = 30.0  # between requests
     write_seconds: float = 10.0  # without a byte of an answer taken
     max_connections: int = 4096
@@ -1725,7 +1731,7 @@ DEFAULTS = Limits()
 
 
 class IngestServer(http.server.HTTPServer):
-    """The selector loop: one turn is one transaction. Raises OSError when the address cannot be had.
+    """The selector loop. Raises OSError when the address cannot be had.
 
     `inherited` is a listening socket to use instead of binding `address`. The next process uses it
     too: connections that nobody has accepted are left to that one.
@@ -1744,14 +1750,15 @@ class IngestServer(http.server.HTTPServer):
         self.rate_limit = RateLimit(limits.rate) if limits.rate else None
         self.now, self.second = time.monotonic(), int(time.time())
         self.connections = Connections()
-        self.taken, self.reading_until = 0, 0.0  # this turn's requests in bytes; the end of its time
+        self.taken, self.reading_until = 0, 0.0  # bytes of this turn's requests; when it is full
         self.rows: List[Row] = []  # of this turn
         self.answered_at = self.now  # when somebody was
-        self.calls: Deque[Callable[[], None]] = collections.deque()  # from other threads and signal handlers
+        # From other threads and signal handlers.
+        self.calls: Deque[Callable[[], None]] = collections.deque()
         self.feed_watchdog: Callable[[], None] = lambda: None
         self.feed_seconds, self.feed_at = math.inf, math.inf
         self.stopping, self.stop_at = False, 0.0
-        self.store_said, self.say_store_at = "", self.now  # the log's last word of the store; the next
+        self.store_said, self.say_store_at = "", self.now  # what the log last said, and may again
         self.store_fault, self.store_checked = "", self.now  # what the store last said, and when
         self.sweep_at = self.now if store.retain_days else float("inf")
         self.inherited = inherited is not None
@@ -1784,12 +1791,13 @@ class IngestServer(http.server.HTTPServer):
 
     def name_address(self) -> None:
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.server_name = str(self.server_address[0])
+        self.server_port = int(self.server_address[1])
 
     def listen(self, listener: socket.socket, routes: Routes) -> None:
         """Serve `routes` to whoever connects to `listener`."""
         listener.setblocking(False)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
         self.listeners[listener] = routes
         self.watch_listener(listener)
 
@@ -1800,7 +1808,8 @@ class IngestServer(http.server.HTTPServer):
         """Serve the metrics on an address of their own. Raises OSError."""
         listener = socket.socket(family_of(address[0]))
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
+            listener.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
             listener.bind(address)
             listener.listen()
             self.listen(listener, OPERATORS)
@@ -1813,7 +1822,7 @@ class IngestServer(http.server.HTTPServer):
         name = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
         return "%s://%s:%d" % ("https" if self.tls else "http", name, self.server_port)
 
-    # -- called from any thread, or a signal handler ----------------------------------------------------
+    # -- called from any thread, or a signal handler -----------------------------------------------
 
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop call `function` in its next turn."""
@@ -1826,7 +1835,7 @@ class IngestServer(http.server.HTTPServer):
         """Stop accepting, and end when no connection is left or `grace` seconds are over."""
         self.call(lambda: self.stop(grace))
 
-    # -- the turn ---------------------------------------------------------------------------------------
+    # -- the turn ----------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Turn until shutdown() is called, then close what is left. The store stays open."""
@@ -1898,7 +1907,7 @@ class IngestServer(http.server.HTTPServer):
             del self.listeners[listener]
         self.stopping, self.stop_at = True, self.now + grace
 
-    # -- connections ------------------------------------------------------------------------------------
+    # -- connections -------------------------------------------------------------------------------
 
     def on_connecting(self, listener: socket.socket, mask: int) -> None:
         self.accept(listener, ACCEPTS_A_TURN)
@@ -1909,7 +1918,7 @@ class IngestServer(http.server.HTTPServer):
                 sock, address = listener.accept()
             except OSError as error:
                 # Without descriptors accept() fails even when nobody waits; at first somebody does.
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM) and not accepted:
+                if error.errno in NO_DESCRIPTORS and not accepted:
                     self.out_of_descriptors()
                 return
             if len(self.connections) >= self.limits.max_connections:
@@ -1955,7 +1964,7 @@ class IngestServer(http.server.HTTPServer):
             for listener in self.listeners:
                 self.watch_listener(listener)
 
-    # -- the rate limit ---------------------------------------------------------------------------------
+    # -- the rate limit ----------------------------------------------------------------------------
 
     def take_token(self, bucket: Optional[bytes]) -> float:
         """Take a token from the bucket; the seconds to wait when there is none."""
@@ -1983,7 +1992,7 @@ class IngestServer(http.server.HTTPServer):
         return failure(429, "Too many requests", "over_rate",
                        "Retry-After: %d\r\n" % self.rate_limit.whole_seconds(wait))
 
-    # -- requests ---------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def respond(self, request: Request, connection: Connection) -> Tuple[Union[Row, Answer], str]:
         """The row to store, or the answer, and the route that the access log names."""
@@ -2000,7 +2009,7 @@ class IngestServer(http.server.HTTPServer):
         self.rows.append(row)
         return len(self.rows) - 1
 
-    def encode(self, answer: Answer, close: bool, route: str = "-", bodiless: bool = False) -> bytes:
+    def encode(self, answer: Answer, close: bool, route: str, bodiless: bool = False) -> bytes:
         """The bytes of an answer. Every answer comes through here, once."""
         self.metrics.answers[answer.status] += 1
         if answer.reason:
@@ -2047,7 +2056,7 @@ class IngestServer(http.server.HTTPServer):
         for connection in answering:
             self.guarded(connection.send_answers, results)
 
-    # -- the store's state, and what is said of it ------------------------------------------------------
+    # -- the store's state, and what is said of it -------------------------------------------------
 
     def note_store(self, fault: str) -> None:
         """Remember what the store said: its fault, or an empty text."""
@@ -2058,7 +2067,10 @@ class IngestServer(http.server.HTTPServer):
         """Log a change in what the store says, but not more often than LOG_SECONDS allows."""
         fault = self.store_fault
         if fault != self.store_said and self.now >= self.say_store_at:
-            log("store_unavailable" if fault else "store_available", **({"reason": fault} if fault else {}))
+            if fault:
+                log("store_unavailable", reason=fault)
+            else:
+                log("store_available")
             self.store_said, self.say_store_at = fault, self.now + LOG_SECONDS
 
     def report(self) -> None:
@@ -2076,7 +2088,7 @@ class IngestServer(http.server.HTTPServer):
         self.feed_watchdog, self.feed_seconds, self.feed_at = watchdog, seconds, self.now
 
     def store_is_ready(self) -> bool:
-        """What the last write showed, or, when that is over a second ago, what a write shows now."""
+        """What the last write showed, or, a second after it, what a write shows now."""
         if self.now - self.store_checked > 1:
             try:
                 self.store.probe()
@@ -2106,9 +2118,9 @@ def family_of(host: str) -> int:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The log: a line of JSON each. README, Contract 8: no hash, no ref, no client's address is in one.
-# ======================================================================================================
+# ==================================================================================================
 
 MAX_REASON = 400  # characters; a line must be shorter than PIPE_BUF
 
@@ -2452,7 +2464,8 @@ def watchdog_seconds() -> float:
     """How often systemd's watchdog is to be fed (sd_watchdog_enabled(3)); 0.0: not at all."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-    return int(microseconds) / 1e6 / 2 if mine and re.fullmatch("[0-9]{1,15}", microseconds) else 0.0
+    known = mine and re.fullmatch("[0-9]{1,15}", microseconds)
+    return int(microseconds) / 1e6 / 2 if known else 0.0
 
 
 def notify(state: str) -> None:

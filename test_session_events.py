@@ -29,7 +29,6 @@ import io
 import ipaddress
 import itertools
 import json
-import math
 import os
 import random
 import re
