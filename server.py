@@ -1409,10 +1409,10 @@ class Connection:
             self.flush()
         elif self.answers or self in self.others.backlog or self.others.held >= MAX_HELD:
             pass  # in the next turn: the socket stays ready
-        elif self.server.turn_is_full():
-            self.others.backlog[self] = None
-        else:
+        elif not self.server.turn_is_full():
             self.receive_requests()
+        elif self.phase is not LINGERING:  # which can wait: its socket stays ready
+            self.others.backlog[self] = None
 
     def resume(self) -> None:
         """Go on after the backlog."""

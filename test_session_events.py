@@ -2725,7 +2725,7 @@ def test_server_connections_keep_the_rules_of_their_table():
         request(as_sent(dict.fromkeys(map(str, range(100)), 1))) * 4 + end for end in (b"", b"\0\n")
     ]
     limits = server.Limits(request_seconds=0.05, idle_seconds=0.05, write_seconds=0.05)
-    with turning(limits=limits) as turned:
+    with turning(limits=limits) as turned, pytest.MonkeyPatch.context() as patched:
         move = turned.connections.move
 
         def recorded(connection, phase):
@@ -2760,10 +2760,12 @@ def test_server_connections_keep_the_rules_of_their_table():
                 else:
                     client[0].close()
                     clients.remove(client)
+            patched.setattr(server, "READING_SECONDS", rng.choice((0.0, 0.02, 0.02)))
             turned.turn(0)
             check_rules(turned)
         for sock, _ in clients:
             sock.close()
+        patched.undo()
         while turned.connections:
             turned.turn(0.01)
             check_rules(turned)
