@@ -1405,7 +1405,9 @@ class Connection:
 
     def on_ready(self, mask: int) -> None:
         """The selector saw the socket ready."""
-        if mask & WRITE:
+        if self.phase is CLOSED:
+            pass  # earlier in this turn
+        elif mask & WRITE:
             self.flush()
         elif self.answers or self in self.others.backlog or self.others.held >= MAX_HELD:
             pass  # in the next turn: the socket stays ready

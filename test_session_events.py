@@ -29,6 +29,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -2492,15 +2493,21 @@ def test_server_http_answers(one, name, way):
 def test_server_http_paths_give_the_same_answers(one):
     """The short path and the general one (a query leads there), with the same bodies: the same but for the date."""
 
-    def answer(target, body):
+    def answer(target, body, chunked=False):
         with Wire(one) as wire:
-            wire.send(request(body, target=target))
+            wire.send(CHUNKED + chunks(body, 999) if chunked else request(body, target=target))
             reply = wire.reply()
             return reply._replace(headers={**reply.headers, "date": ""})
 
     bodies = [as_sent(with_field(*case[:2])) for case in GOOD + BAD] + NOT_JSON + NO_EVENT
+    bodies += [
+        as_sent(EVENT)[:-1] + b', "tool_count": 1}',
+        as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}',
+    ]
     for body in bodies:
-        assert answer("/v1/session-events", body) == answer("/v1/session-events?", body)
+        short = answer("/v1/session-events", body)
+        assert short == answer("/v1/session-events?", body)
+        assert short == answer("/v1/session-events", body, chunked=True)
 
 
 def test_server_http_expect_continue(one):
@@ -2771,6 +2778,21 @@ def test_server_connections_keep_the_rules_of_their_table():
             check_rules(turned)
     ways = {(a, b) for a, to in server.NEXT_PHASES.items() for b in to if a != server.HANDSHAKE}
     assert seen <= ways and len(ways - seen) <= 2, ways - seen
+
+
+def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
+    """The selector saw it ready before the backlog's turn ended it, and then the turn was full."""
+    with turning() as turned, socket.create_connection(turned.server_address) as client:
+        turned.turn(10)
+        [connection] = turned.connections.all()
+        for full in (0.0, math.inf):
+            turned.reading_until = full
+            client.close()
+            connection.close()
+            for mask in (server.READ, server.WRITE):
+                connection.on_ready(mask)
+            check_rules(turned)
+            assert not turned.connections and not turned.connections.backlog
 
 
 def test_server_first_read_of_a_connection_asks_for_the_turns_time():
@@ -4191,6 +4213,7 @@ def test_server_fuzz(tmp_path):
         request(b"{}"),
         HEALTH,
         request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
+        CHUNKED + chunks(BODY, 64),
     ]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
