@@ -1360,8 +1360,9 @@ class Connections:
 
     def close_until_held_is_less(self) -> None:
         for phase in (READING, WRITING):
-            while self.held >= MAX_HELD and self.waiting[phase]:
-                next(iter(self.waiting[phase])).close()
+            for connection in list(self.waiting[phase]) if self.held >= MAX_HELD else []:
+                if self.held >= MAX_HELD and not connection.answers:
+                    connection.close()
 
 
 class Connection:
@@ -2157,8 +2158,9 @@ class LineStream:
             return True
         try:
             descriptor = stream.fileno()
-        except (OSError, ValueError):  # a stream of Python's own: a test's, say
-            print(text, file=stream)
+        except (AttributeError, OSError, ValueError):  # a stream of Python's own: a test's, say
+            with contextlib.suppress(OSError, ValueError):  # it is closed
+                print(text, file=stream)
             return True
         if hasattr(select, "poll"):  # not on Windows
             poll = select.poll()
@@ -2186,16 +2188,35 @@ def log(event: str, **fields: Any) -> None:
     ERRORS.write(line(event=event, **fields))
 
 
+_rare: Dict[Tuple[str, Tuple[str, int]], Tuple[float, int]] = {}  # when it was said; left out since
+
+
+def log_rarely(event: str, place: Tuple[str, int], **fields: Any) -> None:
+    """Log a line, but for one place not more often than LOG_SECONDS allows.
+
+    `more` is how many lines were left out since the last one.
+    """
+    now = time.monotonic()
+    said_at, more = _rare.get((event, place), (-math.inf, 0))
+    if now - said_at < LOG_SECONDS:
+        _rare[event, place] = said_at, more + 1
+        return
+    _rare[event, place] = now, 0
+    log(event, **fields, **({"more": more} if more else {}))
+
+
 def log_fault(error: BaseException) -> None:
     """A fault of this program: its kind and its place. Its text can hold what a client sent."""
     place = traceback.extract_tb(error.__traceback__)[-1]
-    log("internal_error", kind=type(error).__name__, function=place.name, line=place.lineno)
+    log_rarely("internal_error", (place.name, place.lineno or 0), kind=type(error).__name__,
+               function=place.name, line=place.lineno)
 
 
 def log_refused(row: Row, error: Exception) -> None:
     """SQLite names the constraint that failed. Another program's trigger might say anything."""
     known = re.fullmatch(r"[A-Z ]+ constraint failed: [\w., ]+", str(error))
-    log("insert_failed", identity=row[0][:6], reason=str(error) if known else type(error).__name__)
+    log_rarely("insert_failed", ("", 0), identity=row[0][:6],
+               reason=str(error) if known else type(error).__name__)
 
 
 # ======================================================================================================

@@ -3694,6 +3694,7 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
         (b"GET /home/secret-path\r\n\r\n", "-", 400),
         (request(BODY)[:60], "POST /v1/session-events", 408),
         (request(BODY)[:-1], "POST /v1/session-events", 408),
+        (CHUNKED + chunks(BODY, 9)[:-3], "POST /v1/session-events", 408),
         (b"POST /v1/sess", "-", 408),
     ]
     with serving(tmp_path / "events.db", "--access-log", "--request-seconds", 0.3) as running:
@@ -3762,6 +3763,15 @@ def test_server_store_that_fails_in_changing_ways_is_a_line_a_second():
         turned.stop(0.0)
         turned.serve_forever()
         assert said[-1]["event"] == "store_available" and len(said) <= 12
+        del said[:]
+        patched.setattr(server, "_rare", {})
+        for _ in range(1000):
+            turned.guarded(lambda: 1 / 0)
+            server.log_refused(("0" * 64,), ValueError())
+        assert [line["event"] for line in said] == ["internal_error", "insert_failed"]
+        patched.setattr(server, "LOG_SECONDS", 0.0)
+        server.log_refused(("0" * 64,), ValueError())
+        assert said[-1]["more"] == 999 and said[-1]["identity"] == "000000"
 
 
 def referred(roots):
