@@ -3903,9 +3903,10 @@ def test_server_tls_in_the_loop(tmp_path):
             ) as sock:
                 shaken = sock.getpeercert()["subject"][0][0][1], sock.version()
                 last = request(b"nope", headers=["Connection: close"])
-                sock.sendall(request(PADDED) + request(as_sent(event(n))) + last)
+                chunked = CHUNKED + chunks(PADDED, 777)
+                sock.sendall(request(PADDED) + chunked + request(as_sent(event(n))) + last)
                 data = b"".join(iter(lambda: sock.recv(65536), b""))
-                assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"202", b"202", b"400"]
+                assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"202", b"202", b"202", b"400"]
                 return shaken
 
         assert running.base.startswith("https://")
