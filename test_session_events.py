@@ -17,16 +17,20 @@ import contextlib
 import csv
 import datetime
 import email.utils
+import errno
 import fcntl
 import functools
+import gc
 import glob
 import hashlib
 import hmac
 import http.server
+import importlib.util
 import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import py_compile
 import random
@@ -2735,7 +2739,6 @@ def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd)
 # -- The event check -------------------------------------------------------------------------------
 
 HEX = EVENT["identity_hash"]
-SLUG = "must be a slug: 1 to 128 of A-Z a-z 0-9 . _ : -, the first a letter or digit"
 ABSENT = object()
 GOOD = [  # (field, value sent, value stored): CONTRACT §1, each row with its edges
     ("identity_hash", HEX, HEX),
@@ -2876,8 +2879,8 @@ def test_server_event_check_takes(field, value, stored):
         else stored
     )
     column = server.COLUMNS.index("discovery_refs_json" if field == "discovery_refs" else field)
-    short = server.judge(as_sent(with_field(field, value), separators=(",", ":")))
-    spaced = server.judge(as_sent(with_field(field, value), indent=1))
+    short = server.check_body(as_sent(with_field(field, value), separators=(",", ":")))
+    spaced = server.check_body(as_sent(with_field(field, value), indent=1))
     assert short == spaced and type(short) is tuple
     assert short[column] == stored
 
@@ -2885,7 +2888,7 @@ def test_server_event_check_takes(field, value, stored):
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_server_event_check_refuses(field, value):
     for options in ({"separators": (",", ":")}, {"indent": 1}, {"ensure_ascii": False}):
-        answer = server.judge(as_sent(with_field(field, value), **options))
+        answer = server.check_body(as_sent(with_field(field, value), **options))
         if isinstance(value, str) and "\ud800" in value and options.get("ensure_ascii") is False:
             assert answer.status == 400  # a lone surrogate is no UTF-8
             continue
@@ -2901,7 +2904,7 @@ def test_server_event_check_names_every_fault_and_no_value():
     )
     del wrong["ended_at"]
     wrong.update({"note": "SECRET-4", "SECRET key": 1})
-    answer = server.judge(as_sent(wrong))
+    answer = server.check_body(as_sent(wrong))
     told = json.loads(answer.payload)["issues"]
     assert [issue["path"] for issue in told] == [
         ["identity_hash"],
@@ -2913,18 +2916,52 @@ def test_server_event_check_names_every_fault_and_no_value():
         [],
     ]
     assert b"SECRET" not in answer.payload
-    many = server.judge(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
-    assert len(many.payload) < 16384 and b"8900 more unknown keys" in many.payload
+    many = server.check_body(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
+    assert len(many.payload) < 16384 and b"8900 more keys" in many.payload
+
+
+def test_server_event_check_says_the_rules_of_the_table():
+    """Each field's message and column come from its row of FIELDS."""
+    told = {name: server.check_body(as_sent(with_field(name, {}))) for name, *_ in server.FIELDS}
+    told = {name: json.loads(answer.payload)["issues"] for name, answer in told.items()}
+    for name, json_type, _needed, rule in server.FIELDS:
+        words = told[name][0]["message"]
+        assert words.endswith(", or null") == ("null" in json_type)
+        if json_type == "number":
+            assert words == "must be a whole number from %d to %d" % rule
+        elif json_type == "array":
+            assert words == "must be an array of strings"
+        else:
+            assert ("ISO 8601" if rule == "moment" else "of the form " + rule) in words
+        assert server.COLUMNS.count(name) + server.COLUMNS.count(name + "_json") == 1
+    assert server.FIELDS[7][3][1] in server.check_body(
+        as_sent(with_field("discovery_refs", ["a b"]))
+    ).payload.decode().replace("\\\\", "\\")
+
+
+def test_server_event_check_names_a_key_that_stands_twice():
+    """The last of two values is what most parsers take, the first what some do: neither is stored."""
+    for name, value in EVENT.items():
+        for other in (value, 1, "x"):
+            twice = as_sent(EVENT)[:-1] + b", " + as_sent({name: other})[1:]
+            told = json.loads(server.check_body(twice).payload)
+            assert {"path": [name], "message": "stands more than once"} in told["issues"], name
+    secret = as_sent(EVENT)[:-1] + b', "SECRET key": 1, "SECRET key": {"a": 1, "a": 2}}'
+    told = server.check_body(secret)
+    assert told.status == 400 and b"SECRET" not in told.payload
+    assert [issue["path"] for issue in json.loads(told.payload)["issues"]] == [[], []]
+    many = b"{%s}" % b",".join(b'"%d":1' % (n % 6000) for n in range(12000))
+    assert len(server.check_body(many).payload) < 32768
 
 
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:20]))
 def test_server_event_check_not_json(body):
-    assert server.judge(body)[:2] == (400, b'{"error":"Invalid JSON body"}')
+    assert server.check_body(body)[:2] == (400, b'{"error":"Invalid JSON body"}')
 
 
 @pytest.mark.parametrize("body", NO_EVENT, ids=lambda body: repr(body[:20]))
 def test_server_event_check_no_event(body):
-    assert json.loads(server.judge(body).payload)["issues"] == [
+    assert json.loads(server.check_body(body).payload)["issues"] == [
         {"path": [], "message": "must be a JSON object"}
     ]
 
@@ -3328,6 +3365,15 @@ def one(tmp_path_factory):
 OK_BODY, BODY = b'{"ok":true}', as_sent(event("http"), separators=(",", ":"))
 PADDED = BODY[:-1] + b" " * (65536 - len(BODY)) + b"}"
 BARE = b"POST /v1/session-events HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(BODY)
+CHUNKED = request(headers=["Transfer-Encoding: chunked"])
+
+
+def chunks(body, size):
+    """A body in chunks of so many bytes, and the last chunk."""
+    pieces = [body[i : i + size] for i in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+
+
 ANSWERS = {  # name: (request, status, body or None, whether the connection stays)
     "event": (request(BODY), 202, OK_BODY, True),
     "event again": (request(BODY), 202, OK_BODY, True),
@@ -3354,7 +3400,18 @@ ANSWERS = {  # name: (request, status, body or None, whether the connection stay
         False,
     ),
     "no length": (request(), 411, None, False),
-    "chunked": (request(headers=["Transfer-Encoding: chunked"]) + b"0\r\n\r\n", 411, None, False),
+    "chunked": (CHUNKED + chunks(BODY, 100), 202, OK_BODY, True),
+    "chunks of a byte": (CHUNKED + chunks(BODY, 1), 202, OK_BODY, True),
+    "chunks of 64 KiB": (CHUNKED + chunks(PADDED, 50000), 202, OK_BODY, True),
+    "chunks of nothing": (CHUNKED + b"000\r\n\r\n", 400, b'{"error":"Invalid JSON body"}', True),
+    "chunks over 64 KiB": (CHUNKED + chunks(PADDED + b" ", 4096), 413, None, False),
+    "a chunk over 64 KiB": (CHUNKED + b"10001\r\n", 413, None, False),
+    "a GET with chunks": (
+        CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz") + chunks(b"x" * 9, 5),
+        200,
+        OK_BODY,
+        True,
+    ),
     "long head": (request(BODY, headers=["X-Long: " + "x" * 17000]), 431, None, False),
     "many headers": (request(BODY, headers=["X-%d: y" % n for n in range(120)]), 431, None, False),
     "unknown path": (
@@ -3411,6 +3468,74 @@ ANSWERS = {  # name: (request, status, body or None, whether the connection stay
     "small letters": (b"GET /healthz http/1.1\r\n\r\n", 400, None, False),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, False),
 }
+ANSWERS.update(
+    (name, (CHUNKED + body, 400, None, False))
+    for name, body in {
+        "a chunk's extension": b"2;a=b\r\n{}\r\n0\r\n\r\n",
+        "an extension of the last chunk": b"2\r\n{}\r\n0;a\r\n\r\n",
+        "a blank behind a chunk's size": b"2 \r\n{}\r\n0\r\n\r\n",
+        "a blank before a chunk's size": b" 2\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size in hex with 0x": b"0x2\r\n{}\r\n0\r\n\r\n",
+        "a signed chunk's size": b"+2\r\n{}\r\n0\r\n\r\n",
+        "an endless chunk's size": b"0" * 17 + b"\r\n\r\n",
+        "a chunk without a size": b"\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size with a bare LF": b"2\n{}\r\n0\r\n\r\n",
+        "a chunk with a bare LF": b"2\r\n{}\n0\r\n\r\n",
+        "a chunk's size with two CRs": b"2\r\r\n{}\r\n0\r\n\r\n",
+        "a chunk longer than its size": b"1\r\n{}\r\n0\r\n\r\n",
+        "a chunk shorter than its size": b"3\r\n{}\r\n0\r\n\r\n",
+        "a trailer": b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
+        "a trailer with a length": b"0\r\nContent-Length: 5\r\n\r\n",
+    }.items()
+)
+ANSWERS.update(
+    (name, (request(headers=lines) + b"0\r\n\r\n", 400, None, False))
+    for name, lines in {
+        "chunked twice": ["Transfer-Encoding: chunked, chunked"],
+        "chunked in two lines": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+        "another coding": ["Transfer-Encoding: gzip"],
+        "another coding and chunked": ["Transfer-Encoding: gzip, chunked"],
+        "identity": ["Transfer-Encoding: identity"],
+        "chunked with a parameter": ["Transfer-Encoding: chunked;q=1"],
+        "no coding": ["Transfer-Encoding:"],
+        "xchunked": ["Transfer-Encoding: xchunked"],
+        "chunked behind a control character": ["Transfer-Encoding: \x0bchunked"],
+        "chunked and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
+        "chunked and no length": ["Transfer-Encoding: chunked", "Content-Length: 0"],
+    }.items()
+)
+ANSWERS["chunked in HTTP/1.0"] = (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400, None, False)
+ANSWERS.update(
+    (
+        "Host %r" % host,
+        (BARE.replace(b"localhost", host) + b"\r\n" + BODY, status, None, status < 400),
+    )
+    for host, status in {
+        b"": 202,
+        b"events.example.org": 202,
+        b"192.0.2.1:8787": 202,
+        b"[2001:db8::1]:8787": 202,
+        b"a_b:": 202,
+        b"%61": 202,
+        b"a b": 400,
+        b"a/b": 400,
+        b"user@a": 400,
+        b"a:b": 400,
+        b"a:1:2": 400,
+        b"[::1": 400,
+        b"::1": 400,
+        b"%6": 400,
+        b"\xe4": 400,
+        b'"a"': 400,
+    }.items()
+)
+ANSWERS["no Host"] = (BARE.replace(b"Host: localhost\r\n", b"") + b"\r\n" + BODY, 400, None, False)
+ANSWERS["no Host in HTTP/1.0"] = (
+    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"),
+    202,
+    OK_BODY,
+    False,
+)
 HEALTH = request(method="GET", target="/healthz")
 
 
@@ -3459,15 +3584,21 @@ def test_server_http_answers(one, name, way):
 def test_server_http_paths_give_the_same_answers(one):
     """The short path and the general one (a query leads there), with the same bodies: the same but for the date."""
 
-    def answer(target, body):
+    def answer(target, body, chunked=False):
         with Wire(one) as wire:
-            wire.send(request(body, target=target))
+            wire.send(CHUNKED + chunks(body, 999) if chunked else request(body, target=target))
             reply = wire.reply()
             return reply._replace(headers={**reply.headers, "date": ""})
 
     bodies = [as_sent(with_field(*case[:2])) for case in GOOD + BAD] + NOT_JSON + NO_EVENT
+    bodies += [
+        as_sent(EVENT)[:-1] + b', "tool_count": 1}',
+        as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}',
+    ]
     for body in bodies:
-        assert answer("/v1/session-events", body) == answer("/v1/session-events?", body)
+        short = answer("/v1/session-events", body)
+        assert short == answer("/v1/session-events?", body)
+        assert short == answer("/v1/session-events", body, chunked=True)
 
 
 def test_server_http_expect_continue(one):
@@ -3521,6 +3652,298 @@ def test_server_http_hostile_head_takes_no_time():
         with pytest.raises(server.Refused):
             server.parse_head(b"GET / HTTP/1.1\r\nA%d:" % n + b" " * 16000 + b"\0")
     assert time.perf_counter() - started < 5
+
+
+# -- Framing, without a socket ---------------------------------------------------------------------
+
+
+def framed(pieces):
+    """What the reader makes of the pieces: (first line, body) of each request; a refusal's status."""
+    reader, found = server.RequestReader(), []
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            while True:
+                request_found = reader.next_request()
+                if request_found is None:
+                    break
+                found.append((request_found.text.partition(b"\r\n")[0], request_found.body))
+        found.append(reader.held())
+    except server.Refused as refused:
+        found.append((reader.request_line(), refused.answer.status))
+    return found
+
+
+POST_LINE, GET_LINE = b"POST /v1/session-events HTTP/1.1", b"GET /healthz HTTP/1.1"
+FRAMES = {  # name: (bytes, requests found and what is held, or refused, at their end)
+    "nothing": (b"", [0]),
+    "an empty line": (b"\r\n", [2]),
+    "half a head": (request(b"{}")[:30], [30]),
+    "a head": (request(b"{}")[:-2], [len(request(b"{}")) - 6]),
+    "length": (request(b"{}"), [(POST_LINE, b"{}"), 0]),
+    "no body": (HEALTH, [(GET_LINE, b""), 0]),
+    "three": (
+        HEALTH + request(b"{}") + HEALTH,
+        [(GET_LINE, b""), (POST_LINE, b"{}"), (GET_LINE, b""), 0],
+    ),
+    "empty lines between": (b"\r\n" + HEALTH + b"\r\n" + HEALTH, [(GET_LINE, b"")] * 2 + [0]),
+    "two empty lines": (b"\r\n\r\n" + HEALTH, [(b"", 400)]),
+    "chunks": (CHUNKED + chunks(b"0123456789" * 9, 16), [(POST_LINE, b"0123456789" * 9), 0]),
+    "large and small digits": (
+        CHUNKED + b"00A\r\n0123456789\r\n0a\r\n0123456789\r\n0000\r\n\r\n",
+        [(POST_LINE, b"0123456789" * 2), 0],
+    ),
+    "a chunk that looks like the end": (
+        CHUNKED + b"5\r\n0\r\n\r\n\r\n0\r\n\r\n",
+        [(POST_LINE, b"0\r\n\r\n"), 0],
+    ),
+    "a request inside a chunk": (
+        CHUNKED + chunks(HEALTH, 1000) + HEALTH,
+        [(POST_LINE, HEALTH), (GET_LINE, b""), 0],
+    ),
+    "a request behind chunks": (
+        (CHUNKED + chunks(b"{}", 1) + request(b"[]")) * 2,
+        [(POST_LINE, b"{}"), (POST_LINE, b"[]")] * 2 + [0],
+    ),
+    "half a chunk": (CHUNKED + b"3\r\n{}", [len(CHUNKED) - 4 + 5]),
+    "no last chunk": (CHUNKED + b"2\r\n{}\r\n", [len(CHUNKED) - 4 + 2]),
+    "no end of the last chunk": (CHUNKED + b"2\r\n{}\r\n0\r\n", [len(CHUNKED) - 4 + 5]),
+    "a good one, then a bad one": (HEALTH + b"\0\r\n\r\n", [(GET_LINE, b""), (b"\0", 400)]),
+    "a refusal behind a memo": (
+        request(b"{}") * 2 + CHUNKED + b"x",
+        [(POST_LINE, b"{}")] * 2 + [(POST_LINE, 400)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_server_framing_does_not_depend_on_how_bytes_arrive(name):
+    """Whole, one by one, cut in two at every place, and with the beginning of another behind."""
+    data, expected = FRAMES[name]
+    assert framed([data]) == framed([data[i : i + 1] for i in range(len(data))]) == expected
+    for cut in range(len(data)):
+        assert framed([data[:cut], data[cut:]]) == expected
+    if expected[-1] == 0:
+        assert framed([data + b"POST"]) == [*expected[:-1], 4]
+
+
+def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
+    """Seeded mutants: in any pieces the same requests or the same refusal; and none but strict chunks."""
+
+    def outcome(pieces):
+        *found, last = framed(pieces)
+        return [*found, last if isinstance(last, int) else ("refused", last[1])]
+
+    rng, outcomes = random.Random(11), collections.Counter()
+    strict = re.compile(rb"((?:0*[1-9a-fA-F][0-9a-fA-F]*\r\n.*\r\n)*?)0+\r\n\r\n", re.DOTALL)
+    for _ in range(3000):
+        tail = bytearray(chunks(bytes(rng.randrange(256) for _ in range(30)), rng.randrange(1, 31)))
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            at = rng.randrange(len(tail))
+            how = rng.randrange(3)
+            if how == 0:
+                tail[at] = rng.choice(b"\r\n0129afAF;= x\0")
+            elif how == 1:
+                del tail[at : at + rng.randrange(1, 4)]
+            else:
+                tail[at:at] = rng.choice((b"\r\n", b"\n", b"0", b";", b" ", b"1\r\nx\r\n", b"\r"))
+        data = CHUNKED + bytes(tail) + HEALTH
+        whole = outcome([data])
+        cuts = sorted(rng.sample(range(len(data)), 4))
+        assert whole == outcome([data[i : i + 1] for i in range(len(data))])
+        assert whole == outcome([data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)])])
+        outcomes[type(whole[-1]).__name__, len(whole)] += 1
+        if len(whole) == 3 and whole[-1] == 0:
+            assert strict.match(bytes(tail)) and whole[1] == (GET_LINE, b"")
+    assert outcomes["int", 3] > 300 and outcomes["tuple", 1] > 300, outcomes
+
+
+def test_server_framing_holds_no_more_than_a_request():
+    """Chunks of a byte with long sizes: 21 bytes each on the wire, one in memory."""
+    reader = server.RequestReader()
+    reader.feed(CHUNKED)
+    for _ in range(64):
+        reader.feed(b"0000000000000001\r\nx\r\n" * 1024)
+        assert reader.next_request() is None and reader.held() <= 66 * 1024
+    reader.feed(b"1\r\n")
+    with pytest.raises(server.Refused) as refused:
+        reader.next_request()
+    assert refused.value.answer.status == 413
+    for length in (server.MAX_HEAD - 1, server.MAX_HEAD, server.MAX_HEAD + 1):
+        text = b"GET /" + b"a" * (length - 28) + b" HTTP/1.1\r\nHost: locals"
+        assert len(text) == length
+        assert (framed([text + b"\r\n\r\n"])[0][1] == 431) == (length > server.MAX_HEAD)
+
+
+# -- Connections, turn by turn ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def turning(address=("127.0.0.1", 0), limits=server.DEFAULTS, **options):
+    """A server in this process that turns only when the test says so."""
+    with contextlib.closing(server.Store(":memory:")) as store:
+        turned = server.IngestServer(address, store, limits, **options)
+        try:
+            yield turned
+        finally:
+            for connection in turned.connections.all():
+                connection.close()
+            turned.server_close()
+
+
+def check_rules(turned):
+    """The rules above the table of phases, between two turns."""
+    crowd, listed = turned.connections, collections.Counter()
+    for phase, members in crowd.waiting.items():
+        assert [c.since for c in members] == sorted(c.since for c in members)
+        for c in members:
+            listed[c] += 1
+            assert c.phase == phase
+            assert not c.answers and not c.queued
+            assert bool(c.unsent) == (phase == server.WRITING)
+            assert c not in crowd.backlog or phase in (
+                server.HANDSHAKE,
+                server.IDLE,
+                server.READING,
+            )
+            assert c.held == c.reader.held() + len(c.unsent)
+            assert phase != server.LINGERING or (c.closing and not c.held)
+            assert c.mask or c in crowd.backlog
+            assert phase != server.IDLE or not c.held or c in crowd.backlog
+    assert set(listed.values()) <= {1} and set(crowd.backlog) <= set(listed)
+    assert crowd.held == sum(c.held for c in listed) and not crowd.answering
+
+
+def test_server_connections_keep_the_rules_of_their_table():
+    """Seeded clients that send good and bad requests in pieces, stop reading, half-close and go."""
+    rng, seen = random.Random(7), set()
+    valid = [request(BODY), CHUNKED + chunks(BODY, 99), HEALTH, request(BODY) * 40, b"\0\r\n\r\n"]
+    valid += [request(BODY, headers=["Expect: 100-continue"]), request(b"[" * 60000)]
+    valid += [
+        request(as_sent(dict.fromkeys(map(str, range(100)), 1))) * 4 + end for end in (b"", b"\0\n")
+    ]
+    limits = server.Limits(request_seconds=0.05, idle_seconds=0.05, write_seconds=0.05)
+    with turning(limits=limits) as turned, pytest.MonkeyPatch.context() as patched:
+        move = turned.connections.move
+
+        def recorded(connection, phase):
+            seen.add((connection.phase, phase))
+            move(connection, phase)
+
+        turned.connections.move = recorded
+        turned.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted ones too
+        clients = []
+        for _ in range(1500):
+            if len(clients) < 12:
+                sock = socket.create_connection(turned.server_address)
+                sock.setblocking(False)
+                if rng.random() < 0.3:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                clients.append([sock, b""])
+            client = rng.choice(clients)
+            client[1] = (
+                client[1] or mutated(rng, rng.choice(valid))
+                if rng.random() < 0.3
+                else (client[1] or rng.choice(valid) * rng.choice((1, 1, 300)))
+            )
+            how = rng.random()
+            with contextlib.suppress(OSError):
+                if how < 0.7:
+                    sent = client[0].send(client[1][: rng.choice((1, 50, 70000, 500000))])
+                    client[1] = client[1][sent:]
+                elif how < 0.9:
+                    client[0].recv(rng.choice((10, 1 << 20)))
+                elif how < 0.95:
+                    client[0].shutdown(socket.SHUT_WR)
+                else:
+                    client[0].close()
+                    clients.remove(client)
+            patched.setattr(server, "READING_SECONDS", rng.choice((0.0, 0.02, 0.02)))
+            turned.turn(0)
+            check_rules(turned)
+        for sock, _ in clients:
+            sock.close()
+        patched.undo()
+        while turned.connections:
+            turned.turn(0.01)
+            check_rules(turned)
+    ways = {(a, b) for a, to in server.NEXT_PHASES.items() for b in to if a != server.HANDSHAKE}
+    assert seen <= ways and len(ways - seen) <= 2, ways - seen
+
+
+def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
+    """The selector saw it ready before the backlog's turn ended it, and then the turn was full."""
+    with turning() as turned, socket.create_connection(turned.server_address) as client:
+        turned.turn(10)
+        [connection] = turned.connections.all()
+        for full in (0.0, math.inf):
+            turned.reading_until = full
+            client.close()
+            connection.close()
+            for mask in (server.READ, server.WRITE):
+                connection.on_ready(mask)
+            check_rules(turned)
+            assert not turned.connections and not turned.connections.backlog
+
+
+def test_server_first_read_of_a_connection_asks_for_the_turns_time():
+    """250 that have connected with a costly body: no turn takes much longer than its 20 ms."""
+    body = b'{"a":' + b"[" * 500 + b"1," * 32000 + b"1" + b"]" * 500 + b"}"
+    costly = request(body[:65000].rstrip(b",") + b"]" * 500 + b"}")
+    with turning() as turned, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(turned.server_address)) for _ in range(250)
+        ]
+        for client in clients:
+            client.setblocking(False)
+            client.send(costly)
+        longest = total = 0.0
+        while turned.metrics.answers[400] < 250:
+            started = time.thread_time()
+            turned.turn(1)
+            spent = time.thread_time() - started
+            longest, total = max(longest, spent), total + spent
+            check_rules(turned)
+    assert total > 4 * longest, (total, longest)
+    assert longest < 0.1
+
+
+def test_server_drains_its_own_listener_and_leaves_an_inherited_one():
+    """Who has connected is served by this process, or by the next one that has the same socket."""
+    for inherits in (False, True):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(30)
+            handed = listener.dup() if inherits else None
+            with turning(inherited=handed) as turned:
+                address = turned.server_address
+                with socket.create_connection(address) as client:
+                    client.sendall(request(BODY, headers=["Connection: close"]))
+                    turned.stop(30.0)
+                    assert len(turned.connections) == (0 if inherits else 1)
+                    turned.serve_forever()
+                    assert turned.metrics.answers[202] == (0 if inherits else 1)
+                    if inherits:
+                        listener.accept()[0].close()  # the next process gets it
+
+
+@needs_linux
+def test_server_that_cannot_bind_leaves_no_descriptor():
+    with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.closing(
+        server.Store(":memory:")
+    ) as store:
+        before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError) as kept:  # and with it all that the failed server held
+            server.IngestServer(taken.getsockname(), store)
+        assert set(os.listdir("/proc/self/fd")) == before and kept.value.errno == errno.EADDRINUSE
+
+
+@needs_linux
+def test_server_spins_only_where_another_cpu_is_its_own():
+    script = "import os, server; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    script += "print(server.usable_cpus())"
+    assert run([sys.executable, "-c", script], cwd=ROOT).stdout == "1\n"
+    assert server.usable_cpus() == len(os.sched_getaffinity(0))
+    assert (server.SPIN_SECONDS > 0) == (server.usable_cpus() > 1)
 
 
 # -- The process -----------------------------------------------------------------------------------
@@ -3825,6 +4248,34 @@ def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
     assert [client.failures for client in clients] == [[]] * 4
     stored = {row["session_id_hash"] for row in rows_of(db)}
     assert {accepted for client in clients for accepted in client.accepted} == stored
+
+
+def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(30)
+        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="600000")
+        env.pop("WATCHDOG_PID", None)
+        with serving(tmp_path / "events.db", env=env) as running:
+            assert notices.recv(100) == b"READY=1"
+            started = time.monotonic()
+            assert [notices.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
+            assert time.monotonic() - started > 0.7  # not at every turn, but at every 0.3 s
+            running.process.send_signal(signal.SIGSTOP)
+            notices.settimeout(0.9)
+            with pytest.raises(socket.timeout):
+                while notices.recv(100):  # one may have been under way
+                    pass
+            running.process.send_signal(signal.SIGCONT)
+            notices.settimeout(30)
+            assert notices.recv(100) == b"WATCHDOG=1"
+        env["WATCHDOG_PID"] = "1"  # another's
+        with serving(tmp_path / "events.db", env=env) as running:
+            while notices.recv(100) != b"READY=1":
+                pass
+            notices.settimeout(0.5)
+            with pytest.raises(socket.timeout):
+                notices.recv(100)
 
 
 # -- Limits ----------------------------------------------------------------------------------------
@@ -4293,6 +4744,23 @@ def test_server_rate_limit_is_a_token_bucket():
         assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600 and many.wait(
             b"%r" % now, now
         ) > 0
+    rng = random.Random(6)
+    for per_hour, seconds in (
+        (5, 720),
+        (60, 60),
+        (7, None),
+    ):  # the least that is enough, on any clock
+        hourly = server.RateLimit(server.Rate(per_hour, 3600.0))
+        for now in [rng.uniform(0, 1e7) for _ in range(300)]:
+            name = b"%r" % now
+            assert [hourly.wait(name, now) for _ in range(per_hour)] == [0.0] * per_hour
+            after = hourly.whole_seconds(hourly.wait(name, now))
+            assert seconds in (None, after)
+            assert hourly.wait(name, now + after - 1) > 0 and hourly.wait(name, now + after) == 0.0
+    limit.give_back(b"unknown")
+    before = limit.wait(b"back", 1000.0)
+    limit.give_back(b"back")
+    assert before == 0 and [limit.wait(b"back", 1000.0) for _ in range(11)].count(0.0) == 10
     for n in range(server.MAX_BUCKETS + 10):
         limit.wait(b"%d" % n, 1000.0)
     assert len(limit.full_at) == server.MAX_BUCKETS
@@ -4315,7 +4783,7 @@ def test_server_rate_limit_answers_429_with_retry_after(tmp_path):
 
         replies = statuses("198.51.100.7", 8)
         assert [reply.status for reply in replies] == [202] * 5 + [429] * 3
-        assert 600 < int(replies[-1].headers["retry-after"]) <= 720
+        assert 700 < int(replies[-1].headers["retry-after"]) <= 720
         assert [reply.status for reply in statuses("198.51.100.8", 5)] == [202] * 5
         assert post(running, event("loopback")).status == 202
     with serving(
@@ -4351,23 +4819,162 @@ def test_server_pepper_hides_the_hashes_and_keeps_idempotency(tmp_path):
 
 
 def test_server_access_log_only_when_asked_and_without_names(tmp_path):
-    with serving(tmp_path / "events.db", "--access-log") as running, Wire(running) as wire:
-        last = request(method="GET", target="/healthz", headers=["Connection: close"])
-        wire.send(
-            request(as_sent(event("log")))
-            + request(method="GET", target="/home/somebody/secret-path")
-            + last
-        )
-        assert [wire.reply().status for _ in range(3)] == [202, 404, 200]
+    """Also of what is refused it names the route, where that is one that the server knows."""
+    bad_host = request(BODY, headers=["Host: again"])
+    cases = [  # (bytes, route, status)
+        (request(as_sent(event("log"))), "POST /v1/session-events", 202),
+        (CHUNKED + chunks(BODY, 9), "POST /v1/session-events", 202),
+        (request(method="GET", target="/healthz"), "GET /healthz", 200),
+        (request(method="GET", target="/home/somebody/secret-path"), "-", 404),
+        (
+            request(b"nope", target="/v1/session-events?secret-query"),
+            "POST /v1/session-events",
+            400,
+        ),
+        (request(BODY, method="PUT"), "PUT /v1/session-events", 405),
+        (request(method="SECRET"), "- /v1/session-events", 405),
+        (request(), "POST /v1/session-events", 411),
+        (request(PADDED + b" "), "POST /v1/session-events", 413),
+        (CHUNKED + b"2;\r\n", "POST /v1/session-events", 400),
+        (CHUNKED + b"fffff\r\n", "POST /v1/session-events", 413),
+        (bad_host, "POST /v1/session-events", 400),
+        (request(headers=["X-Long: " + "x" * 17000]), "POST /v1/session-events", 431),
+        (b"GET /home/secret-path\r\n\r\n", "-", 400),
+        (request(BODY)[:60], "POST /v1/session-events", 408),
+        (request(BODY)[:-1], "POST /v1/session-events", 408),
+        (CHUNKED + chunks(BODY, 9)[:-3], "POST /v1/session-events", 408),
+        (b"POST /v1/sess", "-", 408),
+    ]
+    with serving(tmp_path / "events.db", "--access-log", "--request-seconds", 0.3) as running:
+        for data, _, status in cases:
+            with Wire(running) as wire:
+                wire.send(data)
+                assert wire.reply().status == status
         running.stop()
         logged = [json.loads(line) for line in running.output]
-    assert [(entry["route"], entry["status"]) for entry in logged] == [
-        ("-", 404),
-        ("GET /healthz", 200),
-        ("POST /v1/session-events", 202),
-    ]
+    assert [(e["route"], e["status"]) for e in logged] == [(r, s) for _, r, s in cases]
     assert all(set(entry) == {"time", "route", "status"} for entry in logged)
-    SECRETS.add("secret-path")
+    SECRETS.update(("secret-path", "secret-query", "SECRET"))
+
+
+@needs_linux
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, stream):
+    """A full pipe: everything is answered, the lost lines are counted, and said when it flows again."""
+    script = "import server, sys; server.LOG_SECONDS = 0.0; sys.exit(server.main())"
+    if stream == "stderr":  # a store whose fault is another one each time, and a line for each
+        script = (
+            "import itertools, server, sys\nserver.LOG_SECONDS = 0.0\nserial = itertools.count()\n"
+            "def write(*_): raise server.Unavailable('fault %d' % next(serial) + ' ' * 300)\n"
+            "server.Store.write = write\nsys.exit(server.main())"
+        )
+    argv = [sys.executable, "-c", script, "--db", str(tmp_path / "events.db"), "--port", "0"]
+    process = subprocess.Popen(
+        [*argv, "--access-log"] if stream == "stdout" else argv,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    address = process.stdout.readline().decode().rpartition("//")[2].split(":")
+    pipe = getattr(process, stream)
+    where = argparse.Namespace(host=address[0], port=int(address[1]))
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    for n in range(200):
+        assert post(where, event(n)).status == (202 if stream == "stdout" else 503)
+    found = b""
+    while b"lines_lost" not in found or not found.endswith(b"\n"):
+        assert select.select([pipe], [], [], 30)[0], "it must say so without a further request"
+        found += os.read(pipe.fileno(), 65536)
+    PRINTED.append(found)
+    lines = [json.loads(line) for line in found.decode().splitlines()]
+    told = [line["lines"] for line in lines if line.get("event") == "lines_lost"]
+    assert len(told) == 1 and told[0] > 100 and told[0] + len(lines) - 1 == 200
+    for n in range(100):  # and it stops while nobody reads
+        assert post(where, event(n)).status in (202, 503)
+    process.terminate()
+    assert process.wait(30) == 0
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_server_store_that_fails_in_changing_ways_is_a_line_a_second():
+    """And the last word is said, at the latest when the server ends."""
+    said = []
+    with turning() as turned, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(server.ERRORS, "write", lambda text: said.append(json.loads(text)))
+        started = turned.now
+        for n in range(1000):
+            turned.now = started + n / 100
+            turned.note_store("fault %d" % (n // 2) if n % 2 else "")
+        assert 9 <= len(said) <= 11 and said[0]["reason"] == "fault 0"
+        turned.note_store("")
+        turned.stop(0.0)
+        turned.serve_forever()
+        assert said[-1]["event"] == "store_available" and len(said) <= 12
+        del said[:]
+        patched.setattr(server, "_rare", {})
+        for _ in range(1000):
+            turned.guarded(lambda: 1 / 0)
+            server.log_refused(("0" * 64,), ValueError())
+        assert [line["event"] for line in said] == ["internal_error", "insert_failed"]
+        patched.setattr(server, "LOG_SECONDS", 0.0)
+        server.log_refused(("0" * 64,), ValueError())
+        assert said[-1]["more"] == 999 and said[-1]["identity"] == "000000"
+
+
+def referred(roots):
+    """All that can be reached from the objects, in whatever container."""
+    seen, found = {id(roots)}, list(roots)
+    while found:
+        thing = found.pop()
+        if id(thing) not in seen:
+            seen.add(id(thing))
+            yield thing
+            found.extend(gc.get_referents(thing))
+
+
+def test_server_no_address_survives_its_request():
+    """After requests of 250 clients behind a proxy, by both paths, kept, refused and half sent."""
+    addresses = ["198.18.%d.%d" % divmod(n + 1000, 250) for n in range(250)]
+    options = {"limits": server.Limits(rate=server.Rate(600, 60.0))}
+    options["trusted"] = [ipaddress.ip_network("127.0.0.0/8")]
+    with turning(**options) as turned:
+        with socket.create_connection(turned.server_address) as client, client.makefile(
+            "rb"
+        ) as file:
+            for n, address in enumerate(addresses):
+                sender = ["X-Forwarded-For: " + address, "X-Real-IP: " + address]
+                sender.append("Forwarded: for=" + address)
+                data = [
+                    request(as_sent(event(n)), headers=sender),
+                    request(as_sent(event(n)), headers=sender, target="/v1/session-events?"),
+                    request(headers=[*sender, "Transfer-Encoding: chunked"]) + chunks(BODY, 99),
+                    request(b"nope", headers=sender),
+                ][n % 4]
+                client.sendall(data)
+                turned.turn(10)
+                while not file.peek(1):
+                    turned.turn(10)
+                for line in iter(file.readline, b"\r\n"):
+                    length = int(line[15:]) if line.lower().startswith(b"content-length:") else 0
+                    size = length or locals().get("size", 0)
+                file.read(size)
+            del data, sender, address
+            held = [*referred([turned, vars(server)])]
+            texts = [
+                bytes(t) if not isinstance(t, str) else t.encode("utf-8", "replace")
+                for t in held
+                if isinstance(t, (str, bytes, bytearray))
+            ]
+            assert len(turned.connections) == 1 and len(turned.rate_limit.full_at) == 250
+            assert any(b"localhost" in t for t in texts), "the search finds what is kept"
+            left = [t for t in texts for a in addresses if a.encode() in t and t is not a]
+            assert not left
+            packed = {ipaddress.ip_address(a).packed for a in addresses}
+            assert not [t for t in texts if t in packed]
+            kept = [t for t in held if isinstance(t, ipaddress.IPv4Address)]
+            assert not [a for a in kept if str(a) in addresses]
+    SECRETS.update(addresses)
 
 
 def test_server_logs_that_nobody_reads_stop_nothing(tmp_path):
@@ -4444,9 +5051,10 @@ def test_server_tls_in_the_loop(tmp_path):
             ) as sock:
                 shaken = sock.getpeercert()["subject"][0][0][1], sock.version()
                 last = request(b"nope", headers=["Connection: close"])
-                sock.sendall(request(PADDED) + request(as_sent(event(n))) + last)
+                chunked = CHUNKED + chunks(PADDED, 777)
+                sock.sendall(request(PADDED) + chunked + request(as_sent(event(n))) + last)
                 data = b"".join(iter(lambda: sock.recv(65536), b""))
-                assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"202", b"202", b"400"]
+                assert re.findall(rb"HTTP/1.1 (\d+)", data) == [b"202", b"202", b"202", b"400"]
                 return shaken
 
         assert running.base.startswith("https://")
@@ -4479,6 +5087,99 @@ def test_server_tls_in_the_loop(tmp_path):
             assert https(5)[0] == "second" and time.monotonic() < deadline
         assert json.loads(running.errors[0])["event"] == "tls_not_reloaded"
         assert https(6)[0] == "second"
+
+
+def other_address():
+    """An address of this machine that is not loopback, or None."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        address = probe.getsockname()[0]
+        return None if address.startswith("127.") else address
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+@pytest.mark.skipif(not other_address(), reason="loopback, the only address, has no rate limit")
+def test_server_client_that_only_shakes_hands_is_limited(tmp_path):
+    """Like one that sends; a handshake that a request follows costs nothing beside that."""
+    cert, key = certificate(tmp_path, "shake")
+    inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inside.load_cert_chain(str(cert), str(key))
+    outside = ssl.create_default_context(cafile=str(cert))
+    outside.check_hostname = False
+    limits = server.Limits(rate=server.Rate(5, 3600.0))
+    with turning((other_address(), 0), limits, tls=inside) as turned:
+
+        def shake(*data):
+            """Connect, shake hands, send; what comes back, or None without a handshake."""
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = outside.wrap_bio(incoming, outgoing)
+            steps = [tls.do_handshake, *[functools.partial(tls.write, d) for d in data]]
+            steps += [lambda: tls.read(65536)] if data else []
+            with socket.create_connection(turned.server_address) as sock:
+                sock.settimeout(0.01)
+                while True:
+                    try:
+                        answer = steps[0]()
+                        del steps[0]
+                    except ssl.SSLWantReadError:
+                        pass
+                    with contextlib.suppress(OSError):
+                        sock.sendall(outgoing.read())
+                    if not steps:
+                        turned.turn(0.01)
+                        return answer
+                    turned.turn(0.01)
+                    check_rules(turned)
+                    with contextlib.suppress(TimeoutError, socket.timeout):
+                        received = b""
+                        try:
+                            received = sock.recv(65536)
+                        except ConnectionError:
+                            pass
+                        if not received and not incoming.pending:
+                            return None
+                        incoming.write(received)
+
+        for n in range(5):  # whoever sends pays with a request, not with the handshake
+            assert b" 202 " in shake(request(as_sent(event(("shake", n)))))
+        assert b" 429 " in shake(request(BODY))
+        limited = [shake() for _ in range(8)]
+        assert turned.metrics.refusals["handshakes_alone"] in (3, 4)
+        assert sum(turned.connections.by_phase().values()) <= 8 and len(limited) == 8
+        assert shake(request(BODY)) is None
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+def test_server_handshakes_come_under_the_turns_time(tmp_path):
+    """200 clients shake hands at once: no turn does them all, and all get there."""
+    cert, key = certificate(tmp_path, "many")
+    inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inside.load_cert_chain(str(cert), str(key))
+    outside = ssl.create_default_context(cafile=str(cert))
+    outside.check_hostname = False
+    with turning(tls=inside) as turned, contextlib.ExitStack() as stack:
+        hellos = []
+        for _ in range(200):
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            with contextlib.suppress(ssl.SSLWantReadError):
+                outside.wrap_bio(incoming, outgoing).do_handshake()
+            hellos.append(outgoing.read())
+        clients = [
+            stack.enter_context(socket.create_connection(turned.server_address)) for _ in hellos
+        ]
+        for client, hello in zip(clients, hellos):
+            client.sendall(hello)
+        longest = total = 0.0
+        waited = 0
+        while select.select(clients, [], [], 0)[0] != clients:
+            started = time.thread_time()
+            turned.turn(1)
+            spent = time.thread_time() - started
+            longest, total = max(longest, spent), total + spent
+            waited = max(waited, len(turned.connections.backlog))
+            check_rules(turned)
+        assert waited > 0 and longest < 0.75 * total, (longest, total)
+        assert turned.connections.by_phase()[server.HANDSHAKE] == 200
 
 
 def parse_metrics(text):
@@ -5492,6 +6193,7 @@ def test_server_fuzz(tmp_path):
         request(b"{}"),
         HEALTH,
         request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
+        CHUNKED + chunks(BODY, 64),
     ]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
