@@ -49,6 +49,7 @@ import random
 import re
 import secrets
 import signal
+import socket
 import sqlite3
 import ssl
 import struct
@@ -59,7 +60,6 @@ import time
 import urllib.parse
 import uuid
 import webbrowser
-import zlib
 from pathlib import Path
 from typing import (
     Any,
@@ -81,6 +81,20 @@ from typing import (
 # ======================================================================================================
 # The contract
 # ======================================================================================================
+
+# The fields of an event, in the order of the table's columns (README, Contract 1).
+# Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
+FIELDS = (
+    ("identity_hash", "string", True, "[0-9a-f]{64}"),
+    ("github_hash", "string or null", False, "[0-9a-f]{64}"),
+    ("session_id_hash", "string", True, "[0-9a-f]{64}"),
+    ("ended_at", "string", True, "moment"),
+    ("tool_count", "number", True, (0, 1_000_000)),
+    ("tokens_saved", "number", True, (0, 1_000_000_000)),
+    ("branch_sha", "string or null", False, "[0-9A-Fa-f]{7,40}"),
+    ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
+)
 
 SCHEMA_VERSION = 1
 TABLES = {
@@ -2263,27 +2277,30 @@ def demo(options: argparse.Namespace) -> int:
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
 # ======================================================================================================
 
-NODE_TABLE = "session_events_node"  # in the database file, one row: the name under which its rows are shipped
-RAW = "session_events_raw"
-SHIP_ROWS, SHIP_BYTES = 50_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
-ANSWER_BYTES, ANSWER_SECONDS = 64 << 20, 300.0  # most of ClickHouse's answer, and of its silence
-FOLLOW_SECONDS, BACK_OFF_SECONDS = 5.0, 300.0
-WHOLE_SECONDS = 1 << 32  # what a DateTime holds: 1970 to 2106
-YEARS = (-62_135_596_800_000, 253_402_300_799_999)  # ms: 0001 to 9999
-REFS_TEXT = 1 << 16  # an event is not longer
+SHIP_NODE = "session_events_node"  # one row: the random name under which the file's rows are shipped
+SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
+SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
+SHIP_MONTHS = 45  # most spans of 31 days in one batch: ClickHouse takes 100 months in one INSERT
+SHIP_REFS_TEXT = 1 << 16  # bytes: an event is not longer
+SHIP_ANSWER_BYTES = 64 << 20
+SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
+FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
+SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
+SHIP_SAMPLE = 100  # confirmed rows that are looked for before each batch
+SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
+SHIP_LATE, SHIP_EARLY = 366 * 86_400, 86_400  # seconds by which `ended` may differ from received_at
+SHIP_SECONDS = (1 << 32) - 1  # the last moment of a DateTime, in 2106
 
-is_ref = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}").fullmatch
-is_any_branch = re.compile(r"[0-9A-Fa-f]{7,40}").fullmatch
-is_node = re.compile(r"[0-9a-f]{16}").fullmatch
 is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
+is_node = re.compile(r"[0-9a-f]{16}").fullmatch
 
 
 class Unfit(Refused):
-    """A row that is no event: it cannot be shipped, and what comes after it must wait."""
+    """A row that cannot be shipped, so that what comes after it must wait."""
 
 
 class Later(Refused):
-    """ClickHouse cannot be reached or is too busy; `after` is its Retry-After in seconds, if it gave one."""
+    """It cannot be done now, and that passes; `after`: ClickHouse's Retry-After in seconds, if any."""
 
     def __init__(self, text: str, after: Optional[float] = None) -> None:
         super().__init__(text)
@@ -2291,188 +2308,322 @@ class Later(Refused):
 
 
 class InsertRefused(Refused):
-    """ClickHouse does not take these rows. The text holds its error's number, never its words, which may quote
-    a row."""
+    """ClickHouse finds fault with the rows. The text has its error's number, never its words, which
+    may quote a row."""
 
 
-def checked(fits: Callable[[str], object]) -> Callable[[object], str]:
-    def convert(cell: object) -> str:
-        if not isinstance(cell, str) or not fits(cell):
-            raise ValueError
-        return cell
-    return convert
+# -- A row: the rules of FIELDS in SQL, for a whole batch, and in Python, for an unusual row --
 
 
-def or_null(convert: Callable[[object], str]) -> Callable[[object], Optional[str]]:
-    return lambda cell: None if cell is None else convert(cell)
+def ship_column(field: str) -> str:
+    return field + "_json" if field == "discovery_refs" else field
 
 
-def between(convert: Callable[[object], Optional[int]], least: int, most: int) -> Callable[[object], int]:
-    def limited(cell: object) -> int:
-        number = convert(cell)
-        if number is None or not least <= number <= most:
-            raise ValueError
-        return number
-    return limited
+def ship_pattern_sql(pattern: str) -> str:
+    """The pattern of a field (character classes with a count, the last one variable) in SQL.
+
+    A GLOB of 64 classes takes a tenth of the time of NOT GLOB '*[^...]*'. GLOB and length() stop at a
+    NUL, so the bytes are counted, too."""
+    parts = [(one, int(least or 1), int(most or least or 1)) for one, least, most in re.findall(
+        r"(\[[^]]+\])(?:\{(\d+)(?:,(\d+))?\})?", pattern)]
+    start = "".join(one * least for one, least, _ in parts)
+    least, most = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    sql = "typeof({0}) = 'text' AND length(CAST({0} AS BLOB)) BETWEEN %d AND %d" % (least, most)
+    if least == most:
+        return sql + " AND {0} GLOB '%s'" % start
+    return sql + (" AND length(CAST({0} AS BLOB)) = length({0}) AND {0} GLOB '%s*'"
+                  " AND substr({0}, %d) NOT GLOB '*[^%s*'") % (start, least + 1, parts[-1][0][1:])
 
 
-def integer(cell: object) -> Optional[int]:
-    return cell if isinstance(cell, int) else None
+def ship_rule_sql(field: str, kind: str, rule: Any) -> str:
+    """True where the column is as server.py stores it. Another row may be an event, too: ship_exact
+    decides about it."""
+    if rule == "moment":
+        sql = "strftime('%Y-%m-%dT%H:%M:%fZ', {0}) = {0} AND {0} >= '0001'"
+    elif kind == "number":
+        sql = "typeof({0}) = 'integer' AND {0} BETWEEN %d AND %d" % rule
+    elif kind == "array":  # what the array holds is checked by ship_refs
+        sql = ("typeof({0}) = 'text' AND length(CAST({0} AS BLOB)) <= %d AND {0} GLOB '[[]*'"
+               " AND json_valid({0})" % SHIP_REFS_TEXT)
+    else:
+        sql = ship_pattern_sql(rule)
+    return ("({0} IS NULL OR %s)" % sql if "null" in kind else sql).format(ship_column(field))
 
 
-def refs_list(cell: object) -> List[str]:
-    refs = json.loads(cell) if isinstance(cell, str) and len(cell) <= REFS_TEXT else None
-    if not isinstance(refs, list) or len(refs) > MOST_REFS:
-        raise ValueError
-    return [checked(is_ref)(ref) for ref in refs]
-
-
-CELLS: Tuple[Tuple[str, Callable[[Any], Any], str], ...] = (  # column, its value or ValueError, the rule
-    ("id", between(integer, -1 << 63, (1 << 63) - 1), "a whole number"),
-    ("received_at", between(instant, 0, WHOLE_SECONDS * 1000 - 1), "a moment from 1970 to 2105"),
-    ("identity_hash", checked(is_hash), "64 lowercase hex digits"),
-    ("github_hash", or_null(checked(is_hash)), "64 lowercase hex digits, or NULL"),
-    ("session_id_hash", checked(is_hash), "64 lowercase hex digits"),
-    ("ended_at", between(instant, *YEARS), "an ISO 8601 date and time"),
-    ("tool_count", between(integer, 0, MOST_TOOLS), "a whole number from 0 to %d" % MOST_TOOLS),
-    ("tokens_saved", between(integer, 0, MOST_TOKENS), "a whole number from 0 to %d" % MOST_TOKENS),
-    ("branch_sha", or_null(checked(is_any_branch)), "7 to 40 hex digits, or NULL"),
-    ("discovery_refs_json", refs_list, "a JSON array of at most %d slugs" % MOST_REFS),
-    ("plugin_version", checked(is_version), "at most 64 letters, digits, and . + _ -"),
-)
+SHIP_FITS = " AND ".join(
+    ["strftime('%Y-%m-%dT%H:%M:%SZ', received_at) = received_at AND received_at >= '1970'"
+     " AND received_at < '2106'", *(ship_rule_sql(name, kind, rule) for name, kind, _, rule in FIELDS)])
+SHIP_SQL = """SELECT id, received, identity_hash, github_hash, session_id_hash, ended_at,
+  max(0, min(%d, received + %d, max(received - %d, ended))), tool_count, tokens_saved,
+  lower(branch_sha), substr(discovery_refs_json, 1, %d), plugin_version, fits
+FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
+  CAST(strftime('%%s', ended_at) AS INTEGER) AS ended, %s AS fits
+  FROM session_events) WHERE id """ % (
+    SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, SHIP_REFS_TEXT + 1, SHIP_FITS)
 
 
 class Shipped(NamedTuple):
-    """A row as it is shipped. `received` is seconds, `ended` the stored form (CONTRACT §1)."""
+    """A row of SHIP_SQL, as it is shipped. Times are seconds since 1970; `refs` is a JSON array."""
 
     id: int
     received: int
     identity: str
     github: Optional[str]
     session: str
-    ended: str
-    ended_seconds: int
+    ended_at: str
+    ended: int
     tools: int
     tokens: int
     branch: Optional[str]
-    refs: List[str]
+    refs: str
     version: str
+    fits: int = 1
 
 
-def shippable(row: Sequence[Any]) -> Shipped:
-    """A row of CELLS as it is shipped. Raises Unfit, which names the row and the column, never the value."""
-    cells = []
-    for (column, convert, rule), cell in zip(CELLS, row):
+SHIP_RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
+SHIP_MOST_REFS, ship_ref = SHIP_RULES["discovery_refs"]
+is_shipped_ref = re.compile(ship_ref).fullmatch
+
+
+def ship_refs(texts: Sequence[str]) -> List[List[str]]:
+    """The discoveries of rows, from JSON arrays. Raises ValueError, TypeError or RecursionError if one
+    of them breaks the rule."""
+    lists: List[List[str]] = json.loads("[%s]" % ",".join(texts))
+    if len(lists) != len(texts) or max(map(len, lists)) > SHIP_MOST_REFS:
+        raise ValueError
+    if not all(map(is_shipped_ref, set(itertools.chain.from_iterable(lists)))):
+        raise ValueError
+    return lists
+
+
+def ship_cell(kind: str, rule: Any, cell: Any) -> Any:
+    """The cell as it is shipped. Raises an exception as ship_refs does if the field's rule is broken."""
+    if cell is None and "null" in kind:
+        return None
+    if kind == "number":
+        if not isinstance(cell, int) or not rule[0] <= cell <= rule[1]:
+            raise ValueError
+        return cell
+    if kind == "array":
+        if len(cell) > SHIP_REFS_TEXT or not isinstance(json.loads(cell), list):
+            raise ValueError
+        return json.dumps(*ship_refs([cell]))
+    if rule == "moment":
+        ms = instant(cell)
+        if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
+            raise ValueError
+        return moment_text(ms)
+    if not re.fullmatch(rule, cell):
+        raise ValueError
+    return cell
+
+
+def ship_exact(columns: Mapping[str, Any]) -> Shipped:
+    """A row as it is shipped. Raises Unfit, which names the row and the column, never the value."""
+    column, cells = "received_at", {}
+    try:
+        ms = instant(columns[column])
+        if ms is None or not 0 <= ms // 1000 <= SHIP_SECONDS:
+            raise ValueError
+        for field, kind, _, rule in FIELDS:
+            column = ship_column(field)
+            cells[field] = ship_cell(kind, rule, columns[column])
+    except (ValueError, TypeError, RecursionError):
+        raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing from it"
+                    " on is shipped: correct the row, or delete it, and run this again" % (
+                        columns["id"], column)) from None
+    received, ended = ms // 1000, (instant(cells["ended_at"]) or 0) // 1000
+    branch = cells["branch_sha"]
+    return Shipped(
+        columns["id"], received, cells["identity_hash"], cells["github_hash"],
+        cells["session_id_hash"], cells["ended_at"],
+        max(0, min(SHIP_SECONDS, received + SHIP_EARLY, max(received - SHIP_LATE, ended))),
+        cells["tool_count"], cells["tokens_saved"], branch and branch.lower(),
+        cells["discovery_refs"], cells["plugin_version"])
+
+
+def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
+    """At most so many rows of `id` + condition, until they have about SHIP_BYTES."""
+    cursor = reader.rows(SHIP_SQL + condition + " LIMIT ?", [value, most])
+    rows: List[Shipped] = []
+    size = 0
+    while size < SHIP_BYTES:
+        more = list(map(Shipped._make, cursor.fetchmany(500)))
+        rows += more
+        size += sum(256 + len(row.refs) for row in more if row.fits)
+        if not more:
+            break
+    return rows
+
+
+def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
+    """At most so many rows of `id` + condition, about SHIP_BYTES and SHIP_MONTHS. The list ends before
+    a row that is no event. Raises Unfit if that is the first one."""
+    lenient = reader.connection.text_factory
+    reader.connection.text_factory = str  # a third less time than a function for each text
+    try:
+        rows = ship_fetched(reader, condition, value, most)
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        reader.connection.text_factory = lenient  # a row holds bytes that are no text
+        rows = ship_fetched(reader, condition, value, most)
+    finally:
+        reader.connection.text_factory = lenient
+    unusual: Iterable[int] = [n for n, row in enumerate(rows) if not row.fits]
+    try:
+        ship_refs([row.refs for row in rows if row.fits] or ["[]"])
+    except (ValueError, TypeError, RecursionError):
+        unusual = range(len(rows))
+    names = "id, received_at, " + ", ".join(ship_column(name) for name, *_ in FIELDS)
+    for n in unusual:
+        cells = reader.rows("SELECT %s FROM session_events WHERE id = ?" % names, [rows[n].id])
         try:
-            cells.append(convert(cell))
-        except (ValueError, RecursionError):
-            raise Unfit("row id %s is no event: its %s is not %s. Nothing from it on is shipped: correct the row, or"
-                        " delete it, and run this again" % (row[0], column, rule)) from None
-    row_id, received, identity, github, session, ended, tools, tokens, branch, refs, version = cells
-    return Shipped(row_id, received // 1000, identity, github, session, moment_text(ended),
-                   min(max(ended // 1000, 0), WHOLE_SECONDS - 1), tools, tokens, branch and branch.lower(), refs,
-                   version)
+            rows[n] = ship_exact(dict(zip(names.split(", "), cells.fetchone())))
+        except Unfit:
+            if not n:
+                raise
+            del rows[n:]
+            break
+    spans = dict.fromkeys(row.ended // 2_678_400 for row in rows)  # of 31 days, in the order of rows
+    if len(spans) > SHIP_MONTHS:
+        late = set(list(spans)[SHIP_MONTHS:])
+        del rows[next(n for n, row in enumerate(rows) if row.ended // 2_678_400 in late):]
+    return rows
 
 
-def row_sum(s: Shipped) -> int:
-    """64 bits that stand for all of the row; ROW_SUM is the same in ClickHouse."""
-    text = "%d\n%d\n%s\n%s\n%s\n%s\n%d\n%d\n%s\n%s\n%s" % (
-        s.id, s.received, s.identity, s.github or "", s.session, s.ended, s.tools, s.tokens, s.branch or "", s.version,
-        "\n".join(s.refs))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+# -- ClickHouse: rows in its Native format, tables, statements --
+
+SHIP_SIZES = [chr(n) if n < 128 else chr(n & 127 | 128) + chr(n >> 7) for n in range(1 << 8)]  # LEB128
+SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}  # as struct has them
 
 
-ROW_SUM = r"""reinterpretAsUInt64(substring(SHA256(arrayStringConcat([toString(id), toString(toUInt32(received_at)),
-  lower(hex(identity_hash)), ifNull(lower(hex(github_hash)), ''), lower(hex(session_id_hash)), toString(ended_at),
-  toString(tool_count), toString(tokens_saved), ifNull(branch_sha, ''), toString(plugin_version),
-  arrayStringConcat(discovery_refs, '\n')], '\n')), 1, 8))"""
+def ship_size(number: int) -> bytes:
+    """A number in LEB128."""
+    head = b""
+    while number > 127:
+        head, number = head + bytes([number & 127 | 128]), number >> 7
+    return head + bytes([number])
 
-LENGTHS = [bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7]) for n in range(1 << 8)]  # LEB128
+
+def ship_strings(texts: Iterable[str]) -> bytes:
+    """Texts of ASCII, each shorter than 256, with their lengths."""
+    return "".join([SHIP_SIZES[len(text)] + text for text in texts]).encode("latin-1")
 
 
-def string(text: str) -> bytes:
-    return LENGTHS[len(text)] + text.encode("ascii")  # every text of a Shipped is ASCII and shorter than 256
+def ship_cells(kind: str, cells: Sequence[Any]) -> bytes:
+    """A column of ClickHouse type `kind` in Native."""
+    if kind.startswith("Nullable"):
+        empty = "0" * 64 if "Fixed" in kind else ""
+        return bytes([cell is None for cell in cells]) + ship_cells(
+            kind[9:-1], [empty if cell is None else cell for cell in cells])
+    if kind == "FixedString(32)":
+        return bytes.fromhex("".join(cells))
+    if kind == "FixedString(24)":
+        return "".join(cells).encode("ascii")
+    if kind == "String":
+        return ship_strings(cells)
+    if kind == "Array(String)":
+        ends = list(itertools.accumulate(map(len, cells)))
+        return struct.pack("<%dQ" % len(cells), *ends) + ship_strings(itertools.chain(*cells))
+    return struct.pack("<%d%s" % (len(cells), SHIP_PACKED[kind]), *cells)
+
+
+def ship_native(columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> bytes:
+    """Columns (name, type, cells) as one block of ClickHouse's Native format.
+
+    Its RowBinary holds the same bytes row by row, without names and types: a few calls a column, in
+    place of a few a row, take a third of the time, and ClickHouse checks names and types."""
+    block = [ship_size(len(columns)), ship_size(len(columns[0][2]))]
+    for name, kind, cells in columns:
+        block += [ship_strings([name, kind]), ship_cells(kind, cells)]
+    return b"".join(block)
 
 
 def seniority(node: str, received: int) -> int:
-    """64 bits by which the rows of one session are compared: the largest was received first, or in the same second by
-    the node whose name (its first 8 digits, which are random) comes first. Nothing else decides, so that shipping in
-    another order, or twice, changes nothing."""
+    """64 bits by which the rows of one session are compared: the largest was received first, or in the
+    same second by the node whose name (its first 8 digits, which are random) comes first. Nothing else
+    decides, so that shipping in another order, or twice, changes nothing."""
     return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
 
 
-HEAD, MIDDLE = struct.Struct("<QqI32s"), struct.Struct("<32s24sIII")
-
-
-def row_binary(node: str, s: Shipped) -> bytes:
-    """The row in ClickHouse's RowBinary, in the order of RAW_COLUMNS.
-
-    Two fifths of the bytes of JSONEachRow (217 of 530), and a third of the time it takes to write."""
-    return b"".join((
-        string(node), HEAD.pack(seniority(node, s.received), s.id, s.received, bytes.fromhex(s.identity)),
-        b"\1" if s.github is None else b"\0" + bytes.fromhex(s.github),
-        MIDDLE.pack(bytes.fromhex(s.session), s.ended.encode(), s.ended_seconds, s.tools, s.tokens),
-        b"\1" if s.branch is None else b"\0" + string(s.branch),
-        LENGTHS[len(s.refs)], *map(string, s.refs), string(s.version)))
-
-
-KEY = struct.Struct("<qQ32s32s")
-KEY_COLUMNS = "id Int64, seniority UInt64, identity_hash FixedString(32), session_id_hash FixedString(32)"
-
-
-def key_binary(node: str, s: Shipped) -> bytes:
-    """What ClickHouse needs to say who holds the row's session: KEY_COLUMNS in RowBinary."""
-    return KEY.pack(s.id, seniority(node, s.received), bytes.fromhex(s.identity), bytes.fromhex(s.session))
-
-
 # The same text for 18.16 and today's. Where they differ:
-# - LowCardinality is an experiment in 18.16: there `prepare` leaves it out. In RowBinary it makes no difference.
-# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts' default database.
-# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to 9999: so
-#   ended_at is the contract's text (its order is the order of time), and ended the nearest DateTime, for charts.
+# - LowCardinality is an experiment in 18.16: `prepare` leaves it out there. Native does not mind.
+# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts' default
+#   database.
+# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to
+#   9999: so ended_at is the contract's text (its order is the order of time).
+# `ended` is a DateTime for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY after
+# received_at, so that invented dates do not make a partition each.
 RAW_COLUMNS = (
-    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"), ("received_at", "DateTime('UTC')"),
-    ("identity_hash", "FixedString(32)"), ("github_hash", "Nullable(FixedString(32))"),
-    ("session_id_hash", "FixedString(32)"), ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"),
-    ("tool_count", "UInt32"), ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"),
-    ("discovery_refs", "Array(String)"), ("plugin_version", "LowCardinality(String)"))
-# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the largest seniority
-# stays (of two that are equal, one row sent twice, the last). Only rows of one partition and one shard ever meet, so
-# there are no partitions, and the shard is the key's. FINAL answers at any moment as if all were merged already; in the
-# view it stands below any WHERE, so that no condition can bring back a row that must give way.
-RAW_DDL = """CREATE TABLE IF NOT EXISTS {0}.{1} (
-  %s
-)
-ENGINE = {2}""" % ",\n  ".join(map(" ".join, RAW_COLUMNS))
-KEPT = "%sReplacingMergeTree(%sseniority)\nORDER BY (identity_hash, session_id_hash)"
+    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"),
+    ("received_at", "DateTime('UTC')"), ("identity_hash", "FixedString(32)"),
+    ("github_hash", "Nullable(FixedString(32))"), ("session_id_hash", "FixedString(32)"),
+    ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"), ("tool_count", "UInt32"),
+    ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"), ("discovery_refs", "Array(String)"),
+    ("plugin_version", "LowCardinality(String)"))
+NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
+# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the
+# largest seniority stays (of two that are equal, one row sent twice, the last). Only rows of one
+# partition and one shard are merged, so the shard is the key's; FINAL answers at any moment, across
+# partitions, as if all were merged. In the view it stands below any WHERE, so that no condition can
+# bring back a row that must give way.
+SHIP_TABLES = (  # name, columns, what keeps one row of a key, its keys, what decides about the shard
+    (SHIP_RAW, RAW_COLUMNS, "seniority", "\nPARTITION BY toYYYYMM(ended)"
+     "\nORDER BY (identity_hash, session_id_hash)", "cityHash64(identity_hash, session_id_hash)"),
+    (SHIP_NODES, NODE_COLUMNS, "seen", "\nORDER BY node", "cityHash64(node)"))
 VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at, r.ended AS ended,
   r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
   arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
   r.received_at AS received_at, r.node AS node, r.id AS id
-FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""", """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
-SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at, count() AS session_count,
-  uniqExact(identity_hash) AS distinct_identity_count, now() AS last_aggregated_at
+FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""",
+             """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
+SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
+  count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
+  now() AS last_aggregated_at
 FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
 GROUP BY discovery_id""")
 LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
-SETTINGS_SENT = {"insert_distributed_sync": "1",  # an answer means stored, on whichever shard
-                 "insert_deduplicate": "0",  # a replica would drop a block that it remembers, though its rows be lost
-                 "wait_end_of_query": "1"}  # an answer's status is about all of it
+SETTINGS_SENT = {
+    "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
+    "insert_deduplicate": "0",  # a replica would drop a block that it remembers, though its rows be lost
+    "wait_end_of_query": "1"}  # an answer's status is about all of it
 
 
-def ddl(cluster: Optional[str], database: str) -> List[str]:
-    """The statements that make the table and the views; with `cluster` (a name in ClickHouse's remote_servers) a
-    replicated table on each shard, and the one that spreads over them."""
-    if cluster is None:
-        return [RAW_DDL.format(database, RAW, KEPT % ("", "")), *(view.format(database, "") for view in VIEWS_DDL)]
-    on = " ON CLUSTER '%s'" % cluster
-    place = "'/clickhouse/tables/{shard}/%s/session_events_local', '{replica}', " % database
-    spread = "Distributed('%s', '%s', session_events_local, cityHash64(identity_hash, session_id_hash))" % (
-        cluster, database)
-    return [RAW_DDL.format(database, "session_events_local" + on, KEPT % ("Replicated", place)),
-            RAW_DDL.format(database, RAW + on, spread), *(view.format(database, on) for view in VIEWS_DDL)]
+def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
+    """The statements that make the tables and the views; with `cluster` (a name in ClickHouse's
+    remote_servers) a replicated table on each shard, and one that spreads over them."""
+    on = " ON CLUSTER '%s'" % cluster if cluster else ""
+    made = []
+    for name, columns, winner, keys, shard in SHIP_TABLES:
+        create = "CREATE TABLE IF NOT EXISTS %s.%%s (\n  %s\n)\nENGINE = %%s" % (
+            database, ",\n  ".join(map(" ".join, columns)))
+        if cluster is None:
+            made.append(create % (name, "ReplacingMergeTree(%s)%s" % (winner, keys)))
+            continue
+        local = name.replace("_raw", "") + "_local"
+        path = "/clickhouse/tables/{shard}/%s/%s_by_month" % (database, local)
+        made.append(create % (local + on, "ReplicatedReplacingMergeTree('%s', '{replica}', %s)%s" % (
+            path, winner, keys)))
+        made.append(create % (name + on, "Distributed('%s', '%s', %s, %s)" % (
+            cluster, database, local, shard)))
+    return made + [view.format(database, on) for view in VIEWS_DDL]
+
+
+def ship_migration(cluster: Optional[str], database: str) -> str:
+    """The statements that take the rows of an older layout over, on each shard."""
+    on = " ON CLUSTER '%s'" % cluster if cluster else ""
+    table = "%s.session_events_local" % database if cluster else "%s.%s" % (database, SHIP_RAW)
+    names = [name for name, _ in RAW_COLUMNS]
+    cells = [name if name != "ended" else (
+        "toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at)) - %d),"
+        " toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE, SHIP_EARLY)) for name in names]
+    return ";\n".join((
+        "RENAME TABLE {0} TO {0}_old{1}".format(table, on), ship_ddl(cluster, database)[0],
+        "INSERT INTO {0} ({1}) SELECT {2} FROM {0}_old".format(table, ", ".join(names), ", ".join(cells)),
+        "DROP TABLE {0}_old{1}".format(table, on))) + ";"
 
 
 class House(NamedTuple):
@@ -2484,6 +2635,13 @@ class House(NamedTuple):
     path: str
     parameters: Dict[str, str]
 
+    @property
+    def destination(self) -> str:
+        """The name of its mark: no user, no password (--to cannot hold them)."""
+        return "%s://%s:%d%s/%s.%s" % (
+            "https" if self.tls else "http", self.host, self.port, self.path.rstrip("/"),
+            self.parameters["database"], SHIP_RAW)
+
 
 TO = "http://host:8123/?database=analytics"
 
@@ -2493,7 +2651,8 @@ def house_of(url: str) -> House:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-        parameters = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        parameters = dict(urllib.parse.parse_qsl(
+            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise Usage("--to takes a URL such as %s" % TO) from None
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not re.fullmatch(
@@ -2507,10 +2666,11 @@ def house_of(url: str) -> House:
     return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/", parameters)
 
 
-def credentials(environment: Mapping[str, str]) -> Dict[str, str]:
+def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
     """The headers that carry user and password. Raises Usage."""
     headers = {}
-    for variable, header in (("CLICKHOUSE_USER", "X-ClickHouse-User"), ("CLICKHOUSE_PASSWORD", "X-ClickHouse-Key")):
+    for variable, header in (("CLICKHOUSE_USER", "X-ClickHouse-User"),
+                             ("CLICKHOUSE_PASSWORD", "X-ClickHouse-Key")):
         value = environment.get(variable, "")
         if not re.fullmatch("[ -~]*", value):
             raise Usage("%s may hold printable ASCII only: it travels in a header" % variable)
@@ -2520,446 +2680,651 @@ def credentials(environment: Mapping[str, str]) -> Dict[str, str]:
 
 
 def retry_after(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None without a usable one."""
+    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None without a
+    usable one."""
     if text is None:
         return None
     try:
-        seconds = float(text) if is_number(text) else email.utils.parsedate_to_datetime(text).timestamp() - now
+        seconds = float(text) if is_number(text) else (
+            email.utils.parsedate_to_datetime(text).timestamp() - now)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
     return min(max(0.0, seconds), DAY_MS / 1000)
 
 
 def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at least half of
-    that; `chance` (0 to 1) is the jitter that keeps many nodes from coming back together."""
+    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
+    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back together."""
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
-# ClickHouse's error numbers (ErrorCodes.cpp) that say nothing about the rows and pass by themselves: time-outs, too
-# many queries or parts, network, memory, disk space, a replica or its keeper away, a query cancelled by a shutdown.
-# 33 and 354: the body did not arrive whole.
-PASSING = {33, 159, 160, 198, 202, 203, 209, 210, 225, 236, 241, 242, 243, 252, 279, 285, 286, 319, 354, 394, 439, 999}
+# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number, date
+# or array that it cannot take, a type, a constraint. All others (disk, network, memory, replicas, too
+# many parts or queries, rights, a table that is gone) say nothing about a row.
+SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349, 376,
+                    395, 407, 441, 467, 469}
 SAID = {  # number: what it means here; ClickHouse's own words could name the user
     **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set CLICKHOUSE_USER and"
                                           " CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s here: nothing was shipped to it yet, or it was dropped meanwhile" % RAW,
+    60: "has no table %s here: nothing was shipped to it yet, or it was dropped meanwhile" % SHIP_RAW,
     81: "has no such database: make it, or name another in --to (?database=...)",
 }
-
-
-HELD_SQL = """SELECT id, held > seniority AND (holder != '{1}' OR holder_id < {2}) FROM mine ALL INNER JOIN (
-  SELECT identity_hash, session_id_hash, max(seniority) AS held, argMax(node, seniority) AS holder,
-    argMax(id, seniority) AS holder_id
-  FROM {0} WHERE (identity_hash, session_id_hash) GLOBAL IN (SELECT identity_hash, session_id_hash FROM mine)
-  GROUP BY identity_hash, session_id_hash
-) AS them USING (identity_hash, session_id_hash) WHERE held >= seniority"""
+SHIP_FOUND = """SELECT n FROM mine WHERE (identity_hash, session_id_hash) GLOBAL IN (
+  SELECT identity_hash, session_id_hash FROM {0} WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
+    SELECT identity_hash, session_id_hash FROM mine))"""
 
 
 class ClickHouse:
-    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have gone stale."""
+    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have gone
+    stale."""
 
     def __init__(self, house: House, headers: Dict[str, str]) -> None:
         self.house = house
         self.headers = headers
         self.name = "ClickHouse at %s:%d" % (house.host, house.port)
 
-    def ask(self, sql: str) -> List[List[str]]:
-        """The rows of a SELECT, or none. Raises Later, Refused."""
-        return self.selected(*self.posted({}, sql.encode(), {}))
+    def select(self, sql: str, parameters: Mapping[str, str] = {}, body: Optional[bytes] = None,
+               headers: Mapping[str, str] = {}, silence: float = SHIP_SILENCE) -> List[List[str]]:
+        """The rows of a statement, or none. Raises Later, Refused."""
+        answer = self.posted(parameters, sql.encode() if body is None else body, headers, silence)
+        if answer[0] != 200:
+            raise self.refusal(*answer, quote=True)
+        return [line.split("\t") for line in answer[2].decode("utf-8", "replace").splitlines()]
 
-    def selected(self, status: int, headers: http.client.HTTPMessage, said: bytes) -> List[List[str]]:
-        if status != 200:
-            raise self.refusal(status, headers, said, quote=True)
-        return [line.split("\t") for line in said.decode("utf-8", "replace").splitlines()]
-
-    def numbers(self, sql: str, width: int) -> List[List[int]]:
-        """The rows of a SELECT of so many numbers."""
-        return self.numeric(self.ask(sql), width)
-
-    def numeric(self, rows: List[List[str]], width: int) -> List[List[int]]:
-        if any(len(row) != width or not all(map(is_number, row)) for row in rows):
+    def numbers(self, *arguments: Any, **options: Any) -> List[int]:
+        """The rows of a SELECT of one number."""
+        rows = self.select(*arguments, **options)
+        if any(len(row) != 1 or not is_number(row[0]) for row in rows):
             raise Refused(self.name + " answers what was not asked; is it one?")
-        return [list(map(int, row)) for row in rows]
+        return [int(row[0]) for row in rows]
 
-    def held(self, node: str, first: int, keys: Iterable[bytes]) -> Dict[int, bool]:
-        """{id: is that one of another node, or swept} of the key_binary rows whose session ClickHouse holds, as this
-        row or as one that this row gives way to. A session that it holds only as a younger row is not held. `first` is
-        the node's first row that is not swept (a session can end again after that).
+    def found(self, rows: Sequence[Shipped]) -> Set[int]:
+        """The places in `rows` of those whose session is in the table, and with that in the view.
 
-        The keys go as a table beside the query (ClickHouse's "external data"): in its text they would be in
-        ClickHouse's query log, whole, and would not fit it (256 KiB)."""
-        rows = b"".join(keys)
-        if not rows:
-            return {}
+        The keys go as a table beside the query (ClickHouse's "external data"): in its text they would
+        be in ClickHouse's query log, and would not fit it (256 KiB). Their own months are searched
+        first. A session that is not there may stand in another month, as another node received it."""
+        found: Set[int] = set()
+        months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in rows}
+        for where in ("toYYYYMM(ended) IN (%s) AND " % ", ".join(sorted(months)), ""):
+            left = [n for n in range(len(rows)) if n not in found]
+            if left:
+                found |= set(self.beside(SHIP_FOUND.format(SHIP_RAW, where), (
+                    ("n", "UInt32", left),
+                    ("identity_hash", "FixedString(32)", [rows[n].identity for n in left]),
+                    ("session_id_hash", "FixedString(32)", [rows[n].session for n in left]))))
+        return found
+
+    def beside(self, sql: str, columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> List[int]:
+        """The numbers that a query answers with these columns as its table `mine`."""
         mark = uuid.uuid4().hex
-        return {row_id: bool(older) for row_id, older in self.numeric(self.selected(*self.posted(
-            {"query": HELD_SQL.format(RAW, node, first), "mine_structure": KEY_COLUMNS, "mine_format": "RowBinary"},
-            b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n%s\r\n--%s--\r\n' % (
-                mark.encode(), rows, mark.encode()),
-            {"Content-Type": "multipart/form-data; boundary=" + mark})), 2)}
+        structure = ", ".join("%s %s" % (name, kind) for name, kind, _ in columns)
+        return self.numbers(
+            "", {"query": sql, "mine_structure": structure, "mine_format": "Native"},
+            b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n%s\r\n--%s--\r\n'
+            % (mark.encode(), ship_native(columns), mark.encode()),
+            {"Content-Type": "multipart/form-data; boundary=" + mark}, silence=SHIP_CHECK_SILENCE)
 
-    def highest(self, node: str) -> Optional[int]:
-        """The highest id of a node's rows, None if it has none."""
-        found = self.numbers("SELECT max(id) FROM %s WHERE node = '%s' GROUP BY node" % (RAW, node), 1)
-        return found[0][0] if found else None
+    def months(self, only: Iterable[str] = ()) -> Set[int]:
+        """The months of `ended` that hold a row, of these (or of all)."""
+        chosen = " WHERE toYYYYMM(ended) IN (%s)" % ", ".join(only) if only else ""
+        return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM %s%s" % (SHIP_RAW, chosen)))
 
-    def insert(self, rows: bytes) -> None:
-        """One INSERT of rows in RowBinary. Raises Later, InsertRefused, Refused."""
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31)  # level 6 takes twice the time for 3 % less
+    def insert(self, node: str, rows: Sequence[Shipped]) -> None:
+        """One INSERT, of no rows, too. Raises Later, InsertRefused, Refused."""
+        if not rows:
+            return
         query = str(uuid.uuid4())
-        status, headers, said = self.posted(
-            {"query": "INSERT INTO %s (%s) FORMAT RowBinary" % (RAW, ", ".join(name for name, _ in RAW_COLUMNS)),
-             "query_id": query}, packer.compress(rows) + packer.flush(), {"Content-Encoding": "gzip"})
-        if status != 200 or said:
-            error = self.refusal(status, headers, said, quote=not rows)
-            if not rows or isinstance(error, Later):
-                raise error
-            raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error, query))
+        cells = list(zip(*rows))
+        columns: List[Sequence[Any]] = [[node] * len(rows), [seniority(node, row.received) for row in rows], *cells[:10],
+                   ship_refs(cells[10]), cells[11]]
+        answer = self.posted(
+            {"query": "INSERT INTO %s (%s) FORMAT Native" % (
+                SHIP_RAW, ", ".join(name for name, _ in RAW_COLUMNS)), "query_id": query},
+            ship_native([(name, LOW_CARDINALITY.sub(r"\1", kind), column)
+                         for (name, kind), column in zip(RAW_COLUMNS, columns)]), {})
+        if answer[0] != 200 or answer[2]:
+            error = self.refusal(*answer, quote=False)
+            if self.error_number(*answer) in SHIP_DATA_ERRORS:
+                raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error, query))
+            raise error
 
-    def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes, quote: bool) -> Refused:
+    def error_number(self, status: int, headers: http.client.HTTPMessage,
+                     said: bytes) -> Optional[int]:
+        match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
+        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1].decode()) or ""
+        return int(number) if re.fullmatch("[0-9]{1,6}", number) else None
+
+    def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes,
+                quote: bool) -> Refused:
         """What to make of an answer that is no success; its words only if they cannot be about a row."""
-        words = said[:2000].decode("utf-8", "replace")
-        match = re.match(r"\s*Code: ([0-9]{1,6})[.,]", words)
-        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1]) or ""
-        code = int(number) if re.fullmatch("[0-9]{1,6}", number) else None
+        code = self.error_number(status, headers, said)
         after = retry_after(headers.get("Retry-After"), time.time())
-        if code in PASSING or (code is None and status in (408, 429, 500, 502, 503, 504)):
-            return Later("%s cannot take it now (status %d%s)" % (
-                self.name, status, "" if code is None else ", its error %d" % code), after)
         if 300 <= status < 400:
-            return Refused("%s sends elsewhere (status %d), which is not followed; name the right place in --to" % (
-                self.name, status))
+            return Refused("%s sends elsewhere (status %d), which is not followed; name the right place"
+                           " in --to" % (self.name, status))
         if code in SAID:
             return Refused("%s %s (its error %d)" % (self.name, SAID[code], code))
-        if code is None:
-            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's HTTP port?" % (
-                self.name, status))
-        cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words.split("\n")[0])[:300]
-        return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
+        if code is None and status not in (408, 429, 500, 502, 503, 504):
+            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's HTTP"
+                           " port?" % (self.name, status))
+        if code in SHIP_DATA_ERRORS or (code == 62 and quote):  # 62: a statement that it cannot read
+            words = said[:2000].decode("utf-8", "replace").split("\n")[0]
+            cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]
+            return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
+        return Later("%s cannot take it now (status %d%s)" % (
+            self.name, status, "" if code is None else ", its error %d" % code), after)
 
-    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Dict[str, str]) -> Tuple[
-            int, http.client.HTTPMessage, bytes]:
+    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str],
+               silence: float = SHIP_SILENCE) -> Tuple[int, http.client.HTTPMessage, bytes]:
         """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
         query = urllib.parse.urlencode({**SETTINGS_SENT, **self.house.parameters, **parameters})
         place = (self.house.host, self.house.port)
         connection = http.client.HTTPSConnection(
-            *place, timeout=ANSWER_SECONDS, context=ssl.create_default_context()
-        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=ANSWER_SECONDS)
+            *place, timeout=silence, context=ssl.create_default_context()
+        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=silence)
         try:
             connection.connect()
             try:
-                connection.request("POST", self.house.path + "?" + query, body, {**self.headers, **headers})
+                connection.request("POST", self.house.path + "?" + query, body,
+                                   {**self.headers, **headers})
             except ConnectionError:
                 pass  # it may have refused before it read everything, and then says why
             answer = connection.getresponse()
-            said = answer.read(ANSWER_BYTES + 1)
-            if answer.length and len(said) <= ANSWER_BYTES:
+            said = answer.read(SHIP_ANSWER_BYTES + 1)
+            if answer.length and len(said) <= SHIP_ANSWER_BYTES:
                 raise http.client.IncompleteRead(said)
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
+        except socket.timeout:
+            raise Later("%s says nothing for %.0f s" % (self.name, silence)) from None
         except OSError as error:
             raise Later("cannot reach %s: %s" % (
                 self.name, error.strerror or str(error) or type(error).__name__)) from None
         except http.client.HTTPException as error:
-            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (self.name, type(error).__name__)) from None
+            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (
+                self.name, type(error).__name__)) from None
         finally:
             connection.close()
-        if len(said) > ANSWER_BYTES:
+        if len(said) > SHIP_ANSWER_BYTES:
             raise Refused("%s answers without end" % self.name)
         return answer.status, answer.headers, said
 
+    def prepare(self, cluster: Optional[str]) -> None:
+        """Makes the tables and views that are missing. Raises Refused where a table is not the one that
+        is written to."""
+        version = self.select("SELECT version()")
+        if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
+            raise Refused("%s is no ClickHouse: it does not know its version" % self.name)
+        there = {row[0]: row[-1] for row in self.select(
+            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
+            " FORMAT TabSeparatedRaw" % SHIP_RAW)}
+        for column, kind in RAW_COLUMNS if there else ():
+            if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1", kind):
+                raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see"
+                              " --print-ddl" % (self.name, SHIP_RAW, column, kind))
+        made = {row[0]: row[-1] for row in self.select(
+            "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database ="
+            " currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events',"
+            " 'discovery_propagation') FORMAT TabSeparatedRaw" % (SHIP_RAW, SHIP_NODES))}
+        layout = made.get(SHIP_RAW, "")
+        if layout.startswith("Distributed"):
+            layout = made.get("session_events_local", "PARTITION BY toYYYYMM(ended)")
+        if there and "PARTITION BY toYYYYMM(ended)" not in layout:
+            raise Refused("%s has a table %s of an older layout, without months. These statements keep"
+                          " its rows (stop every ship first):\n%s" % (
+                              self.name, SHIP_RAW, ship_migration(
+                                  cluster, self.house.parameters["database"])))
+        if not there or not {SHIP_NODES, "session_events", "discovery_propagation"} <= set(made):
+            for statement in ship_ddl(cluster, self.house.parameters["database"]):
+                self.select(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.")
+                            else statement)
 
-def prepare(house: ClickHouse, cluster: Optional[str]) -> None:
-    """Makes what is not there yet, and raises Refused where the table is not the one that is written to: RowBinary
-    has no names in it, so that another type would be filled with nonsense."""
-    version = house.ask("SELECT version()")
-    if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
-        raise Refused("%s is no ClickHouse: it does not know its version" % house.name)
-    there = {row[0]: row[-1] for row in house.ask(
-        "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
-        " FORMAT TabSeparatedRaw" % RAW)}
-    for column, kind in RAW_COLUMNS if there else ():
-        if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1", kind):
-            raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see --print-ddl" % (
-                house.name, RAW, column, kind))
-    views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
-                      " ('session_events', 'discovery_propagation')")
-    if not there or len(views) < 2:
-        for statement in ddl(cluster, house.house.parameters["database"]):
-            house.ask(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.") else statement)
+    def differing_pepper(self, node: str, pepper: str) -> bool:
+        """Writes the fingerprint of this node's pepper; does another node's differ?"""
+        self.posted({"query": "INSERT INTO %s FORMAT Native" % SHIP_NODES}, ship_native((
+            ("node", "String", [node]), ("pepper", "String", [pepper]),
+            ("seen", "UInt32", [int(time.time()) & SHIP_SECONDS]))), {})
+        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM %s GROUP"
+                            " BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
 
 
-def node_of(path: str) -> str:
-    """The name of the database file as a node: random, made once, and kept in the file, so that a copy of the program,
-    a new address or another machine does not change it."""
-    with reading(path) as reader:
-        name = node_in(reader)
-    if name is None:
+# -- The mark, in the file; one step; how it is watched --
+
+SHIP_MARKS = (
+    """CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT NULL)""" % SHIP_NODE,
+    """CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL,
+  last_id INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT ROWID""",
+    # What was confirmed first in each of the last minutes, for a ClickHouse that lost the newest rows.
+    """CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL,
+  minute TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT ROWID""")
+
+
+def ship_moment(seconds: float) -> str:
+    return moment_text(int(seconds) * 1000)[:19] + "Z"
+
+
+class Mark(NamedTuple):
+    """How far one destination has got; `node` is the file's name. `confirmed`: seconds since 1970, when
+    the last batch was sent (so not later than it was confirmed)."""
+
+    node: str
+    last_id: int
+    confirmed: float
+
+
+class Shipment:
+    """One database file and one destination.
+
+    The file is opened anew for each step, so that one that was put in its place is noticed. What was
+    confirmed stands in the file itself, so that a restored file, a copy, or two that ship at once are
+    no special cases: the mark belongs to the rows beside it. Sending a row again changes nothing."""
+
+    def __init__(self, path: str, house: ClickHouse) -> None:
+        self.path, self.house, self.destination = path, house, house.house.destination
+        self.key = "destination = ? AND node = ?"
+        self.rows_shipped = 0
+        self.again = False  # all rows once more
+        self.events: List[str] = []  # why rows go once more
+
+    def mark(self, reader: Reader) -> Optional[Mark]:
+        """The mark, None where there is none. Raises Refused if it is none of ours."""
+        tables = {row[0] for row in reader.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not {SHIP_NODE, "ship_marks", "ship_history"} <= tables:
+            return None
+        name = reader.rows("SELECT name FROM " + SHIP_NODE).fetchone()
+        if name is None:
+            return None
+        if not isinstance(name[0], str) or not is_node(name[0]):
+            raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one is made"
+                          % (SHIP_NODE, self.path))
+        found = reader.rows("SELECT last_id, confirmed_at FROM ship_marks WHERE " + self.key,
+                            [self.destination, name[0]]).fetchone()
+        if found is None:
+            return None
+        at = instant(found[1])
+        if not isinstance(found[0], int) or at is None:
+            raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows go once"
+                          " more" % self.path)
+        return Mark(name[0], found[0], at / 1000)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A short write transaction beside a running server. Raises Later, Refused."""
         try:
-            with contextlib.closing(sqlite3.connect(Path(path).absolute().as_uri() + "?mode=rw", uri=True,
-                                                    timeout=BUSY_SECONDS, isolation_level=None)) as connection:
-                connection.executescript("BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY"
-                                         " CHECK (one = 1), name TEXT NOT NULL);" % NODE_TABLE)
-                connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % NODE_TABLE, [secrets.token_hex(8)])
+            with contextlib.closing(sqlite3.connect(
+                    Path(self.path).absolute().as_uri() + "?mode=rw", uri=True, timeout=BUSY_SECONDS,
+                    isolation_level=None)) as connection:
+                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark only sends rows again
+                connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise Refused("cannot write the node's name into %s, which is done once: %s" % (path, (
-                "only a user who may write the file and its folder can (run this once as the server's user)"
-                if re.search("readonly|unable to open", str(error)) else explained(error, path)))) from error
-        with reading(path) as reader:
-            name = node_in(reader)
-    if name is None or not is_node(name):
-        raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one is made" % (
-            NODE_TABLE, path))
-    return name
+            why = explained(error, self.path)
+            if re.search("readonly|unable to open", str(error)):
+                why = Refused("only a user who may write the file and its folder can (run this as the"
+                              " server's user)")
+            text = "cannot write the mark of what was shipped into %s: %s" % (self.path, why)
+            raise (Later if "locked" in str(error) or "full" in str(error) else Refused)(text) from error
 
+    def begin(self) -> None:
+        """Writes a name for the file and a mark below every row, where they are missing."""
+        with self.writing() as connection:
+            for statement in SHIP_MARKS:
+                connection.execute(statement)
+            connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % SHIP_NODE,
+                               [secrets.token_hex(8)])
+            connection.execute("INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM %s" % SHIP_NODE,
+                               [self.destination, SHIP_LEAST, ship_moment(time.time())])
 
-def node_in(reader: Reader) -> Optional[str]:
-    if not reader.rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", [NODE_TABLE]).fetchone():
-        return None
-    found = reader.rows("SELECT name FROM " + NODE_TABLE).fetchone()
-    return str(found[0]) if found else None
+    def confirm(self, mark: Mark, last: Shipped, sent: float) -> None:
+        """Moves the mark up to the row `last`. Only if the file still has the mark that was read and
+        that row: it may have been replaced, and a second ship may have been faster."""
+        names = [self.destination, mark.node]
+        with self.writing() as connection:
+            moved = connection.execute(
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ? AND EXISTS ("
+                "SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? AND session_id_hash = ?"
+                " AND CAST(strftime('%%s', received_at) AS INTEGER) = ?)" % self.key,
+                [last.id, ship_moment(sent), *names, mark.last_id, last.id, last.identity, last.session,
+                 last.received]).rowcount
+            if moved:
+                now = time.time()
+                connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
+                                   [*names, ship_moment(now)[:16], last.id])
+                connection.execute(
+                    "DELETE FROM ship_history WHERE {0} AND minute < (SELECT max(minute) FROM ship_history"
+                    " WHERE {0} AND minute <= ?)".format(self.key),
+                    [*names, *names, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
 
+    def rewind(self, mark: Mark, to: int, why: str) -> None:
+        """Moves the mark down, so that what stands behind it goes once more."""
+        names = [self.destination, mark.node]
+        with self.writing() as connection:
+            moved = connection.execute(
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ?" % self.key,
+                [to, ship_moment(time.time()), *names, mark.last_id]).rowcount
+            connection.execute("DELETE FROM ship_history WHERE %s AND last_id > ?" % self.key,
+                               [*names, to])
+        if moved:
+            self.events.append(why)
 
-SHIP_SQL = "SELECT %s FROM session_events WHERE id " % ", ".join(column for column, _, _ in CELLS)
+    def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
+        """(the id after which rows go once more, why), None where ClickHouse has what the mark says."""
+        if mark.last_id == SHIP_LEAST:
+            return None
+        if self.again:
+            self.again = False
+            return SHIP_LEAST, "--again"
+        highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
+        if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():
+            used = reader.rows("SELECT seq FROM sqlite_sequence WHERE name = 'session_events'").fetchone()
+            highest = max((n for n in (highest, used and used[0]) if isinstance(n, int)), default=None)
+        if highest is None or highest < mark.last_id:
+            return SHIP_LEAST, "the mark is not of this file's rows"
+        sample = self.confirmed(reader, mark, SHIP_SAMPLE)
+        if sample and not self.house.found(sample):
+            months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in sample}
+            if self.house.months(months) or not self.house.months():
+                return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
+        up = self.house.numbers("SELECT uptime()")
+        now = time.time()
+        if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
+            return None
+        before = ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]
+        found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY minute"
+                            " DESC LIMIT 1" % self.key, [self.destination, mark.node, before]).fetchone()
+        return (found[0] if found else SHIP_LEAST), (
+            "ClickHouse was started after the last rows were confirmed" if mark.confirmed <= now + 2
+            else "the mark lies in the future")
 
+    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
+        """The last rows up to the mark, without those that were made unfit since."""
+        try:
+            return ship_batch(reader, "<= ? AND +fits ORDER BY id DESC", mark.last_id, most)
+        except Unfit:
+            return []
 
-def batch_after(path: str, after: int) -> List[Shipped]:
-    """The next rows in the order of their ids, up to SHIP_ROWS or about SHIP_BYTES; none at the end.
+    def step(self) -> bool:
+        """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit for a
+        row that cannot go, Later, Refused."""
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+            doubt = self.doubt(reader, mark) if mark else None
+            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS) if (
+                mark and not doubt) else []
+            taken = self.confirmed(reader, mark, 1) if mark and rows else []
+        if mark is None:
+            self.begin()
+        elif doubt:
+            self.rewind(mark, *doubt)
+        elif rows:
+            sent = time.time()
+            stored, error = self.insert(mark.node, rows, taken)
+            if stored:
+                self.confirm(mark, rows[stored - 1], sent)
+                self.rows_shipped += stored
+            if error:
+                raise error
+        return bool(mark is None or doubt or rows)
 
-    Each batch is a read of its own, so that a slow ClickHouse never keeps the server from emptying its -wal file.
-    Raises Unfit only when nothing stands before the row."""
-    rows: List[Shipped] = []
-    size = 0
-    with reading(path) as reader:
-        for row in reader.rows(SHIP_SQL + "> ? ORDER BY id LIMIT ?", [after, SHIP_ROWS]):
+    def insert(self, node: str, rows: Sequence[Shipped], taken: Sequence[Shipped]) -> Tuple[
+            int, Optional[Refused]]:
+        """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one that
+        ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at fault."""
+        done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
+        while done < len(rows):
             try:
-                rows.append(shippable(row))
-            except Unfit:
-                if not rows:
-                    raise
-                break
-            size += 256 + sum(map(len, rows[-1].refs))
-            if size >= SHIP_BYTES:
-                break
-    return rows
+                self.house.insert(node, rows[done:end])
+                done, end = end, len(rows)
+            except InsertRefused as error:
+                if end - done > 1:
+                    end = (done + end) // 2
+                    continue
+                try:
+                    self.house.insert(node, rows[done - 1:done] or taken)
+                except InsertRefused:
+                    return done, Later("%s; and refuses a row that it took before" % error)
+                return done, Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+                    rows[done].id, error))
+        return done, None
+
+    def status(self) -> Dict[str, Union[int, float]]:
+        """What --metrics shows and the log says once a minute."""
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+            last = mark.last_id if mark else SHIP_LEAST
+            waiting = reader.rows("SELECT count(*) FROM session_events WHERE id > ?", [last]).fetchone()[0]
+            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id LIMIT 1",
+                                 [last]).fetchone()
+        since = instant(oldest[0]) if oldest else None
+        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": max(
+            0, (now_ms() - since) // 1000) if since is not None else 0}
+
+    def pepper(self) -> str:
+        """The fingerprint of the pepper that server.py noted in the file; empty without one."""
+        with reading(self.path) as reader:
+            if not reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'session_events_pepper'").fetchone():
+                return ""
+            found = reader.rows("SELECT fingerprint FROM session_events_pepper ORDER BY rowid DESC").fetchone()
+            return found[0] if found and re.fullmatch("[0-9a-f]{1,64}", str(found[0])) else ""
+
+    def prepare(self, cluster: Optional[str]) -> bool:
+        """Makes what is missing on both sides; False if another node has another pepper."""
+        self.house.prepare(cluster)
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+        if mark is None:
+            self.begin()
+            with reading(self.path) as reader:
+                mark = self.mark(reader)
+        return mark is None or not self.house.differing_pepper(mark.node, self.pepper())
 
 
-LEAST_ID = -1 << 63
+SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), so that a"
+                " developer is somebody else on each of them")
 
 
-def resume_point(path: str, house: ClickHouse, node: str) -> int:
-    """The id after which to go on: everything up to it is in ClickHouse. Raises Refused if what is there under this
-    node's name is not this file's.
-
-    Rows are sent in the order of their ids, and each batch only when the one before it was answered. So what may be
-    missing below the highest id there (a batch can be in by halves, on one of two shards) is among the last SHIP_ROWS
-    rows, and these are compared one by one. Two that ship at once change nothing of that: each sends without a gap.
-
-    A row that gave way to another node's is gone after a merge, and nothing is missing: what is not there by its id is
-    looked for by its session. The highest id that is left can be less than what was sent, so that goes on behind it,
-    up to the first row that is nowhere."""
-    top = house.highest(node)
-    after = LEAST_ID
-    if top is not None:
-        with reading(path) as reader:
-            highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
-            if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():  # maybe swept
-                sequence = reader.rows("SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'").fetchone()
-                highest = max((n for n in (highest, sequence[0]) if n is not None), default=None)
-            if highest is None or highest < top:
-                raise other_file(house, path)
-            before = reader.rows("SELECT id FROM session_events WHERE id <= ? ORDER BY id DESC LIMIT 1 OFFSET ?",
-                                 [top, SHIP_ROWS]).fetchone()
-            after = before[0] if before else after
-    while True:
-        rows = batch_after(path, after)
-        if not rows:
-            return after
-        ours = {s.id: s for s in rows}
-        theirs = house.numbers("SELECT id, %s FROM %s WHERE node = '%s' AND id >= %d AND id <= %d" % (
-            ROW_SUM, RAW, node, rows[0].id, rows[-1].id), 2) if top is not None and rows[0].id <= top else []
-        if any(row_id in ours and row_sum(ours[row_id]) != total for row_id, total in theirs):
-            raise other_file(house, path)
-        gone = ours.keys() - {row_id for row_id, _ in theirs}
-        held = house.held(node, rows[0].id, (key_binary(node, ours[row_id]) for row_id in gone))
-        if gone - held.keys():
-            return min(gone - held.keys()) - 1
-        after = rows[-1].id
-
-
-def other_file(house: ClickHouse, path: str) -> Refused:
-    return Refused("%s holds other rows under this node's name than %s: the file is an old copy, or was copied to a"
-                   " second node. Give it a name of its own (sqlite3 FILE 'DROP TABLE %s') and run this again: it is"
-                   " shipped anew, and no session counts twice" % (house.name, path, NODE_TABLE))
-
-
-def store(house: ClickHouse, node: str, rows: Sequence[Shipped]) -> None:
-    """One batch. Raises Refused with the row's id when there is one that ClickHouse does not take; what comes before
-    it is stored then."""
-    try:
-        house.insert(b"".join(row_binary(node, s) for s in rows))
-    except InsertRefused as error:
-        house.insert(b"")  # if it refuses that too, it is not about a row, and says so
-        if len(rows) == 1:
-            raise Refused("row id %d cannot be shipped, and nothing after it is: %s" % (rows[0].id, error)) from None
-        middle = len(rows) // 2
-        store(house, node, rows[:middle])
-        store(house, node, rows[middle:])
-
-
-def ship_rows(path: str, house: ClickHouse, node: str, after: int, told: Callable[[int], object]) -> int:
-    """Ships what comes after an id; the last id. `told` hears how many rows each batch had."""
-    while True:
-        rows = batch_after(path, after)
-        if not rows:
-            return after
-        store(house, node, rows)
-        after = rows[-1].id
-        told(len(rows))
-
-
-class Progress:
+class ShipProgress:
     """How many rows were shipped; on a terminal, while it goes on."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.shown = False
 
     def __call__(self, rows: int) -> None:
-        self.count += rows
         if sys.stderr.isatty():
-            sys.stderr.write("\r{:,} rows shipped".format(self.count))
+            sys.stderr.write("\r{:,} rows shipped".format(rows))
             sys.stderr.flush()
+            self.shown = True
 
     def end(self) -> None:
-        if self.count and sys.stderr.isatty():
+        if self.shown:
             sys.stderr.write("\n")
 
 
-def follow(path: str, house: ClickHouse, node: str, cluster: Optional[str], told: Callable[[int], object]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. Where to go on is asked of ClickHouse at first and after each fault."""
+def ship_log(event: str, **details: Any) -> None:
+    """One line of JSON on standard error."""
+    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr, flush=True)
+
+
+class ShipMetrics(http.server.ThreadingHTTPServer):
+    """--metrics: GET /metrics in Prometheus' text form."""
+
+    daemon_threads = True
+
+    def __init__(self, address: Tuple[str, int], shipment: Shipment) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, ShipMetricsHandler)
+        self.shipment = shipment
+        self.waiting = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def text(self) -> str:
+        shipment = self.shipment
+        lines = []
+        for name, kind, value, text in (
+                *((name, "gauge", value, text) for (name, value), text in zip(shipment.status().items(), (
+                    "id of the last row that ClickHouse confirmed", "rows that are not yet confirmed",
+                    "age of the oldest of them"))),
+                ("waiting", "gauge", self.waiting, "1 while ClickHouse or the file cannot be used"),
+                ("rows_total", "counter", shipment.rows_shipped, "rows confirmed since this started")):
+            name = "session_events_ship_" + name
+            lines += ["# HELP %s %s" % (name, text), "# TYPE %s %s" % (name, kind), "%s %s" % (name, value)]
+        return "\n".join(lines) + "\n"
+
+
+class ShipMetricsHandler(http.server.BaseHTTPRequestHandler):
+    timeout = 10
+    server: ShipMetrics
+
+    def do_GET(self) -> None:
+        try:
+            status, text = (200, self.server.text()) if self.path == "/metrics" else (404, "see /metrics\n")
+        except Refused as error:
+            status, text = 503, visible(str(error)) + "\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def ship_address(text: str) -> Tuple[str, int]:
+    match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65_535:
+        raise Usage("--metrics takes an address such as 127.0.0.1:9101")
+    return match[1], int(match[2])
+
+
+def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMetrics]) -> int:
+    """Ships until SIGTERM or Ctrl-C; 0. What cannot be done at the start is an error; later it waits."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    after: Optional[int] = None
-    failures = 0
+    ready = started = False
+    failures, why, noted = 0, "", time.monotonic()
     try:
         while True:
             try:
-                if after is None:
-                    prepare(house, cluster)
-                    after = resume_point(path, house, node)
-                after = ship_rows(path, house, node, after, told)
-                failures, wait = 0, FOLLOW_SECONDS
-            except Later as error:
-                after, failures = None, failures + 1
-                wait = back_off(failures, random.random()) if error.after is None else error.after
-                print("session_events: %s; again in %.0f s" % (visible(str(error)), wait), file=sys.stderr, flush=True)
+                if not ready and not shipment.prepare(cluster):
+                    ship_log("warning", why=SHIP_PEPPERS)
+                ready = True
+                sent = shipment.step()
+                if not started or failures:
+                    ship_log("recovered" if failures else "shipping", to=shipment.destination,
+                             **shipment.status())
+                started, failures, why = True, 0, ""
+                wait = 0.0 if sent else FOLLOW_SECONDS
+            except Refused as error:
+                if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
+                    raise
+                ready, failures = False, failures + 1
+                wait = back_off(failures, random.random())
+                if isinstance(error, Later) and error.after is not None:
+                    wait = error.after
+                if why != str(error):
+                    why = str(error)
+                    ship_log("waiting", why=visible(why), again_in_seconds=round(wait, 1))
+            for reason in shipment.events:
+                ship_log("again", why=reason)
+            shipment.events.clear()
+            if metrics:
+                metrics.waiting = int(bool(failures))
+            if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
+                noted = time.monotonic()
+                with contextlib.suppress(Refused):  # the reason is in the line before
+                    ship_log("status", **shipment.status())
             time.sleep(wait)
     except KeyboardInterrupt:
         return 0
 
 
-DaySums = Dict[int, List[int]]  # {day since 1970: [rows, sum of their row sums]}
-
-
-def day_sums(path: str, after: int, last: int, chosen: Callable[[List[Shipped]], Iterable[Shipped]]) -> Tuple[
-        DaySums, DaySums, Dict[int, int], int]:
-    """(the file's rows up to the id `last`, those behind it, the first id) by the day on which they were received, and
-    the last id; of the rows after an id, as far as `chosen` takes them from their batch."""
-    shipped: DaySums = {}
-    waiting: DaySums = {}
-    starts: Dict[int, int] = {}
+def ship_check(shipment: Shipment) -> int:
+    """Is every session of the file in the view? 0 or 1. It names, for each day of arrival, how many are
+    not. What waits to be shipped is no fault on the day it came; nor is what lies in a month that
+    ClickHouse no longer has, if it was confirmed."""
+    missing: Dict[Tuple[int, int], int] = {}  # (day since 1970, month): sessions
+    waiting: Dict[int, int] = {}
+    total, after = 0, SHIP_LEAST
     while True:
-        rows = batch_after(path, after)
+        with reading(shipment.path) as reader:
+            mark = shipment.mark(reader)
+            rows = ship_batch(reader, "> ? ORDER BY id", after, SHIP_ROWS)
         if not rows:
-            return shipped, waiting, starts, after
-        for s in chosen(rows):
-            starts.setdefault(day_of(s), s.id)
-            day = (shipped if s.id <= last else waiting).setdefault(day_of(s), [0, 0])
-            day[:] = day[0] + 1, (day[1] + row_sum(s)) % (1 << 64)
-        after = rows[-1].id
-
-
-def day_of(s: Shipped) -> int:
-    return s.received // 86_400
-
-
-def without(sums: DaySums, taken: DaySums) -> DaySums:
-    """The days that are left, with what is left of them."""
-    left = {day: [rows - taken.get(day, [0, 0])[0], (total - taken.get(day, [0, 0])[1]) % (1 << 64)]
-            for day, (rows, total) in sums.items()}
-    return {day: rest for day, rest in left.items() if rest != [0, 0]}
-
-
-def check(path: str, house: ClickHouse, node: str) -> int:
-    """Compares the file's rows with ClickHouse's, day by day; 0 if all are there, else 1. Rows of today that wait to be
-    shipped are no difference, those of earlier days are.
-
-    A session that another node received first (or this one, before a sweep) is held as that row. Where a day differs,
-    the file's rows of it are looked for by their sessions, and those held so are taken out of the comparison."""
-    last = house.highest(node)
-    top = LEAST_ID if last is None else last
-    shipped, waiting, starts, end = day_sums(path, LEAST_ID, top, lambda rows: rows)
-    first = min(starts.values(), default=top)
-    theirs = {day: [rows, total] for day, rows, total in house.numbers(
-        "SELECT toUInt32(toDate(received_at)) AS day, count(), sum(%s) FROM %s FINAL WHERE node = '%s' AND id >= %d"
-        " AND id <= %d GROUP BY day" % (ROW_SUM, RAW, node, first, top), 3)
-    } if last is not None else {}
-    days = {day for day in {*shipped, *theirs} if shipped.get(day) != theirs.get(day)}
-
-    def elsewhere(rows: List[Shipped]) -> Iterable[Shipped]:
-        asked = [s for s in rows if s.id <= end and (s.id > top or day_of(s) in days)]
-        held = house.held(node, first, (key_binary(node, s) for s in asked))
-        return (s for s in asked if held.get(s.id))
-
-    begin = min([top + 1, *(starts[day] for day in days if day in starts)]) - 1
-    lost, lost_waiting = day_sums(path, begin, top, elsewhere)[:2]
-    shipped, waiting = without(shipped, lost), without(waiting, lost_waiting)
-    today = now_ms() // DAY_MS
-    differ = 0
-    for day in sorted({*shipped, *theirs, *waiting}):
-        here, there, later = shipped.get(day, [0, 0]), theirs.get(day, [0, 0]), waiting.get(day, [0, 0])[0]
-        if here != there or (later and day < today):
-            differ += 1
-            print("%s  differs: %d rows in the file, %d in ClickHouse%s" % (
-                moment_text(day * DAY_MS)[:10], here[0] + later, there[0],
-                "" if here[0] + later != there[0] else ", not the same"))
-    compared, late, given = (sum(rows for sums in kinds for rows, _ in sums.values()) for kinds in (
-        (shipped,), (waiting,), (lost, lost_waiting)))
-    before = ", {:,} stand as received before (by another node, or before a sweep)".format(given) if given else ""
-    print("{:,} rows compared{}, {:,} wait to be shipped: {}".format(
-        compared, before, late, "the same on every day" if not differ else "%d days differ; %s" % (
-            differ, "ship, and check again" if late else "ship --again sends all of them once more")))
-    return 1 if differ else 0
+            break
+        total, after = total + len(rows), rows[-1].id
+        found = shipment.house.found(rows)
+        for n, row in enumerate(rows):
+            day = row.received // 86_400
+            if n in found:
+                continue
+            if mark and row.id > mark.last_id:
+                waiting[day] = waiting.get(day, 0) + 1
+            else:
+                key = day, int(time.strftime("%Y%m", time.gmtime(row.ended)))
+                missing[key] = missing.get(key, 0) + 1
+    months = shipment.house.months() if missing else set()
+    dropped = {month for _, month in missing if months and month not in months}
+    gone = {day: sum(n for (d, month), n in missing.items() if d == day and month not in dropped)
+            for day, _ in missing}
+    late = sum(n for day, n in waiting.items() if day < now_ms() // DAY_MS)
+    for day in sorted({*gone, *waiting}):
+        if gone.get(day) or waiting.get(day):
+            print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
+                "{:,} {}".format(n, words) for n, words in (
+                    (gone.get(day, 0), "sessions are missing"), (waiting.get(day, 0), "wait to be shipped")
+                ) if n)))
+    for month in sorted(dropped):
+        print("{:04}-{:02}  {:,} sessions lie in this month, which ClickHouse no longer has".format(
+            month // 100, month % 100, sum(n for (_, m), n in missing.items() if m == month)))
+    lost = sum(gone.values())
+    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, {:,} in"
+          " dropped months{}".format(
+              total, total - sum(missing.values()) - sum(waiting.values()), lost, sum(waiting.values()),
+              sum(missing.values()) - lost, "; ship --again sends all once more" if lost else ""))
+    return 1 if lost or late else 0
 
 
 def ship(options: argparse.Namespace) -> int:
     if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     if options.print_ddl:
-        print(";\n\n".join(ddl(options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
+        print(";\n\n".join(ship_ddl(
+            options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
     if options.check + options.follow + options.again > 1:
         raise Usage("--check, --follow and --again are three different things; give one")
-    house = ClickHouse(house_of(options.to), credentials(os.environ))
-    node = node_of(options.db)
+    if options.metrics and not options.follow:
+        raise Usage("--metrics goes with --follow")
+    address = ship_address(options.metrics) if options.metrics else None
+    shipment = Shipment(options.db, ClickHouse(house_of(options.to), ship_credentials(os.environ)))
     if options.check:
-        return check(options.db, house, node)
-    progress = Progress()
+        return ship_check(shipment)
+    if options.follow:
+        try:
+            metrics = ShipMetrics(address, shipment) if address else None
+        except OSError as error:
+            raise Refused("cannot listen on %s: %s" % (options.metrics, error.strerror)) from None
+        return follow(shipment, options.cluster, metrics)
+    progress = ShipProgress()
+    shipment.again = options.again
     try:
-        if options.follow:
-            return follow(options.db, house, node, options.cluster, progress)
-        prepare(house, options.cluster)
-        ship_rows(options.db, house, node,
-                  LEAST_ID if options.again else resume_point(options.db, house, node), progress)
+        if not shipment.prepare(options.cluster):
+            print("session_events: " + SHIP_PEPPERS, file=sys.stderr)
+        while shipment.step():
+            progress(shipment.rows_shipped)
     finally:
         progress.end()
-    print("{:,} rows shipped as node {}".format(progress.count, node))
+        for why in shipment.events:
+            print("session_events: rows go once more: " + why, file=sys.stderr)
+    print("{:,} rows shipped".format(shipment.rows_shipped))
     return 0
 
 
@@ -3106,10 +3471,12 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
     "to": ("--to", {"metavar": "URL", "help": "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
                                               " in the environment say who"}),
     "follow": ("--follow", {"action": "store_true", "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
-    "check": ("--check", {"action": "store_true", "help": "ship nothing; compare counts and a checksum for each day,"
-                                                          " and exit with 1 if a day differs"}),
-    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found days that differ"}),
+    "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the file in the view?"
+                                                          " Exit with 1 if not"}),
+    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found that some are missing"}),
     "print_ddl": ("--print-ddl", {"action": "store_true", "help": "only print what makes the table and the views"}),
+    "metrics": ("--metrics", {"metavar": "HOST:PORT", "help": "with --follow: answer GET /metrics here, for"
+                                                              " Prometheus"}),
     "cluster": ("--cluster", {"metavar": "NAME", "help": "make them on every host of this ClickHouse cluster,"
                                                          " replicated"}),
     "demo_db": ("--db", {"metavar": "FILE", "help": "only write them into this new file"}),
@@ -3148,7 +3515,8 @@ ACTIONS = {
                    ("db", "port", "open"), view),
     "ship": Action("move the rows into a ClickHouse, and on from where it stopped",
                    "ship --db events.db --to 'http://host:8123/?database=analytics' --follow",
-                   ("ship_db", "to", "follow", "check", "again", "print_ddl", "cluster"), ship),
+                   ("ship_db", "to", "follow", "metrics", "check", "again", "print_ddl",
+                    "cluster"), ship),
     "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
 }
 
