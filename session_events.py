@@ -2321,14 +2321,15 @@ def ship_column(field: str) -> str:
 
 
 SHIP_COLUMNS = ("id", "received_at", *(ship_column(name) for name, *_ in FIELDS))
-# `fits` is 1 where both moments are as server.py stores them.
+# `fits` is 1 where both moments are as server.py stores them; '+0 days' makes
+# SQLite turn 30 February into 2 March, which differs.
 SHIP_SQL = """SELECT id, received, identity_hash, github_hash, session_id_hash, ended_at,
   max(0, min(%d, received + %d, max(received - %d, ended))), tool_count, tokens_saved, branch_sha,
   substr(discovery_refs_json, 1, %d), plugin_version, fits
 FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
   CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
-  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at) = received_at AND received_at >= '1970'
-  AND received_at < '2106' AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at) = ended_at
+  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at AND received_at >= '1970'
+  AND received_at < '2106' AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at
   AND ended_at >= '0001' AS fits
   FROM session_events) WHERE id """ % (SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, SHIP_REFS_TEXT + 1)
 
@@ -3040,9 +3041,11 @@ class Shipment:
             if self.house.months(months) or not self.house.months():
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
         up = self.house.numbers("SELECT uptime()")
-        now = time.time()
+        now = time.time()  # after the answer, so that its start seems late rather than early
         if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
             return None
+        if up and up[0] < 2:
+            time.sleep(2)  # uptime() counts whole seconds: else the next mark would be doubted, too
         before = ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]
         found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY minute"
                             " DESC LIMIT 1" % self.key, [self.destination, mark.node, before]).fetchone()
@@ -3235,9 +3238,9 @@ def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMet
                 wait = back_off(failures, random.random())
                 if isinstance(error, Later) and error.after is not None:
                     wait = error.after
-                if why != str(error):
-                    why = str(error)
-                    ship_log("waiting", why=visible(why), again_in_seconds=round(wait, 1))
+                why = visible(str(error))
+                if failures == 1:
+                    ship_log("waiting", why=why, again_in_seconds=round(wait, 1))
             for reason in shipment.events:
                 ship_log("again", why=reason)
             shipment.events.clear()
@@ -3246,7 +3249,7 @@ def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMet
             if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
                 noted = time.monotonic()
                 with contextlib.suppress(Refused):  # the reason is in the line before
-                    ship_log("status", **shipment.status())
+                    ship_log("status", **shipment.status(), **({"why": why} if why else {}))
             time.sleep(wait)
     except KeyboardInterrupt:
         return 0

@@ -5807,6 +5807,11 @@ def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
     try:
         with contextlib.closing(sqlite3.connect(str(db))) as connection:
             insert(connection, many(100, 300_000))
+            connection.execute(
+                "UPDATE ship_marks SET destination = replace(destination, '%d', '%d')"
+                % (clickhouse.port, relay.port)
+            )
+            connection.commit()
         before = tmp_path / "before.db"
         shutil.copy(str(db), str(before))
         with contextlib.closing(sqlite3.connect(str(before))) as connection:
@@ -5817,6 +5822,7 @@ def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
         relay.limit, relay.then, relay.late = 20_000, lambda: restored(before, db), "pass"
         status, out, err = ship(db, url.replace(str(clickhouse.port), str(relay.port)))
         assert relay.limit is None and status == 0, err
+        assert out == "150 rows shipped\n" or out == "250 rows shipped\n"
     finally:
         relay.stop()
     assert ship(db, url, "--check")[0] == 0
@@ -5837,7 +5843,6 @@ def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
     assert (shipped(db, url), shipped(copy, url)) == (50, 60)
     whole(clickhouse, url, rows, here, there)
     assert ship(db, url, "--check")[0] == ship(copy, url, "--check")[0] == 0
-    status, out, _ = ship(db, other, "--check") if False else (1, "", "")
     assert shipped(db, other) == 350 and shipped(db, url) == shipped(db, other) == 0
     whole(clickhouse, other, rows, here)
     with contextlib.closing(sqlite3.connect(db)) as connection:
@@ -6127,7 +6132,7 @@ def test_ship_full_disk_of_clickhouse(tmp_path):
             eventually(lambda: viewed(house, url) == 1500, process)
             process.send_signal(signal.SIGTERM)
             status, _, err = finished(process)
-            assert status == 0 and json.loads(err.splitlines()[-1])["event"] == "recovered", err
+            assert status == 0 and '"event": "recovered"' in err, err
             whole(house, url, rows)
         finally:
             if process and process.poll() is None:
@@ -6247,7 +6252,7 @@ def test_ship_is_watched(tmp_path, clickhouse):
     states = [line["event"] for line in lines if line["event"] != "status"]
     assert (status, out, states) == (0, "", ["shipping", "waiting", "recovered"]), err
     status = [line for line in lines if line["event"] == "status"]
-    assert status and set(status[0]) == {
+    assert status and set(status[-1]) == {
         "time",
         "event",
         "last_id",
