@@ -6245,9 +6245,9 @@ def test_ship_is_watched(tmp_path, clickhouse):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen("http://127.0.0.1:%d/" % port, timeout=30)
     finally:
-        relay.stop()
         process.send_signal(signal.SIGTERM)
         status, out, err = finished(process)
+        relay.stop()
     lines = [json.loads(line) for line in err.splitlines()]
     states = [line["event"] for line in lines if line["event"] != "status"]
     assert (status, out, states) == (0, "", ["shipping", "waiting", "recovered"]), err
