@@ -35,7 +35,9 @@ import csv
 import datetime
 import email.utils
 import errno
+import functools
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
@@ -51,11 +53,13 @@ import secrets
 import signal
 import sqlite3
 import ssl
+import statistics
 import struct
 import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -88,13 +92,30 @@ TABLES = {
                        "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
     "session_discoveries": ("discovery_ref", "event_id"),
 }
-MOST_TOOLS, MOST_TOKENS, MOST_REFS = 1_000_000, 1_000_000_000, 200
+# The fields of an event, in the order of the table's columns (README, Contract 1).
+# Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
+FIELDS = (
+    ("identity_hash", "string", True, "[0-9a-f]{64}"),
+    ("github_hash", "string or null", False, "[0-9a-f]{64}"),
+    ("session_id_hash", "string", True, "[0-9a-f]{64}"),
+    ("ended_at", "string", True, "moment"),
+    ("tool_count", "number", True, (0, 1_000_000)),
+    ("tokens_saved", "number", True, (0, 1_000_000_000)),
+    ("branch_sha", "string or null", False, "[0-9A-Fa-f]{7,40}"),
+    ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
+)
+RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
+MOST_TOOLS, MOST_TOKENS = RULES["tool_count"][1], RULES["tokens_saved"][1]
+MOST_REFS = RULES["discovery_refs"][0]
 PREFIX = 8  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
-END_OF_TIME = "9999"  # above every moment that can be written, below any other junk that starts with a letter
+PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count",
+               "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
+END_OF_TIME = ":"  # the character after "9": above every moment
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
@@ -102,9 +123,12 @@ Plain = Dict[str, Any]  # what json.dumps takes
 # A row: every cell is hostile until it has been through here
 # ======================================================================================================
 
-is_hash = re.compile(r"[0-9a-f]{64}").fullmatch
-is_branch = re.compile(r"[0-9a-f]{7,40}").fullmatch
-is_version = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}").fullmatch
+is_hash = re.compile(RULES["identity_hash"]).fullmatch
+is_version = re.compile(RULES["plugin_version"]).fullmatch
+is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)  # few are many
+# What server.py stores, and the same without the fraction. Text order is the order of time, but
+# that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
+STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
                     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
@@ -124,11 +148,12 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
+    login: Optional[str] = None  # the one GitHub hash of the identity in the window, if there is one
 
     @property
     def developer(self) -> str:
         """The whole key of who it was; goes through `labels` before anybody sees it."""
-        return self.github or self.identity
+        return self.github or self.login or self.identity
 
 
 def instant(text: object) -> Optional[int]:
@@ -167,46 +192,101 @@ def now_ms() -> int:
     return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
 
 
-def whole(value: object, most: int) -> int:
-    """A count as the contract has it: anything else counts as 0."""
-    return value if isinstance(value, int) and 0 <= value <= most else 0
+@functools.lru_cache(4096)
+def midnight(date: str) -> Optional[int]:
+    return instant(date + "T00:00:00")
 
 
-def refs_of(text: object) -> Tuple[str, ...]:
-    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
+def stored_instant(text: object) -> Optional[int]:
+    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
+    match = STORED.fullmatch(text) if isinstance(text, str) else None
+    start = midnight(match.group(1)) if match else None
+    if start is None:
+        return None
+    assert isinstance(text, str)
+    ms = int(text[20:23]) if len(text) == 24 else 0
+    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(text[17:19]) * 1000 + ms
 
-    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
-    anything: renderers neutralise it."""
+
+def refs_of(text: object) -> Optional[Tuple[str, ...]]:
+    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their rule."""
+    if not isinstance(text, str):
+        return None
+    if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
+        values = text[2:-2].split('","')
+        if len(values) <= MOST_REFS and all(map(is_slug, values)):
+            return tuple(dict.fromkeys(values))
     try:
-        values = json.loads(text) if isinstance(text, str) else None
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        values = list(values.values())
-    strings = (value.encode("utf-8", "replace").decode() for value in (
-        values if isinstance(values, list) else [values]) if isinstance(value, str))
-    return tuple(dict.fromkeys(strings))[:MOST_REFS]
-
-
-COLUMNS = ("e.id, e.identity_hash, e.github_hash, e.session_id_hash, e.ended_at, e.tool_count,"
-           " e.tokens_saved, e.branch_sha, e.discovery_refs_json, e.plugin_version")
-
-
-def session_of(row: Sequence[Any]) -> Optional[Session]:
-    """A row of COLUMNS as a Session, or None if who, which or when is not what the contract says.
-
-    The other columns have a harmless stand-in each: 0, None, no discoveries, version "0.0.0"."""
-    identity, github, session, ended = row[1], row[2], row[3], instant(row[4])
-    if not (isinstance(identity, str) and is_hash(identity)):
         return None
-    if not (isinstance(session, str) and is_hash(session)) or ended is None:
+    if not isinstance(values, list) or len(values) > MOST_REFS or not all(
+            isinstance(value, str) and is_slug(value) for value in values):
         return None
-    branch, version = row[7], row[9]
-    return Session(
-        row[0], identity, github if isinstance(github, str) and is_hash(github) else None, session, ended,
-        whole(row[5], MOST_TOOLS), whole(row[6], MOST_TOKENS),
-        branch if isinstance(branch, str) and is_branch(branch) else None,
-        refs_of(row[8]), version if isinstance(version, str) and is_version(version) else "0.0.0")
+    return tuple(dict.fromkeys(values))
+
+
+COLUMNS = ", ".join("e." + {"discovery_refs": "discovery_refs_json"}.get(name, name)
+                    for name in ("id", *RULES))
+
+
+def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
+    """Whether a column's value keeps the rule of its field, as server.py stores it."""
+    if rule == "moment":
+        return lambda cell: stored_instant(cell) is not None
+    if kind == "array":
+        return lambda cell: refs_of(cell) is not None
+    if kind == "number":
+        least, most = rule
+        return lambda cell: isinstance(cell, int) and least <= cell <= most
+    fits = re.compile(rule).fullmatch
+    nullable = kind == "string or null"
+    return lambda cell: nullable if cell is None else isinstance(cell, str) and fits(cell) is not None
+
+
+CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
+
+
+def is_session(row: Sequence[Any]) -> bool:
+    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This is
+    the one definition; all that asks the database goes through `Reader.chunks` or `session_of`."""
+    return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
+
+
+HEX_DIGITS = b"0123456789abcdef"
+MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*", re.ASCII)
+
+
+def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
+    """True only if every row is a session. A column at a time takes a third of `is_session` a row;
+    False means that each row must be looked at."""
+    _, identities, githubs, sessions, ended, tools, tokens, branches, refs, versions = zip(*rows)
+    try:
+        for column in (set(identities), set(githubs) - {None}, sessions):
+            text = "".join(column).encode("ascii")
+            if set(map(len, column)) - {64} or text.translate(None, HEX_DIGITS):
+                return False
+        if set(map(type, tools + tokens)) != {int} or min(tools) < 0 or min(tokens) < 0:
+            return False
+        if max(tools) > MOST_TOOLS or max(tokens) > MOST_TOKENS:
+            return False
+        if set(map(len, ended)) != {24} or not MILLISECONDS.fullmatch("".join(ended)):
+            return False
+        if None in map(midnight, {text[:10] for text in ended}):
+            return False
+        if not all(map(CHECKS[6], set(branches))) or not all(map(CHECKS[8], set(versions))):
+            return False
+        return None not in map(refs_of, refs)
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+    """A row of COLUMNS that is a session."""
+    ended, refs = stored_instant(row[4]), refs_of(row[8])
+    assert ended is not None and refs is not None
+    return Session(row[0], row[1], row[2], row[3], ended, row[5], row[6], row[7] and row[7].lower(),
+                   refs, row[9], login)
 
 
 def alike(a: str, b: str) -> int:
@@ -280,45 +360,163 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
 GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
 
 
+def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
+    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a fraction,
+    a row of the same second without one is on the other side of it than its text says."""
+    sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
+    if since[20:23].strip("0"):
+        sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
+    if until[20:23].strip("0"):
+        second = until[:19] + "Z"
+        sql = sql.replace("e.ended_at < ?", "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
+        values = [since, second, until, second, *values[2:]]
+    return sql, values
+
+
 def where(window: Window) -> Tuple[str, List[Any]]:
     """The window as a condition on `session_events e`, and its parameters."""
-    sql, values = "e.ended_at >= ? AND e.ended_at < ?" + GITHUB[window.github], [window.since, window.until]
+    sql, values = bounds(window.since, window.until)
+    sql += GITHUB[window.github]
     if window.discovery is not None:
         sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
         values.append(window.discovery)
     return sql, values
 
 
+CHUNK = 2000  # rows that are checked together
+NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL UNION ALL SELECT id FROM session_events"
+             " WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+INSTANT = "CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z' ELSE e.ended_at END"
+
+
+class Facts(NamedTuple):
+    """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
+    `logins`: {identity: its one GitHub hash} (None: it has several) over the window's time."""
+
+    total: int
+    logins: Dict[str, Optional[str]]
+    developers: Set[str]
+
+
 class Reader:
-    """One read transaction. `left_out` counts the rows met so far that were no sessions."""
+    """One read transaction. `left_out` counts the rows met so far that are no sessions."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        self.left_out = 0
+        self.odd: Set[int] = set()  # ids of rows that are no sessions
+        self.known: Dict[Window, Facts] = {}
+
+    @property
+    def left_out(self) -> int:
+        return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
-        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
-        for row in self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values):
-            session = session_of(row)
-            if session is None:
-                self.left_out += 1
+    def order(self, window: Window) -> str:
+        """ORDER BY's key for the time: the column, which has an index, unless a row without a
+        fraction is there. (0.1 us a row of the window, all in the index.)"""
+        sql, values = bounds(window.since, window.until)
+        mixed = self.rows("SELECT 1 FROM session_events e WHERE %s AND length(e.ended_at) <> 24 LIMIT 1"
+                          % sql, values).fetchone()
+        return INSTANT if mixed else "e.ended_at"
+
+    def checked(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """The sessions among rows of COLUMNS; the ids of the others go to `odd`."""
+        if not rows or all_sessions(rows):
+            return rows
+        good = []
+        for row in rows:
+            if is_session(row):
+                good.append(row)
             else:
-                yield session
+                self.odd.add(row[0])
+        return good
+
+    def chunks(self, window: Window, ordered: bool = True) -> Iterator[Sequence[Sequence[Any]]]:
+        """All sessions in the window's time, whatever its filters, some at a time: rows of COLUMNS,
+        oldest first. Rows whose time is no time belong to every window, as left out."""
+        self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
+        sql, values = bounds(window.since, window.until)
+        if ordered:
+            sql += " ORDER BY %s, e.id" % self.order(window)
+        sql, done = "SELECT " + COLUMNS + " FROM session_events e WHERE " + sql, 0
+        lenient = self.connection.text_factory
+        for factory in (str, lenient):  # str takes half the time, and stops at text that is not UTF-8
+            self.connection.text_factory = factory
+            try:
+                cursor = self.rows(sql, values)
+                for n in itertools.count():
+                    self.connection.text_factory = factory
+                    rows = cursor.fetchmany(CHUNK)
+                    self.connection.text_factory = lenient
+                    if not rows:
+                        return
+                    if n >= done:
+                        done += 1
+                        yield self.checked(rows)
+            except sqlite3.OperationalError as error:
+                if factory is lenient or "decode" not in str(error):
+                    raise
+            finally:
+                self.connection.text_factory = lenient
+
+    def facts(self, window: Window) -> Facts:
+        """One look at every row of the window; remembered."""
+        if window not in self.known:
+            count = 0
+            pairs: Set[Tuple[str, Optional[str]]] = set()
+            for rows in self.chunks(window, ordered=False):
+                pairs.update((row[1], row[2]) for row in rows)
+                count += len(rows) if window[2:] == (None, None) else sum(passes(window, row) for row in rows)
+            logins = logins_of(pairs)
+            self.known[window] = Facts(count, logins, {
+                github or logins.get(identity) or identity for identity, github in pairs})
+        return self.known[window]
+
+    def sessions(self, sql: str, values: Sequence[Any],
+                 logins: Mapping[str, Optional[str]] = types.MappingProxyType({})) -> Iterator[Session]:
+        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
+        cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
+        for rows in iter(lambda: cursor.fetchmany(50), []):
+            for row in self.checked(rows):
+                yield session_of(row, logins.get(row[1]))
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first (the later stored first where two ended together)."""
         sql, values = where(window)
-        return list(self.sessions("WHERE " + sql + " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-                                  [*values, limit]))
+        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)), values,
+                              self.facts(window).logins)
+        touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
+        return list(itertools.islice(touched, limit if limit >= 0 else None))
+
+    def walk(self, window: Window) -> Iterator[Session]:
+        """The sessions of a window, oldest first, one at a time."""
+        logins = self.facts(window).logins
+        for rows in self.chunks(window):
+            for row in rows:
+                if passes(window, row):
+                    yield session_of(row, logins.get(row[1]))
 
     def count(self, window: Window) -> int:
-        sql, values = where(window)
-        return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
+        return self.facts(window).total
+
+
+def passes(window: Window, row: Sequence[Any]) -> bool:
+    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked at."""
+    return (window.github is None or window.github == (row[2] is not None)) and (
+        window.discovery is None or window.discovery in (refs_of(row[8]) or ()))
+
+
+def logins_of(pairs: Iterable[Tuple[str, Optional[str]]]) -> Dict[str, Optional[str]]:
+    """{identity: its one GitHub hash, or None where it has several} of (identity, GitHub hash)."""
+    logins: Dict[str, Optional[str]] = {}
+    for identity, github in pairs:
+        if github is not None:
+            logins[identity] = github if logins.get(identity, github) == github else None
+    return logins
 
 
 def span(window: Window) -> Plain:
@@ -329,6 +527,12 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
     """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
     found = reader.window(window, limit)
     return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+
+
+def last_event(reader: Reader) -> Optional[str]:
+    """When the newest session of the whole database ended, None if there is none."""
+    newest = reader.sessions("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
+    return next((moment_text(s.ended) for s in newest), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
@@ -400,130 +604,299 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
     days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
     since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
-    related = list(reader.sessions(
-        "WHERE e.identity_hash = ? AND e.ended_at >= ? AND e.ended_at < ? AND e.id <> ?"
-        " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-        [one.identity, since, END_OF_TIME, one.id, RELATED_LIMIT]))
-    first, *rest = plain_sessions([one, *related])
+    same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
+    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    related = sorted((s for s in same_identity if s.id != one.id and s.ended >= (instant(since) or 0)),
+                     key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
+    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
-AGGREGATE = """SELECT d.discovery_ref, count(*), count(DISTINCT e.identity_hash), min(e.ended_at),
-    max(e.ended_at)
-  FROM session_discoveries d CROSS JOIN session_events e ON e.id = d.event_id
-  WHERE d.discovery_ref IN (%s) AND d.event_id BETWEEN ? AND ? AND e.ended_at >= ? AND e.ended_at < ?%s
-  GROUP BY 1"""
-BOUNDS = """SELECT discovery_ref, count(*) FROM session_discoveries
-  WHERE event_id BETWEEN ? AND ? AND typeof(discovery_ref) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"""
-BATCH = 50
-Aggregate = Tuple[Any, ...]  # a row of AGGREGATE
+SPARKS = 24  # parts of a window in which a discovery's sessions are counted
+NEITHER = (None, None)
 
 
-def by_bound(reader: Reader, window: Window, limit: int, column: int,
-             ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE with the largest `column` (1 sessions, 2 identities).
+class Trail:
+    """One discovery in a window: the moments of its sessions in order (stored form), each developer's
+    first, its identities, and who touched it last."""
 
-    Looking up every session of every discovery costs 1 s for the 670,000 edges of a month; counting edges in
-    their own table costs 0.1 s and can only be too high. So discoveries are looked at in the order of that
-    bound, until none that is left can still be among the first: 0.3 s where some lead, as they do."""
-    found: List[Aggregate] = []
+    __slots__ = ("ended", "identities", "last", "reached")
 
-    def rank(row: Aggregate) -> Tuple[int, str]:
-        return -row[column], row[0]
+    def __init__(self) -> None:
+        self.ended: List[str] = []
+        self.reached: Dict[str, str] = {}
+        self.identities: Set[str] = set()
+        self.last = ""
 
-    bounds = reader.rows(BOUNDS, ids)
-    batch = bounds.fetchmany(BATCH)
-    while batch:
-        names = [name for name, _ in batch]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-        found.sort(key=rank)
-        del found[limit:]
-        batch = bounds.fetchmany(BATCH)
-        if batch and len(found) == limit and rank(found[-1]) < (-batch[0][1], batch[0][0]):
-            break
-    return found
+    def hours_to_second(self) -> Optional[float]:
+        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(self.reached) > 1 else None
+
+    def half_life(self) -> Optional[float]:
+        """Until half of its sessions, 4 or more, had ended."""
+        count = len(self.ended)
+        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
-    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
-    order. Where there are not more than `limit` at all, all of them."""
-    names = dict.fromkeys(name for name, in reader.rows(
-        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
-        [limit + 1]))
-    if len(names) <= limit:
-        return list(names)
-    names.clear()
-    sql, values = where(window._replace(discovery=None))
-    full_at = ""
-    for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
-                                      + sql + " ORDER BY e.ended_at DESC", values):
-        if full_at and ended_at != full_at:
-            break
-        names.update(dict.fromkeys(refs_of(refs)))
-        full_at = full_at or (ended_at if len(names) >= limit else "")
-    return list(names)
+class Deeds:
+    """What one developer did in a window."""
+
+    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
+
+    def __init__(self, first: str) -> None:
+        self.first = self.last = first
+        self.sessions = self.tools = self.tokens = self.given = self.received = 0
+        self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE that were seen last."""
-    found: List[Aggregate] = []
-    every = recent_names(reader, window, limit)
-    for start in range(0, len(every), BATCH):
-        names = every[start:start + BATCH]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-    found.sort(key=lambda row: str(row[0]))
-    found.sort(key=lambda row: str(row[4]), reverse=True)
-    return found[:limit]
+class Story:
+    """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
+
+    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
+        self.window, self.logins = window, logins
+        self.trails: Dict[str, Trail] = {}
+        self.developers: Dict[str, Deeds] = {}
+        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
+        self.pairs: Set[Tuple[str, Optional[str]]] = set()  # (identity, GitHub hash), of every session
+
+    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
+        every = self.window[2:] == NEITHER
+        for row in rows:
+            _, identity, github, _, ended, tools, tokens, _, refs, _ = row
+            self.pairs.add((identity, github))
+            if not every and not passes(self.window, row):
+                continue
+            if len(ended) == 20:
+                ended = ended[:19] + ".000Z"
+            who = github or self.logins.get(identity) or identity
+            deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
+            built = refs != "[]" and self.touch(who, identity, ended, refs_of(refs) or (), deeds)
+            if built and deeds.cold is None:
+                deeds.cold = deeds.sessions
+            deeds.last = ended
+            deeds.sessions += 1
+            deeds.tools += tools
+            deeds.tokens += tokens
+            self.saved[built].append(tokens)
+
+    def touch(self, who: str, identity: str, ended: str, refs: Iterable[str], deeds: Deeds) -> bool:
+        """True if the session built on another developer's."""
+        built = False
+        for ref in refs:
+            trail = self.trails.get(ref)
+            if trail is None:
+                trail = self.trails[ref] = Trail()
+            elif trail.last != who:
+                built = True
+                self.flows[trail.last, who] = self.flows.get((trail.last, who), 0) + 1
+                self.developers[trail.last].given += 1
+                deeds.received += 1
+            elif len(trail.reached) > 1:
+                built = True
+            trail.ended.append(ended)
+            if who not in trail.reached:
+                trail.reached[who] = ended
+            trail.identities.add(identity)
+            trail.last = who
+        return built
 
 
-def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count") -> Plain:
+def hours(start: str, end: str) -> float:
+    """From one moment in stored form to another, to a hundredth of an hour."""
+    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+
+
+def middle(values: Sequence[float]) -> Optional[float]:
+    """The median, None of nothing."""
+    return round(statistics.median(values), 2) if values else None
+
+
+def story(reader: Reader, window: Window) -> Story:
+    """The window's story. Who logged in within the window is known at its end only; if somebody did,
+    it is told again."""
+    logins: Dict[str, Optional[str]] = {}
+    while True:
+        told = Story(window, logins)
+        for rows in reader.chunks(window):
+            told.take(rows)
+        found = logins_of(told.pairs)
+        if logins or not any(github is None and found.get(identity) for identity, github in told.pairs):
+            return told
+        logins = found
+
+
+def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
+    """(first ms, ms after the last) of a window; None where it has no start, now where it has no end."""
+    start, end = instant(window.since), instant(window.until)
+    return start, end if end is not None else max(now_ms() if now is None else now, (start or 0) + 1)
+
+
+def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
+    """The window of the same length right before a window, None where there can be none."""
+    start, end = ends_of(window, now)
+    if start is None:
+        return None
+    return window._replace(since=moment_text(start - (end - start)), until=window.since)
+
+
+def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
+    """The developers of a window who were not there in as many days before. (An identity that logged
+    in meanwhile was there: developers are looked for by all their hashes.)"""
+    if before is None:
+        return dict(told.developers)
+    there: Set[str] = set()
+    for rows in reader.chunks(before, ordered=False):
+        there.update(key for row in rows for key in row[1:3] if key)
+    known = {github or told.logins.get(identity) or identity
+             for identity, github in told.pairs if identity in there or github in there}
+    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+
+
+def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+    """{"developers": how many are new, "sessions": the median of their own sessions before the first
+    that built on others, "never": how many have none that did}."""
+    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
+
+
+def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """The figures of a window, and under "before" those of as many days before it (None for a window
+    without a start): {"since", "until", "sessions", "developers", "tool_count", "tokens_saved",
+    "discoveries", "shared_discoveries" (that reached two developers or more), "hand_overs", "furthest":
+    {"discovery_id", "developers", "hours"}, "built_on_others": {"sessions", "share"},
+    "tokens_saved_median": {"built_on_others", "others"}, "hours_to_second_developer" (median),
+    "cold_start": {"developers", "sessions", "never"}}. A figure of nothing is None; hours are rounded
+    to hundredths, the share to ten-thousandths."""
+    now = now_ms() if now is None else now
+    earlier = before_of(window, now)
+    return dict(figures(reader, window, earlier),
+                before=earlier and figures(reader, earlier, before_of(earlier, now)))
+
+
+def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
+    """`summary` without the window before; `before` decides who is new."""
+    told = story(reader, window)
+    everybody = told.developers.values()
+    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values()) if wait is not None]
+    built, others = told.saved[True], told.saved[False]
+    count = len(built) + len(others)
+    return dict(
+        span(window), sessions=count, developers=len(told.developers),
+        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        discoveries=len(told.trails), shared_discoveries=len(seconds),
+        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count else None},
+        tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
+        hours_to_second_developer=middle(seconds),
+        cold_start=cold_start(newcomers(reader, told, before)))
+
+
+def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
+    """The discovery that reached most developers (then: with most sessions, then the first by name)."""
+    if not trails:
+        return None
+    name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
+    return {"discovery_id": name, "developers": len(trail.reached),
+            "hours": hours(trail.ended[0], max(trail.reached.values()))}
+
+
+def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved", "given",
+    "received" (hand-overs), "new" (not there in as many days before), "sessions_before_inherited" (own
+    sessions before the first that built on others, None if none did), "first_seen_at", "last_seen_at"}
+    ...] those who give most more than they receive first, then by first session, "matrix": [{"source",
+    "target", "hand_overs"} ...] most first, "cold_start": of the new ones, as in `summary`}."""
+    told = story(reader, window)
+    fresh = newcomers(reader, told, before_of(window, now))
+    shown = labels(told.developers)
+    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first, d[0]))
+    return dict(
+        span(window),
+        developers=[{
+            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
+            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
+            "last_seen_at": d.last} for who, d in ranked],
+        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b), count in sorted(
+            told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
+        cold_start=cold_start(fresh))
+
+
+def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
+    start, end = ends
+    counts = [0] * SPARKS
+    for at in (stored_instant(ended) or 0 for ended in trail.ended):
+        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    return {"discovery_id": name, "first_seen_at": trail.ended[0],
+            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+            "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
+            "developer_count": len(trail.reached), "hours_to_second_developer": trail.hours_to_second(),
+            "half_life_hours": trail.half_life(), "counts": counts}
+
+
+DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
+    "session_count": lambda name, t: (-len(t.ended), name),
+    "distinct_identity_count": lambda name, t: (-len(t.identities), name),
+    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
+    "developer_count": lambda name, t: (-len(t.reached), -len(t.ended), name),
+    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
+    "half_life": lambda name, t: (none_last(t.half_life()), name),
+    "first_seen": lambda name, t: (t.ended[0], name),
+    "name": lambda name, t: (name,),
+}
+
+
+def none_last(value: Optional[float]) -> Tuple[bool, float]:
+    return value is None, value or 0.0
+
+
+def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
+                now: Optional[int] = None) -> Plain:
     """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
-    within the window; its `discovery` is not looked at. A time that is no time is None."""
-    now = moment_text(now_ms())
-    reader.rows("PRAGMA mmap_size = 8589934592")  # a quarter off these long scans; short questions would pay 1 to 4 ms
-    ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
-                      [window.since, window.until]).fetchone()
-    if ids[0] is None:
-        found = []
-    elif sort == "recent":
-        found = by_recency(reader, window, limit, ids)
-    else:
-        found = by_bound(reader, window, limit, 1 + SORTS.index(sort), ids)
+    "distinct_identity_count", "last_aggregated_at", "developer_count", "hours_to_second_developer" (None:
+    it reached nobody else), "half_life_hours" (None: under 4 sessions), "counts": sessions in each of
+    SPARKS equal parts of the window} ...], "discoveries_in_window": n}, the first `limit` by `sort` (one
+    of DISCOVERY_SORTS), all within the window; its `discovery` is not looked at."""
+    trails = story(reader, window._replace(discovery=None)).trails
+    rank = DISCOVERY_SORTS[sort]
+    chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
+    start, end = ends_of(window, now)
+    if start is None:
+        start = stored_instant(min((trail.ended[0] for trail in trails.values()), default="")) or 0
+    stamp = moment_text(now_ms())
     return dict(span(window), discoveries=[
-        {"discovery_id": name, "first_seen_at": moment_or_none(first), "last_seen_at": moment_or_none(last),
-         "session_count": count, "distinct_identity_count": identities, "last_aggregated_at": now}
-        for name, count, identities, first, last in found])
+        discovery_figures(name, trail, (start, end), stamp) for name, trail in chosen],
+        discoveries_in_window=len(trails))
 
 
-def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Plain:
-    """How one discovery went round in the window: {"discovery_id", "first_seen_at", "last_seen_at",
-    "session_count", "distinct_identity_count", "developer_count", "reached": [{"at", "developer",
-    "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash", "developer",
-    "ended_at", "crosses"} ...] in time order}, both lists cut after `limit`. Raises NotFound when no session
-    of the window touched it."""
-    sql, values = where(window._replace(discovery=None))
-    identities: Set[str] = set()
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200, now: Optional[int] = None) -> Plain:
+    """How one discovery went round in the window: its figures as in `discoveries`, and "reached": [{"at",
+    "developer", "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash",
+    "developer", "ended_at", "crosses"} ...] in time order; both lists cut after `limit`. Raises NotFound
+    when no session of the window touched it."""
+    trail = Trail()
     reached: Dict[str, Session] = {}
     path: List[Session] = []
-    count = 0
-    last = None
-    for last in reader.sessions("JOIN session_discoveries d ON d.event_id = e.id WHERE d.discovery_ref = ?"
-                                " AND " + sql + " ORDER BY e.ended_at, e.id", [ref, *values]):
-        count += 1
-        identities.add(last.identity)
-        reached.setdefault(last.developer, last)
+    window = window._replace(discovery=ref)
+    sql, values = where(window)
+    for s in reader.sessions("WHERE %s ORDER BY %s, e.id" % (sql, reader.order(window)), values,
+                             reader.facts(window).logins):
+        if ref not in s.refs:
+            continue
+        trail.ended.append(moment_text(s.ended))
+        trail.reached.setdefault(s.developer, moment_text(s.ended))
+        trail.identities.add(s.identity)
+        reached.setdefault(s.developer, s)
         if len(path) < limit:
-            path.append(last)
-    if last is None:
+            path.append(s)
+    if not path:
         raise NotFound("no session of this window touched this discovery")
     shown = labels(reached)
+    start, end = ends_of(window, now)
     return dict(
-        span(window), discovery_id=ref, first_seen_at=moment_text(path[0].ended),
-        last_seen_at=moment_text(last.ended), session_count=count, distinct_identity_count=len(identities),
-        developer_count=len(reached),
+        span(window),
+        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end), moment_text(now_ms())),
         reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
                  for s in list(reached.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
@@ -531,8 +904,6 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Pla
               for before, s in zip([path[0], *path], path)])
 
 
-DONE = """SELECT e.ended_at, coalesce(e.github_hash, e.identity_hash), e.tool_count, e.tokens_saved
-  FROM session_events e WHERE """
 ACTIVE_DAYS = (1, 7, 28)
 
 
@@ -547,41 +918,47 @@ class Tally(NamedTuple):
 
 
 def tallied(reader: Reader, window: Window) -> List[Tally]:
-    """The window's sessions by day and developer. Adding up here takes half the time of SQLite's GROUP BY,
-    which sorts every row by 75 characters."""
-    sql, values = where(window)
-    sums: Dict[Tuple[str, str], List[int]] = {}
-    for ended_at, developer, tools, tokens in reader.rows(DONE + sql, values):
-        row = sums.setdefault((str(ended_at)[:10], str(developer)), [0, 0, 0])
-        row[0] += 1
-        row[1] += whole(tools, MOST_TOOLS)
-        row[2] += whole(tokens, MOST_TOKENS)
-    midnights = {date: instant(date + "T00:00:00") for date in {date for date, _ in sums}}
-    tallies = []
-    for (date, developer), counts in sums.items():
-        midnight = midnights[date]
-        if midnight is None or not is_hash(developer):
-            reader.left_out += counts[0]
-        else:
-            tallies.append(Tally(midnight // DAY_MS + EPOCH.toordinal(), developer, *counts))
-    return tallies
+    """The window's sessions by day and developer, in one pass without an order."""
+    sums: Dict[Tuple[str, str, Optional[str]], List[int]] = {}
+    for rows in reader.chunks(window, ordered=False):
+        for row in rows if window[2:] == NEITHER else [row for row in rows if passes(window, row)]:
+            key = row[4][:10], row[1], row[2]
+            total = sums.get(key)
+            if total is None:
+                sums[key] = [1, row[5], row[6]]
+            else:
+                total[0] += 1
+                total[1] += row[5]
+                total[2] += row[6]
+    logins = logins_of((identity, github) for _, identity, github in sums)
+    if window.github is False or window.discovery is not None:
+        logins = reader.facts(window).logins  # the filter may have hidden a login
+    return [Tally(datetime.date.fromisoformat(date).toordinal(), github or logins.get(identity) or identity,
+                  *counts) for (date, identity, github), counts in sums.items()]
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
     """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...]}, P = {"period", "developers", "came_back", "sessions", "tool_count",
-    "tokens_saved"}.
+    "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or None,
+    "cold_start": as in `summary`}, P = {"period", "developers", "came_back", "sessions",
+    "tool_count", "tokens_saved"}.
 
     `came_back` of a period: how many of its developers were there in the period before it, too (within the
     window); of the active: in as many days before. The active are counted to the end of the window, its last
-    day included. A row that is no session in the days before the window is counted as left out, too."""
-    end = min(window.until, moment_text((now_ms() if now is None else now) + 1))
+    day included, which is listed even when it is empty. "before": as many days before the window."""
+    now = now_ms() if now is None else now
+    end = min(window.until, moment_text(now + 1))
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
+    previous = before_of(window, now)
     inside = tallied(reader, window)
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
     before = tallied(reader, earlier) if earlier.since < earlier.until else []
-    return dict(span(window), active=active([*before, *inside], last_day), **periods(inside))
+    told = story(reader, window)
+    return dict(
+        span(window), active=active([*before, *inside], last_day), **periods(inside, last_day),
+        before=previous and dict(span(previous), days=periods(tallied(reader, previous))["days"]),
+        cold_start=cold_start(newcomers(reader, told, previous)))
 
 
 def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
@@ -609,9 +986,10 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
-    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order."""
-    days = sorted({t.day for t in tallies})
+def periods(tallies: Sequence[Tally], last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
+    `last_day` among them."""
+    days = sorted({t.day for t in tallies}.union(() if last_day is None else (last_day,)))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
@@ -635,16 +1013,10 @@ def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
 
-    All labels have one length, the least at which no two developers of the window look alike; finding it
-    reads the developers once, in order, and remembers one of them."""
-    sql, values = where(window)
-    length, before = PREFIX, ""
-    for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
-                              " WHERE " + sql + " ORDER BY 1", values):
-        if isinstance(key, str) and is_hash(key):
-            length = max(length, alike(before, key) + 1)
-            before = key
-    for s in reader.sessions("WHERE " + sql + " ORDER BY e.ended_at, e.id", values):
+    All labels have one length, the least at which no two developers of the window look alike."""
+    ordered = sorted(reader.facts(window).developers)
+    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
 
 
@@ -1937,7 +2309,7 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": result["discoveries"]}
+        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
