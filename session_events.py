@@ -57,6 +57,7 @@ import statistics
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1162,10 +1163,28 @@ SESSION_COLUMNS = (
 )
 DISCOVERY_COLUMNS = (
     Column("discovery", lambda row: row["discovery_id"], elastic=True),
+    Column("reach", lambda row: row["developer_count"]),
     Column("sessions", lambda row: row["session_count"]),
-    Column("identities", lambda row: row["distinct_identity_count"]),
-    Column("first seen", lambda row: minute(row["first_seen_at"])[:10]),
+    Column("to 2nd", lambda row: lasting(row["hours_to_second_developer"])),
+    Column("half-life", lambda row: lasting(row["half_life_hours"])),
     Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
+    Column("over time", lambda row: sparkline(row["counts"])),
+)
+DEVELOPER_COLUMNS = (
+    DEVELOPER,
+    Column("sessions", lambda row: row["sessions"]),
+    Column("calls", lambda row: row["tool_count"]),
+    Column("saved", lambda row: row["tokens_saved"]),
+    Column("given", lambda row: row["given"]),
+    Column("received", lambda row: row["received"]),
+    Column("alone first", lambda row: (
+        "never built" if row["sessions_before_inherited"] is None else row["sessions_before_inherited"])),
+    Column("new", lambda row: "new" if row["new"] else ""),
+)
+MATRIX_COLUMNS = (
+    Column("from", lambda row: row["source"]),
+    Column("to", lambda row: row["target"]),
+    Column("hand-overs", lambda row: row["hand_overs"]),
 )
 FLOW_COLUMNS = (
     Column("from", lambda row: row["source"]),
@@ -1176,6 +1195,25 @@ FLOW_COLUMNS = (
 REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("", lambda row: "from another developer" if row["crosses"] else ""))
+
+
+SPARK_DIGITS = " .:-=+*#"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
+    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
+    most = max(pairs) or 1
+    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)] for n in pairs).rstrip()
+
+
+def lasting(length: Optional[float]) -> str:
+    """A number of hours for people: in minutes, hours or days."""
+    if length is None:
+        return "-"
+    if length < 1:
+        return "%d min" % round(length * 60)
+    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
 
 
 def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
@@ -1213,14 +1251,117 @@ def session_text(result: Plain) -> str:
 
 
 def discovery_text(result: Plain) -> str:
-    text = "%s\n%s to %s: %s sessions, %s developers\n\n" % (
+    text = "%s\n%s to %s: %s sessions, %s developers\n" % (
         fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), "{:,}".format(result["session_count"]),
-        "{:,}".format(result["developer_count"]))
-    text += text_table(REACHED_COLUMNS, result["reached"]) + "\n" + text_table(PATH_COLUMNS, result["path"])
+        minute(result["last_seen_at"]), digits(result["session_count"]), digits(result["developer_count"]))
+    second, half = result["hours_to_second_developer"], result["half_life_hours"]
+    text += "it reached no second developer\n" if second is None else (
+        "it reached a second developer within %s\n" % lasting(second))
+    text += "" if half is None else "half of its sessions ended within %s\n" % lasting(half)
+    text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
+    text += "\n" + text_table(PATH_COLUMNS, result["path"])
     if result["session_count"] > len(result["path"]):
         text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
     return text
+
+
+def discoveries_text(result: Plain) -> str:
+    shown, every = len(result["discoveries"]), result["discoveries_in_window"]
+    text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
+    text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
+    text += "to the first of a second developer; half-life: until half of its sessions ended\n"
+    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown else "")
+
+
+def developers_text(result: Plain) -> str:
+    text = text_table(DEVELOPER_COLUMNS, result["developers"])
+    text += "\ngiven, received: hand-overs of a discovery to and from other developers;\n"
+    text += "alone first: own sessions before the first that built on others;\n"
+    text += "new: not there in as many days before the window\n"
+    flows = result["matrix"]
+    if flows:
+        text += "\nwho hands over to whom\n" + text_table(MATRIX_COLUMNS, flows[:FLOWS_SHOWN])
+    else:
+        text += "\nno discovery went from one developer to another\n"
+    if len(flows) > FLOWS_SHOWN:
+        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
+    return text
+
+
+def some(count: int, thing: str, things: str = "") -> str:
+    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
+
+
+def findings(figures: Plain) -> List[str]:
+    """What a window's figures (see `summary`) say, a sentence each."""
+    if not figures["sessions"]:
+        return ["No session ended in this window."]
+    shared, far = figures["shared_discoveries"], figures["furthest"]
+    wait, built = figures["hours_to_second_developer"], figures["built_on_others"]
+    saved, cold = figures["tokens_saved_median"], figures["cold_start"]
+    if not figures["discoveries"]:
+        lines = ["No session touched a discovery."]
+    elif not shared:
+        lines = ["No discovery reached a second developer."]
+    else:
+        lines = ["%s of %s reached a second developer, half of them within %s." % (
+                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"), lasting(wait)),
+                 "%s went furthest: %s of %s in %s." % (
+                     far["discovery_id"], digits(far["developers"]), some(figures["developers"], "developer"),
+                     lasting(far["hours"]))]
+    if not built["sessions"]:
+        lines.append("No session built on somebody else's discovery.")
+    else:
+        rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
+        lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
+                     " {:,.0f} tokens (median){}.".format(100 * built["share"], saved["built_on_others"], rest))
+    if cold["developers"]:
+        lines.append("%s: %s." % (some(cold["developers"], "new developer"), "none built on others" if (
+            cold["sessions"] is None) else "%g own sessions (median) before the first that built on others%s" % (
+                cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
+    return lines
+
+
+SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
+    ("sessions", lambda f: digits(f["sessions"])),
+    ("developers", lambda f: digits(f["developers"])),
+    ("tool calls", lambda f: digits(f["tool_count"])),
+    ("tokens saved", lambda f: digits(f["tokens_saved"])),
+    ("discoveries", lambda f: digits(f["discoveries"])),
+    ("  that reached a 2nd developer", lambda f: digits(f["shared_discoveries"])),
+    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
+    ("hand-overs", lambda f: digits(f["hand_overs"])),
+    ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
+    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
+    ("  tokens saved together with that", lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
+    ("new developers", lambda f: digits(f["cold_start"]["developers"])),
+    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  never built on others", lambda f: digits(f["cold_start"]["never"])),
+)
+
+
+def percent(share: Optional[float]) -> str:
+    return "-" if share is None else "%.0f %%" % (100 * share)
+
+
+def median_text(value: Optional[float]) -> str:
+    return "-" if value is None else "{:,g}".format(value)
+
+
+def summary_text(result: Plain) -> str:
+    """The findings in words, then the window and the one before it side by side."""
+    before = result["before"]
+    until = minute(result["until"]) if result["until"] else "now"
+    text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
+    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)) + "\n\n"
+    text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
+    for name, cell in SUMMARY_ROWS:
+        text += ("%-36s %14s %14s" % (name, cell(result), cell(before) if before else "")).rstrip() + "\n"
+    return text + (
+        "\nBuilt on others: a session with a discovery that another developer's session,\n"
+        "ended earlier in the window, had touched. The figures say what came together,\n"
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
 
 
 FLOWS_SHOWN = 20
@@ -1244,6 +1385,13 @@ def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
         row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
+    before, cold = result["before"], result["cold_start"]
+    if before:
+        active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
+            digits(sum(day["sessions"] for day in days)) for days in (result["days"], before["days"])))
+    if cold["developers"]:
+        active_lines.append("%s; own sessions before one built on others: %s (median), %d never\n" % (
+            some(cold["developers"], "new developer"), median_text(cold["sessions"]), cold["never"]))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
@@ -3393,6 +3541,15 @@ def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
     return activity(reader, window_of(options))
 
 
+def ran_summary(reader: Reader, options: argparse.Namespace) -> Plain:
+    return summary(reader, window_of(options))
+
+
+def ran_developers(reader: Reader, options: argparse.Namespace) -> Plain:
+    result = developers(reader, window_of(options))
+    return dict(result, developers=result["developers"][:options.limit])
+
+
 def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
     window = window_of(options)
     rows = exported(reader, window)
@@ -3468,7 +3625,7 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
                             "help": "only sessions with GitHub, or without"}),
     "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
     "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
-    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
+    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0], "help": "what comes first"}),
     "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
     "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
     "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
@@ -3492,19 +3649,27 @@ QUESTIONS = {
         "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
         ran_sessions, forms("sessions", sessions_text), "sessions"),
     "session": Question(
-        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
+        "one session, with the same identity's others", "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
         ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
         (*WINDOWED, "limit", "sort"), ran_discoveries,
-        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+        forms("discoveries", discoveries_text), "discoveries"),
     "discovery": Question(
-        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        "one discovery: whom it reached, and its path", "discovery rate-limit-buckets --db demo.db --days 30",
         ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
         (*WINDOWED, "discovery", "limit"), ran_graph,
         dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+    "developers": Question(
+        "who gives and who receives: sessions, calls, tokens saved, hand-overs",
+        "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
+        forms("developers", developers_text), "developers"),
+    "summary": Question(
+        "the findings of a window in words, and the window before it beside them: a digest to mail",
+        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED, ran_summary,
+        {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
     "activity": Question(
         "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
         (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
@@ -3553,11 +3718,20 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         for piece in question.forms[options.format](result):
             out(piece)
             written += 1
-        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if question.found == "rows" and options.format != "json":
+            found = written > 0
+        elif question.found == "days":
+            found = any(day["sessions"] for day in result["days"])
+        else:
+            found = bool(result[question.found])
+        left_out = reader.left_out
         if not found:
-            print("nothing in this window; --days looks further back", file=sys.stderr)
-        if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            newest = last_event(reader)
+            print("nothing in this window; %s" % (
+                "the last session ended %s UTC (--days and --since look further back)" % minute(newest)
+                if newest else "there is no session at all"), file=sys.stderr)
+        if left_out:
+            print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
