@@ -8,8 +8,7 @@
 
 Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
 one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
-read: what is no session is left out and counted, and what somebody wrote into a discovery is shown as text, whatever it
-contains. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
+read: what breaks a field's rule is no session; it is left out of every number, and counted. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
 asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
 
 Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
@@ -118,6 +117,13 @@ SORTS = ("session_count", "distinct_identity_count", "recent")
 PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count",
                "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
 END_OF_TIME = ":"  # the character after "9": above every moment
+
+# The library: what `import session_events` is for. Everything else may change.
+__all__ = [
+    "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
+    "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
+    "sessions", "summary", "window_between",
+]
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
@@ -947,12 +953,11 @@ def days_of(reader: Reader, window: Window) -> Days:
     sums: Dict[str, Day] = {}
     numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}  # one object for each pair
     there: Dict[str, Set[Tuple[str, Optional[str]]]] = {}
-    for rows in reader.chunks(window, ordered=False):
+    for rows in reader.chunks(window):
         if window[2:] != NEITHER:  # a filter may hide a login
             numbers.update((pair, pair) for pair in set(map(PAIR, rows)) - numbers.keys())
             rows = [row for row in rows if passes(window, row)]
-        for date, group in itertools.groupby(rows, key=date_of):
-            some_rows = list(group)
+        for date, some_rows in by_date(rows):
             day = sums.get(date) or sums.setdefault(date, Day())
             day.sessions += len(some_rows)
             day.tools += sum(map(TOOLS, some_rows))
@@ -966,8 +971,11 @@ def days_of(reader: Reader, window: Window) -> Days:
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in sums.items()}
 
 
-def date_of(row: Sequence[Any]) -> str:
-    return str(row[4])[:10]
+def by_date(rows: Sequence[Sequence[Any]]) -> Iterable[Tuple[str, Sequence[Sequence[Any]]]]:
+    """Rows in the order of time, cut where the date changes."""
+    if rows and rows[0][4][:10] == rows[-1][4][:10]:  # most chunks: a tenth off the whole
+        return [(rows[0][4][:10], rows)]
+    return ((date, list(group)) for date, group in itertools.groupby(rows, lambda row: str(row[4])[:10]))
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
