@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file, no install.
+"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file,
+no install.
 
-    python3 session_events.py demo                                try it: synthetic sessions, the page on them
+    python3 session_events.py demo                                try it, on synthetic sessions
     python3 session_events.py view --db events.db --open          the page on your own
+    python3 session_events.py summary --db events.db --days 7     a digest of the week, to mail
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
-    python3 session_events.py ship --db events.db --to URL        the rows of many servers into one ClickHouse
+    python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
-one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
-read: what is no session is left out and counted, and what somebody wrote into a discovery is shown as text, whatever it
-contains. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
-asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
+Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the
+node), each command reads one moment of it (one transaction; `ship` one a batch), and a running
+server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
+it is left out of every number, and counted. A developer appears as the first digits of a hash,
+never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
+leaves out nothing, and moves whole hashes.)
 
-Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
-is the same developer on both sides of its first day. Times are UTC; so are a day, a week (from Monday), a
-month.
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter,
+so nobody is the same developer on both sides of its first day. Times are UTC; so are a day, a
+week (from Monday), a month.
 
 As a library (all results are plain dicts and lists, the same as `--format json`):
 
@@ -23,8 +26,8 @@ As a library (all results are plain dicts and lists, the same as `--format json`
         week = session_events.last_days(7)
         print(session_events.graph(reader, week)["totals"])
 
-Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database file →
-viewer → demo → ship → command line.
+Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the
+database file → viewer → demo → ship → command line.
 """
 from __future__ import annotations
 
@@ -35,8 +38,10 @@ import csv
 import datetime
 import email.utils
 import errno
+import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
@@ -45,6 +50,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -53,11 +59,14 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -79,10 +88,18 @@ from typing import (
     Union,
 )
 
-# ======================================================================================================
+# ==================================================================================================
 # The contract
-# ======================================================================================================
+# ==================================================================================================
 
+SCHEMA_VERSION = 1
+TABLES = {
+    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at",
+    "tool_count",
+                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version",
+                       "received_at"),
+    "session_discoveries": ("discovery_ref", "event_id"),
+}
 # The fields of an event, in the order of the table's columns (README, Contract 1).
 # Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
 FIELDS = (
@@ -96,31 +113,41 @@ FIELDS = (
     ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
     ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
 )
-
-SCHEMA_VERSION = 1
-TABLES = {
-    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
-                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
-    "session_discoveries": ("discovery_ref", "event_id"),
-}
-MOST_TOOLS, MOST_TOKENS, MOST_REFS = 1_000_000, 1_000_000_000, 200
+RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
+MOST_TOOLS, MOST_TOKENS = RULES["tool_count"][1], RULES["tokens_saved"][1]
+MOST_REFS = RULES["discovery_refs"][0]
 PREFIX = 8  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
-END_OF_TIME = "9999"  # above every moment that can be written, below any other junk that starts with a letter
+PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
+    "distinct_identity_count",
+               "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
+END_OF_TIME = ":"  # the character after "9": above every moment
+
+# The library: what `import session_events` is for. Everything else may change.
+__all__ = [
+    "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
+    "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
+    "sessions", "summary", "window_between",
+]
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
-# ======================================================================================================
+# ==================================================================================================
 # A row: every cell is hostile until it has been through here
-# ======================================================================================================
+# ==================================================================================================
 
-is_hash = re.compile(r"[0-9a-f]{64}").fullmatch
-is_branch = re.compile(r"[0-9a-f]{7,40}").fullmatch
-is_version = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}").fullmatch
-MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+is_hash = re.compile(RULES["identity_hash"]).fullmatch
+is_version = re.compile(RULES["plugin_version"]).fullmatch
+# few are many
+is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)
+# What server.py stores, and the same without the fraction. Text order is the order of time, but
+# that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
+STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
+MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                    r"(?:Z|([+-])(\d\d):(\d\d))?",
                     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
 DAY_MS = 86_400_000
@@ -139,11 +166,13 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
+    # the one GitHub hash of the identity in the window, if there is one
+    login: Optional[str] = None
 
     @property
     def developer(self) -> str:
         """The whole key of who it was; goes through `labels` before anybody sees it."""
-        return self.github or self.identity
+        return self.github or self.login or self.identity
 
 
 def instant(text: object) -> Optional[int]:
@@ -153,10 +182,12 @@ def instant(text: object) -> Optional[int]:
         return None
     year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
     try:
-        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute),
+            int(second))
     except ValueError:
         return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "") + "000")[:3])
+    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "")
+        + "000")[:3])
     if not sign:
         return ms
     if int(off_hour) > 23 or int(off_minute) > 59:
@@ -182,46 +213,129 @@ def now_ms() -> int:
     return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
 
 
-def whole(value: object, most: int) -> int:
-    """A count as the contract has it: anything else counts as 0."""
-    return value if isinstance(value, int) and 0 <= value <= most else 0
+@functools.lru_cache(4096)
+def midnight(date: str) -> Optional[int]:
+    return instant(date + "T00:00:00")
 
 
-def refs_of(text: object) -> Tuple[str, ...]:
-    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
+def stored_instant(text: object) -> Optional[int]:
+    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
+    match = STORED.fullmatch(text) if isinstance(text, str) else None
+    start = midnight(match.group(1)) if match else None
+    if start is None:
+        return None
+    assert isinstance(text, str)
+    ms = int(text[20:23]) if len(text) == 24 else 0
+    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(
+        text[17:19]) * 1000 + ms
 
-    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
-    anything: renderers neutralise it."""
+
+def refs_of(text: object) -> Optional[Tuple[str, ...]]:
+    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
+    rule."""
+    if not isinstance(text, str):
+        return None
+    if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
+        values = text[2:-2].split('","')
+        if len(values) <= MOST_REFS and all(map(is_slug, values)):
+            return tuple(dict.fromkeys(values))
     try:
-        values = json.loads(text) if isinstance(text, str) else None
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        values = list(values.values())
-    strings = (value.encode("utf-8", "replace").decode() for value in (
-        values if isinstance(values, list) else [values]) if isinstance(value, str))
-    return tuple(dict.fromkeys(strings))[:MOST_REFS]
-
-
-COLUMNS = ("e.id, e.identity_hash, e.github_hash, e.session_id_hash, e.ended_at, e.tool_count,"
-           " e.tokens_saved, e.branch_sha, e.discovery_refs_json, e.plugin_version")
-
-
-def session_of(row: Sequence[Any]) -> Optional[Session]:
-    """A row of COLUMNS as a Session, or None if who, which or when is not what the contract says.
-
-    The other columns have a harmless stand-in each: 0, None, no discoveries, version "0.0.0"."""
-    identity, github, session, ended = row[1], row[2], row[3], instant(row[4])
-    if not (isinstance(identity, str) and is_hash(identity)):
         return None
-    if not (isinstance(session, str) and is_hash(session)) or ended is None:
+    if not isinstance(values, list) or len(values) > MOST_REFS or not all(
+            isinstance(value, str) and is_slug(value) for value in values):
         return None
-    branch, version = row[7], row[9]
-    return Session(
-        row[0], identity, github if isinstance(github, str) and is_hash(github) else None, session, ended,
-        whole(row[5], MOST_TOOLS), whole(row[6], MOST_TOKENS),
-        branch if isinstance(branch, str) and is_branch(branch) else None,
-        refs_of(row[8]), version if isinstance(version, str) and is_version(version) else "0.0.0")
+    return tuple(dict.fromkeys(values))
+
+
+COLUMNS = ", ".join("e." + {"discovery_refs": "discovery_refs_json"}.get(name, name)
+                    for name in ("id", *RULES))
+
+
+def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
+    """Whether a column's value keeps the rule of its field, as server.py stores it."""
+    if rule == "moment":
+        return lambda cell: stored_instant(cell) is not None
+    if kind == "array":
+        return lambda cell: refs_of(cell) is not None
+    if kind == "number":
+        least, most = rule
+        return lambda cell: isinstance(cell, int) and least <= cell <= most
+    fits = re.compile(rule).fullmatch
+    nullable = kind == "string or null"
+    return lambda cell: nullable if cell is None else isinstance(cell,
+        str) and fits(cell) is not None
+
+
+CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
+
+
+def is_session(row: Sequence[Any]) -> bool:
+    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This
+    is the one definition; all that asks the database goes through `Reader.chunks` or
+    `session_of`."""
+    return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
+
+
+HEX_DIGITS = b"0123456789abcdef"
+MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*",
+    re.ASCII)
+
+
+def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
+    """True only if every row is a session. A column at a time takes a third of `is_session` a row;
+    False means that each row must be looked at."""
+    _, identities, githubs, sessions, ended, tools, tokens, branches, refs, versions = zip(*rows)
+    try:
+        for column in (set(identities), set(githubs) - {None}, sessions):
+            text = "".join(column).encode("ascii")
+            if set(map(len, column)) - {64} or text.translate(None, HEX_DIGITS):
+                return False
+        if set(map(type, tools + tokens)) != {int} or min(tools) < 0 or min(tokens) < 0:
+            return False
+        if max(tools) > MOST_TOOLS or max(tokens) > MOST_TOKENS:
+            return False
+        if set(map(len, ended)) != {24} or not MILLISECONDS.fullmatch("".join(ended)):
+            return False
+        if None in map(midnight, {text[:10] for text in ended}):
+            return False
+        if not all(map(CHECKS[6], set(branches))) or not all(map(CHECKS[8], set(versions))):
+            return False
+        return usual_refs([text for text in refs if text != "[]"])
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def usual_refs(texts: Sequence[str]) -> bool:
+    """True only if each is a JSON array of slugs as server.py writes it, at least one. All at
+    once: a slug holds neither quote nor line end, so if every part is one, the texts were cut
+    where they join."""
+    text = "\n".join(texts)
+    parts = text[2:-2].split('"]\n["')
+    if not texts:
+        return True
+    if len(parts) != len(texts) or text[:2] != '["' or text[-2:] != '"]':
+        return False
+    # With its quotes and comma a slug takes 4 characters: in a shorter text there are not too many.
+    return max(map(len, texts)) < 4 * MOST_REFS and all(map(is_slug,
+        set('","'.join(parts).split('","'))))
+
+
+def refs_in(text: str) -> Sequence[str]:
+    """`refs_of` of a checked row, in a third of the time."""
+    refs = text[2:-2].split('","')
+    if " " in text or "\\" in text or len(set(refs)) < len(refs) or text == "[]":
+        return refs_of(text) or ()
+    return refs
+
+
+def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+    """A row of COLUMNS that is a session."""
+    ended, refs = stored_instant(row[4]), refs_of(row[8])
+    assert ended is not None and refs is not None
+    return Session(row[0], row[1], row[2], row[3], ended, row[5], row[6], row[7] and row[7].lower(),
+                   refs, row[9], login)
 
 
 def alike(a: str, b: str) -> int:
@@ -247,14 +361,15 @@ def plain_session(s: Session) -> Plain:
 
 
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
-    """S of each, with `developer`: the label under which the graph and the pages know who it was."""
+    """S of each, with `developer`: the label under which the graph and the pages know who it
+    was."""
     shown = labels(s.developer for s in sessions)
     return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Queries
-# ======================================================================================================
+# ==================================================================================================
 
 
 class NotFound(Exception):
@@ -262,8 +377,8 @@ class NotFound(Exception):
 
 
 class Window(NamedTuple):
-    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a GitHub hash
-    (None: both), touching one discovery (None: any)."""
+    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a
+    GitHub hash (None: both), touching one discovery (None: any)."""
 
     since: str
     until: str = END_OF_TIME
@@ -274,8 +389,10 @@ class Window(NamedTuple):
 EVER = Window("")
 
 
-def last_days(days: float, github: Optional[bool] = None, discovery: Optional[str] = None) -> Window:
-    """The window of the last `days` days, open at the end: a clock that runs ahead loses no session."""
+def last_days(days: float, github: Optional[bool] = None,
+        discovery: Optional[str] = None) -> Window:
+    """The window of the last `days` days, open at the end: a clock that runs ahead loses no
+    session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
 
 
@@ -286,7 +403,8 @@ def day_start(text: str) -> Optional[str]:
 
 def window_between(days: int, since: str, until: str, github: Optional[bool],
                    discovery: Optional[str]) -> Window:
-    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or now)."""
+    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or
+    now)."""
     end = day_start(until)
     start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
     return Window(start, end or END_OF_TIME, github, discovery)
@@ -295,45 +413,175 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
 GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
 
 
+def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
+    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a
+    fraction, a row of the same second without one is on the other side of it than its text
+    says."""
+    sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
+    if since[20:23].strip("0"):
+        sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
+    if until[20:23].strip("0"):
+        second = until[:19] + "Z"
+        sql = sql.replace("e.ended_at < ?",
+            "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
+        values = [since, second, until, second, *values[2:]]
+    return sql, values
+
+
 def where(window: Window) -> Tuple[str, List[Any]]:
     """The window as a condition on `session_events e`, and its parameters."""
-    sql, values = "e.ended_at >= ? AND e.ended_at < ?" + GITHUB[window.github], [window.since, window.until]
+    sql, values = bounds(window.since, window.until)
+    sql += GITHUB[window.github]
     if window.discovery is not None:
         sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
         values.append(window.discovery)
     return sql, values
 
 
+CHUNK = 2000  # rows that are checked together
+# Of a row of COLUMNS: (identity, GitHub hash), tool calls, tokens saved.
+PAIR, TOOLS, TOKENS = operator.itemgetter(1, 2), operator.itemgetter(5), operator.itemgetter(6)
+NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
+             " UNION ALL SELECT id FROM session_events WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
+           " ELSE e.ended_at END")
+
+
+class Facts(NamedTuple):
+    """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
+    `logins`: {identity: its one GitHub hash} (None: it has several) over the window's time."""
+
+    total: int
+    logins: Dict[str, Optional[str]]
+    developers: Set[str]
+
+
 class Reader:
-    """One read transaction. `left_out` counts the rows met so far that were no sessions."""
+    """One read transaction. `left_out` counts the rows met so far that are no sessions."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        self.left_out = 0
+        self.odd: Set[int] = set()  # ids of rows that are no sessions
+        self.known: Dict[Window, Facts] = {}
+
+    @property
+    def left_out(self) -> int:
+        return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row is
+        # meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
-        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
-        for row in self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values):
-            session = session_of(row)
-            if session is None:
-                self.left_out += 1
+    def order(self, window: Window) -> str:
+        """ORDER BY's key for the time: the column, which has an index, unless a row without a
+        fraction is there. (0.1 us a row of the window, all in the index.)"""
+        sql, values = bounds(window.since, window.until)
+        mixed = self.rows("SELECT 1 FROM session_events e WHERE %s AND length(e.ended_at) <> 24 LIMIT 1"
+                          % sql, values).fetchone()
+        return INSTANT if mixed else "e.ended_at"
+
+    def checked(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """The sessions among rows of COLUMNS; the ids of the others go to `odd`."""
+        if not rows or all_sessions(rows):
+            return rows
+        good = []
+        for row in rows:
+            if is_session(row):
+                good.append(row)
             else:
-                yield session
+                self.odd.add(row[0])
+        return good
+
+    def chunks(self, window: Window, ordered: bool = True) -> Iterator[Sequence[Sequence[Any]]]:
+        """All sessions in the window's time, whatever its filters, some at a time: rows of COLUMNS,
+        oldest first. Rows whose time is no time belong to every window, as left out."""
+        self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
+        sql, values = bounds(window.since, window.until)
+        if ordered:
+            sql += " ORDER BY %s, e.id" % self.order(window)
+        sql, done = "SELECT " + COLUMNS + " FROM session_events e WHERE " + sql, 0
+        lenient = self.connection.text_factory
+        # str takes half the time, and stops at text that is not UTF-8
+        for factory in (str, lenient):
+            self.connection.text_factory = factory
+            try:
+                cursor = self.rows(sql, values)
+                for n in itertools.count():
+                    self.connection.text_factory = factory
+                    rows = cursor.fetchmany(CHUNK)
+                    self.connection.text_factory = lenient
+                    if not rows:
+                        return
+                    if n >= done:
+                        done += 1
+                        yield self.checked(rows)
+            except sqlite3.OperationalError as error:
+                if factory is lenient or "decode" not in str(error):
+                    raise
+            finally:
+                self.connection.text_factory = lenient
+
+    def facts(self, window: Window) -> Facts:
+        """One look at every row of the window; remembered."""
+        if window not in self.known:
+            count = 0
+            pairs: Set[Tuple[str, Optional[str]]] = set()
+            for rows in self.chunks(window, ordered=False):
+                pairs.update(map(PAIR, rows))
+                count += len(rows) if window[2:] == (None,
+                    None) else sum(passes(window, row) for row in rows)
+            logins = logins_of(pairs)
+            self.known[window] = Facts(count, logins, {
+                github or logins.get(identity) or identity for identity, github in pairs})
+        return self.known[window]
+
+    def sessions(self, sql: str, values: Sequence[Any],
+                 logins: Mapping[str, Optional[str]] = types.MappingProxyType(
+                 {})) -> Iterator[Session]:
+        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
+        cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
+        for rows in iter(lambda: cursor.fetchmany(50), []):
+            for row in self.checked(rows):
+                yield session_of(row, logins.get(row[1]))
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
-        """The sessions of a window, newest first (the later stored first where two ended together)."""
+        """The sessions of a window, newest first (the later stored first where two ended
+        together)."""
         sql, values = where(window)
-        return list(self.sessions("WHERE " + sql + " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-                                  [*values, limit]))
+        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)),
+            values,
+                              self.facts(window).logins)
+        touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
+        return list(itertools.islice(touched, limit if limit >= 0 else None))
+
+    def walk(self, window: Window) -> Iterator[Session]:
+        """The sessions of a window, oldest first, one at a time."""
+        logins = self.facts(window).logins
+        for rows in self.chunks(window):
+            for row in rows:
+                if passes(window, row):
+                    yield session_of(row, logins.get(row[1]))
 
     def count(self, window: Window) -> int:
-        sql, values = where(window)
-        return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
+        return self.facts(window).total
+
+
+def passes(window: Window, row: Sequence[Any]) -> bool:
+    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked
+    at."""
+    return (window.github is None or window.github == (row[2] is not None)) and (
+        window.discovery is None or window.discovery in (refs_of(row[8]) or ()))
+
+
+def logins_of(pairs: Iterable[Tuple[str, Optional[str]]]) -> Dict[str, Optional[str]]:
+    """{identity: its one GitHub hash, or None where it has several} of (identity, GitHub hash)."""
+    logins: Dict[str, Optional[str]] = {}
+    for identity, github in pairs:
+        if github is not None:
+            logins[identity] = github if logins.get(identity, github) == github else None
+    return logins
 
 
 def span(window: Window) -> Plain:
@@ -341,18 +589,30 @@ def span(window: Window) -> Plain:
 
 
 def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
-    """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
+    """{"since", "until", "sessions": [S with "developer" ...] newest first,
+    "total_count_in_window"}."""
     found = reader.window(window, limit)
-    return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+    return dict(span(window), sessions=plain_sessions(found),
+        total_count_in_window=reader.count(window))
+
+
+def last_event(reader: Reader) -> Optional[str]:
+    """When the newest session of the whole database ended, None if there is none."""
+    newest = reader.sessions("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
+    return next((moment_text(s.ended) for s in newest), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-SAMPLE, MOST_STEPS = 64, 15_000  # identities: where more are likely, the whole index is read sooner than walked
-SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
-NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
+# identities: where more are likely, the whole index is read sooner than walked
+SAMPLE, MOST_STEPS = 64, 15_000
+SESSION_IS = {True: "{0}session_id_hash = ?",
+    False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
+NEWEST_IDS = """SELECT id
+  FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?"""
-# In the order of the unique index, whose pages the look-up needs too: through the other it takes half as long again.
+# In the order of the unique index, whose pages the look-up needs too: through the other it takes
+# half as long again.
 EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
   SELECT min(identity_hash) FROM session_events
   UNION ALL
@@ -366,7 +626,8 @@ ALL_IDS = "SELECT id FROM session_events WHERE "
 
 
 def identities(reader: Reader) -> float:
-    """About how many identities there are: hashes lie evenly, so the place of one of the first tells."""
+    """About how many identities there are: hashes lie evenly, so the place of one of the first
+    tells."""
     (sample,) = reader.rows(SAMPLED, [SAMPLE]).fetchone() or (None,)
     if not isinstance(sample, str) or not is_hash(sample):
         return SAMPLE
@@ -374,11 +635,12 @@ def identities(reader: Reader) -> float:
 
 
 def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
-    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole hash stops early.
+    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole
+    hash stops early.
 
-    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two steps per
-    identity through the unique index (all of 4,000 identities: 17 ms); or, where there are too many of them,
-    all of that index (of a million rows: 65 ms)."""
+    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two
+    steps per identity through the unique index (all of 4,000 identities: 17 ms); or, where there
+    are too many of them, all of that index (of a million rows: 65 ms)."""
     whole_hash = len(prefix) == 64
     given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
     if whole_hash:
@@ -392,219 +654,426 @@ def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
-    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as over the end
-    of a quarter, one of the two rows). Raises NotFound when there is none, or when the prefix fits several
-    sessions."""
+    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as
+    over the end of a quarter, one of the two rows). Raises NotFound when there is none, or when
+    the prefix fits several sessions."""
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    matching = (s for row_id in session_ids(reader, prefix) for s in reader.sessions("WHERE e.id = ?", [row_id]))
+    matching = (s for row_id in session_ids(reader, prefix)
+        for s in reader.sessions("WHERE e.id = ?", [row_id]))
     found = list(itertools.islice(matching, 1 if len(prefix) == 64 else MOST_MATCHES))
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
     if len(names) > 1:
         raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
-            "at least " if len(found) == MOST_MATCHES else "", len(names), ", ".join(name[:16] for name in names[:4]),
+            "at least " if len(found) == MOST_MATCHES else "", len(names),
+            ", ".join(name[:16] for name in names[:4]),
             " ..." if names[4:] else ""))
     return max(found, key=lambda s: (s.ended, s.id))
 
 
 def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
-    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of the last 30
-    days, newest first, at most 50. Raises NotFound."""
+    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of
+    the last 30 days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
     since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
-    related = list(reader.sessions(
-        "WHERE e.identity_hash = ? AND e.ended_at >= ? AND e.ended_at < ? AND e.id <> ?"
-        " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-        [one.identity, since, END_OF_TIME, one.id, RELATED_LIMIT]))
-    first, *rest = plain_sessions([one, *related])
+    same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
+    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    related = sorted((s for s in same_identity if s.id != one.id
+        and s.ended >= (instant(since) or 0)),
+                     key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
+    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
-AGGREGATE = """SELECT d.discovery_ref, count(*), count(DISTINCT e.identity_hash), min(e.ended_at),
-    max(e.ended_at)
-  FROM session_discoveries d CROSS JOIN session_events e ON e.id = d.event_id
-  WHERE d.discovery_ref IN (%s) AND d.event_id BETWEEN ? AND ? AND e.ended_at >= ? AND e.ended_at < ?%s
-  GROUP BY 1"""
-BOUNDS = """SELECT discovery_ref, count(*) FROM session_discoveries
-  WHERE event_id BETWEEN ? AND ? AND typeof(discovery_ref) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"""
-BATCH = 50
-Aggregate = Tuple[Any, ...]  # a row of AGGREGATE
+SPARKS = 24  # parts of a window in which a discovery's sessions are counted
+NEITHER = (None, None)
 
 
-def by_bound(reader: Reader, window: Window, limit: int, column: int,
-             ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE with the largest `column` (1 sessions, 2 identities).
+class Trail:
+    """One discovery in a window: the moments of its sessions in order (stored form), each
+    developer's first, its identities, and who touched it last."""
 
-    Looking up every session of every discovery costs 1 s for the 670,000 edges of a month; counting edges in
-    their own table costs 0.1 s and can only be too high. So discoveries are looked at in the order of that
-    bound, until none that is left can still be among the first: 0.3 s where some lead, as they do."""
-    found: List[Aggregate] = []
+    __slots__ = ("ended", "identities", "last", "reached")
 
-    def rank(row: Aggregate) -> Tuple[int, str]:
-        return -row[column], row[0]
+    def __init__(self) -> None:
+        self.ended: List[str] = []
+        self.reached: Dict[str, str] = {}
+        self.identities: Set[str] = set()
+        self.last = ""
 
-    bounds = reader.rows(BOUNDS, ids)
-    batch = bounds.fetchmany(BATCH)
-    while batch:
-        names = [name for name, _ in batch]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-        found.sort(key=rank)
-        del found[limit:]
-        batch = bounds.fetchmany(BATCH)
-        if batch and len(found) == limit and rank(found[-1]) < (-batch[0][1], batch[0][0]):
-            break
-    return found
+    def hours_to_second(self) -> Optional[float]:
+        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(
+            self.reached) > 1 else None
+
+    def half_life(self) -> Optional[float]:
+        """Until half of its sessions, 4 or more, had ended."""
+        count = len(self.ended)
+        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
-    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
-    order. Where there are not more than `limit` at all, all of them."""
-    names = dict.fromkeys(name for name, in reader.rows(
-        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
-        [limit + 1]))
-    if len(names) <= limit:
-        return list(names)
-    names.clear()
-    sql, values = where(window._replace(discovery=None))
-    full_at = ""
-    for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
-                                      + sql + " ORDER BY e.ended_at DESC", values):
-        if full_at and ended_at != full_at:
-            break
-        names.update(dict.fromkeys(refs_of(refs)))
-        full_at = full_at or (ended_at if len(names) >= limit else "")
-    return list(names)
+class Deeds:
+    """What one developer did in a window."""
+
+    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
+
+    def __init__(self, first: str) -> None:
+        self.first = self.last = first
+        self.sessions = self.tools = self.tokens = self.given = self.received = 0
+        self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE that were seen last."""
-    found: List[Aggregate] = []
-    every = recent_names(reader, window, limit)
-    for start in range(0, len(every), BATCH):
-        names = every[start:start + BATCH]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-    found.sort(key=lambda row: str(row[0]))
-    found.sort(key=lambda row: str(row[4]), reverse=True)
-    return found[:limit]
+class Story:
+    """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
+
+    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
+        self.window, self.logins = window, logins
+        self.trails: Dict[str, Trail] = {}
+        self.developers: Dict[str, Deeds] = {}
+        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
+        # (identity, GitHub hash), of every session
+        self.pairs: Set[Tuple[str, Optional[str]]] = set()
+
+    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
+        every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
+        for row in rows:
+            _, identity, github, _, ended, tools, tokens, _, refs, _ = row
+            self.pairs.add((identity, github))
+            if not every and not passes(self.window, row):
+                continue
+            if len(ended) == 20:
+                ended = ended[:19] + ".000Z"
+            who = github or self.logins.get(identity) or identity
+            deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
+            built = False
+            for ref in refs_in(refs) if refs != "[]" else ():
+                trail = trails.get(ref)
+                if trail is None:
+                    trail = trails[ref] = Trail()
+                elif trail.last != who:
+                    built = True
+                    flow = trail.last, who
+                    flows[flow] = flows.get(flow, 0) + 1
+                elif len(trail.reached) > 1:
+                    built = True
+                trail.ended.append(ended)
+                if who not in trail.reached:
+                    trail.reached[who] = ended
+                trail.identities.add(identity)
+                trail.last = who
+            if built and deeds.cold is None:
+                deeds.cold = deeds.sessions
+            deeds.last = ended
+            deeds.sessions += 1
+            deeds.tools += tools
+            deeds.tokens += tokens
+            self.saved[built].append(tokens)
 
 
-def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count") -> Plain:
-    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
-    within the window; its `discovery` is not looked at. A time that is no time is None."""
-    now = moment_text(now_ms())
-    reader.rows("PRAGMA mmap_size = 8589934592")  # a quarter off these long scans; short questions would pay 1 to 4 ms
-    ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
-                      [window.since, window.until]).fetchone()
-    if ids[0] is None:
-        found = []
-    elif sort == "recent":
-        found = by_recency(reader, window, limit, ids)
-    else:
-        found = by_bound(reader, window, limit, 1 + SORTS.index(sort), ids)
+def hours(start: str, end: str) -> float:
+    """From one moment in stored form to another, to a hundredth of an hour."""
+    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+
+
+def middle(values: Sequence[float]) -> Optional[float]:
+    """The median, None of nothing."""
+    return round(statistics.median(values), 2) if values else None
+
+
+def story(reader: Reader, window: Window) -> Story:
+    """The window's story. Who logged in within the window is known at its end only; if somebody
+    did, it is told again."""
+    logins: Dict[str, Optional[str]] = {}
+    while True:
+        told = Story(window, logins)
+        for rows in reader.chunks(window):
+            told.take(rows)
+        found = logins_of(told.pairs)
+        if logins or not any(github is None and found.get(identity) for identity,
+                github in told.pairs):
+            for (giver, receiver), count in told.flows.items():
+                told.developers[giver].given += count
+                told.developers[receiver].received += count
+            return told
+        logins = found
+
+
+def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
+    """(first ms, ms after the last) of a window; None where it has no start, now where it has no
+    end."""
+    start, end = instant(window.since), instant(window.until)
+    return start, end if end is not None else max(now_ms() if now is None else now,
+        (start or 0) + 1)
+
+
+def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
+    """The window of the same length right before a window, None where there can be none."""
+    start, end = ends_of(window, now)
+    if start is None:
+        return None
+    return window._replace(since=moment_text(start - (end - start)), until=window.since)
+
+
+def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
+    """The developers of a window who were not there in as many days before. (An identity that
+    logged in meanwhile was there: developers are looked for by all their hashes.)"""
+    if before is None:
+        return dict(told.developers)
+    there: Set[str] = set()
+    for rows in reader.chunks(before, ordered=False):
+        there.update(key for row in rows for key in row[1:3] if key)
+    known = {github or told.logins.get(identity) or identity
+             for identity, github in told.pairs if identity in there or github in there}
+    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+
+
+def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+    """{"developers": how many are new, "sessions": the median of their own sessions before the
+    first that built on others, "never": how many have none that did}."""
+    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
+
+
+def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """The figures of a window, and under "before" those of as many days before it (None for a
+    window without a start): {"since", "until", "sessions", "developers", "tool_count",
+    "tokens_saved", "discoveries", "shared_discoveries" (that reached two developers or more),
+    "hand_overs", "furthest": {"discovery_id", "developers", "hours"}, "built_on_others":
+    {"sessions", "share"}, "tokens_saved_median": {"built_on_others", "others"},
+    "hours_to_second_developer" (median), "cold_start": {"developers", "sessions", "never"}}. A
+    figure of nothing is None; hours are rounded to hundredths, the share to ten-thousandths."""
+    now = now_ms() if now is None else now
+    earlier = before_of(window, now)
+    return dict(figures(reader, window, earlier),
+                before=earlier and figures(reader, earlier, before_of(earlier, now)))
+
+
+def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
+    """`summary` without the window before; `before` decides who is new."""
+    told = story(reader, window)
+    everybody = told.developers.values()
+    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values())
+        if wait is not None]
+    built, others = told.saved[True], told.saved[False]
+    count = len(built) + len(others)
+    return dict(
+        span(window), sessions=count, developers=len(told.developers),
+        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        discoveries=len(told.trails), shared_discoveries=len(seconds),
+        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count
+        else None},
+        tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
+        hours_to_second_developer=middle(seconds),
+        cold_start=cold_start(newcomers(reader, told, before)))
+
+
+def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
+    """The discovery that reached most developers (then: with most sessions, then the first by
+    name)."""
+    if not trails:
+        return None
+    name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
+    return {"discovery_id": name, "developers": len(trail.reached),
+            "hours": hours(trail.ended[0], max(trail.reached.values()))}
+
+
+def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved",
+    "given", "received" (hand-overs), "new" (not there in as many days before),
+    "sessions_before_inherited" (own sessions before the first that built on others, None if none
+    did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
+    then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
+    "cold_start": of the new ones, as in `summary`}."""
+    told = story(reader, window)
+    fresh = newcomers(reader, told, before_of(window, now))
+    shown = labels(told.developers)
+    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first,
+        d[0]))
+    return dict(
+        span(window),
+        developers=[{
+            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
+            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
+            "last_seen_at": d.last} for who, d in ranked],
+        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b),
+        count in sorted(
+            told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
+        cold_start=cold_start(fresh))
+
+
+def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
+    start, end = ends
+    counts = [0] * SPARKS
+    for at in (stored_instant(ended) or 0 for ended in trail.ended):
+        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    return {"discovery_id": name, "first_seen_at": trail.ended[0],
+            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+            "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
+            "developer_count": len(trail.reached),
+            "hours_to_second_developer": trail.hours_to_second(),
+            "half_life_hours": trail.half_life(), "counts": counts}
+
+
+DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
+    "session_count": lambda name, t: (-len(t.ended), name),
+    "distinct_identity_count": lambda name, t: (-len(t.identities), name),
+    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
+    "developer_count": lambda name, t: (-len(t.reached), -len(t.ended), name),
+    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
+    "half_life": lambda name, t: (none_last(t.half_life()), name),
+    "first_seen": lambda name, t: (t.ended[0], name),
+    "name": lambda name, t: (name,),
+}
+
+
+def none_last(value: Optional[float]) -> Tuple[bool, float]:
+    return value is None, value or 0.0
+
+
+def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
+                now: Optional[int] = None) -> Plain:
+    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at",
+    "session_count", "distinct_identity_count", "last_aggregated_at", "developer_count",
+    "hours_to_second_developer" (None: it reached nobody else), "half_life_hours" (None: under 4
+    sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
+    "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
+    the window; its `discovery` is not looked at."""
+    trails = story(reader, window._replace(discovery=None)).trails
+    rank = DISCOVERY_SORTS[sort]
+    chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
+    start, end = ends_of(window, now)
+    if start is None:
+        start = stored_instant(min((trail.ended[0] for trail in trails.values()), default="")) or 0
+    stamp = moment_text(now_ms())
     return dict(span(window), discoveries=[
-        {"discovery_id": name, "first_seen_at": moment_or_none(first), "last_seen_at": moment_or_none(last),
-         "session_count": count, "distinct_identity_count": identities, "last_aggregated_at": now}
-        for name, count, identities, first, last in found])
+        discovery_figures(name, trail, (start, end), stamp) for name, trail in chosen],
+        discoveries_in_window=len(trails))
 
 
-def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Plain:
-    """How one discovery went round in the window: {"discovery_id", "first_seen_at", "last_seen_at",
-    "session_count", "distinct_identity_count", "developer_count", "reached": [{"at", "developer",
-    "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash", "developer",
-    "ended_at", "crosses"} ...] in time order}, both lists cut after `limit`. Raises NotFound when no session
-    of the window touched it."""
-    sql, values = where(window._replace(discovery=None))
-    identities: Set[str] = set()
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
+        now: Optional[int] = None) -> Plain:
+    """How one discovery went round in the window: its figures as in `discoveries`, and "reached":
+    [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
+    [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
+    after `limit`. Raises NotFound when no session of the window touched it."""
+    trail = Trail()
     reached: Dict[str, Session] = {}
     path: List[Session] = []
-    count = 0
-    last = None
-    for last in reader.sessions("JOIN session_discoveries d ON d.event_id = e.id WHERE d.discovery_ref = ?"
-                                " AND " + sql + " ORDER BY e.ended_at, e.id", [ref, *values]):
-        count += 1
-        identities.add(last.identity)
-        reached.setdefault(last.developer, last)
+    window = window._replace(discovery=ref)
+    sql, values = where(window)
+    for s in reader.sessions("WHERE %s ORDER BY %s, e.id" % (sql, reader.order(window)), values,
+                             reader.facts(window).logins):
+        if ref not in s.refs:
+            continue
+        trail.ended.append(moment_text(s.ended))
+        trail.reached.setdefault(s.developer, moment_text(s.ended))
+        trail.identities.add(s.identity)
+        reached.setdefault(s.developer, s)
         if len(path) < limit:
-            path.append(last)
-    if last is None:
+            path.append(s)
+    if not path:
         raise NotFound("no session of this window touched this discovery")
     shown = labels(reached)
+    start, end = ends_of(window, now)
     return dict(
-        span(window), discovery_id=ref, first_seen_at=moment_text(path[0].ended),
-        last_seen_at=moment_text(last.ended), session_count=count, distinct_identity_count=len(identities),
-        developer_count=len(reached),
-        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
+        span(window),
+        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end),
+        moment_text(now_ms())),
+        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
+        "session_id_hash": s.session}
                  for s in list(reached.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
                "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
               for before, s in zip([path[0], *path], path)])
 
 
-DONE = """SELECT e.ended_at, coalesce(e.github_hash, e.identity_hash), e.tool_count, e.tokens_saved
-  FROM session_events e WHERE """
 ACTIVE_DAYS = (1, 7, 28)
 
 
-class Tally(NamedTuple):
-    """What one developer did on one day (`datetime.date.toordinal`)."""
+class Day:
+    """The sums of one day, and who was there."""
 
-    day: int
-    developer: str
-    sessions: int
-    tools: int
-    tokens: int
+    __slots__ = ("sessions", "tokens", "tools", "who")
+
+    def __init__(self) -> None:
+        self.sessions = self.tools = self.tokens = 0
+        self.who: Set[str] = set()
 
 
-def tallied(reader: Reader, window: Window) -> List[Tally]:
-    """The window's sessions by day and developer. Adding up here takes half the time of SQLite's GROUP BY,
-    which sorts every row by 75 characters."""
-    sql, values = where(window)
-    sums: Dict[Tuple[str, str], List[int]] = {}
-    for ended_at, developer, tools, tokens in reader.rows(DONE + sql, values):
-        row = sums.setdefault((str(ended_at)[:10], str(developer)), [0, 0, 0])
-        row[0] += 1
-        row[1] += whole(tools, MOST_TOOLS)
-        row[2] += whole(tokens, MOST_TOKENS)
-    midnights = {date: instant(date + "T00:00:00") for date in {date for date, _ in sums}}
-    tallies = []
-    for (date, developer), counts in sums.items():
-        midnight = midnights[date]
-        if midnight is None or not is_hash(developer):
-            reader.left_out += counts[0]
-        else:
-            tallies.append(Tally(midnight // DAY_MS + EPOCH.toordinal(), developer, *counts))
-    return tallies
+Days = Dict[int, Day]  # by `datetime.date.toordinal`
+
+
+def days_of(reader: Reader, window: Window) -> Days:
+    """The window's sessions by day, added up a chunk at a time: in 40 MB, whatever the window."""
+    sums: Dict[str, Day] = {}
+    # one object for each pair
+    numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}
+    there: Dict[str, Set[Tuple[str, Optional[str]]]] = {}
+    for rows in reader.chunks(window):
+        if window[2:] != NEITHER:  # a filter may hide a login
+            numbers.update((pair, pair) for pair in set(map(PAIR, rows)) - numbers.keys())
+            rows = [row for row in rows if passes(window, row)]
+        for date, some_rows in by_date(rows):
+            day = sums.get(date) or sums.setdefault(date, Day())
+            day.sessions += len(some_rows)
+            day.tools += sum(map(TOOLS, some_rows))
+            day.tokens += sum(map(TOKENS, some_rows))
+            there.setdefault(date, set()).update(
+                numbers.setdefault(pair, pair) for pair in set(map(PAIR, some_rows)))
+    logins = logins_of(numbers)
+    who = {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in numbers}
+    for date, pairs in there.items():
+        sums[date].who = {who[pair] for pair in pairs}
+    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in sums.items()}
+
+
+def by_date(rows: Sequence[Sequence[Any]]) -> Iterable[Tuple[str, Sequence[Sequence[Any]]]]:
+    """Rows in the order of time, cut where the date changes."""
+    if rows and rows[0][4][:10] == rows[-1][4][:10]:  # most chunks: a tenth off the whole
+        return [(rows[0][4][:10], rows)]
+    return ((date, list(group)) for date, group in itertools.groupby(rows,
+        lambda row: str(row[4])[:10]))
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
-    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...]}, P = {"period", "developers", "came_back", "sessions", "tool_count",
-    "tokens_saved"}.
+    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active":
+    [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
+    None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back` of a period: how many of its developers were there in the period before it, too (within the
-    window); of the active: in as many days before. The active are counted to the end of the window, its last
-    day included. A row that is no session in the days before the window is counted as left out, too."""
-    end = min(window.until, moment_text((now_ms() if now is None else now) + 1))
+    `came_back` of a period: how many of its developers were there in the period before it, too
+    (within the window); of the active: in as many days before. The active are counted to the end
+    of the window, its last day included, which is listed even when it is empty. "before": as many
+    days before the window."""
+    now = now_ms() if now is None else now
+    end = min(window.until, moment_text(now + 1))
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
-    inside = tallied(reader, window)
-    before = tallied(reader, earlier) if earlier.since < earlier.until else []
-    return dict(span(window), active=active([*before, *inside], last_day), **periods(inside))
+    previous = before_of(window, now)
+    inside = days_of(reader, window)
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS),
+        until=window.since)
+    before = days_of(reader, earlier) if earlier.since < earlier.until else {}
+    everybody = {day: (inside[day].who if day in inside else set()) | (
+        before[day].who if day in before else set()) for day in {*inside, *before}}
+    return dict(
+        span(window), active=active(everybody, last_day), **periods(inside, last_day),
+        before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
 
 
-def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
-    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days before."""
+def active(everybody: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
+    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
+    before."""
     def who(first: int, last: int) -> Set[str]:
-        return {t.developer for t in tallies if first <= t.day <= last}
+        return set().union(*(everybody.get(day, ()) for day in range(first, last + 1)))
 
-    spans = [(days, who(last_day - days + 1, last_day), who(last_day - 2 * days + 1, last_day - days))
+    spans = [(days, who(last_day - days + 1, last_day),
+        who(last_day - 2 * days + 1, last_day - days))
              for days in ACTIVE_DAYS]
     return [{"days": days, "developers": len(here), "came_back": len(here & before)}
             for days, here, before in spans]
@@ -615,7 +1084,8 @@ def week_name(day: int) -> str:
     return "%04d-W%02d" % (year, week)
 
 
-PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its name, a day of the one before
+# its name, a day of the one before
+PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
     "days": (lambda day: datetime.date.fromordinal(day).isoformat(), lambda day: day - 1),
     "weeks": (week_name, lambda day: day - 7),
     "months": (lambda day: datetime.date.fromordinal(day).isoformat()[:7],
@@ -624,52 +1094,50 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
-    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order."""
-    days = sorted({t.day for t in tallies})
+def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+    """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
+    `last_day` among them."""
+    days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
     for kind, (name, before) in PERIODS.items():
         totals: Dict[str, List[Any]] = {name(day): [set(), 0, 0, 0, name(max(1, before(day)))]
                                         for day in days}
-        for t in tallies:
-            total = totals[name(t.day)]
-            total[0].add(t.developer)
-            total[1] += t.sessions
-            total[2] += t.tools
-            total[3] += t.tokens
+        for number, day in sums.items():
+            total = totals[name(number)]
+            total[0] |= day.who
+            total[1] += day.sessions
+            total[2] += day.tools
+            total[3] += day.tokens
         rolled[kind] = [
             {"period": period, "developers": len(who),
-             "came_back": len(who & totals[previous][0]) if previous in totals and previous != period else 0,
+             "came_back": len(who & totals[previous][0]) if previous in totals
+             and previous != period else 0,
              "sessions": count, "tool_count": tools, "tokens_saved": tokens}
             for period, (who, count, tools, tokens, previous) in totals.items()]
     return rolled
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
-    """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
+    """Every session of the window, oldest first, one at a time: S with "developer" and
+    "plugin_version".
 
-    All labels have one length, the least at which no two developers of the window look alike; finding it
-    reads the developers once, in order, and remembers one of them."""
-    sql, values = where(window)
-    length, before = PREFIX, ""
-    for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
-                              " WHERE " + sql + " ORDER BY 1", values):
-        if isinstance(key, str) and is_hash(key):
-            length = max(length, alike(before, key) + 1)
-            before = key
-    for s in reader.sessions("WHERE " + sql + " ORDER BY e.ended_at, e.id", values):
+    All labels have one length, the least at which no two developers of the window look alike."""
+    ordered = sorted(reader.facts(window).developers)
+    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The graph (pure: sessions in, plain data out)
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Edge(NamedTuple):
-    """Knowledge carried on: positions of two sessions in a list in time order, and the discoveries."""
+    """Knowledge carried on: positions of two sessions in a list in time order, and the
+    discoveries."""
 
     source: int
     target: int
@@ -677,9 +1145,9 @@ class Edge(NamedTuple):
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
-    """For each discovery (or for `only` that one), an edge from each session that touched it to the next one
-    that did; edges between the same two are one edge. `ordered` is in time order; so are the edges, by
-    target."""
+    """For each discovery (or for `only` that one), an edge from each session that touched it to
+    the next one that did; edges between the same two are one edge. `ordered` is in time order; so
+    are the edges, by target."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
@@ -692,7 +1160,8 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
 
 
 def node_ids(ordered: Sequence[Session]) -> List[str]:
-    """What names each node: its session's hash, with "-2" where a second machine or quarter has the same."""
+    """What names each node: its session's hash, with "-2" where a second machine or quarter has
+    the same."""
     seen: Dict[str, int] = {}
     names = []
     for s in ordered:
@@ -702,7 +1171,8 @@ def node_ids(ordered: Sequence[Session]) -> List[str]:
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape), or `only` one discovery's."""
+    """The session graph of sessions in time order (see `graph` for the shape), or `only` one
+    discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
     found = edges_of(ordered, only)
@@ -717,14 +1187,18 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     return {
         "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
                   for name, s in zip(names, ordered)],
-        "edges": [{"source": names[e.source], "target": names[e.target], "discoveries": list(e.refs),
+        "edges": [{"source": names[e.source], "target": names[e.target],
+        "discoveries": list(e.refs),
                    "crosses": who[e.source] != who[e.target]} for e in found],
-        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs, "crosses": a != b}
-                       for (a, b), (edges, refs) in sorted(flows.items(), key=lambda f: (-f[1][1], f[0]))],
+        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs,
+        "crosses": a != b}
+                       for (a, b), (edges, refs) in sorted(flows.items(),
+                               key=lambda f: (-f[1][1], f[0]))],
         "totals": {"sessions": len(ordered), "developers": len(shown),
                    "tool_count": sum(s.tools for s in ordered),
                    "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+                   "discoveries": len({ref for s in ordered for ref in s.refs
+                   if only in (None, ref)}),
                    "hand_overs": hand_overs},
     }
 
@@ -732,27 +1206,29 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
 def graph(reader: Reader, window: Window, limit: int = DRAWN) -> Plain:
     """The session graph of the newest `limit` sessions of a window (negative: of all):
 
-    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest first,
-    "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer to another} ...],
-    "developers": [{"source", "target" (developers), "edges", "discoveries" (how often one was carried),
-    "crosses"} ...] most carried first, "totals": {"sessions", "developers", "tool_count", "tokens_saved",
-    "discoveries", "hand_overs": how often a discovery went from one developer to another}}."""
+    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest
+    first, "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer
+    to another} ...], "developers": [{"source", "target" (developers), "edges", "discoveries" (how
+    often one was carried), "crosses"} ...] most carried first, "totals": {"sessions",
+    "developers", "tool_count", "tokens_saved", "discoveries", "hand_overs": how often a discovery
+    went from one developer to another}}."""
     newest = reader.window(window, limit)
     return dict(span(window), total_count_in_window=reader.count(window),
                 **graph_of(newest[::-1], window.discovery))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Renderers: text, CSV, DOT (pure: plain data in, text out)
-# ======================================================================================================
+# ==================================================================================================
 
 COLUMNS_OF_A_TERMINAL = 80
 UNSEEN = re.compile(r"[^ -~]")
 
 
 def visible(text: str) -> str:
-    """The text with everything but printable ASCII as \\u escapes. All that the contract allows comes out as
-    it is; what else a stranger's row can hold (terminal commands, right-to-left marks) loses its power."""
+    """The text with everything but printable ASCII as \\u escapes. All that the contract allows
+    comes out as it is; what else a stranger's row can hold (terminal commands, right-to-left
+    marks) loses its power."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -770,7 +1246,8 @@ def refs_cell(refs: Sequence[str], width: int = 20) -> str:
 
 
 class Column(NamedTuple):
-    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's length."""
+    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's
+    length."""
 
     title: str
     cell: Callable[[Plain], Any]
@@ -779,7 +1256,8 @@ class Column(NamedTuple):
 
 def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
     values = [[column.cell(row) for column in columns] for row in rows]
-    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line] for line in values]
+    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line]
+        for line in values]
     widths = [max(map(len, column)) for column in zip([c.title for c in columns], *cells)]
     right = [any(isinstance(line[i], int) for line in values) for i in range(len(columns))]
     for i, column in enumerate(columns):
@@ -805,10 +1283,29 @@ SESSION_COLUMNS = (
 )
 DISCOVERY_COLUMNS = (
     Column("discovery", lambda row: row["discovery_id"], elastic=True),
+    Column("reach", lambda row: row["developer_count"]),
     Column("sessions", lambda row: row["session_count"]),
-    Column("identities", lambda row: row["distinct_identity_count"]),
-    Column("first seen", lambda row: minute(row["first_seen_at"])[:10]),
+    Column("to 2nd", lambda row: lasting(row["hours_to_second_developer"])),
+    Column("half-life", lambda row: lasting(row["half_life_hours"])),
     Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
+    Column("over time", lambda row: sparkline(row["counts"])),
+)
+DEVELOPER_COLUMNS = (
+    DEVELOPER,
+    Column("sessions", lambda row: row["sessions"]),
+    Column("calls", lambda row: row["tool_count"]),
+    Column("saved", lambda row: row["tokens_saved"]),
+    Column("given", lambda row: row["given"]),
+    Column("received", lambda row: row["received"]),
+    Column("alone first", lambda row: (
+        "never built" if row["sessions_before_inherited"] is None
+        else row["sessions_before_inherited"])),
+    Column("new", lambda row: "new" if row["new"] else ""),
+)
+MATRIX_COLUMNS = (
+    Column("from", lambda row: row["source"]),
+    Column("to", lambda row: row["target"]),
+    Column("hand-overs", lambda row: row["hand_overs"]),
 )
 FLOW_COLUMNS = (
     Column("from", lambda row: row["source"]),
@@ -819,6 +1316,26 @@ FLOW_COLUMNS = (
 REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("", lambda row: "from another developer" if row["crosses"] else ""))
+
+
+SPARK_DIGITS = " .:-=+*#"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
+    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
+    most = max(pairs) or 1
+    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)]
+        for n in pairs).rstrip()
+
+
+def lasting(length: Optional[float]) -> str:
+    """A number of hours for people: in minutes, hours or days."""
+    if length is None:
+        return "-"
+    if length < 1:
+        return "%d min" % round(length * 60)
+    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
 
 
 def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
@@ -836,7 +1353,8 @@ def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
 
 def sessions_text(result: Plain) -> str:
     shown, total = len(result["sessions"]), result["total_count_in_window"]
-    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown, total) if total > shown else ""
+    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown,
+        total) if total > shown else ""
     return text_table(SESSION_COLUMNS, result["sessions"]) + more
 
 
@@ -856,14 +1374,129 @@ def session_text(result: Plain) -> str:
 
 
 def discovery_text(result: Plain) -> str:
-    text = "%s\n%s to %s: %s sessions, %s developers\n\n" % (
-        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), "{:,}".format(result["session_count"]),
-        "{:,}".format(result["developer_count"]))
-    text += text_table(REACHED_COLUMNS, result["reached"]) + "\n" + text_table(PATH_COLUMNS, result["path"])
+    text = "%s\n%s to %s: %s sessions, %s developers\n" % (
+        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
+            minute(result["first_seen_at"]),
+        minute(result["last_seen_at"]), digits(result["session_count"]),
+            digits(result["developer_count"]))
+    second, half = result["hours_to_second_developer"], result["half_life_hours"]
+    text += "it reached no second developer\n" if second is None else (
+        "it reached a second developer within %s\n" % lasting(second))
+    text += "" if half is None else "half of its sessions ended within %s\n" % lasting(half)
+    text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
+    text += "\n" + text_table(PATH_COLUMNS, result["path"])
     if result["session_count"] > len(result["path"]):
-        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
+        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]),
+            result["session_count"])
     return text
+
+
+def discoveries_text(result: Plain) -> str:
+    shown, every = len(result["discoveries"]), result["discoveries_in_window"]
+    text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
+    text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
+    text += "to the first of a second developer; half-life: until half of its sessions ended\n"
+    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown
+        else "")
+
+
+def developers_text(result: Plain) -> str:
+    text = text_table(DEVELOPER_COLUMNS, result["developers"])
+    text += "\ngiven, received: hand-overs of a discovery to and from other developers;\n"
+    text += "alone first: own sessions before the first that built on others;\n"
+    text += "new: not there in as many days before the window\n"
+    flows = result["matrix"]
+    if flows:
+        text += "\nwho hands over to whom\n" + text_table(MATRIX_COLUMNS, flows[:FLOWS_SHOWN])
+    else:
+        text += "\nno discovery went from one developer to another\n"
+    if len(flows) > FLOWS_SHOWN:
+        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
+    return text
+
+
+def some(count: int, thing: str, things: str = "") -> str:
+    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
+
+
+def findings(figures: Plain) -> List[str]:
+    """What a window's figures (see `summary`) say, a sentence each."""
+    if not figures["sessions"]:
+        return ["No session ended in this window."]
+    shared, far = figures["shared_discoveries"], figures["furthest"]
+    wait, built = figures["hours_to_second_developer"], figures["built_on_others"]
+    saved, cold = figures["tokens_saved_median"], figures["cold_start"]
+    if not figures["discoveries"]:
+        lines = ["No session touched a discovery."]
+    elif not shared:
+        lines = ["No discovery reached a second developer."]
+    else:
+        lines = ["%s of %s reached a second developer, half of them within %s." % (
+                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
+                         lasting(wait)),
+                 "%s went furthest: %s of %s in %s." % (
+                     far["discovery_id"], digits(far["developers"]),
+                     some(figures["developers"], "developer"),
+                     lasting(far["hours"]))]
+    if not built["sessions"]:
+        lines.append("No session built on somebody else's discovery.")
+    else:
+        rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
+        lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
+                     " {:,.0f} tokens (median){}.".format(100 * built["share"],
+                     saved["built_on_others"], rest))
+    if cold["developers"]:
+        lines.append("%s: %s." % (some(cold["developers"], "new developer"),
+            "none built on others" if (
+            cold["sessions"] is None)
+            else "%g own sessions (median) before the first that built on others%s" % (
+                cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
+    return lines
+
+
+SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
+    ("sessions", lambda f: digits(f["sessions"])),
+    ("developers", lambda f: digits(f["developers"])),
+    ("tool calls", lambda f: digits(f["tool_count"])),
+    ("tokens saved", lambda f: digits(f["tokens_saved"])),
+    ("discoveries", lambda f: digits(f["discoveries"])),
+    ("  that reached a 2nd developer", lambda f: digits(f["shared_discoveries"])),
+    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
+    ("hand-overs", lambda f: digits(f["hand_overs"])),
+    ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
+    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
+    ("  tokens saved together with that", lambda f: median_text(
+    f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
+    ("new developers", lambda f: digits(f["cold_start"]["developers"])),
+    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  never built on others", lambda f: digits(f["cold_start"]["never"])),
+)
+
+
+def percent(share: Optional[float]) -> str:
+    return "-" if share is None else "%.0f %%" % (100 * share)
+
+
+def median_text(value: Optional[float]) -> str:
+    return "-" if value is None else "{:,g}".format(value)
+
+
+def summary_text(result: Plain) -> str:
+    """The findings in words, then the window and the one before it side by side."""
+    before = result["before"]
+    until = minute(result["until"]) if result["until"] else "now"
+    text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
+    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL)
+        for line in findings(result)) + "\n\n"
+    text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
+    for name, cell in SUMMARY_ROWS:
+        text += ("%-36s %14s %14s" % (name, cell(result),
+            cell(before) if before else "")).rstrip() + "\n"
+    return text + (
+        "\nBuilt on others: a session with a discovery that another developer's session,\n"
+        "ended earlier in the window, had touched. The figures say what came together,\n"
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
 
 
 FLOWS_SHOWN = 20
@@ -885,8 +1518,14 @@ def graph_text(result: Plain) -> str:
 
 def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
-        row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
+        row["days"], digits(row["developers"]), digits(row["came_back"]))
+        for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
+    before = result["before"]
+    if before:
+        active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
+            digits(sum(day["sessions"] for day in days))
+                for days in (result["days"], before["days"])))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
@@ -930,21 +1569,25 @@ def dot_string(text: str) -> str:
 
 
 def dot_text(result: Plain) -> str:
-    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
+    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in
+    orange."""
     boxes: Dict[str, List[Plain]] = {}
     for node in result["nodes"]:
         boxes.setdefault(node["developer"], []).append(node)
     lines = ["digraph sessions {",
              "  rankdir=LR; node [shape=circle fontsize=9]; edge [fontsize=8 color=gray60]"]
     for developer, nodes in boxes.items():
-        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer), dot_string(developer)))
-        lines += ["    %s [label=%s]" % (dot_string(n["id"]), dot_string(n["session_id_hash"][:PREFIX]))
+        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer),
+            dot_string(developer)))
+        lines += ["    %s [label=%s]" % (dot_string(n["id"]),
+            dot_string(n["session_id_hash"][:PREFIX]))
                   for n in nodes]
         lines.append("  }")
     for edge in result["edges"]:
         label = ", ".join(edge["discoveries"][:2]) + (", ..." if edge["discoveries"][2:] else "")
         color = ' color="#d55e00" penwidth=2' if edge["crosses"] else ""
-        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]), dot_string(edge["target"]),
+        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]),
+            dot_string(edge["target"]),
                                                   dot_string(label), color))
     return "\n".join(lines) + "\n}\n"
 
@@ -1952,7 +2595,7 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": result["discoveries"]}
+        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
@@ -3340,9 +3983,9 @@ def ship(options: argparse.Namespace) -> int:
     return 0
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Command line
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Usage(Exception):
@@ -3391,11 +4034,21 @@ def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
     if options.format != "html":
         return graph(reader, window, options.limit or DRAWN)
     newest = reader.window(window, options.limit or DRAWN)
-    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window), window.discovery)}
+    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window),
+        window.discovery)}
 
 
 def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
     return activity(reader, window_of(options))
+
+
+def ran_summary(reader: Reader, options: argparse.Namespace) -> Plain:
+    return summary(reader, window_of(options))
+
+
+def ran_developers(reader: Reader, options: argparse.Namespace) -> Plain:
+    result = developers(reader, window_of(options))
+    return dict(result, developers=result["developers"][:options.limit])
 
 
 def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
@@ -3438,8 +4091,8 @@ def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
 
 
 class Question(NamedTuple):
-    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first is the
-    default), and which part of the result is empty when nothing was found."""
+    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first
+    is the default), and which part of the result is empty when nothing was found."""
 
     help: str
     example: str
@@ -3464,17 +4117,23 @@ def view(options: argparse.Namespace) -> int:
 
 GITHUB_FLAGS = {"any": None, "with": True, "without": False}
 ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
-    "db": ("--db", {"metavar": "FILE", "required": True, "help": "the database that server.py writes"}),
+    "db": ("--db", {"metavar": "FILE", "required": True,
+              "help": "the database that server.py writes"}),
     "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500),
                         "help": "the last N days (%d)" % DAYS_DEFAULT}),
-    "since": ("--since", {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
+    "since": ("--since",
+              {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
     "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
                             "help": "only sessions with GitHub, or without"}),
-    "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
-    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
-    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
-    "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
+    "discovery": ("--discovery", {"metavar": "REF",
+              "help": "sessions that touched this discovery"}),
+    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999),
+              "help": "at most N rows"}),
+    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0],
+              "help": "what comes first"}),
+    "session": ("session",
+              {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
     "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
     "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
                         "help": "the port to listen on (8788); 0 is any free one"}),
@@ -3496,30 +4155,46 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
 WINDOWED = ("db", "days", "since", "until", "github")
 QUESTIONS = {
     "sessions": Question(
-        "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
+        "the sessions, newest first", "sessions --db events.db --days 30",
+        (*WINDOWED, "discovery", "limit"),
         ran_sessions, forms("sessions", sessions_text), "sessions"),
     "session": Question(
-        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
-        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
+        "one session, with the same identity's others",
+        "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
+        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]},
+        "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
         (*WINDOWED, "limit", "sort"), ran_discoveries,
-        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+        forms("discoveries", discoveries_text), "discoveries"),
     "discovery": Question(
-        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        "one discovery: whom it reached, and its path",
+        "discovery rate-limit-buckets --db demo.db --days 30",
         ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
         (*WINDOWED, "discovery", "limit"), ran_graph,
-        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]),
+            "nodes"),
+    "developers": Question(
+        "who gives and who receives: sessions, calls, tokens saved, hand-overs",
+        "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
+        forms("developers", developers_text), "developers"),
+    "summary": Question(
+        "the findings of a window in words, and the window before it beside them: a digest to mail",
+        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED,
+        ran_summary,
+        {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
     "activity": Question(
-        "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
+        "developers, sessions, tokens saved by day, week and month",
+        "activity --db events.db --days 90",
         (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
     "export": Question(
         "every session of a window, oldest first",
         "export --db events.db --days 365 --format csv > sessions.csv",
         (*WINDOWED, "discovery"), ran_export,
-        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]), "csv": lambda r: csv_stream(r["rows"]),
+        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]),
+        "csv": lambda r: csv_stream(r["rows"]),
          "json": lambda r: json_stream(r["rows"])}, "rows"),
 }
 ACTIONS = {
@@ -3529,26 +4204,30 @@ ACTIONS = {
                    "ship --db events.db --to 'http://host:8123/?database=analytics' --follow",
                    ("ship_db", "to", "follow", "metrics", "check", "again", "print_ddl",
                     "cluster"), ship),
-    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
+    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"),
+    demo),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        "session_events.py", formatter_class=shape, description="Shows the sessions that server.py stored.",
+        "session_events.py", formatter_class=shape,
+        description="Shows the sessions that server.py stored.",
         epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is"
                " nothing in the window), 1 not found or\nnot readable, 2 the command line is wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help, formatter_class=shape,
+        sub = commands.add_parser(name, help=command.help, description=command.help,
+            formatter_class=shape,
                                   epilog="example: python3 session_events.py " + command.example)
         for argument in command.arguments:
             flag, details = ARGUMENTS[argument]
             sub.add_argument(flag, **details)
         if isinstance(command, Question):
-            sub.add_argument("--format", choices=list(command.forms), default=next(iter(command.forms)),
+            sub.add_argument("--format", choices=list(command.forms),
+                default=next(iter(command.forms)),
                              help="the form of the answer (%(default)s)")
     return top
 
@@ -3561,11 +4240,21 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         for piece in question.forms[options.format](result):
             out(piece)
             written += 1
-        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if question.found == "rows" and options.format != "json":
+            found = written > 0
+        elif question.found == "days":
+            found = any(day["sessions"] for day in result["days"])
+        else:
+            found = bool(result[question.found])
+        left_out = reader.left_out
         if not found:
-            print("nothing in this window; --days looks further back", file=sys.stderr)
-        if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            newest = last_event(reader)
+            print("nothing in this window; %s" % (
+                "the last session ended %s UTC (--days and --since look further back)"
+                % minute(newest)
+                if newest else "there is no session at all"), file=sys.stderr)
+        if left_out:
+            print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -3585,7 +4274,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit neither.
+        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit
+        # neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -3593,8 +4283,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def step_back() -> None:
-    """Lets a server on the same machine go first. A loop of queries beside one under full load on 2 cores took a
-    third of its rate, and takes nothing that can be measured since it does this."""
+    """Lets a server on the same machine go first. A loop of queries beside one under full load on
+    2 cores took a third of its rate, and takes nothing that can be measured since it does
+    this."""
     if hasattr(os, "nice"):
         os.nice(10)
 
