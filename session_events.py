@@ -2921,7 +2921,8 @@ def demo(options: argparse.Namespace) -> int:
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
 # ======================================================================================================
 
-SHIP_NODE = "session_events_node"  # one row: the random name under which the file's rows are shipped
+# one row: the random name under which the file's rows are shipped
+SHIP_NODE = "session_events_node"
 SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
 SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
 SHIP_MONTHS = 45  # most spans of 31 days in one batch: ClickHouse takes 100 months in one INSERT
@@ -2944,7 +2945,8 @@ class Unfit(Refused):
 
 
 class Later(Refused):
-    """It cannot be done now, and that passes; `after`: ClickHouse's Retry-After in seconds, if any."""
+    """It cannot be done now, and that passes; `after`: ClickHouse's Retry-After in seconds, if
+    any."""
 
     def __init__(self, text: str, after: Optional[float] = None) -> None:
         super().__init__(text)
@@ -2971,7 +2973,8 @@ SHIP_SQL = """SELECT id, received, identity_hash, github_hash, session_id_hash, 
   substr(discovery_refs_json, 1, %d), plugin_version, fits
 FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
   CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
-  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at AND received_at >= '1970'
+  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at
+  AND received_at >= '1970'
   AND received_at < '2106' AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at
   AND ended_at >= '0001' AS fits
   FROM session_events) WHERE id """ % (SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, SHIP_REFS_TEXT + 1)
@@ -2996,8 +2999,8 @@ class Shipped(NamedTuple):
 
 
 def ship_lists(rule: Tuple[int, str], texts: Sequence[str]) -> List[List[str]]:
-    """JSON arrays, parsed in one call: as there are as many brackets as texts that start and end with
-    one, each text is one array."""
+    """JSON arrays, parsed in one call: as there are as many brackets as texts that start and end
+    with one, each text is one array."""
     joined = ",".join(texts)
     lists: List[List[str]] = json.loads("[%s]" % joined)
     if {text[:1] + text[-1:] for text in texts} - {"[]"} or not (
@@ -3010,8 +3013,9 @@ def ship_lists(rule: Tuple[int, str], texts: Sequence[str]) -> List[List[str]]:
 
 
 def ship_fitting(kind: str, rule: Any, cells: Sequence[Any]) -> Sequence[Any]:
-    """A column of a batch in its shipped form. Raises ValueError, TypeError or RecursionError if one of
-    the cells breaks the field's rule, or is unusual: then each row is looked at by ship_exact.
+    """A column of a batch in its shipped form. Raises ValueError, TypeError or RecursionError if
+    one of the cells breaks the field's rule, or is unusual: then each row is looked at by
+    ship_exact.
 
     Few calls for a column take a tenth of the time of a few for each cell."""
     there = [cell for cell in cells if cell is not None] if "null" in kind else cells
@@ -3067,7 +3071,8 @@ def ship_exact(columns: Mapping[str, Any]) -> Shipped:
             column = ship_column(field)
             cells[field] = ship_cell(kind, rule, columns[column])
     except (ValueError, TypeError, RecursionError):
-        raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing from it"
+        raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
+                    "from it"
                     " on is shipped: correct the row, or delete it, and run this again" % (
                         columns["id"], column)) from None
     received, ended = ms // 1000, (instant(cells["ended_at"]) or 0) // 1000
@@ -3095,8 +3100,8 @@ def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
-    """At most so many rows of `id` + condition, about SHIP_BYTES and SHIP_MONTHS. The list ends before
-    a row that is no event. Raises Unfit if that is the first one."""
+    """At most so many rows of `id` + condition, about SHIP_BYTES and SHIP_MONTHS. The list ends
+    before a row that is no event. Raises Unfit if that is the first one."""
     lenient, reader.connection.text_factory = reader.connection.text_factory, str  # faster
     try:
         found = ship_fetched(reader, condition, value, most)
@@ -3119,7 +3124,8 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
             *columns[:2], *cells[:4], columns[6], *cells[4:], columns[12])))
     except (ValueError, TypeError, RecursionError):
         rows = ship_one_by_one(reader, [row[0] for row in found])
-    spans = dict.fromkeys([row.ended // 2_678_400 for row in rows])  # of 31 days, in the rows' order
+    # of 31 days, in the rows' order
+    spans = dict.fromkeys([row.ended // 2_678_400 for row in rows])
     if len(spans) > SHIP_MONTHS:
         late = set(list(spans)[SHIP_MONTHS:])
         del rows[next(n for n, row in enumerate(rows) if row.ended // 2_678_400 in late):]
@@ -3142,8 +3148,10 @@ def ship_one_by_one(reader: Reader, ids: Sequence[int]) -> List[Shipped]:
 
 # -- ClickHouse: rows in its Native format, tables, statements --
 
-SHIP_SIZES = [chr(n) if n < 128 else chr(n & 127 | 128) + chr(n >> 7) for n in range(1 << 8)]  # LEB128
-SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}  # as struct has them
+# LEB128
+SHIP_SIZES = [chr(n) if n < 128 else chr(n & 127 | 128) + chr(n >> 7) for n in range(1 << 8)]
+# as struct has them
+SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}
 
 
 def ship_size(number: int) -> bytes:
@@ -3189,26 +3197,29 @@ def ship_native(columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> bytes:
 
 
 def seniority(node: str, received: int) -> int:
-    """64 bits by which the rows of one session are compared: the largest was received first, or in the
-    same second by the node whose name (its first 8 digits, which are random) comes first. Nothing else
-    decides, so that shipping in another order, or twice, changes nothing."""
+    """64 bits by which the rows of one session are compared: the largest was received first, or in
+    the same second by the node whose name (its first 8 digits, which are random) comes first.
+    Nothing else decides, so that shipping in another order, or twice, changes nothing."""
     return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
 
 
 # The same text for 18.16 and today's. Where they differ:
 # - LowCardinality is an experiment in 18.16: `prepare` leaves it out there. Native does not mind.
-# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts' default
+# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
+# default
 #   database.
-# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to
+# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year
+# up to
 #   9999: so ended_at is the contract's text (its order is the order of time).
-# `ended` is a DateTime for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY after
-# received_at, so that invented dates do not make a partition each.
+# `ended` is a DateTime for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY
+# after received_at, so that invented dates do not make a partition each.
 RAW_COLUMNS = (
     ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"),
     ("received_at", "DateTime('UTC')"), ("identity_hash", "FixedString(32)"),
     ("github_hash", "Nullable(FixedString(32))"), ("session_id_hash", "FixedString(32)"),
     ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"), ("tool_count", "UInt32"),
-    ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"), ("discovery_refs", "Array(String)"),
+    ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"), ("discovery_refs",
+    "Array(String)"),
     ("plugin_version", "LowCardinality(String)"))
 NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
 # A session is kept once, whichever nodes received it: rows of one key are merged, and of these the
@@ -3216,13 +3227,15 @@ NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
 # partition and one shard are merged, so the shard is the key's; FINAL answers at any moment, across
 # partitions, as if all were merged. In the view it stands below any WHERE, so that no condition can
 # bring back a row that must give way.
-SHIP_TABLES = (  # name, columns, what keeps one row of a key, its keys, what decides about the shard
+# name, columns, what keeps one row of a key, its keys, what decides about the shard
+SHIP_TABLES = (
     (SHIP_RAW, RAW_COLUMNS, "seniority", "\nPARTITION BY toYYYYMM(ended)"
      "\nORDER BY (identity_hash, session_id_hash)", "cityHash64(identity_hash, session_id_hash)"),
     (SHIP_NODES, NODE_COLUMNS, "seen", "\nORDER BY node", "cityHash64(node)"))
 VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
-  lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at, r.ended AS ended,
+  lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
+  r.ended AS ended,
   r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
   arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
   r.received_at AS received_at, r.node AS node, r.id AS id
@@ -3236,7 +3249,8 @@ GROUP BY discovery_id""")
 LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
 SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
-    "insert_deduplicate": "0",  # a replica would drop a block that it remembers, though its rows be lost
+    # a replica would drop a block that it remembers, though its rows be lost
+    "insert_deduplicate": "0",
     "wait_end_of_query": "1"}  # an answer's status is about all of it
 
 
@@ -3253,7 +3267,8 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
             continue
         local = name.replace("_raw", "") + "_local"
         path = "/clickhouse/tables/{shard}/%s/%s_by_month" % (database, local)
-        made.append(create % (local + on, "ReplicatedReplacingMergeTree('%s', '{replica}', %s)%s" % (
+        made.append(create % (local + on,
+                "ReplicatedReplacingMergeTree('%s', '{replica}', %s)%s" % (
             path, winner, keys)))
         made.append(create % (name + on, "Distributed('%s', '%s', %s, %s)" % (
             cluster, database, local, shard)))
@@ -3267,10 +3282,12 @@ def ship_migration(cluster: Optional[str], database: str) -> str:
     names = [name for name, _ in RAW_COLUMNS]
     cells = [name if name != "ended" else (
         "toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at)) - %d),"
-        " toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE, SHIP_EARLY)) for name in names]
+        " toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE,
+        SHIP_EARLY)) for name in names]
     return ";\n".join((
         "RENAME TABLE {0} TO {0}_old{1}".format(table, on), ship_ddl(cluster, database)[0],
-        "INSERT INTO {0} ({1}) SELECT {2} FROM {0}_old".format(table, ", ".join(names), ", ".join(cells)),
+        "INSERT INTO {0} ({1}) SELECT {2} FROM {0}_old".format(table, ", ".join(names),
+        ", ".join(cells)),
         "DROP TABLE {0}_old{1}".format(table, on))) + ";"
 
 
@@ -3295,7 +3312,8 @@ TO = "http://host:8123/?database=analytics"
 
 
 def house_of(url: str) -> House:
-    """Raises Usage. User and password come from the environment alone: a URL is seen in process lists."""
+    """Raises Usage. User and password come from the environment alone: a URL is seen in process
+    lists."""
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
@@ -3303,15 +3321,19 @@ def house_of(url: str) -> House:
             parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise Usage("--to takes a URL such as %s" % TO) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not re.fullmatch(
+    if parts.scheme not in ("http",
+            "https") or not parts.hostname or parts.fragment or not re.fullmatch(
             "[!-~]+", url):
         raise Usage("--to takes an http or https URL such as %s" % TO)
     if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
-        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database", "default")):
+        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
+                    "CLICKHOUSE_PASSWORD")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database",
+            "default")):
         raise Usage("--to names a database of letters, digits and _")
     tls = parts.scheme == "https"
-    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/", parameters)
+    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/",
+            parameters)
 
 
 def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
@@ -3328,8 +3350,8 @@ def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
 
 
 def retry_after(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None without a
-    usable one."""
+    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None
+    without a usable one."""
     if text is None:
         return None
     try:
@@ -3342,31 +3364,36 @@ def retry_after(text: Optional[str], now: float) -> Optional[float]:
 
 def back_off(failures: int, chance: float) -> float:
     """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
-    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back together."""
+    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
+    together."""
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
-# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number, date
-# or array that it cannot take, a type, a constraint. All others (disk, network, memory, replicas, too
-# many parts or queries, rights, a table that is gone) say nothing about a row.
-SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349, 376,
+# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number,
+# date or array that it cannot take, a type, a constraint. All others (disk, network, memory,
+# replicas, too many parts or queries, rights, a table that is gone) say nothing about a row.
+SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+        376,
                     395, 407, 441, 467, 469}
 SAID = {  # number: what it means here; ClickHouse's own words could name the user
-    **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set CLICKHOUSE_USER and"
+    **dict.fromkeys((192, 193, 194, 516),
+    "does not know this user or password: set CLICKHOUSE_USER and"
                                           " CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s here: nothing was shipped to it yet, or it was dropped meanwhile" % SHIP_RAW,
+    60: "has no table %s here: nothing was shipped to it yet, or it was dropped "
+        "meanwhile" % SHIP_RAW,
     81: "has no such database: make it, or name another in --to (?database=...)",
 }
 SHIP_FOUND = """SELECT n FROM mine WHERE (identity_hash, session_id_hash) GLOBAL IN (
-  SELECT identity_hash, session_id_hash FROM {0} WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
+  SELECT identity_hash, session_id_hash FROM {0}
+  WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
     SELECT identity_hash, session_id_hash FROM mine))"""
 
 
 class ClickHouse:
-    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have gone
-    stale."""
+    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
+    gone stale."""
 
     def __init__(self, house: House, headers: Dict[str, str]) -> None:
         self.house = house
@@ -3391,9 +3418,10 @@ class ClickHouse:
     def found(self, rows: Sequence[Shipped]) -> Set[int]:
         """The places in `rows` of those whose session is in the table, and with that in the view.
 
-        The keys go as a table beside the query (ClickHouse's "external data"): in its text they would
-        be in ClickHouse's query log, and would not fit it (256 KiB). Their own months are searched
-        first. A session that is not there may stand in another month, as another node received it."""
+        The keys go as a table beside the query (ClickHouse's "external data"): in its text they
+        would be in ClickHouse's query log, and would not fit it (256 KiB). Their own months are
+        searched first. A session that is not there may stand in another month, as another node
+        received it."""
         found: Set[int] = set()
         months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in rows}
         for where in ("toYYYYMM(ended) IN (%s) AND " % ", ".join(sorted(months)), ""):
@@ -3411,7 +3439,8 @@ class ClickHouse:
         structure = ", ".join("%s %s" % (name, kind) for name, kind, _ in columns)
         return self.numbers(
             "", {"query": sql, "mine_structure": structure, "mine_format": "Native"},
-            b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n%s\r\n--%s--\r\n'
+            b'--%s\r\nContent-Disposition: form-data; name="mine"; '
+            b'filename="mine"\r\n\r\n%s\r\n--%s--\r\n'
             % (mark.encode(), ship_native(columns), mark.encode()),
             {"Content-Type": "multipart/form-data; boundary=" + mark}, silence=SHIP_CHECK_SILENCE)
 
@@ -3436,7 +3465,8 @@ class ClickHouse:
         if answer[0] != 200 or answer[2]:
             error = self.refusal(*answer, quote=False)
             if self.error_number(*answer) in SHIP_DATA_ERRORS:
-                raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error, query))
+                raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error,
+                        query))
             raise error
 
     def error_number(self, status: int, headers: http.client.HTTPMessage,
@@ -3447,18 +3477,22 @@ class ClickHouse:
 
     def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes,
                 quote: bool) -> Refused:
-        """What to make of an answer that is no success; its words only if they cannot be about a row."""
+        """What to make of an answer that is no success; its words only if they cannot be about a
+        row."""
         code = self.error_number(status, headers, said)
         after = retry_after(headers.get("Retry-After"), time.time())
         if 300 <= status < 400:
-            return Refused("%s sends elsewhere (status %d), which is not followed; name the right place"
+            return Refused("%s sends elsewhere (status %d), which is not followed; name the right "
+                           "place"
                            " in --to" % (self.name, status))
         if code in SAID:
             return Refused("%s %s (its error %d)" % (self.name, SAID[code], code))
         if code is None and status not in (408, 429, 500, 502, 503, 504):
-            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's HTTP"
+            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
+                           "HTTP"
                            " port?" % (self.name, status))
-        if code in SHIP_DATA_ERRORS or (code == 62 and quote):  # 62: a statement that it cannot read
+        # 62: a statement that it cannot read
+        if code in SHIP_DATA_ERRORS or (code == 62 and quote):
             words = said[:2000].decode("utf-8", "replace").split("\n")[0]
             cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]
             return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
@@ -3467,7 +3501,8 @@ class ClickHouse:
 
     def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str],
                silence: Optional[float] = None) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
+        """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no
+        proxy."""
         silence = silence or SHIP_SILENCE
         query = urllib.parse.urlencode({**SETTINGS_SENT, **self.house.parameters, **parameters})
         place = (self.house.host, self.house.port)
@@ -3503,21 +3538,26 @@ class ClickHouse:
         return answer.status, answer.headers, said
 
     def prepare(self, cluster: Optional[str]) -> None:
-        """Makes the tables and views that are missing. Raises Refused where a table is not the one that
-        is written to."""
+        """Makes the tables and views that are missing. Raises Refused where a table is not the one
+        that is written to."""
         version = self.select("SELECT version()")
         if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
             raise Refused("%s is no ClickHouse: it does not know its version" % self.name)
         there = {row[0]: row[-1] for row in self.select(
-            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
+            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = "
+            "'%s'"
             " FORMAT TabSeparatedRaw" % SHIP_RAW)}
         for column, kind in RAW_COLUMNS if there else ():
-            if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1", kind):
-                raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see"
+            if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1",
+                    kind):
+                raise Refused("%s has a table %s whose column %s is not %s; rename that table, or "
+                              "see"
                               " --print-ddl" % (self.name, SHIP_RAW, column, kind))
         if version[0][0].startswith("18.") and "LowCardinality" in " ".join(there.values()):
-            raise Refused("%s is of 2018, and has a table %s with the type LowCardinality, an experiment"
-                          " then: make it without (drop it while it is empty)" % (self.name, SHIP_RAW))
+            raise Refused("%s is of 2018, and has a table %s with the type LowCardinality, an "
+                          "experiment"
+                          " then: make it without (drop it while it is empty)" % (self.name,
+                          SHIP_RAW))
         made = {row[0]: row[-1] for row in self.select(
             "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database ="
             " currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events',"
@@ -3526,7 +3566,8 @@ class ClickHouse:
         if layout.startswith("Distributed"):
             layout = made.get("session_events_local", "PARTITION BY toYYYYMM(ended)")
         if there and "PARTITION BY toYYYYMM(ended)" not in layout:
-            raise Refused("%s has a table %s of an older layout, without months. These statements keep"
+            raise Refused("%s has a table %s of an older layout, without months. These statements "
+                          "keep"
                           " its rows (stop every ship first):\n%s" % (
                               self.name, SHIP_RAW, ship_migration(
                                   cluster, self.house.parameters["database"])))
@@ -3540,19 +3581,24 @@ class ClickHouse:
         self.posted({"query": "INSERT INTO %s FORMAT Native" % SHIP_NODES}, ship_native((
             ("node", "String", [node]), ("pepper", "String", [pepper]),
             ("seen", "UInt32", [int(time.time()) & SHIP_SECONDS]))), {})
-        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM %s GROUP"
+        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM "
+                            "%s GROUP"
                             " BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
 
 
 # -- The mark, in the file; one step; how it is watched --
 
 SHIP_MARKS = (
-    """CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT NULL)""" % SHIP_NODE,
+    """CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT
+    NULL)""" % SHIP_NODE,
     """CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL,
-  last_id INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT ROWID""",
-    # What was confirmed first in each of the last minutes, for a ClickHouse that lost the newest rows.
+  last_id INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT
+  ROWID""",
+    # What was confirmed first in each of the last minutes, for a ClickHouse that lost the newest
+    # rows.
     """CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL,
-  minute TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT ROWID""")
+  minute TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT
+  ROWID""")
 
 
 def ship_moment(seconds: float) -> str:
@@ -3560,8 +3606,8 @@ def ship_moment(seconds: float) -> str:
 
 
 class Mark(NamedTuple):
-    """How far one destination has got; `node` is the file's name. `confirmed`: seconds since 1970, when
-    the last batch was sent (so not later than it was confirmed)."""
+    """How far one destination has got; `node` is the file's name. `confirmed`: seconds since 1970,
+    when the last batch was sent (so not later than it was confirmed)."""
 
     node: str
     last_id: int
@@ -3571,27 +3617,31 @@ class Mark(NamedTuple):
 class Shipment:
     """One database file and one destination.
 
-    The file is opened anew for each step, so that one that was put in its place is noticed. What was
-    confirmed stands in the file itself, so that a restored file, a copy, or two that ship at once are
-    no special cases: the mark belongs to the rows beside it. Sending a row again changes nothing."""
+    The file is opened anew for each step, so that one that was put in its place is noticed. What
+    was confirmed stands in the file itself, so that a restored file, a copy, or two that ship at
+    once are no special cases: the mark belongs to the rows beside it. Sending a row again changes
+    nothing."""
 
     def __init__(self, path: str, house: ClickHouse) -> None:
         self.path, self.house, self.destination = path, house, house.house.destination
         self.key = "destination = ? AND node = ?"
         self.rows_shipped = 0
         self.again = False  # all rows once more
+        self.checked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
         self.events: List[str] = []  # why rows go once more
 
     def mark(self, reader: Reader) -> Optional[Mark]:
         """The mark, None where there is none. Raises Refused if it is none of ours."""
-        tables = {row[0] for row in reader.rows("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        tables = {row[0] for row in reader.rows("SELECT name FROM sqlite_master WHERE type = "
+                                                "'table'")}
         if not {SHIP_NODE, "ship_marks", "ship_history"} <= tables:
             return None
         name = reader.rows("SELECT name FROM " + SHIP_NODE).fetchone()
         if name is None:
             return None
         if not isinstance(name[0], str) or not is_node(name[0]):
-            raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one is made"
+            raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one "
+                          "is made"
                           % (SHIP_NODE, self.path))
         found = reader.rows("SELECT last_id, confirmed_at FROM ship_marks WHERE " + self.key,
                             [self.destination, name[0]]).fetchone()
@@ -3599,7 +3649,8 @@ class Shipment:
             return None
         at = instant(found[1])
         if not isinstance(found[0], int) or at is None:
-            raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows go once"
+            raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows "
+                          "go once"
                           " more" % self.path)
         return Mark(name[0], found[0], at / 1000)
 
@@ -3608,9 +3659,11 @@ class Shipment:
         """A short write transaction beside a running server. Raises Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
-                    Path(self.path).absolute().as_uri() + "?mode=rw", uri=True, timeout=BUSY_SECONDS,
+                    Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
+                            timeout=BUSY_SECONDS,
                     isolation_level=None)) as connection:
-                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark only sends rows again
+                # a lost mark only sends rows again
+                connection.execute("PRAGMA synchronous = NORMAL")
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
                 yield connection
@@ -3618,10 +3671,12 @@ class Shipment:
         except sqlite3.Error as error:
             why = explained(error, self.path)
             if re.search("readonly|unable to open", str(error)):
-                why = Refused("only a user who may write the file and its folder can (run this as the"
+                why = Refused("only a user who may write the file and its folder can (run this as "
+                              "the"
                               " server's user)")
             text = "cannot write the mark of what was shipped into %s: %s" % (self.path, why)
-            raise (Later if "locked" in str(error) or "full" in str(error) else Refused)(text) from error
+            passing = "locked" in str(error) or "full" in str(error)
+            raise (Later if passing else Refused)(text) from error
 
     def begin(self) -> None:
         """Writes a name for the file and a mark below every row, where they are missing."""
@@ -3630,26 +3685,31 @@ class Shipment:
                 connection.execute(statement)
             connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % SHIP_NODE,
                                [secrets.token_hex(8)])
-            connection.execute("INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM %s" % SHIP_NODE,
+            connection.execute("INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM "
+                               "%s" % SHIP_NODE,
                                [self.destination, SHIP_LEAST, ship_moment(time.time())])
 
     def confirm(self, mark: Mark, last: Shipped, sent: float) -> None:
-        """Moves the mark up to the row `last`. Only if the file still has the mark that was read and
-        that row: it may have been replaced, and a second ship may have been faster."""
+        """Moves the mark up to the row `last`. Only if the file still has the mark that was read
+        and that row: it may have been replaced, and a second ship may have been faster."""
         names = [self.destination, mark.node]
         with self.writing() as connection:
             moved = connection.execute(
-                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ? AND EXISTS ("
-                "SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? AND session_id_hash = ?"
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ? AND "
+                "EXISTS ("
+                "SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? AND "
+                "session_id_hash = ?"
                 " AND CAST(strftime('%%s', received_at) AS INTEGER) = ?)" % self.key,
-                [last.id, ship_moment(sent), *names, mark.last_id, last.id, last.identity, last.session,
+                [last.id, ship_moment(sent), *names, mark.last_id, last.id, last.identity,
+                last.session,
                  last.received]).rowcount
             if moved:
                 now = time.time()
                 connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
                                    [*names, ship_moment(now)[:16], last.id])
                 connection.execute(
-                    "DELETE FROM ship_history WHERE {0} AND minute < (SELECT max(minute) FROM ship_history"
+                    "DELETE FROM ship_history WHERE {0} AND minute < (SELECT max(minute) FROM "
+                    "ship_history"
                     " WHERE {0} AND minute <= ?)".format(self.key),
                     [*names, *names, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
 
@@ -3658,7 +3718,8 @@ class Shipment:
         names = [self.destination, mark.node]
         with self.writing() as connection:
             moved = connection.execute(
-                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ?" % self.key,
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = "
+                "?" % self.key,
                 [to, ship_moment(time.time()), *names, mark.last_id]).rowcount
             connection.execute("DELETE FROM ship_history WHERE %s AND last_id > ?" % self.key,
                                [*names, to])
@@ -3666,7 +3727,8 @@ class Shipment:
             self.events.append(why)
 
     def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
-        """(the id after which rows go once more, why), None where ClickHouse has what the mark says."""
+        """(the id after which rows go once more, why), None where ClickHouse has what the mark
+        says."""
         if mark.last_id == SHIP_LEAST:
             return None
         if self.again:
@@ -3674,10 +3736,14 @@ class Shipment:
             return SHIP_LEAST, "--again"
         highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
         if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():
-            used = reader.rows("SELECT seq FROM sqlite_sequence WHERE name = 'session_events'").fetchone()
-            highest = max((n for n in (highest, used and used[0]) if isinstance(n, int)), default=None)
+            used = reader.rows("SELECT seq FROM sqlite_sequence WHERE name = "
+                               "'session_events'").fetchone()
+            highest = max((n for n in (highest, used and used[0]) if isinstance(n, int)),
+                    default=None)
         if highest is None or highest < mark.last_id:
             return SHIP_LEAST, "the mark is not of this file's rows"
+        if 0 <= time.monotonic() - self.checked < 1:  # before each batch it takes a quarter of the time
+            return None
         sample = self.confirmed(reader, mark, SHIP_SAMPLE)
         if sample and not self.house.found(sample):
             months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in sample}
@@ -3686,12 +3752,15 @@ class Shipment:
         up = self.house.numbers("SELECT uptime()")
         now = time.time()  # after the answer, so that its start seems late rather than early
         if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
+            self.checked = time.monotonic()
             return None
         if up and up[0] < 2:
             time.sleep(2)  # uptime() counts whole seconds: else the next mark would be doubted, too
         before = ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]
-        found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY minute"
-                            " DESC LIMIT 1" % self.key, [self.destination, mark.node, before]).fetchone()
+        found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY "
+                            "minute"
+                            " DESC LIMIT 1" % self.key, [self.destination, mark.node,
+                            before]).fetchone()
         return (found[0] if found else SHIP_LEAST), (
             "ClickHouse was started after the last rows were confirmed" if mark.confirmed <= now + 2
             else "the mark lies in the future")
@@ -3704,8 +3773,8 @@ class Shipment:
             return []
 
     def step(self) -> bool:
-        """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit for a
-        row that cannot go, Later, Refused."""
+        """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit
+        for a row that cannot go, Later, Refused."""
         with reading(self.path) as reader:
             mark = self.mark(reader)
             doubt = self.doubt(reader, mark) if mark else None
@@ -3728,8 +3797,9 @@ class Shipment:
 
     def insert(self, node: str, rows: Sequence[Shipped], taken: Sequence[Shipped]) -> Tuple[
             int, Optional[Refused]]:
-        """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one that
-        ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at fault."""
+        """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one
+        that ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at
+        fault."""
         done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
         while done < len(rows):
             try:
@@ -3752,8 +3822,10 @@ class Shipment:
         with reading(self.path) as reader:
             mark = self.mark(reader)
             last = mark.last_id if mark else SHIP_LEAST
-            waiting = reader.rows("SELECT count(*) FROM session_events WHERE id > ?", [last]).fetchone()[0]
-            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id LIMIT 1",
+            waiting = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
+                    [last]).fetchone()[0]
+            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id "
+                                 "LIMIT 1",
                                  [last]).fetchone()
         since = instant(oldest[0]) if oldest else None
         return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": max(
@@ -3762,13 +3834,16 @@ class Shipment:
     def pepper(self) -> str:
         """The fingerprint of the pepper that server.py noted in the file; empty without one."""
         with reading(self.path) as reader:
-            if not reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'session_events_pepper'").fetchone():
+            if not reader.rows("SELECT 1 FROM sqlite_master WHERE name = "
+                               "'session_events_pepper'").fetchone():
                 return ""
-            found = reader.rows("SELECT fingerprint FROM session_events_pepper ORDER BY rowid DESC").fetchone()
+            found = reader.rows("SELECT fingerprint FROM session_events_pepper ORDER BY rowid "
+                                "DESC").fetchone()
             return found[0] if found and re.fullmatch("[0-9a-f]{1,64}", str(found[0])) else ""
 
     def prepare(self, cluster: Optional[str]) -> bool:
         """Makes what is missing on both sides; False if another node has another pepper."""
+        self.checked = -1.0
         self.house.prepare(cluster)
         with reading(self.path) as reader:
             mark = self.mark(reader)
@@ -3779,7 +3854,8 @@ class Shipment:
         return mark is None or not self.house.differing_pepper(mark.node, self.pepper())
 
 
-SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), so that a"
+SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), "
+                "so that a"
                 " developer is somebody else on each of them")
 
 
@@ -3802,7 +3878,8 @@ class ShipProgress:
 
 def ship_log(event: str, **details: Any) -> None:
     """One line of JSON on standard error."""
-    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr, flush=True)
+    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr,
+            flush=True)
 
 
 class ShipMetrics(http.server.ThreadingHTTPServer):
@@ -3821,13 +3898,17 @@ class ShipMetrics(http.server.ThreadingHTTPServer):
         shipment = self.shipment
         lines = []
         for name, kind, value, text in (
-                *((name, "gauge", value, text) for (name, value), text in zip(shipment.status().items(), (
-                    "id of the last row that ClickHouse confirmed", "rows that are not yet confirmed",
+                *((name, "gauge", value, text) for (name, value),
+                text in zip(shipment.status().items(), (
+                    "id of the last row that ClickHouse confirmed",
+                    "rows that are not yet confirmed",
                     "age of the oldest of them"))),
                 ("waiting", "gauge", self.waiting, "1 while ClickHouse or the file cannot be used"),
-                ("rows_total", "counter", shipment.rows_shipped, "rows confirmed since this started")):
+                ("rows_total", "counter", shipment.rows_shipped,
+                "rows confirmed since this started")):
             name = "session_events_ship_" + name
-            lines += ["# HELP %s %s" % (name, text), "# TYPE %s %s" % (name, kind), "%s %s" % (name, value)]
+            lines += ["# HELP %s %s" % (name, text), "# TYPE %s %s" % (name, kind), "%s %s" % (name,
+                    value)]
         return "\n".join(lines) + "\n"
 
 
@@ -3837,7 +3918,8 @@ class ShipMetricsHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            status, text = (200, self.server.text()) if self.path == "/metrics" else (404, "see /metrics\n")
+            status, text = (200, self.server.text()) if self.path == "/metrics" else (404,
+            "see /metrics\n")
         except Refused as error:
             status, text = 503, visible(str(error)) + "\n"
         self.send_response(status)
@@ -3858,7 +3940,8 @@ def ship_address(text: str) -> Tuple[str, int]:
 
 
 def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMetrics]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. What cannot be done at the start is an error; later it waits."""
+    """Ships until SIGTERM or Ctrl-C; 0. What cannot be done at the start is an error; later it
+    waits."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ready = started = False
     failures, why, noted = 0, "", time.monotonic()
@@ -3899,9 +3982,9 @@ def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMet
 
 
 def ship_check(shipment: Shipment) -> int:
-    """Is every session of the file in the view? 0 or 1. It names, for each day of arrival, how many are
-    not. What waits to be shipped is no fault on the day it came; nor is what lies in a month that
-    ClickHouse no longer has, if it was confirmed."""
+    """Is every session of the file in the view? 0 or 1. It names, for each day of arrival, how many
+    are not. What waits to be shipped is no fault on the day it came; nor is what lies in a month
+    that ClickHouse no longer has, if it was confirmed."""
     missing: Dict[Tuple[int, int], int] = {}  # (day since 1970, month): sessions
     waiting: Dict[int, int] = {}
     total, after = 0, SHIP_LEAST
@@ -3931,15 +4014,18 @@ def ship_check(shipment: Shipment) -> int:
         if gone.get(day) or waiting.get(day):
             print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
                 "{:,} {}".format(n, words) for n, words in (
-                    (gone.get(day, 0), "sessions are missing"), (waiting.get(day, 0), "wait to be shipped")
+                    (gone.get(day, 0), "sessions are missing"), (waiting.get(day, 0),
+                    "wait to be shipped")
                 ) if n)))
     for month in sorted(dropped):
         print("{:04}-{:02}  {:,} sessions lie in this month, which ClickHouse no longer has".format(
             month // 100, month % 100, sum(n for (_, m), n in missing.items() if m == month)))
     lost = sum(gone.values())
-    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, {:,} in"
+    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, "
+          "{:,} in"
           " dropped months{}".format(
-              total, total - sum(missing.values()) - sum(waiting.values()), lost, sum(waiting.values()),
+              total, total - sum(missing.values()) - sum(waiting.values()), lost,
+              sum(waiting.values()),
               sum(missing.values()) - lost, "; ship --again sends all once more" if lost else ""))
     return 1 if lost or late else 0
 
