@@ -8,8 +8,8 @@ no install.
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
     python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the
-node), each command reads one moment of it (one transaction; `ship` one a batch), and a running
+Promises: the database is opened read-only (`ship` alone writes into it: how
+far it got), each command reads one moment of it (one transaction; `ship` one a batch), and a running
 server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
 it is left out of every number, and counted. A developer appears as the first digits of a hash,
 never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
