@@ -1819,6 +1819,20 @@ def load_pepper(path: str) -> bytes:
     return pepper
 
 
+def note_pepper(db: sqlite3.Connection, pepper: bytes) -> None:
+    """Write which pepper the hashes are made with, so that `ship` notices nodes with different ones.
+
+    The fingerprint is HMAC-SHA256 of a fixed text under the pepper, 16 digits: it tells nothing about a secret of 32
+    random bytes. Raises StartError."""
+    fingerprint = hmac.new(pepper, b"session-events pepper", "sha256").hexdigest()[:16]
+    try:
+        db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
+        db.execute("INSERT INTO session_events_pepper SELECT ?1 WHERE ?1 IS NOT (SELECT fingerprint FROM"
+                   " session_events_pepper ORDER BY rowid DESC LIMIT 1)", [fingerprint])
+    except sqlite3.Error as error:
+        raise StartError("cannot write the pepper's fingerprint: %s" % error) from None
+
+
 def passing(error: Exception) -> bool:
     # An IntegrityError is about a row, and its words may be another program's.
     return (isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
@@ -3520,6 +3534,8 @@ def build(options: argparse.Namespace) -> IngestServer:
     pepper = load_pepper(options.pepper_file) if options.pepper_file else None
     connections = raise_descriptor_limit(options.max_connections)
     store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
+    if pepper is not None:
+        note_pepper(store.db, pepper)
     limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds, connections, options.rate)
     address = options.host, options.port
     try:

@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file, no install.
+"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file,
+no install.
 
-    python3 session_events.py demo                                try it: synthetic sessions, the page on them
+    python3 session_events.py demo                                try it, on synthetic sessions
     python3 session_events.py view --db events.db --open          the page on your own
+    python3 session_events.py summary --db events.db --days 7     a digest of the week, to mail
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
-    python3 session_events.py ship --db events.db --to URL        the rows of many servers into one ClickHouse
+    python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
-one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
-read: what is no session is left out and counted, and what somebody wrote into a discovery is shown as text, whatever it
-contains. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
-asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
+Promises: the database is opened read-only (`ship` alone writes into it: how
+far it got), each command reads one moment of it (one transaction; `ship` one a batch), and a running
+server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
+it is left out of every number, and counted. A developer appears as the first digits of a hash,
+never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
+leaves out nothing, and moves whole hashes.)
 
-Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
-is the same developer on both sides of its first day. Times are UTC; so are a day, a week (from Monday), a
-month.
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter,
+so nobody is the same developer on both sides of its first day. Times are UTC; so are a day, a
+week (from Monday), a month.
 
 As a library (all results are plain dicts and lists, the same as `--format json`):
 
@@ -23,8 +26,8 @@ As a library (all results are plain dicts and lists, the same as `--format json`
         week = session_events.last_days(7)
         print(session_events.graph(reader, week)["totals"])
 
-Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database file →
-viewer → demo → ship → command line.
+Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the
+database file → viewer → demo → ship → command line.
 """
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ import csv
 import datetime
 import email.utils
 import errno
+import functools
+import gc
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
@@ -44,22 +50,26 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import secrets
 import signal
+import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import webbrowser
-import zlib
 from pathlib import Path
 from typing import (
     Any,
@@ -78,34 +88,66 @@ from typing import (
     Union,
 )
 
-# ======================================================================================================
+# ==================================================================================================
 # The contract
-# ======================================================================================================
+# ==================================================================================================
 
 SCHEMA_VERSION = 1
 TABLES = {
-    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
-                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
+    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at",
+    "tool_count",
+                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version",
+                       "received_at"),
     "session_discoveries": ("discovery_ref", "event_id"),
 }
-MOST_TOOLS, MOST_TOKENS, MOST_REFS = 1_000_000, 1_000_000_000, 200
+# The fields of an event, in the order of the table's columns (README, Contract 1).
+# Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
+FIELDS = (
+    ("identity_hash", "string", True, "[0-9a-f]{64}"),
+    ("github_hash", "string or null", False, "[0-9a-f]{64}"),
+    ("session_id_hash", "string", True, "[0-9a-f]{64}"),
+    ("ended_at", "string", True, "moment"),
+    ("tool_count", "number", True, (0, 1_000_000)),
+    ("tokens_saved", "number", True, (0, 1_000_000_000)),
+    ("branch_sha", "string or null", False, "[0-9A-Fa-f]{7,40}"),
+    ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
+)
+RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
+MOST_TOOLS, MOST_TOKENS = RULES["tool_count"][1], RULES["tokens_saved"][1]
+MOST_REFS = RULES["discovery_refs"][0]
 PREFIX = 8  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
-END_OF_TIME = "9999"  # above every moment that can be written, below any other junk that starts with a letter
+PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
+    "distinct_identity_count",
+               "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
+END_OF_TIME = ":"  # the character after "9": above every moment
+
+# The library: what `import session_events` is for. Everything else may change.
+__all__ = [
+    "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
+    "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
+    "sessions", "summary", "window_between",
+]
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
-# ======================================================================================================
+# ==================================================================================================
 # A row: every cell is hostile until it has been through here
-# ======================================================================================================
+# ==================================================================================================
 
-is_hash = re.compile(r"[0-9a-f]{64}").fullmatch
-is_branch = re.compile(r"[0-9a-f]{7,40}").fullmatch
-is_version = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}").fullmatch
-MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+is_hash = re.compile(RULES["identity_hash"]).fullmatch
+is_version = re.compile(RULES["plugin_version"]).fullmatch
+# few are many
+is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)
+# What server.py stores, and the same without the fraction. Text order is the order of time, but
+# that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
+STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
+MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                    r"(?:Z|([+-])(\d\d):(\d\d))?",
                     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
 DAY_MS = 86_400_000
@@ -124,11 +166,13 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
+    # the one GitHub hash of the identity in the window, if there is one
+    login: Optional[str] = None
 
     @property
     def developer(self) -> str:
         """The whole key of who it was; goes through `labels` before anybody sees it."""
-        return self.github or self.identity
+        return self.github or self.login or self.identity
 
 
 def instant(text: object) -> Optional[int]:
@@ -138,10 +182,12 @@ def instant(text: object) -> Optional[int]:
         return None
     year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
     try:
-        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute),
+            int(second))
     except ValueError:
         return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "") + "000")[:3])
+    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "")
+        + "000")[:3])
     if not sign:
         return ms
     if int(off_hour) > 23 or int(off_minute) > 59:
@@ -167,46 +213,129 @@ def now_ms() -> int:
     return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
 
 
-def whole(value: object, most: int) -> int:
-    """A count as the contract has it: anything else counts as 0."""
-    return value if isinstance(value, int) and 0 <= value <= most else 0
+@functools.lru_cache(4096)
+def midnight(date: str) -> Optional[int]:
+    return instant(date + "T00:00:00")
 
 
-def refs_of(text: object) -> Tuple[str, ...]:
-    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
+def stored_instant(text: object) -> Optional[int]:
+    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
+    match = STORED.fullmatch(text) if isinstance(text, str) else None
+    start = midnight(match.group(1)) if match else None
+    if start is None:
+        return None
+    assert isinstance(text, str)
+    ms = int(text[20:23]) if len(text) == 24 else 0
+    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(
+        text[17:19]) * 1000 + ms
 
-    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
-    anything: renderers neutralise it."""
+
+def refs_of(text: object) -> Optional[Tuple[str, ...]]:
+    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
+    rule."""
+    if not isinstance(text, str):
+        return None
+    if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
+        values = text[2:-2].split('","')
+        if len(values) <= MOST_REFS and all(map(is_slug, values)):
+            return tuple(dict.fromkeys(values))
     try:
-        values = json.loads(text) if isinstance(text, str) else None
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        values = list(values.values())
-    strings = (value.encode("utf-8", "replace").decode() for value in (
-        values if isinstance(values, list) else [values]) if isinstance(value, str))
-    return tuple(dict.fromkeys(strings))[:MOST_REFS]
-
-
-COLUMNS = ("e.id, e.identity_hash, e.github_hash, e.session_id_hash, e.ended_at, e.tool_count,"
-           " e.tokens_saved, e.branch_sha, e.discovery_refs_json, e.plugin_version")
-
-
-def session_of(row: Sequence[Any]) -> Optional[Session]:
-    """A row of COLUMNS as a Session, or None if who, which or when is not what the contract says.
-
-    The other columns have a harmless stand-in each: 0, None, no discoveries, version "0.0.0"."""
-    identity, github, session, ended = row[1], row[2], row[3], instant(row[4])
-    if not (isinstance(identity, str) and is_hash(identity)):
         return None
-    if not (isinstance(session, str) and is_hash(session)) or ended is None:
+    if not isinstance(values, list) or len(values) > MOST_REFS or not all(
+            isinstance(value, str) and is_slug(value) for value in values):
         return None
-    branch, version = row[7], row[9]
-    return Session(
-        row[0], identity, github if isinstance(github, str) and is_hash(github) else None, session, ended,
-        whole(row[5], MOST_TOOLS), whole(row[6], MOST_TOKENS),
-        branch if isinstance(branch, str) and is_branch(branch) else None,
-        refs_of(row[8]), version if isinstance(version, str) and is_version(version) else "0.0.0")
+    return tuple(dict.fromkeys(values))
+
+
+COLUMNS = ", ".join("e." + {"discovery_refs": "discovery_refs_json"}.get(name, name)
+                    for name in ("id", *RULES))
+
+
+def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
+    """Whether a column's value keeps the rule of its field, as server.py stores it."""
+    if rule == "moment":
+        return lambda cell: stored_instant(cell) is not None
+    if kind == "array":
+        return lambda cell: refs_of(cell) is not None
+    if kind == "number":
+        least, most = rule
+        return lambda cell: isinstance(cell, int) and least <= cell <= most
+    fits = re.compile(rule).fullmatch
+    nullable = kind == "string or null"
+    return lambda cell: nullable if cell is None else isinstance(cell,
+        str) and fits(cell) is not None
+
+
+CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
+
+
+def is_session(row: Sequence[Any]) -> bool:
+    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This
+    is the one definition; all that asks the database goes through `Reader.chunks` or
+    `session_of`."""
+    return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
+
+
+HEX_DIGITS = b"0123456789abcdef"
+MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*",
+    re.ASCII)
+
+
+def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
+    """True only if every row is a session. A column at a time takes a third of `is_session` a row;
+    False means that each row must be looked at."""
+    _, identities, githubs, sessions, ended, tools, tokens, branches, refs, versions = zip(*rows)
+    try:
+        for column in (set(identities), set(githubs) - {None}, sessions):
+            text = "".join(column).encode("ascii")
+            if set(map(len, column)) - {64} or text.translate(None, HEX_DIGITS):
+                return False
+        if set(map(type, tools + tokens)) != {int} or min(tools) < 0 or min(tokens) < 0:
+            return False
+        if max(tools) > MOST_TOOLS or max(tokens) > MOST_TOKENS:
+            return False
+        if set(map(len, ended)) != {24} or not MILLISECONDS.fullmatch("".join(ended)):
+            return False
+        if None in map(midnight, {text[:10] for text in ended}):
+            return False
+        if not all(map(CHECKS[6], set(branches))) or not all(map(CHECKS[8], set(versions))):
+            return False
+        return usual_refs([text for text in refs if text != "[]"])
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def usual_refs(texts: Sequence[str]) -> bool:
+    """True only if each is a JSON array of slugs as server.py writes it, at least one. All at
+    once: a slug holds neither quote nor line end, so if every part is one, the texts were cut
+    where they join."""
+    text = "\n".join(texts)
+    parts = text[2:-2].split('"]\n["')
+    if not texts:
+        return True
+    if len(parts) != len(texts) or text[:2] != '["' or text[-2:] != '"]':
+        return False
+    # With its quotes and comma a slug takes 4 characters: in a shorter text there are not too many.
+    return max(map(len, texts)) < 4 * MOST_REFS and all(map(is_slug,
+        set('","'.join(parts).split('","'))))
+
+
+def refs_in(text: str) -> Sequence[str]:
+    """`refs_of` of a checked row, in a third of the time."""
+    refs = text[2:-2].split('","')
+    if " " in text or "\\" in text or len(set(refs)) < len(refs) or text == "[]":
+        return refs_of(text) or ()
+    return refs
+
+
+def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+    """A row of COLUMNS that is a session."""
+    ended, refs = stored_instant(row[4]), refs_of(row[8])
+    assert ended is not None and refs is not None
+    return Session(row[0], row[1], row[2], row[3], ended, row[5], row[6], row[7] and row[7].lower(),
+                   refs, row[9], login)
 
 
 def alike(a: str, b: str) -> int:
@@ -232,14 +361,15 @@ def plain_session(s: Session) -> Plain:
 
 
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
-    """S of each, with `developer`: the label under which the graph and the pages know who it was."""
+    """S of each, with `developer`: the label under which the graph and the pages know who it
+    was."""
     shown = labels(s.developer for s in sessions)
     return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Queries
-# ======================================================================================================
+# ==================================================================================================
 
 
 class NotFound(Exception):
@@ -247,8 +377,8 @@ class NotFound(Exception):
 
 
 class Window(NamedTuple):
-    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a GitHub hash
-    (None: both), touching one discovery (None: any)."""
+    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a
+    GitHub hash (None: both), touching one discovery (None: any)."""
 
     since: str
     until: str = END_OF_TIME
@@ -259,8 +389,10 @@ class Window(NamedTuple):
 EVER = Window("")
 
 
-def last_days(days: float, github: Optional[bool] = None, discovery: Optional[str] = None) -> Window:
-    """The window of the last `days` days, open at the end: a clock that runs ahead loses no session."""
+def last_days(days: float, github: Optional[bool] = None,
+        discovery: Optional[str] = None) -> Window:
+    """The window of the last `days` days, open at the end: a clock that runs ahead loses no
+    session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
 
 
@@ -271,7 +403,8 @@ def day_start(text: str) -> Optional[str]:
 
 def window_between(days: int, since: str, until: str, github: Optional[bool],
                    discovery: Optional[str]) -> Window:
-    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or now)."""
+    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or
+    now)."""
     end = day_start(until)
     start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
     return Window(start, end or END_OF_TIME, github, discovery)
@@ -280,45 +413,175 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
 GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
 
 
+def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
+    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a
+    fraction, a row of the same second without one is on the other side of it than its text
+    says."""
+    sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
+    if since[20:23].strip("0"):
+        sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
+    if until[20:23].strip("0"):
+        second = until[:19] + "Z"
+        sql = sql.replace("e.ended_at < ?",
+            "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
+        values = [since, second, until, second, *values[2:]]
+    return sql, values
+
+
 def where(window: Window) -> Tuple[str, List[Any]]:
     """The window as a condition on `session_events e`, and its parameters."""
-    sql, values = "e.ended_at >= ? AND e.ended_at < ?" + GITHUB[window.github], [window.since, window.until]
+    sql, values = bounds(window.since, window.until)
+    sql += GITHUB[window.github]
     if window.discovery is not None:
         sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
         values.append(window.discovery)
     return sql, values
 
 
+CHUNK = 2000  # rows that are checked together
+# Of a row of COLUMNS: (identity, GitHub hash), tool calls, tokens saved.
+PAIR, TOOLS, TOKENS = operator.itemgetter(1, 2), operator.itemgetter(5), operator.itemgetter(6)
+NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
+             " UNION ALL SELECT id FROM session_events WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
+           " ELSE e.ended_at END")
+
+
+class Facts(NamedTuple):
+    """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
+    `logins`: {identity: its one GitHub hash} (None: it has several) over the window's time."""
+
+    total: int
+    logins: Dict[str, Optional[str]]
+    developers: Set[str]
+
+
 class Reader:
-    """One read transaction. `left_out` counts the rows met so far that were no sessions."""
+    """One read transaction. `left_out` counts the rows met so far that are no sessions."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        self.left_out = 0
+        self.odd: Set[int] = set()  # ids of rows that are no sessions
+        self.known: Dict[Window, Facts] = {}
+
+    @property
+    def left_out(self) -> int:
+        return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row is
+        # meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
-        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
-        for row in self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values):
-            session = session_of(row)
-            if session is None:
-                self.left_out += 1
+    def order(self, window: Window) -> str:
+        """ORDER BY's key for the time: the column, which has an index, unless a row without a
+        fraction is there. (0.1 us a row of the window, all in the index.)"""
+        sql, values = bounds(window.since, window.until)
+        mixed = self.rows("SELECT 1 FROM session_events e WHERE %s AND length(e.ended_at) <> 24 LIMIT 1"
+                          % sql, values).fetchone()
+        return INSTANT if mixed else "e.ended_at"
+
+    def checked(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """The sessions among rows of COLUMNS; the ids of the others go to `odd`."""
+        if not rows or all_sessions(rows):
+            return rows
+        good = []
+        for row in rows:
+            if is_session(row):
+                good.append(row)
             else:
-                yield session
+                self.odd.add(row[0])
+        return good
+
+    def chunks(self, window: Window, ordered: bool = True) -> Iterator[Sequence[Sequence[Any]]]:
+        """All sessions in the window's time, whatever its filters, some at a time: rows of COLUMNS,
+        oldest first. Rows whose time is no time belong to every window, as left out."""
+        self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
+        sql, values = bounds(window.since, window.until)
+        if ordered:
+            sql += " ORDER BY %s, e.id" % self.order(window)
+        sql, done = "SELECT " + COLUMNS + " FROM session_events e WHERE " + sql, 0
+        lenient = self.connection.text_factory
+        # str takes half the time, and stops at text that is not UTF-8
+        for factory in (str, lenient):
+            self.connection.text_factory = factory
+            try:
+                cursor = self.rows(sql, values)
+                for n in itertools.count():
+                    self.connection.text_factory = factory
+                    rows = cursor.fetchmany(CHUNK)
+                    self.connection.text_factory = lenient
+                    if not rows:
+                        return
+                    if n >= done:
+                        done += 1
+                        yield self.checked(rows)
+            except sqlite3.OperationalError as error:
+                if factory is lenient or "decode" not in str(error):
+                    raise
+            finally:
+                self.connection.text_factory = lenient
+
+    def facts(self, window: Window) -> Facts:
+        """One look at every row of the window; remembered."""
+        if window not in self.known:
+            count = 0
+            pairs: Set[Tuple[str, Optional[str]]] = set()
+            for rows in self.chunks(window, ordered=False):
+                pairs.update(map(PAIR, rows))
+                count += len(rows) if window[2:] == (None,
+                    None) else sum(passes(window, row) for row in rows)
+            logins = logins_of(pairs)
+            self.known[window] = Facts(count, logins, {
+                github or logins.get(identity) or identity for identity, github in pairs})
+        return self.known[window]
+
+    def sessions(self, sql: str, values: Sequence[Any],
+                 logins: Mapping[str, Optional[str]] = types.MappingProxyType(
+                 {})) -> Iterator[Session]:
+        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
+        cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
+        for rows in iter(lambda: cursor.fetchmany(50), []):
+            for row in self.checked(rows):
+                yield session_of(row, logins.get(row[1]))
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
-        """The sessions of a window, newest first (the later stored first where two ended together)."""
+        """The sessions of a window, newest first (the later stored first where two ended
+        together)."""
         sql, values = where(window)
-        return list(self.sessions("WHERE " + sql + " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-                                  [*values, limit]))
+        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)),
+            values,
+                              self.facts(window).logins)
+        touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
+        return list(itertools.islice(touched, limit if limit >= 0 else None))
+
+    def walk(self, window: Window) -> Iterator[Session]:
+        """The sessions of a window, oldest first, one at a time."""
+        logins = self.facts(window).logins
+        for rows in self.chunks(window):
+            for row in rows:
+                if passes(window, row):
+                    yield session_of(row, logins.get(row[1]))
 
     def count(self, window: Window) -> int:
-        sql, values = where(window)
-        return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
+        return self.facts(window).total
+
+
+def passes(window: Window, row: Sequence[Any]) -> bool:
+    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked
+    at."""
+    return (window.github is None or window.github == (row[2] is not None)) and (
+        window.discovery is None or window.discovery in (refs_of(row[8]) or ()))
+
+
+def logins_of(pairs: Iterable[Tuple[str, Optional[str]]]) -> Dict[str, Optional[str]]:
+    """{identity: its one GitHub hash, or None where it has several} of (identity, GitHub hash)."""
+    logins: Dict[str, Optional[str]] = {}
+    for identity, github in pairs:
+        if github is not None:
+            logins[identity] = github if logins.get(identity, github) == github else None
+    return logins
 
 
 def span(window: Window) -> Plain:
@@ -326,18 +589,30 @@ def span(window: Window) -> Plain:
 
 
 def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
-    """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
+    """{"since", "until", "sessions": [S with "developer" ...] newest first,
+    "total_count_in_window"}."""
     found = reader.window(window, limit)
-    return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+    return dict(span(window), sessions=plain_sessions(found),
+        total_count_in_window=reader.count(window))
+
+
+def last_event(reader: Reader) -> Optional[str]:
+    """When the newest session of the whole database ended, None if there is none."""
+    newest = reader.sessions("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
+    return next((moment_text(s.ended) for s in newest), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-SAMPLE, MOST_STEPS = 64, 15_000  # identities: where more are likely, the whole index is read sooner than walked
-SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
-NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
+# identities: where more are likely, the whole index is read sooner than walked
+SAMPLE, MOST_STEPS = 64, 15_000
+SESSION_IS = {True: "{0}session_id_hash = ?",
+    False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
+NEWEST_IDS = """SELECT id
+  FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?"""
-# In the order of the unique index, whose pages the look-up needs too: through the other it takes half as long again.
+# In the order of the unique index, whose pages the look-up needs too: through the other it takes
+# half as long again.
 EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
   SELECT min(identity_hash) FROM session_events
   UNION ALL
@@ -351,7 +626,8 @@ ALL_IDS = "SELECT id FROM session_events WHERE "
 
 
 def identities(reader: Reader) -> float:
-    """About how many identities there are: hashes lie evenly, so the place of one of the first tells."""
+    """About how many identities there are: hashes lie evenly, so the place of one of the first
+    tells."""
     (sample,) = reader.rows(SAMPLED, [SAMPLE]).fetchone() or (None,)
     if not isinstance(sample, str) or not is_hash(sample):
         return SAMPLE
@@ -359,11 +635,12 @@ def identities(reader: Reader) -> float:
 
 
 def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
-    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole hash stops early.
+    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole
+    hash stops early.
 
-    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two steps per
-    identity through the unique index (all of 4,000 identities: 17 ms); or, where there are too many of them,
-    all of that index (of a million rows: 65 ms)."""
+    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two
+    steps per identity through the unique index (all of 4,000 identities: 17 ms); or, where there
+    are too many of them, all of that index (of a million rows: 65 ms)."""
     whole_hash = len(prefix) == 64
     given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
     if whole_hash:
@@ -377,219 +654,426 @@ def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
-    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as over the end
-    of a quarter, one of the two rows). Raises NotFound when there is none, or when the prefix fits several
-    sessions."""
+    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as
+    over the end of a quarter, one of the two rows). Raises NotFound when there is none, or when
+    the prefix fits several sessions."""
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    matching = (s for row_id in session_ids(reader, prefix) for s in reader.sessions("WHERE e.id = ?", [row_id]))
+    matching = (s for row_id in session_ids(reader, prefix)
+        for s in reader.sessions("WHERE e.id = ?", [row_id]))
     found = list(itertools.islice(matching, 1 if len(prefix) == 64 else MOST_MATCHES))
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
     if len(names) > 1:
         raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
-            "at least " if len(found) == MOST_MATCHES else "", len(names), ", ".join(name[:16] for name in names[:4]),
+            "at least " if len(found) == MOST_MATCHES else "", len(names),
+            ", ".join(name[:16] for name in names[:4]),
             " ..." if names[4:] else ""))
     return max(found, key=lambda s: (s.ended, s.id))
 
 
 def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
-    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of the last 30
-    days, newest first, at most 50. Raises NotFound."""
+    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of
+    the last 30 days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
     since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
-    related = list(reader.sessions(
-        "WHERE e.identity_hash = ? AND e.ended_at >= ? AND e.ended_at < ? AND e.id <> ?"
-        " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-        [one.identity, since, END_OF_TIME, one.id, RELATED_LIMIT]))
-    first, *rest = plain_sessions([one, *related])
+    same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
+    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    related = sorted((s for s in same_identity if s.id != one.id
+        and s.ended >= (instant(since) or 0)),
+                     key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
+    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
-AGGREGATE = """SELECT d.discovery_ref, count(*), count(DISTINCT e.identity_hash), min(e.ended_at),
-    max(e.ended_at)
-  FROM session_discoveries d CROSS JOIN session_events e ON e.id = d.event_id
-  WHERE d.discovery_ref IN (%s) AND d.event_id BETWEEN ? AND ? AND e.ended_at >= ? AND e.ended_at < ?%s
-  GROUP BY 1"""
-BOUNDS = """SELECT discovery_ref, count(*) FROM session_discoveries
-  WHERE event_id BETWEEN ? AND ? AND typeof(discovery_ref) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"""
-BATCH = 50
-Aggregate = Tuple[Any, ...]  # a row of AGGREGATE
+SPARKS = 24  # parts of a window in which a discovery's sessions are counted
+NEITHER = (None, None)
 
 
-def by_bound(reader: Reader, window: Window, limit: int, column: int,
-             ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE with the largest `column` (1 sessions, 2 identities).
+class Trail:
+    """One discovery in a window: the moments of its sessions in order (stored form), each
+    developer's first, its identities, and who touched it last."""
 
-    Looking up every session of every discovery costs 1 s for the 670,000 edges of a month; counting edges in
-    their own table costs 0.1 s and can only be too high. So discoveries are looked at in the order of that
-    bound, until none that is left can still be among the first: 0.3 s where some lead, as they do."""
-    found: List[Aggregate] = []
+    __slots__ = ("ended", "identities", "last", "reached")
 
-    def rank(row: Aggregate) -> Tuple[int, str]:
-        return -row[column], row[0]
+    def __init__(self) -> None:
+        self.ended: List[str] = []
+        self.reached: Dict[str, str] = {}
+        self.identities: Set[str] = set()
+        self.last = ""
 
-    bounds = reader.rows(BOUNDS, ids)
-    batch = bounds.fetchmany(BATCH)
-    while batch:
-        names = [name for name, _ in batch]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-        found.sort(key=rank)
-        del found[limit:]
-        batch = bounds.fetchmany(BATCH)
-        if batch and len(found) == limit and rank(found[-1]) < (-batch[0][1], batch[0][0]):
-            break
-    return found
+    def hours_to_second(self) -> Optional[float]:
+        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(
+            self.reached) > 1 else None
+
+    def half_life(self) -> Optional[float]:
+        """Until half of its sessions, 4 or more, had ended."""
+        count = len(self.ended)
+        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
-    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
-    order. Where there are not more than `limit` at all, all of them."""
-    names = dict.fromkeys(name for name, in reader.rows(
-        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
-        [limit + 1]))
-    if len(names) <= limit:
-        return list(names)
-    names.clear()
-    sql, values = where(window._replace(discovery=None))
-    full_at = ""
-    for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
-                                      + sql + " ORDER BY e.ended_at DESC", values):
-        if full_at and ended_at != full_at:
-            break
-        names.update(dict.fromkeys(refs_of(refs)))
-        full_at = full_at or (ended_at if len(names) >= limit else "")
-    return list(names)
+class Deeds:
+    """What one developer did in a window."""
+
+    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
+
+    def __init__(self, first: str) -> None:
+        self.first = self.last = first
+        self.sessions = self.tools = self.tokens = self.given = self.received = 0
+        self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE that were seen last."""
-    found: List[Aggregate] = []
-    every = recent_names(reader, window, limit)
-    for start in range(0, len(every), BATCH):
-        names = every[start:start + BATCH]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-    found.sort(key=lambda row: str(row[0]))
-    found.sort(key=lambda row: str(row[4]), reverse=True)
-    return found[:limit]
+class Story:
+    """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
+
+    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
+        self.window, self.logins = window, logins
+        self.trails: Dict[str, Trail] = {}
+        self.developers: Dict[str, Deeds] = {}
+        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
+        # (identity, GitHub hash), of every session
+        self.pairs: Set[Tuple[str, Optional[str]]] = set()
+
+    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
+        every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
+        for row in rows:
+            _, identity, github, _, ended, tools, tokens, _, refs, _ = row
+            self.pairs.add((identity, github))
+            if not every and not passes(self.window, row):
+                continue
+            if len(ended) == 20:
+                ended = ended[:19] + ".000Z"
+            who = github or self.logins.get(identity) or identity
+            deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
+            built = False
+            for ref in refs_in(refs) if refs != "[]" else ():
+                trail = trails.get(ref)
+                if trail is None:
+                    trail = trails[ref] = Trail()
+                elif trail.last != who:
+                    built = True
+                    flow = trail.last, who
+                    flows[flow] = flows.get(flow, 0) + 1
+                elif len(trail.reached) > 1:
+                    built = True
+                trail.ended.append(ended)
+                if who not in trail.reached:
+                    trail.reached[who] = ended
+                trail.identities.add(identity)
+                trail.last = who
+            if built and deeds.cold is None:
+                deeds.cold = deeds.sessions
+            deeds.last = ended
+            deeds.sessions += 1
+            deeds.tools += tools
+            deeds.tokens += tokens
+            self.saved[built].append(tokens)
 
 
-def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count") -> Plain:
-    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
-    within the window; its `discovery` is not looked at. A time that is no time is None."""
-    now = moment_text(now_ms())
-    reader.rows("PRAGMA mmap_size = 8589934592")  # a quarter off these long scans; short questions would pay 1 to 4 ms
-    ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
-                      [window.since, window.until]).fetchone()
-    if ids[0] is None:
-        found = []
-    elif sort == "recent":
-        found = by_recency(reader, window, limit, ids)
-    else:
-        found = by_bound(reader, window, limit, 1 + SORTS.index(sort), ids)
+def hours(start: str, end: str) -> float:
+    """From one moment in stored form to another, to a hundredth of an hour."""
+    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+
+
+def middle(values: Sequence[float]) -> Optional[float]:
+    """The median, None of nothing."""
+    return round(statistics.median(values), 2) if values else None
+
+
+def story(reader: Reader, window: Window) -> Story:
+    """The window's story. Who logged in within the window is known at its end only; if somebody
+    did, it is told again."""
+    logins: Dict[str, Optional[str]] = {}
+    while True:
+        told = Story(window, logins)
+        for rows in reader.chunks(window):
+            told.take(rows)
+        found = logins_of(told.pairs)
+        if logins or not any(github is None and found.get(identity) for identity,
+                github in told.pairs):
+            for (giver, receiver), count in told.flows.items():
+                told.developers[giver].given += count
+                told.developers[receiver].received += count
+            return told
+        logins = found
+
+
+def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
+    """(first ms, ms after the last) of a window; None where it has no start, now where it has no
+    end."""
+    start, end = instant(window.since), instant(window.until)
+    return start, end if end is not None else max(now_ms() if now is None else now,
+        (start or 0) + 1)
+
+
+def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
+    """The window of the same length right before a window, None where there can be none."""
+    start, end = ends_of(window, now)
+    if start is None:
+        return None
+    return window._replace(since=moment_text(start - (end - start)), until=window.since)
+
+
+def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
+    """The developers of a window who were not there in as many days before. (An identity that
+    logged in meanwhile was there: developers are looked for by all their hashes.)"""
+    if before is None:
+        return dict(told.developers)
+    there: Set[str] = set()
+    for rows in reader.chunks(before, ordered=False):
+        there.update(key for row in rows for key in row[1:3] if key)
+    known = {github or told.logins.get(identity) or identity
+             for identity, github in told.pairs if identity in there or github in there}
+    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+
+
+def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+    """{"developers": how many are new, "sessions": the median of their own sessions before the
+    first that built on others, "never": how many have none that did}."""
+    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
+
+
+def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """The figures of a window, and under "before" those of as many days before it (None for a
+    window without a start): {"since", "until", "sessions", "developers", "tool_count",
+    "tokens_saved", "discoveries", "shared_discoveries" (that reached two developers or more),
+    "hand_overs", "furthest": {"discovery_id", "developers", "hours"}, "built_on_others":
+    {"sessions", "share"}, "tokens_saved_median": {"built_on_others", "others"},
+    "hours_to_second_developer" (median), "cold_start": {"developers", "sessions", "never"}}. A
+    figure of nothing is None; hours are rounded to hundredths, the share to ten-thousandths."""
+    now = now_ms() if now is None else now
+    earlier = before_of(window, now)
+    return dict(figures(reader, window, earlier),
+                before=earlier and figures(reader, earlier, before_of(earlier, now)))
+
+
+def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
+    """`summary` without the window before; `before` decides who is new."""
+    told = story(reader, window)
+    everybody = told.developers.values()
+    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values())
+        if wait is not None]
+    built, others = told.saved[True], told.saved[False]
+    count = len(built) + len(others)
+    return dict(
+        span(window), sessions=count, developers=len(told.developers),
+        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        discoveries=len(told.trails), shared_discoveries=len(seconds),
+        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count
+        else None},
+        tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
+        hours_to_second_developer=middle(seconds),
+        cold_start=cold_start(newcomers(reader, told, before)))
+
+
+def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
+    """The discovery that reached most developers (then: with most sessions, then the first by
+    name)."""
+    if not trails:
+        return None
+    name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
+    return {"discovery_id": name, "developers": len(trail.reached),
+            "hours": hours(trail.ended[0], max(trail.reached.values()))}
+
+
+def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved",
+    "given", "received" (hand-overs), "new" (not there in as many days before),
+    "sessions_before_inherited" (own sessions before the first that built on others, None if none
+    did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
+    then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
+    "cold_start": of the new ones, as in `summary`}."""
+    told = story(reader, window)
+    fresh = newcomers(reader, told, before_of(window, now))
+    shown = labels(told.developers)
+    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first,
+        d[0]))
+    return dict(
+        span(window),
+        developers=[{
+            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
+            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
+            "last_seen_at": d.last} for who, d in ranked],
+        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b),
+        count in sorted(
+            told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
+        cold_start=cold_start(fresh))
+
+
+def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
+    start, end = ends
+    counts = [0] * SPARKS
+    for at in (stored_instant(ended) or 0 for ended in trail.ended):
+        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    return {"discovery_id": name, "first_seen_at": trail.ended[0],
+            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+            "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
+            "developer_count": len(trail.reached),
+            "hours_to_second_developer": trail.hours_to_second(),
+            "half_life_hours": trail.half_life(), "counts": counts}
+
+
+DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
+    "session_count": lambda name, t: (-len(t.ended), name),
+    "distinct_identity_count": lambda name, t: (-len(t.identities), name),
+    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
+    "developer_count": lambda name, t: (-len(t.reached), -len(t.ended), name),
+    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
+    "half_life": lambda name, t: (none_last(t.half_life()), name),
+    "first_seen": lambda name, t: (t.ended[0], name),
+    "name": lambda name, t: (name,),
+}
+
+
+def none_last(value: Optional[float]) -> Tuple[bool, float]:
+    return value is None, value or 0.0
+
+
+def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
+                now: Optional[int] = None) -> Plain:
+    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at",
+    "session_count", "distinct_identity_count", "last_aggregated_at", "developer_count",
+    "hours_to_second_developer" (None: it reached nobody else), "half_life_hours" (None: under 4
+    sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
+    "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
+    the window; its `discovery` is not looked at."""
+    trails = story(reader, window._replace(discovery=None)).trails
+    rank = DISCOVERY_SORTS[sort]
+    chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
+    start, end = ends_of(window, now)
+    if start is None:
+        start = stored_instant(min((trail.ended[0] for trail in trails.values()), default="")) or 0
+    stamp = moment_text(now_ms())
     return dict(span(window), discoveries=[
-        {"discovery_id": name, "first_seen_at": moment_or_none(first), "last_seen_at": moment_or_none(last),
-         "session_count": count, "distinct_identity_count": identities, "last_aggregated_at": now}
-        for name, count, identities, first, last in found])
+        discovery_figures(name, trail, (start, end), stamp) for name, trail in chosen],
+        discoveries_in_window=len(trails))
 
 
-def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Plain:
-    """How one discovery went round in the window: {"discovery_id", "first_seen_at", "last_seen_at",
-    "session_count", "distinct_identity_count", "developer_count", "reached": [{"at", "developer",
-    "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash", "developer",
-    "ended_at", "crosses"} ...] in time order}, both lists cut after `limit`. Raises NotFound when no session
-    of the window touched it."""
-    sql, values = where(window._replace(discovery=None))
-    identities: Set[str] = set()
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
+        now: Optional[int] = None) -> Plain:
+    """How one discovery went round in the window: its figures as in `discoveries`, and "reached":
+    [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
+    [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
+    after `limit`. Raises NotFound when no session of the window touched it."""
+    trail = Trail()
     reached: Dict[str, Session] = {}
     path: List[Session] = []
-    count = 0
-    last = None
-    for last in reader.sessions("JOIN session_discoveries d ON d.event_id = e.id WHERE d.discovery_ref = ?"
-                                " AND " + sql + " ORDER BY e.ended_at, e.id", [ref, *values]):
-        count += 1
-        identities.add(last.identity)
-        reached.setdefault(last.developer, last)
+    window = window._replace(discovery=ref)
+    sql, values = where(window)
+    for s in reader.sessions("WHERE %s ORDER BY %s, e.id" % (sql, reader.order(window)), values,
+                             reader.facts(window).logins):
+        if ref not in s.refs:
+            continue
+        trail.ended.append(moment_text(s.ended))
+        trail.reached.setdefault(s.developer, moment_text(s.ended))
+        trail.identities.add(s.identity)
+        reached.setdefault(s.developer, s)
         if len(path) < limit:
-            path.append(last)
-    if last is None:
+            path.append(s)
+    if not path:
         raise NotFound("no session of this window touched this discovery")
     shown = labels(reached)
+    start, end = ends_of(window, now)
     return dict(
-        span(window), discovery_id=ref, first_seen_at=moment_text(path[0].ended),
-        last_seen_at=moment_text(last.ended), session_count=count, distinct_identity_count=len(identities),
-        developer_count=len(reached),
-        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
+        span(window),
+        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end),
+        moment_text(now_ms())),
+        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
+        "session_id_hash": s.session}
                  for s in list(reached.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
                "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
               for before, s in zip([path[0], *path], path)])
 
 
-DONE = """SELECT e.ended_at, coalesce(e.github_hash, e.identity_hash), e.tool_count, e.tokens_saved
-  FROM session_events e WHERE """
 ACTIVE_DAYS = (1, 7, 28)
 
 
-class Tally(NamedTuple):
-    """What one developer did on one day (`datetime.date.toordinal`)."""
+class Day:
+    """The sums of one day, and who was there."""
 
-    day: int
-    developer: str
-    sessions: int
-    tools: int
-    tokens: int
+    __slots__ = ("sessions", "tokens", "tools", "who")
+
+    def __init__(self) -> None:
+        self.sessions = self.tools = self.tokens = 0
+        self.who: Set[str] = set()
 
 
-def tallied(reader: Reader, window: Window) -> List[Tally]:
-    """The window's sessions by day and developer. Adding up here takes half the time of SQLite's GROUP BY,
-    which sorts every row by 75 characters."""
-    sql, values = where(window)
-    sums: Dict[Tuple[str, str], List[int]] = {}
-    for ended_at, developer, tools, tokens in reader.rows(DONE + sql, values):
-        row = sums.setdefault((str(ended_at)[:10], str(developer)), [0, 0, 0])
-        row[0] += 1
-        row[1] += whole(tools, MOST_TOOLS)
-        row[2] += whole(tokens, MOST_TOKENS)
-    midnights = {date: instant(date + "T00:00:00") for date in {date for date, _ in sums}}
-    tallies = []
-    for (date, developer), counts in sums.items():
-        midnight = midnights[date]
-        if midnight is None or not is_hash(developer):
-            reader.left_out += counts[0]
-        else:
-            tallies.append(Tally(midnight // DAY_MS + EPOCH.toordinal(), developer, *counts))
-    return tallies
+Days = Dict[int, Day]  # by `datetime.date.toordinal`
+
+
+def days_of(reader: Reader, window: Window) -> Days:
+    """The window's sessions by day, added up a chunk at a time: in 40 MB, whatever the window."""
+    sums: Dict[str, Day] = {}
+    # one object for each pair
+    numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}
+    there: Dict[str, Set[Tuple[str, Optional[str]]]] = {}
+    for rows in reader.chunks(window):
+        if window[2:] != NEITHER:  # a filter may hide a login
+            numbers.update((pair, pair) for pair in set(map(PAIR, rows)) - numbers.keys())
+            rows = [row for row in rows if passes(window, row)]
+        for date, some_rows in by_date(rows):
+            day = sums.get(date) or sums.setdefault(date, Day())
+            day.sessions += len(some_rows)
+            day.tools += sum(map(TOOLS, some_rows))
+            day.tokens += sum(map(TOKENS, some_rows))
+            there.setdefault(date, set()).update(
+                numbers.setdefault(pair, pair) for pair in set(map(PAIR, some_rows)))
+    logins = logins_of(numbers)
+    who = {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in numbers}
+    for date, pairs in there.items():
+        sums[date].who = {who[pair] for pair in pairs}
+    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in sums.items()}
+
+
+def by_date(rows: Sequence[Sequence[Any]]) -> Iterable[Tuple[str, Sequence[Sequence[Any]]]]:
+    """Rows in the order of time, cut where the date changes."""
+    if rows and rows[0][4][:10] == rows[-1][4][:10]:  # most chunks: a tenth off the whole
+        return [(rows[0][4][:10], rows)]
+    return ((date, list(group)) for date, group in itertools.groupby(rows,
+        lambda row: str(row[4])[:10]))
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
-    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...]}, P = {"period", "developers", "came_back", "sessions", "tool_count",
-    "tokens_saved"}.
+    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active":
+    [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
+    None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back` of a period: how many of its developers were there in the period before it, too (within the
-    window); of the active: in as many days before. The active are counted to the end of the window, its last
-    day included. A row that is no session in the days before the window is counted as left out, too."""
-    end = min(window.until, moment_text((now_ms() if now is None else now) + 1))
+    `came_back` of a period: how many of its developers were there in the period before it, too
+    (within the window); of the active: in as many days before. The active are counted to the end
+    of the window, its last day included, which is listed even when it is empty. "before": as many
+    days before the window."""
+    now = now_ms() if now is None else now
+    end = min(window.until, moment_text(now + 1))
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
-    inside = tallied(reader, window)
-    before = tallied(reader, earlier) if earlier.since < earlier.until else []
-    return dict(span(window), active=active([*before, *inside], last_day), **periods(inside))
+    previous = before_of(window, now)
+    inside = days_of(reader, window)
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS),
+        until=window.since)
+    before = days_of(reader, earlier) if earlier.since < earlier.until else {}
+    everybody = {day: (inside[day].who if day in inside else set()) | (
+        before[day].who if day in before else set()) for day in {*inside, *before}}
+    return dict(
+        span(window), active=active(everybody, last_day), **periods(inside, last_day),
+        before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
 
 
-def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
-    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days before."""
+def active(everybody: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
+    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
+    before."""
     def who(first: int, last: int) -> Set[str]:
-        return {t.developer for t in tallies if first <= t.day <= last}
+        return set().union(*(everybody.get(day, ()) for day in range(first, last + 1)))
 
-    spans = [(days, who(last_day - days + 1, last_day), who(last_day - 2 * days + 1, last_day - days))
+    spans = [(days, who(last_day - days + 1, last_day),
+        who(last_day - 2 * days + 1, last_day - days))
              for days in ACTIVE_DAYS]
     return [{"days": days, "developers": len(here), "came_back": len(here & before)}
             for days, here, before in spans]
@@ -600,7 +1084,8 @@ def week_name(day: int) -> str:
     return "%04d-W%02d" % (year, week)
 
 
-PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its name, a day of the one before
+# its name, a day of the one before
+PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
     "days": (lambda day: datetime.date.fromordinal(day).isoformat(), lambda day: day - 1),
     "weeks": (week_name, lambda day: day - 7),
     "months": (lambda day: datetime.date.fromordinal(day).isoformat()[:7],
@@ -609,52 +1094,50 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
-    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order."""
-    days = sorted({t.day for t in tallies})
+def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+    """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
+    `last_day` among them."""
+    days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
     for kind, (name, before) in PERIODS.items():
         totals: Dict[str, List[Any]] = {name(day): [set(), 0, 0, 0, name(max(1, before(day)))]
                                         for day in days}
-        for t in tallies:
-            total = totals[name(t.day)]
-            total[0].add(t.developer)
-            total[1] += t.sessions
-            total[2] += t.tools
-            total[3] += t.tokens
+        for number, day in sums.items():
+            total = totals[name(number)]
+            total[0] |= day.who
+            total[1] += day.sessions
+            total[2] += day.tools
+            total[3] += day.tokens
         rolled[kind] = [
             {"period": period, "developers": len(who),
-             "came_back": len(who & totals[previous][0]) if previous in totals and previous != period else 0,
+             "came_back": len(who & totals[previous][0]) if previous in totals
+             and previous != period else 0,
              "sessions": count, "tool_count": tools, "tokens_saved": tokens}
             for period, (who, count, tools, tokens, previous) in totals.items()]
     return rolled
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
-    """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
+    """Every session of the window, oldest first, one at a time: S with "developer" and
+    "plugin_version".
 
-    All labels have one length, the least at which no two developers of the window look alike; finding it
-    reads the developers once, in order, and remembers one of them."""
-    sql, values = where(window)
-    length, before = PREFIX, ""
-    for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
-                              " WHERE " + sql + " ORDER BY 1", values):
-        if isinstance(key, str) and is_hash(key):
-            length = max(length, alike(before, key) + 1)
-            before = key
-    for s in reader.sessions("WHERE " + sql + " ORDER BY e.ended_at, e.id", values):
+    All labels have one length, the least at which no two developers of the window look alike."""
+    ordered = sorted(reader.facts(window).developers)
+    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The graph (pure: sessions in, plain data out)
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Edge(NamedTuple):
-    """Knowledge carried on: positions of two sessions in a list in time order, and the discoveries."""
+    """Knowledge carried on: positions of two sessions in a list in time order, and the
+    discoveries."""
 
     source: int
     target: int
@@ -662,9 +1145,9 @@ class Edge(NamedTuple):
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
-    """For each discovery (or for `only` that one), an edge from each session that touched it to the next one
-    that did; edges between the same two are one edge. `ordered` is in time order; so are the edges, by
-    target."""
+    """For each discovery (or for `only` that one), an edge from each session that touched it to
+    the next one that did; edges between the same two are one edge. `ordered` is in time order; so
+    are the edges, by target."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
@@ -677,7 +1160,8 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
 
 
 def node_ids(ordered: Sequence[Session]) -> List[str]:
-    """What names each node: its session's hash, with "-2" where a second machine or quarter has the same."""
+    """What names each node: its session's hash, with "-2" where a second machine or quarter has
+    the same."""
     seen: Dict[str, int] = {}
     names = []
     for s in ordered:
@@ -687,7 +1171,8 @@ def node_ids(ordered: Sequence[Session]) -> List[str]:
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape), or `only` one discovery's."""
+    """The session graph of sessions in time order (see `graph` for the shape), or `only` one
+    discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
     found = edges_of(ordered, only)
@@ -702,14 +1187,18 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     return {
         "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
                   for name, s in zip(names, ordered)],
-        "edges": [{"source": names[e.source], "target": names[e.target], "discoveries": list(e.refs),
+        "edges": [{"source": names[e.source], "target": names[e.target],
+        "discoveries": list(e.refs),
                    "crosses": who[e.source] != who[e.target]} for e in found],
-        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs, "crosses": a != b}
-                       for (a, b), (edges, refs) in sorted(flows.items(), key=lambda f: (-f[1][1], f[0]))],
+        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs,
+        "crosses": a != b}
+                       for (a, b), (edges, refs) in sorted(flows.items(),
+                               key=lambda f: (-f[1][1], f[0]))],
         "totals": {"sessions": len(ordered), "developers": len(shown),
                    "tool_count": sum(s.tools for s in ordered),
                    "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+                   "discoveries": len({ref for s in ordered for ref in s.refs
+                   if only in (None, ref)}),
                    "hand_overs": hand_overs},
     }
 
@@ -717,27 +1206,29 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
 def graph(reader: Reader, window: Window, limit: int = DRAWN) -> Plain:
     """The session graph of the newest `limit` sessions of a window (negative: of all):
 
-    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest first,
-    "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer to another} ...],
-    "developers": [{"source", "target" (developers), "edges", "discoveries" (how often one was carried),
-    "crosses"} ...] most carried first, "totals": {"sessions", "developers", "tool_count", "tokens_saved",
-    "discoveries", "hand_overs": how often a discovery went from one developer to another}}."""
+    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest
+    first, "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer
+    to another} ...], "developers": [{"source", "target" (developers), "edges", "discoveries" (how
+    often one was carried), "crosses"} ...] most carried first, "totals": {"sessions",
+    "developers", "tool_count", "tokens_saved", "discoveries", "hand_overs": how often a discovery
+    went from one developer to another}}."""
     newest = reader.window(window, limit)
     return dict(span(window), total_count_in_window=reader.count(window),
                 **graph_of(newest[::-1], window.discovery))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Renderers: text, CSV, DOT (pure: plain data in, text out)
-# ======================================================================================================
+# ==================================================================================================
 
 COLUMNS_OF_A_TERMINAL = 80
 UNSEEN = re.compile(r"[^ -~]")
 
 
 def visible(text: str) -> str:
-    """The text with everything but printable ASCII as \\u escapes. All that the contract allows comes out as
-    it is; what else a stranger's row can hold (terminal commands, right-to-left marks) loses its power."""
+    """The text with everything but printable ASCII as \\u escapes. All that the contract allows
+    comes out as it is; what else a stranger's row can hold (terminal commands, right-to-left
+    marks) loses its power."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -755,7 +1246,8 @@ def refs_cell(refs: Sequence[str], width: int = 20) -> str:
 
 
 class Column(NamedTuple):
-    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's length."""
+    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's
+    length."""
 
     title: str
     cell: Callable[[Plain], Any]
@@ -764,7 +1256,8 @@ class Column(NamedTuple):
 
 def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
     values = [[column.cell(row) for column in columns] for row in rows]
-    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line] for line in values]
+    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line]
+        for line in values]
     widths = [max(map(len, column)) for column in zip([c.title for c in columns], *cells)]
     right = [any(isinstance(line[i], int) for line in values) for i in range(len(columns))]
     for i, column in enumerate(columns):
@@ -790,10 +1283,29 @@ SESSION_COLUMNS = (
 )
 DISCOVERY_COLUMNS = (
     Column("discovery", lambda row: row["discovery_id"], elastic=True),
+    Column("reach", lambda row: row["developer_count"]),
     Column("sessions", lambda row: row["session_count"]),
-    Column("identities", lambda row: row["distinct_identity_count"]),
-    Column("first seen", lambda row: minute(row["first_seen_at"])[:10]),
+    Column("to 2nd", lambda row: lasting(row["hours_to_second_developer"])),
+    Column("half-life", lambda row: lasting(row["half_life_hours"])),
     Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
+    Column("over time", lambda row: sparkline(row["counts"])),
+)
+DEVELOPER_COLUMNS = (
+    DEVELOPER,
+    Column("sessions", lambda row: row["sessions"]),
+    Column("calls", lambda row: row["tool_count"]),
+    Column("saved", lambda row: row["tokens_saved"]),
+    Column("given", lambda row: row["given"]),
+    Column("received", lambda row: row["received"]),
+    Column("alone first", lambda row: (
+        "never built" if row["sessions_before_inherited"] is None
+        else row["sessions_before_inherited"])),
+    Column("new", lambda row: "new" if row["new"] else ""),
+)
+MATRIX_COLUMNS = (
+    Column("from", lambda row: row["source"]),
+    Column("to", lambda row: row["target"]),
+    Column("hand-overs", lambda row: row["hand_overs"]),
 )
 FLOW_COLUMNS = (
     Column("from", lambda row: row["source"]),
@@ -804,6 +1316,26 @@ FLOW_COLUMNS = (
 REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("", lambda row: "from another developer" if row["crosses"] else ""))
+
+
+SPARK_DIGITS = " .:-=+*#"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
+    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
+    most = max(pairs) or 1
+    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)]
+        for n in pairs).rstrip()
+
+
+def lasting(length: Optional[float]) -> str:
+    """A number of hours for people: in minutes, hours or days."""
+    if length is None:
+        return "-"
+    if length < 1:
+        return "%d min" % round(length * 60)
+    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
 
 
 def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
@@ -821,7 +1353,8 @@ def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
 
 def sessions_text(result: Plain) -> str:
     shown, total = len(result["sessions"]), result["total_count_in_window"]
-    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown, total) if total > shown else ""
+    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown,
+        total) if total > shown else ""
     return text_table(SESSION_COLUMNS, result["sessions"]) + more
 
 
@@ -841,14 +1374,129 @@ def session_text(result: Plain) -> str:
 
 
 def discovery_text(result: Plain) -> str:
-    text = "%s\n%s to %s: %s sessions, %s developers\n\n" % (
-        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), "{:,}".format(result["session_count"]),
-        "{:,}".format(result["developer_count"]))
-    text += text_table(REACHED_COLUMNS, result["reached"]) + "\n" + text_table(PATH_COLUMNS, result["path"])
+    text = "%s\n%s to %s: %s sessions, %s developers\n" % (
+        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
+            minute(result["first_seen_at"]),
+        minute(result["last_seen_at"]), digits(result["session_count"]),
+            digits(result["developer_count"]))
+    second, half = result["hours_to_second_developer"], result["half_life_hours"]
+    text += "it reached no second developer\n" if second is None else (
+        "it reached a second developer within %s\n" % lasting(second))
+    text += "" if half is None else "half of its sessions ended within %s\n" % lasting(half)
+    text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
+    text += "\n" + text_table(PATH_COLUMNS, result["path"])
     if result["session_count"] > len(result["path"]):
-        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
+        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]),
+            result["session_count"])
     return text
+
+
+def discoveries_text(result: Plain) -> str:
+    shown, every = len(result["discoveries"]), result["discoveries_in_window"]
+    text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
+    text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
+    text += "to the first of a second developer; half-life: until half of its sessions ended\n"
+    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown
+        else "")
+
+
+def developers_text(result: Plain) -> str:
+    text = text_table(DEVELOPER_COLUMNS, result["developers"])
+    text += "\ngiven, received: hand-overs of a discovery to and from other developers;\n"
+    text += "alone first: own sessions before the first that built on others;\n"
+    text += "new: not there in as many days before the window\n"
+    flows = result["matrix"]
+    if flows:
+        text += "\nwho hands over to whom\n" + text_table(MATRIX_COLUMNS, flows[:FLOWS_SHOWN])
+    else:
+        text += "\nno discovery went from one developer to another\n"
+    if len(flows) > FLOWS_SHOWN:
+        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
+    return text
+
+
+def some(count: int, thing: str, things: str = "") -> str:
+    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
+
+
+def findings(figures: Plain) -> List[str]:
+    """What a window's figures (see `summary`) say, a sentence each."""
+    if not figures["sessions"]:
+        return ["No session ended in this window."]
+    shared, far = figures["shared_discoveries"], figures["furthest"]
+    wait, built = figures["hours_to_second_developer"], figures["built_on_others"]
+    saved, cold = figures["tokens_saved_median"], figures["cold_start"]
+    if not figures["discoveries"]:
+        lines = ["No session touched a discovery."]
+    elif not shared:
+        lines = ["No discovery reached a second developer."]
+    else:
+        lines = ["%s of %s reached a second developer, half of them within %s." % (
+                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
+                         lasting(wait)),
+                 "%s went furthest: %s of %s in %s." % (
+                     far["discovery_id"], digits(far["developers"]),
+                     some(figures["developers"], "developer"),
+                     lasting(far["hours"]))]
+    if not built["sessions"]:
+        lines.append("No session built on somebody else's discovery.")
+    else:
+        rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
+        lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
+                     " {:,.0f} tokens (median){}.".format(100 * built["share"],
+                     saved["built_on_others"], rest))
+    if cold["developers"]:
+        lines.append("%s: %s." % (some(cold["developers"], "new developer"),
+            "none built on others" if (
+            cold["sessions"] is None)
+            else "%g own sessions (median) before the first that built on others%s" % (
+                cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
+    return lines
+
+
+SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
+    ("sessions", lambda f: digits(f["sessions"])),
+    ("developers", lambda f: digits(f["developers"])),
+    ("tool calls", lambda f: digits(f["tool_count"])),
+    ("tokens saved", lambda f: digits(f["tokens_saved"])),
+    ("discoveries", lambda f: digits(f["discoveries"])),
+    ("  that reached a 2nd developer", lambda f: digits(f["shared_discoveries"])),
+    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
+    ("hand-overs", lambda f: digits(f["hand_overs"])),
+    ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
+    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
+    ("  tokens saved together with that", lambda f: median_text(
+    f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
+    ("new developers", lambda f: digits(f["cold_start"]["developers"])),
+    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  never built on others", lambda f: digits(f["cold_start"]["never"])),
+)
+
+
+def percent(share: Optional[float]) -> str:
+    return "-" if share is None else "%.0f %%" % (100 * share)
+
+
+def median_text(value: Optional[float]) -> str:
+    return "-" if value is None else "{:,g}".format(value)
+
+
+def summary_text(result: Plain) -> str:
+    """The findings in words, then the window and the one before it side by side."""
+    before = result["before"]
+    until = minute(result["until"]) if result["until"] else "now"
+    text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
+    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL)
+        for line in findings(result)) + "\n\n"
+    text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
+    for name, cell in SUMMARY_ROWS:
+        text += ("%-36s %14s %14s" % (name, cell(result),
+            cell(before) if before else "")).rstrip() + "\n"
+    return text + (
+        "\nBuilt on others: a session with a discovery that another developer's session,\n"
+        "ended earlier in the window, had touched. The figures say what came together,\n"
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
 
 
 FLOWS_SHOWN = 20
@@ -870,8 +1518,14 @@ def graph_text(result: Plain) -> str:
 
 def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
-        row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
+        row["days"], digits(row["developers"]), digits(row["came_back"]))
+        for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
+    before = result["before"]
+    if before:
+        active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
+            digits(sum(day["sessions"] for day in days))
+                for days in (result["days"], before["days"])))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
@@ -915,21 +1569,25 @@ def dot_string(text: str) -> str:
 
 
 def dot_text(result: Plain) -> str:
-    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
+    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in
+    orange."""
     boxes: Dict[str, List[Plain]] = {}
     for node in result["nodes"]:
         boxes.setdefault(node["developer"], []).append(node)
     lines = ["digraph sessions {",
              "  rankdir=LR; node [shape=circle fontsize=9]; edge [fontsize=8 color=gray60]"]
     for developer, nodes in boxes.items():
-        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer), dot_string(developer)))
-        lines += ["    %s [label=%s]" % (dot_string(n["id"]), dot_string(n["session_id_hash"][:PREFIX]))
+        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer),
+            dot_string(developer)))
+        lines += ["    %s [label=%s]" % (dot_string(n["id"]),
+            dot_string(n["session_id_hash"][:PREFIX]))
                   for n in nodes]
         lines.append("  }")
     for edge in result["edges"]:
         label = ", ".join(edge["discoveries"][:2]) + (", ..." if edge["discoveries"][2:] else "")
         color = ' color="#d55e00" penwidth=2' if edge["crosses"] else ""
-        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]), dot_string(edge["target"]),
+        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]),
+            dot_string(edge["target"]),
                                                   dot_string(label), color))
     return "\n".join(lines) + "\n}\n"
 
@@ -1937,7 +2595,7 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": result["discoveries"]}
+        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
@@ -2215,27 +2873,32 @@ def demo(options: argparse.Namespace) -> int:
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
 # ======================================================================================================
 
-NODE_TABLE = "session_events_node"  # in the database file, one row: the name under which its rows are shipped
-RAW = "session_events_raw"
-SHIP_ROWS, SHIP_BYTES = 50_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
-ANSWER_BYTES, ANSWER_SECONDS = 64 << 20, 300.0  # most of ClickHouse's answer, and of its silence
-FOLLOW_SECONDS, BACK_OFF_SECONDS = 5.0, 300.0
-WHOLE_SECONDS = 1 << 32  # what a DateTime holds: 1970 to 2106
-YEARS = (-62_135_596_800_000, 253_402_300_799_999)  # ms: 0001 to 9999
-REFS_TEXT = 1 << 16  # an event is not longer
+# one row: the random name under which the file's rows are shipped
+SHIP_NODE = "session_events_node"
+SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
+SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
+SHIP_MONTHS = 45  # most spans of 31 days in one batch: ClickHouse takes 100 months in one INSERT
+SHIP_REFS_TEXT = 1 << 16  # bytes: an event is not longer
+SHIP_ANSWER_BYTES = 64 << 20
+SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
+FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
+SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
+SHIP_SAMPLE = 100  # confirmed rows that are looked for before each batch
+SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
+SHIP_LATE, SHIP_EARLY = 366 * 86_400, 86_400  # seconds by which `ended` may differ from received_at
+SHIP_SECONDS = (1 << 32) - 1  # the last moment of a DateTime, in 2106
 
-is_ref = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}").fullmatch
-is_any_branch = re.compile(r"[0-9A-Fa-f]{7,40}").fullmatch
-is_node = re.compile(r"[0-9a-f]{16}").fullmatch
 is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
+is_node = re.compile(r"[0-9a-f]{16}").fullmatch
 
 
 class Unfit(Refused):
-    """A row that is no event: it cannot be shipped, and what comes after it must wait."""
+    """A row that cannot be shipped, so that what comes after it must wait."""
 
 
 class Later(Refused):
-    """ClickHouse cannot be reached or is too busy; `after` is its Retry-After in seconds, if it gave one."""
+    """It cannot be done now, and that passes; `after`: ClickHouse's Retry-After in seconds, if
+    any."""
 
     def __init__(self, text: str, after: Optional[float] = None) -> None:
         super().__init__(text)
@@ -2243,188 +2906,341 @@ class Later(Refused):
 
 
 class InsertRefused(Refused):
-    """ClickHouse does not take these rows. The text holds its error's number, never its words, which may quote
-    a row."""
+    """ClickHouse finds fault with the rows. The text has its error's number, never its words, which
+    may quote a row."""
 
 
-def checked(fits: Callable[[str], object]) -> Callable[[object], str]:
-    def convert(cell: object) -> str:
-        if not isinstance(cell, str) or not fits(cell):
-            raise ValueError
-        return cell
-    return convert
+# -- A row: the rules of FIELDS in SQL, for a whole batch, and in Python, for an unusual row --
 
 
-def or_null(convert: Callable[[object], str]) -> Callable[[object], Optional[str]]:
-    return lambda cell: None if cell is None else convert(cell)
+def ship_column(field: str) -> str:
+    return field + "_json" if field == "discovery_refs" else field
 
 
-def between(convert: Callable[[object], Optional[int]], least: int, most: int) -> Callable[[object], int]:
-    def limited(cell: object) -> int:
-        number = convert(cell)
-        if number is None or not least <= number <= most:
-            raise ValueError
-        return number
-    return limited
-
-
-def integer(cell: object) -> Optional[int]:
-    return cell if isinstance(cell, int) else None
-
-
-def refs_list(cell: object) -> List[str]:
-    refs = json.loads(cell) if isinstance(cell, str) and len(cell) <= REFS_TEXT else None
-    if not isinstance(refs, list) or len(refs) > MOST_REFS:
-        raise ValueError
-    return [checked(is_ref)(ref) for ref in refs]
-
-
-CELLS: Tuple[Tuple[str, Callable[[Any], Any], str], ...] = (  # column, its value or ValueError, the rule
-    ("id", between(integer, -1 << 63, (1 << 63) - 1), "a whole number"),
-    ("received_at", between(instant, 0, WHOLE_SECONDS * 1000 - 1), "a moment from 1970 to 2105"),
-    ("identity_hash", checked(is_hash), "64 lowercase hex digits"),
-    ("github_hash", or_null(checked(is_hash)), "64 lowercase hex digits, or NULL"),
-    ("session_id_hash", checked(is_hash), "64 lowercase hex digits"),
-    ("ended_at", between(instant, *YEARS), "an ISO 8601 date and time"),
-    ("tool_count", between(integer, 0, MOST_TOOLS), "a whole number from 0 to %d" % MOST_TOOLS),
-    ("tokens_saved", between(integer, 0, MOST_TOKENS), "a whole number from 0 to %d" % MOST_TOKENS),
-    ("branch_sha", or_null(checked(is_any_branch)), "7 to 40 hex digits, or NULL"),
-    ("discovery_refs_json", refs_list, "a JSON array of at most %d slugs" % MOST_REFS),
-    ("plugin_version", checked(is_version), "at most 64 letters, digits, and . + _ -"),
-)
+SHIP_COLUMNS = ("id", "received_at", *(ship_column(name) for name, *_ in FIELDS))
+# `fits` is 1 where both moments are as server.py stores them; '+0 days' makes
+# SQLite turn 30 February into 2 March, which differs.
+SHIP_SQL = """SELECT id, received, identity_hash, github_hash, session_id_hash, ended_at,
+  max(0, min(%d, received + %d, max(received - %d, ended))), tool_count, tokens_saved, branch_sha,
+  substr(discovery_refs_json, 1, %d), plugin_version, fits
+FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
+  CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
+  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at
+  AND received_at >= '1970'
+  AND received_at < '2106' AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at
+  AND ended_at >= '0001' AS fits
+  FROM session_events) WHERE id """ % (SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, SHIP_REFS_TEXT + 1)
 
 
 class Shipped(NamedTuple):
-    """A row as it is shipped. `received` is seconds, `ended` the stored form (CONTRACT §1)."""
+    """A row of SHIP_SQL, as it is shipped. Times are seconds since 1970."""
 
     id: int
     received: int
     identity: str
     github: Optional[str]
     session: str
-    ended: str
-    ended_seconds: int
+    ended_at: str
+    ended: int
     tools: int
     tokens: int
     branch: Optional[str]
-    refs: List[str]
+    refs: Sequence[str]
     version: str
+    fits: int = 1
 
 
-def shippable(row: Sequence[Any]) -> Shipped:
-    """A row of CELLS as it is shipped. Raises Unfit, which names the row and the column, never the value."""
-    cells = []
-    for (column, convert, rule), cell in zip(CELLS, row):
+def ship_lists(rule: Tuple[int, str], texts: Sequence[str]) -> List[List[str]]:
+    """JSON arrays, parsed in one call: as there are as many brackets as texts that start and end
+    with one, each text is one array."""
+    joined = ",".join(texts)
+    lists: List[List[str]] = json.loads("[%s]" % joined)
+    if {text[:1] + text[-1:] for text in texts} - {"[]"} or not (
+            joined.count("[") == joined.count("]") == len(lists) == len(texts)) or max(
+            map(len, texts)) > SHIP_REFS_TEXT or max(map(len, lists)) > rule[0]:
+        raise ValueError
+    if not all(map(re.compile(rule[1]).fullmatch, set(itertools.chain.from_iterable(lists)))):
+        raise ValueError
+    return lists
+
+
+def ship_fitting(kind: str, rule: Any, cells: Sequence[Any]) -> Sequence[Any]:
+    """A column of a batch in its shipped form. Raises ValueError, TypeError or RecursionError if
+    one of the cells breaks the field's rule, or is unusual: then each row is looked at by
+    ship_exact.
+
+    Few calls for a column take a tenth of the time of a few for each cell."""
+    there = [cell for cell in cells if cell is not None] if "null" in kind else cells
+    if kind == "array":
+        return ship_lists(rule, cells)
+    if kind == "number":
+        if set(map(type, cells)) != {int} or min(cells) < rule[0] or max(cells) > rule[1]:
+            raise ValueError
+    elif rule == "[0-9a-f]{64}":
+        digits = "".join(there)
+        if set(map(len, there)) - {64} or bytes.fromhex(digits).hex() != digits:
+            raise ValueError
+    elif rule != "moment":  # that is `fits`
+        few = set(there)
+        if not all(map(re.compile(rule).fullmatch, few)):
+            raise ValueError
+        if "A-F" in rule and "".join(few) != "".join(few).lower():
+            return [cell and cell.lower() for cell in cells]
+    return cells
+
+
+def ship_cell(kind: str, rule: Any, cell: Any) -> Any:
+    """The cell as it is shipped. Raises an exception as ship_fitting does."""
+    if cell is None and "null" in kind:
+        return None
+    if kind == "number":
+        if not isinstance(cell, int) or not rule[0] <= cell <= rule[1]:
+            raise ValueError
+        return cell
+    if kind == "array":
+        refs = json.loads(cell) if len(cell) <= SHIP_REFS_TEXT else None
+        if not isinstance(refs, list) or len(refs) > rule[0]:
+            raise ValueError
+        return [ship_cell("string", rule[1], ref) for ref in refs]
+    if rule == "moment":
+        ms = instant(cell)
+        if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
+            raise ValueError
+        return moment_text(ms)
+    if not re.fullmatch(rule, cell):
+        raise ValueError
+    return cell
+
+
+def ship_exact(columns: Mapping[str, Any]) -> Shipped:
+    """A row as it is shipped. Raises Unfit, which names the row and the column, never the value."""
+    column, cells = "received_at", {}
+    try:
+        ms = instant(columns[column])
+        if ms is None or not 0 <= ms // 1000 <= SHIP_SECONDS:
+            raise ValueError
+        for field, kind, _, rule in FIELDS:
+            column = ship_column(field)
+            cells[field] = ship_cell(kind, rule, columns[column])
+    except (ValueError, TypeError, RecursionError):
+        raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
+                    "from it"
+                    " on is shipped: correct the row, or delete it, and run this again" % (
+                        columns["id"], column)) from None
+    received, ended = ms // 1000, (instant(cells["ended_at"]) or 0) // 1000
+    branch = cells["branch_sha"]
+    return Shipped(
+        columns["id"], received, cells["identity_hash"], cells["github_hash"],
+        cells["session_id_hash"], cells["ended_at"],
+        max(0, min(SHIP_SECONDS, received + SHIP_EARLY, max(received - SHIP_LATE, ended))),
+        cells["tool_count"], cells["tokens_saved"], branch and branch.lower(),
+        cells["discovery_refs"], cells["plugin_version"])
+
+
+def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[Sequence[Any]]:
+    """At most so many rows of SHIP_SQL + condition, until they have about SHIP_BYTES."""
+    cursor = reader.rows(SHIP_SQL + condition + " LIMIT ?", [value, most])
+    rows: List[Sequence[Any]] = []
+    size = 0
+    while size < SHIP_BYTES:
+        more = cursor.fetchmany(200)
+        rows += more
+        size += 256 * len(more) + sum([len(row[10]) for row in more if isinstance(row[10], str)])
+        if not more:
+            break
+    return rows
+
+
+def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
+    """At most so many rows of `id` + condition, about SHIP_BYTES and SHIP_MONTHS. The list ends
+    before a row that is no event. Raises Unfit if that is the first one."""
+    lenient, reader.connection.text_factory = reader.connection.text_factory, str  # faster
+    try:
+        found = ship_fetched(reader, condition, value, most)
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        reader.connection.text_factory = lenient  # a row holds bytes that are no text
+        found = ship_fetched(reader, condition, value, most)
+    finally:
+        reader.connection.text_factory = lenient
+    if not found:
+        return []
+    try:
+        columns = list(zip(*found))
+        if not all(columns[12]):
+            raise ValueError
+        cells = [ship_fitting(kind, rule, column) for column, (_, kind, _, rule) in zip(
+            [*columns[2:6], *columns[7:12]], FIELDS)]
+        rows = list(map(Shipped._make, zip(
+            *columns[:2], *cells[:4], columns[6], *cells[4:], columns[12])))
+    except (ValueError, TypeError, RecursionError):
+        rows = ship_one_by_one(reader, [row[0] for row in found])
+    # of 31 days, in the rows' order
+    spans = dict.fromkeys([row.ended // 2_678_400 for row in rows])
+    if len(spans) > SHIP_MONTHS:
+        late = set(list(spans)[SHIP_MONTHS:])
+        del rows[next(n for n, row in enumerate(rows) if row.ended // 2_678_400 in late):]
+    return rows
+
+
+def ship_one_by_one(reader: Reader, ids: Sequence[int]) -> List[Shipped]:
+    """The same for a batch with an unusual row."""
+    rows: List[Shipped] = []
+    sql = "SELECT %s FROM session_events WHERE id = ?" % ", ".join(SHIP_COLUMNS)
+    for row_id in ids:
         try:
-            cells.append(convert(cell))
-        except (ValueError, RecursionError):
-            raise Unfit("row id %s is no event: its %s is not %s. Nothing from it on is shipped: correct the row, or"
-                        " delete it, and run this again" % (row[0], column, rule)) from None
-    row_id, received, identity, github, session, ended, tools, tokens, branch, refs, version = cells
-    return Shipped(row_id, received // 1000, identity, github, session, moment_text(ended),
-                   min(max(ended // 1000, 0), WHOLE_SECONDS - 1), tools, tokens, branch and branch.lower(), refs,
-                   version)
+            rows.append(ship_exact(dict(zip(SHIP_COLUMNS, reader.rows(sql, [row_id]).fetchone()))))
+        except Unfit:
+            if not rows:
+                raise
+            break
+    return rows
 
 
-def row_sum(s: Shipped) -> int:
-    """64 bits that stand for all of the row; ROW_SUM is the same in ClickHouse."""
-    text = "%d\n%d\n%s\n%s\n%s\n%s\n%d\n%d\n%s\n%s\n%s" % (
-        s.id, s.received, s.identity, s.github or "", s.session, s.ended, s.tools, s.tokens, s.branch or "", s.version,
-        "\n".join(s.refs))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+# -- ClickHouse: rows in its Native format, tables, statements --
+
+# LEB128
+SHIP_SIZES = [chr(n) if n < 128 else chr(n & 127 | 128) + chr(n >> 7) for n in range(1 << 8)]
+# as struct has them
+SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}
 
 
-ROW_SUM = r"""reinterpretAsUInt64(substring(SHA256(arrayStringConcat([toString(id), toString(toUInt32(received_at)),
-  lower(hex(identity_hash)), ifNull(lower(hex(github_hash)), ''), lower(hex(session_id_hash)), toString(ended_at),
-  toString(tool_count), toString(tokens_saved), ifNull(branch_sha, ''), toString(plugin_version),
-  arrayStringConcat(discovery_refs, '\n')], '\n')), 1, 8))"""
+def ship_size(number: int) -> bytes:
+    """A number in LEB128."""
+    head = b""
+    while number > 127:
+        head, number = head + bytes([number & 127 | 128]), number >> 7
+    return head + bytes([number])
 
-LENGTHS = [bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7]) for n in range(1 << 8)]  # LEB128
+
+def ship_strings(texts: Iterable[str]) -> bytes:
+    """Texts of ASCII, each shorter than 256, with their lengths."""
+    return "".join([SHIP_SIZES[len(text)] + text for text in texts]).encode("latin-1")
 
 
-def string(text: str) -> bytes:
-    return LENGTHS[len(text)] + text.encode("ascii")  # every text of a Shipped is ASCII and shorter than 256
+def ship_cells(kind: str, cells: Sequence[Any]) -> bytes:
+    """A column of ClickHouse type `kind` in Native."""
+    if kind.startswith("Nullable"):
+        empty = "0" * 64 if "Fixed" in kind else ""
+        return bytes([cell is None for cell in cells]) + ship_cells(
+            kind[9:-1], [empty if cell is None else cell for cell in cells])
+    if kind == "FixedString(32)":
+        return bytes.fromhex("".join(cells))
+    if kind == "FixedString(24)":
+        return "".join(cells).encode("ascii")
+    if kind == "String":
+        return ship_strings(cells)
+    if kind == "Array(String)":
+        ends = list(itertools.accumulate(map(len, cells)))
+        return struct.pack("<%dQ" % len(cells), *ends) + ship_strings(itertools.chain(*cells))
+    return struct.pack("<%d%s" % (len(cells), SHIP_PACKED[kind]), *cells)
+
+
+def ship_native(columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> bytes:
+    """Columns (name, type, cells) as one block of ClickHouse's Native format.
+
+    Its RowBinary holds the same bytes row by row, without names and types: a few calls a column, in
+    place of a few a row, take a third of the time, and ClickHouse checks names and types."""
+    block = [ship_size(len(columns)), ship_size(len(columns[0][2]))]
+    for name, kind, cells in columns:
+        block += [ship_strings([name, kind]), ship_cells(kind, cells)]
+    return b"".join(block)
 
 
 def seniority(node: str, received: int) -> int:
-    """64 bits by which the rows of one session are compared: the largest was received first, or in the same second by
-    the node whose name (its first 8 digits, which are random) comes first. Nothing else decides, so that shipping in
-    another order, or twice, changes nothing."""
+    """64 bits by which the rows of one session are compared: the largest was received first, or in
+    the same second by the node whose name (its first 8 digits, which are random) comes first.
+    Nothing else decides, so that shipping in another order, or twice, changes nothing."""
     return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
 
 
-HEAD, MIDDLE = struct.Struct("<QqI32s"), struct.Struct("<32s24sIII")
-
-
-def row_binary(node: str, s: Shipped) -> bytes:
-    """The row in ClickHouse's RowBinary, in the order of RAW_COLUMNS.
-
-    Two fifths of the bytes of JSONEachRow (217 of 530), and a third of the time it takes to write."""
-    return b"".join((
-        string(node), HEAD.pack(seniority(node, s.received), s.id, s.received, bytes.fromhex(s.identity)),
-        b"\1" if s.github is None else b"\0" + bytes.fromhex(s.github),
-        MIDDLE.pack(bytes.fromhex(s.session), s.ended.encode(), s.ended_seconds, s.tools, s.tokens),
-        b"\1" if s.branch is None else b"\0" + string(s.branch),
-        LENGTHS[len(s.refs)], *map(string, s.refs), string(s.version)))
-
-
-KEY = struct.Struct("<qQ32s32s")
-KEY_COLUMNS = "id Int64, seniority UInt64, identity_hash FixedString(32), session_id_hash FixedString(32)"
-
-
-def key_binary(node: str, s: Shipped) -> bytes:
-    """What ClickHouse needs to say who holds the row's session: KEY_COLUMNS in RowBinary."""
-    return KEY.pack(s.id, seniority(node, s.received), bytes.fromhex(s.identity), bytes.fromhex(s.session))
-
-
 # The same text for 18.16 and today's. Where they differ:
-# - LowCardinality is an experiment in 18.16: there `prepare` leaves it out. In RowBinary it makes no difference.
-# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts' default database.
-# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year up to 9999: so
-#   ended_at is the contract's text (its order is the order of time), and ended the nearest DateTime, for charts.
+# - LowCardinality is an experiment in 18.16: `prepare` leaves it out there. Native does not mind.
+# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
+# default
+#   database.
+# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year
+# up to
+#   9999: so ended_at is the contract's text (its order is the order of time).
+# `ended` is a DateTime for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY
+# after received_at, so that invented dates do not make a partition each.
 RAW_COLUMNS = (
-    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"), ("received_at", "DateTime('UTC')"),
-    ("identity_hash", "FixedString(32)"), ("github_hash", "Nullable(FixedString(32))"),
-    ("session_id_hash", "FixedString(32)"), ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"),
-    ("tool_count", "UInt32"), ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"),
-    ("discovery_refs", "Array(String)"), ("plugin_version", "LowCardinality(String)"))
-# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the largest seniority
-# stays (of two that are equal, one row sent twice, the last). Only rows of one partition and one shard ever meet, so
-# there are no partitions, and the shard is the key's. FINAL answers at any moment as if all were merged already; in the
-# view it stands below any WHERE, so that no condition can bring back a row that must give way.
-RAW_DDL = """CREATE TABLE IF NOT EXISTS {0}.{1} (
-  %s
-)
-ENGINE = {2}""" % ",\n  ".join(map(" ".join, RAW_COLUMNS))
-KEPT = "%sReplacingMergeTree(%sseniority)\nORDER BY (identity_hash, session_id_hash)"
+    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"),
+    ("received_at", "DateTime('UTC')"), ("identity_hash", "FixedString(32)"),
+    ("github_hash", "Nullable(FixedString(32))"), ("session_id_hash", "FixedString(32)"),
+    ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"), ("tool_count", "UInt32"),
+    ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"), ("discovery_refs",
+    "Array(String)"),
+    ("plugin_version", "LowCardinality(String)"))
+NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
+# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the
+# largest seniority stays (of two that are equal, one row sent twice, the last). Only rows of one
+# partition and one shard are merged, so the shard is the key's; FINAL answers at any moment, across
+# partitions, as if all were merged. In the view it stands below any WHERE, so that no condition can
+# bring back a row that must give way.
+# name, columns, what keeps one row of a key, its keys, what decides about the shard
+SHIP_TABLES = (
+    (SHIP_RAW, RAW_COLUMNS, "seniority", "\nPARTITION BY toYYYYMM(ended)"
+     "\nORDER BY (identity_hash, session_id_hash)", "cityHash64(identity_hash, session_id_hash)"),
+    (SHIP_NODES, NODE_COLUMNS, "seen", "\nORDER BY node", "cityHash64(node)"))
 VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
-  lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at, r.ended AS ended,
+  lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
+  r.ended AS ended,
   r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
   arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
   r.received_at AS received_at, r.node AS node, r.id AS id
-FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""", """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
-SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at, count() AS session_count,
-  uniqExact(identity_hash) AS distinct_identity_count, now() AS last_aggregated_at
+FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""",
+             """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
+SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
+  count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
+  now() AS last_aggregated_at
 FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
 GROUP BY discovery_id""")
 LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
-SETTINGS_SENT = {"insert_distributed_sync": "1",  # an answer means stored, on whichever shard
-                 "insert_deduplicate": "0",  # a replica would drop a block that it remembers, though its rows be lost
-                 "wait_end_of_query": "1"}  # an answer's status is about all of it
+SETTINGS_SENT = {
+    "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
+    # a replica would drop a block that it remembers, though its rows be lost
+    "insert_deduplicate": "0",
+    "wait_end_of_query": "1"}  # an answer's status is about all of it
 
 
-def ddl(cluster: Optional[str], database: str) -> List[str]:
-    """The statements that make the table and the views; with `cluster` (a name in ClickHouse's remote_servers) a
-    replicated table on each shard, and the one that spreads over them."""
-    if cluster is None:
-        return [RAW_DDL.format(database, RAW, KEPT % ("", "")), *(view.format(database, "") for view in VIEWS_DDL)]
-    on = " ON CLUSTER '%s'" % cluster
-    place = "'/clickhouse/tables/{shard}/%s/session_events_local', '{replica}', " % database
-    spread = "Distributed('%s', '%s', session_events_local, cityHash64(identity_hash, session_id_hash))" % (
-        cluster, database)
-    return [RAW_DDL.format(database, "session_events_local" + on, KEPT % ("Replicated", place)),
-            RAW_DDL.format(database, RAW + on, spread), *(view.format(database, on) for view in VIEWS_DDL)]
+def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
+    """The statements that make the tables and the views; with `cluster` (a name in ClickHouse's
+    remote_servers) a replicated table on each shard, and one that spreads over them."""
+    on = " ON CLUSTER '%s'" % cluster if cluster else ""
+    made = []
+    for name, columns, winner, keys, shard in SHIP_TABLES:
+        create = "CREATE TABLE IF NOT EXISTS %s.%%s (\n  %s\n)\nENGINE = %%s" % (
+            database, ",\n  ".join(map(" ".join, columns)))
+        if cluster is None:
+            made.append(create % (name, "ReplacingMergeTree(%s)%s" % (winner, keys)))
+            continue
+        local = name.replace("_raw", "") + "_local"
+        path = "/clickhouse/tables/{shard}/%s/%s_by_month" % (database, local)
+        made.append(create % (local + on,
+                "ReplicatedReplacingMergeTree('%s', '{replica}', %s)%s" % (
+            path, winner, keys)))
+        made.append(create % (name + on, "Distributed('%s', '%s', %s, %s)" % (
+            cluster, database, local, shard)))
+    return made + [view.format(database, on) for view in VIEWS_DDL]
+
+
+def ship_migration(cluster: Optional[str], database: str) -> str:
+    """The statements that take the rows of an older layout over, on each shard."""
+    on = " ON CLUSTER '%s'" % cluster if cluster else ""
+    table = "%s.session_events_local" % database if cluster else "%s.%s" % (database, SHIP_RAW)
+    names = [name for name, _ in RAW_COLUMNS]
+    cells = [name if name != "ended" else (
+        "toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at)) - %d),"
+        " toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE,
+        SHIP_EARLY)) for name in names]
+    return ";\n".join((
+        "RENAME TABLE {0} TO {0}_old{1}".format(table, on), ship_ddl(cluster, database)[0],
+        "INSERT INTO {0} ({1}) SELECT {2} FROM {0}_old".format(table, ", ".join(names),
+        ", ".join(cells)),
+        "DROP TABLE {0}_old{1}".format(table, on))) + ";"
 
 
 class House(NamedTuple):
@@ -2436,33 +3252,47 @@ class House(NamedTuple):
     path: str
     parameters: Dict[str, str]
 
+    @property
+    def destination(self) -> str:
+        """The name of its mark: no user, no password (--to cannot hold them)."""
+        return "%s://%s:%d%s/%s.%s" % (
+            "https" if self.tls else "http", self.host, self.port, self.path.rstrip("/"),
+            self.parameters["database"], SHIP_RAW)
+
 
 TO = "http://host:8123/?database=analytics"
 
 
 def house_of(url: str) -> House:
-    """Raises Usage. User and password come from the environment alone: a URL is seen in process lists."""
+    """Raises Usage. User and password come from the environment alone: a URL is seen in process
+    lists."""
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
-        parameters = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        parameters = dict(urllib.parse.parse_qsl(
+            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise Usage("--to takes a URL such as %s" % TO) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment or not re.fullmatch(
+    if parts.scheme not in ("http",
+            "https") or not parts.hostname or parts.fragment or not re.fullmatch(
             "[!-~]+", url):
         raise Usage("--to takes an http or https URL such as %s" % TO)
     if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
-        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database", "default")):
+        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
+                    "CLICKHOUSE_PASSWORD")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database",
+            "default")):
         raise Usage("--to names a database of letters, digits and _")
     tls = parts.scheme == "https"
-    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/", parameters)
+    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/",
+            parameters)
 
 
-def credentials(environment: Mapping[str, str]) -> Dict[str, str]:
+def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
     """The headers that carry user and password. Raises Usage."""
     headers = {}
-    for variable, header in (("CLICKHOUSE_USER", "X-ClickHouse-User"), ("CLICKHOUSE_PASSWORD", "X-ClickHouse-Key")):
+    for variable, header in (("CLICKHOUSE_USER", "X-ClickHouse-User"),
+                             ("CLICKHOUSE_PASSWORD", "X-ClickHouse-Key")):
         value = environment.get(variable, "")
         if not re.fullmatch("[ -~]*", value):
             raise Usage("%s may hold printable ASCII only: it travels in a header" % variable)
@@ -2472,452 +3302,728 @@ def credentials(environment: Mapping[str, str]) -> Dict[str, str]:
 
 
 def retry_after(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None without a usable one."""
+    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None
+    without a usable one."""
     if text is None:
         return None
     try:
-        seconds = float(text) if is_number(text) else email.utils.parsedate_to_datetime(text).timestamp() - now
+        seconds = float(text) if is_number(text) else (
+            email.utils.parsedate_to_datetime(text).timestamp() - now)
     except (TypeError, ValueError, IndexError, OverflowError):
         return None
     return min(max(0.0, seconds), DAY_MS / 1000)
 
 
 def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at least half of
-    that; `chance` (0 to 1) is the jitter that keeps many nodes from coming back together."""
+    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
+    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
+    together."""
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
-# ClickHouse's error numbers (ErrorCodes.cpp) that say nothing about the rows and pass by themselves: time-outs, too
-# many queries or parts, network, memory, disk space, a replica or its keeper away, a query cancelled by a shutdown.
-# 33 and 354: the body did not arrive whole.
-PASSING = {33, 159, 160, 198, 202, 203, 209, 210, 225, 236, 241, 242, 243, 252, 279, 285, 286, 319, 354, 394, 439, 999}
+# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number,
+# date or array that it cannot take, a type, a constraint. All others (disk, network, memory,
+# replicas, too many parts or queries, rights, a table that is gone) say nothing about a row.
+SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+        376,
+                    395, 407, 441, 467, 469}
 SAID = {  # number: what it means here; ClickHouse's own words could name the user
-    **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set CLICKHOUSE_USER and"
+    **dict.fromkeys((192, 193, 194, 516),
+    "does not know this user or password: set CLICKHOUSE_USER and"
                                           " CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s here: nothing was shipped to it yet, or it was dropped meanwhile" % RAW,
+    60: "has no table %s here: nothing was shipped to it yet, or it was dropped "
+        "meanwhile" % SHIP_RAW,
     81: "has no such database: make it, or name another in --to (?database=...)",
 }
-
-
-HELD_SQL = """SELECT id, held > seniority AND (holder != '{1}' OR holder_id < {2}) FROM mine ALL INNER JOIN (
-  SELECT identity_hash, session_id_hash, max(seniority) AS held, argMax(node, seniority) AS holder,
-    argMax(id, seniority) AS holder_id
-  FROM {0} WHERE (identity_hash, session_id_hash) GLOBAL IN (SELECT identity_hash, session_id_hash FROM mine)
-  GROUP BY identity_hash, session_id_hash
-) AS them USING (identity_hash, session_id_hash) WHERE held >= seniority"""
+SHIP_FOUND = """SELECT n FROM mine WHERE (identity_hash, session_id_hash) GLOBAL IN (
+  SELECT identity_hash, session_id_hash FROM {0}
+  WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
+    SELECT identity_hash, session_id_hash FROM mine))"""
 
 
 class ClickHouse:
-    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have gone stale."""
+    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
+    gone stale."""
 
     def __init__(self, house: House, headers: Dict[str, str]) -> None:
         self.house = house
         self.headers = headers
         self.name = "ClickHouse at %s:%d" % (house.host, house.port)
 
-    def ask(self, sql: str) -> List[List[str]]:
-        """The rows of a SELECT, or none. Raises Later, Refused."""
-        return self.selected(*self.posted({}, sql.encode(), {}))
+    def select(self, sql: str, parameters: Mapping[str, str] = {}, body: Optional[bytes] = None,
+               headers: Mapping[str, str] = {}, silence: Optional[float] = None) -> List[List[str]]:
+        """The rows of a statement, or none. Raises Later, Refused."""
+        answer = self.posted(parameters, sql.encode() if body is None else body, headers, silence)
+        if answer[0] != 200:
+            raise self.refusal(*answer, quote=True)
+        return [line.split("\t") for line in answer[2].decode("utf-8", "replace").splitlines()]
 
-    def selected(self, status: int, headers: http.client.HTTPMessage, said: bytes) -> List[List[str]]:
-        if status != 200:
-            raise self.refusal(status, headers, said, quote=True)
-        return [line.split("\t") for line in said.decode("utf-8", "replace").splitlines()]
-
-    def numbers(self, sql: str, width: int) -> List[List[int]]:
-        """The rows of a SELECT of so many numbers."""
-        return self.numeric(self.ask(sql), width)
-
-    def numeric(self, rows: List[List[str]], width: int) -> List[List[int]]:
-        if any(len(row) != width or not all(map(is_number, row)) for row in rows):
+    def numbers(self, *arguments: Any, **options: Any) -> List[int]:
+        """The rows of a SELECT of one number."""
+        rows = self.select(*arguments, **options)
+        if any(len(row) != 1 or not is_number(row[0]) for row in rows):
             raise Refused(self.name + " answers what was not asked; is it one?")
-        return [list(map(int, row)) for row in rows]
+        return [int(row[0]) for row in rows]
 
-    def held(self, node: str, first: int, keys: Iterable[bytes]) -> Dict[int, bool]:
-        """{id: is that one of another node, or swept} of the key_binary rows whose session ClickHouse holds, as this
-        row or as one that this row gives way to. A session that it holds only as a younger row is not held. `first` is
-        the node's first row that is not swept (a session can end again after that).
+    def found(self, rows: Sequence[Shipped]) -> Set[int]:
+        """The places in `rows` of those whose session is in the table, and with that in the view.
 
-        The keys go as a table beside the query (ClickHouse's "external data"): in its text they would be in
-        ClickHouse's query log, whole, and would not fit it (256 KiB)."""
-        rows = b"".join(keys)
-        if not rows:
-            return {}
+        The keys go as a table beside the query (ClickHouse's "external data"): in its text they
+        would be in ClickHouse's query log, and would not fit it (256 KiB). Their own months are
+        searched first. A session that is not there may stand in another month, as another node
+        received it."""
+        found: Set[int] = set()
+        months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in rows}
+        for where in ("toYYYYMM(ended) IN (%s) AND " % ", ".join(sorted(months)), ""):
+            left = [n for n in range(len(rows)) if n not in found]
+            if left:
+                found |= set(self.beside(SHIP_FOUND.format(SHIP_RAW, where), (
+                    ("n", "UInt32", left),
+                    ("identity_hash", "FixedString(32)", [rows[n].identity for n in left]),
+                    ("session_id_hash", "FixedString(32)", [rows[n].session for n in left]))))
+        return found
+
+    def beside(self, sql: str, columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> List[int]:
+        """The numbers that a query answers with these columns as its table `mine`."""
         mark = uuid.uuid4().hex
-        return {row_id: bool(older) for row_id, older in self.numeric(self.selected(*self.posted(
-            {"query": HELD_SQL.format(RAW, node, first), "mine_structure": KEY_COLUMNS, "mine_format": "RowBinary"},
-            b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n%s\r\n--%s--\r\n' % (
-                mark.encode(), rows, mark.encode()),
-            {"Content-Type": "multipart/form-data; boundary=" + mark})), 2)}
+        structure = ", ".join("%s %s" % (name, kind) for name, kind, _ in columns)
+        return self.numbers(
+            "", {"query": sql, "mine_structure": structure, "mine_format": "Native"},
+            b'--%s\r\nContent-Disposition: form-data; name="mine"; '
+            b'filename="mine"\r\n\r\n%s\r\n--%s--\r\n'
+            % (mark.encode(), ship_native(columns), mark.encode()),
+            {"Content-Type": "multipart/form-data; boundary=" + mark}, silence=SHIP_CHECK_SILENCE)
 
-    def highest(self, node: str) -> Optional[int]:
-        """The highest id of a node's rows, None if it has none."""
-        found = self.numbers("SELECT max(id) FROM %s WHERE node = '%s' GROUP BY node" % (RAW, node), 1)
-        return found[0][0] if found else None
+    def months(self, only: Iterable[str] = ()) -> Set[int]:
+        """The months of `ended` that hold a row, of these (or of all)."""
+        chosen = " WHERE toYYYYMM(ended) IN (%s)" % ", ".join(only) if only else ""
+        return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM %s%s" % (SHIP_RAW, chosen)))
 
-    def insert(self, rows: bytes) -> None:
-        """One INSERT of rows in RowBinary. Raises Later, InsertRefused, Refused."""
-        packer = zlib.compressobj(1, zlib.DEFLATED, 31)  # level 6 takes twice the time for 3 % less
+    def insert(self, node: str, rows: Sequence[Shipped]) -> None:
+        """One INSERT, of no rows, too. Raises Later, InsertRefused, Refused."""
+        if not rows:
+            return
         query = str(uuid.uuid4())
-        status, headers, said = self.posted(
-            {"query": "INSERT INTO %s (%s) FORMAT RowBinary" % (RAW, ", ".join(name for name, _ in RAW_COLUMNS)),
-             "query_id": query}, packer.compress(rows) + packer.flush(), {"Content-Encoding": "gzip"})
-        if status != 200 or said:
-            error = self.refusal(status, headers, said, quote=not rows)
-            if not rows or isinstance(error, Later):
-                raise error
-            raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error, query))
+        cells = list(zip(*rows))
+        columns: List[Sequence[Any]] = [
+            [node] * len(rows), [seniority(node, row.received) for row in rows], *cells[:12]]
+        answer = self.posted(
+            {"query": "INSERT INTO %s (%s) FORMAT Native" % (
+                SHIP_RAW, ", ".join(name for name, _ in RAW_COLUMNS)), "query_id": query},
+            ship_native([(name, LOW_CARDINALITY.sub(r"\1", kind), column)
+                         for (name, kind), column in zip(RAW_COLUMNS, columns)]), {})
+        if answer[0] != 200 or answer[2]:
+            error = self.refusal(*answer, quote=False)
+            if self.error_number(*answer) in SHIP_DATA_ERRORS:
+                raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error,
+                        query))
+            raise error
 
-    def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes, quote: bool) -> Refused:
-        """What to make of an answer that is no success; its words only if they cannot be about a row."""
-        words = said[:2000].decode("utf-8", "replace")
-        match = re.match(r"\s*Code: ([0-9]{1,6})[.,]", words)
-        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1]) or ""
-        code = int(number) if re.fullmatch("[0-9]{1,6}", number) else None
+    def error_number(self, status: int, headers: http.client.HTTPMessage,
+                     said: bytes) -> Optional[int]:
+        match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
+        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1].decode()) or ""
+        return int(number) if re.fullmatch("[0-9]{1,6}", number) else None
+
+    def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes,
+                quote: bool) -> Refused:
+        """What to make of an answer that is no success; its words only if they cannot be about a
+        row."""
+        code = self.error_number(status, headers, said)
         after = retry_after(headers.get("Retry-After"), time.time())
-        if code in PASSING or (code is None and status in (408, 429, 500, 502, 503, 504)):
-            return Later("%s cannot take it now (status %d%s)" % (
-                self.name, status, "" if code is None else ", its error %d" % code), after)
         if 300 <= status < 400:
-            return Refused("%s sends elsewhere (status %d), which is not followed; name the right place in --to" % (
-                self.name, status))
+            return Refused("%s sends elsewhere (status %d), which is not followed; name the right "
+                           "place"
+                           " in --to" % (self.name, status))
         if code in SAID:
             return Refused("%s %s (its error %d)" % (self.name, SAID[code], code))
-        if code is None:
-            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's HTTP port?" % (
-                self.name, status))
-        cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words.split("\n")[0])[:300]
-        return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
+        if code is None and status not in (408, 429, 500, 502, 503, 504):
+            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
+                           "HTTP"
+                           " port?" % (self.name, status))
+        # 62: a statement that it cannot read
+        if code in SHIP_DATA_ERRORS or (code == 62 and quote):
+            words = said[:2000].decode("utf-8", "replace").split("\n")[0]
+            cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]
+            return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
+        return Later("%s cannot take it now (status %d%s)" % (
+            self.name, status, "" if code is None else ", its error %d" % code), after)
 
-    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Dict[str, str]) -> Tuple[
-            int, http.client.HTTPMessage, bytes]:
-        """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
+    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str],
+               silence: Optional[float] = None) -> Tuple[int, http.client.HTTPMessage, bytes]:
+        """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no
+        proxy."""
+        silence = silence or SHIP_SILENCE
         query = urllib.parse.urlencode({**SETTINGS_SENT, **self.house.parameters, **parameters})
         place = (self.house.host, self.house.port)
         connection = http.client.HTTPSConnection(
-            *place, timeout=ANSWER_SECONDS, context=ssl.create_default_context()
-        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=ANSWER_SECONDS)
+            *place, timeout=silence, context=ssl.create_default_context()
+        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=silence)
         try:
             connection.connect()
             try:
-                connection.request("POST", self.house.path + "?" + query, body, {**self.headers, **headers})
+                connection.request("POST", self.house.path + "?" + query, body,
+                                   {**self.headers, **headers})
             except ConnectionError:
                 pass  # it may have refused before it read everything, and then says why
             answer = connection.getresponse()
-            said = answer.read(ANSWER_BYTES + 1)
-            if answer.length and len(said) <= ANSWER_BYTES:
+            said = answer.read(SHIP_ANSWER_BYTES + 1)
+            if answer.length and len(said) <= SHIP_ANSWER_BYTES:
                 raise http.client.IncompleteRead(said)
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
+        except socket.timeout:
+            raise Later("%s says nothing for %.0f s" % (self.name, silence)) from None
         except OSError as error:
             raise Later("cannot reach %s: %s" % (
                 self.name, error.strerror or str(error) or type(error).__name__)) from None
         except http.client.HTTPException as error:
-            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (self.name, type(error).__name__)) from None
+            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (
+                self.name, type(error).__name__)) from None
         finally:
             connection.close()
-        if len(said) > ANSWER_BYTES:
+        if len(said) > SHIP_ANSWER_BYTES:
             raise Refused("%s answers without end" % self.name)
         return answer.status, answer.headers, said
 
+    def prepare(self, cluster: Optional[str]) -> None:
+        """Makes the tables and views that are missing. Raises Refused where a table is not the one
+        that is written to."""
+        version = self.select("SELECT version()")
+        if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
+            raise Refused("%s is no ClickHouse: it does not know its version" % self.name)
+        there = {row[0]: row[-1] for row in self.select(
+            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = "
+            "'%s'"
+            " FORMAT TabSeparatedRaw" % SHIP_RAW)}
+        for column, kind in RAW_COLUMNS if there else ():
+            if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1",
+                    kind):
+                raise Refused("%s has a table %s whose column %s is not %s; rename that table, or "
+                              "see"
+                              " --print-ddl" % (self.name, SHIP_RAW, column, kind))
+        if version[0][0].startswith("18.") and "LowCardinality" in " ".join(there.values()):
+            raise Refused("%s is of 2018, and has a table %s with the type LowCardinality, an "
+                          "experiment"
+                          " then: make it without (drop it while it is empty)" % (self.name,
+                          SHIP_RAW))
+        made = {row[0]: row[-1] for row in self.select(
+            "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database ="
+            " currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events',"
+            " 'discovery_propagation') FORMAT TabSeparatedRaw" % (SHIP_RAW, SHIP_NODES))}
+        layout = made.get(SHIP_RAW, "")
+        if layout.startswith("Distributed"):
+            layout = made.get("session_events_local", "PARTITION BY toYYYYMM(ended)")
+        if there and "PARTITION BY toYYYYMM(ended)" not in layout:
+            raise Refused("%s has a table %s of an older layout, without months. These statements "
+                          "keep"
+                          " its rows (stop every ship first):\n%s" % (
+                              self.name, SHIP_RAW, ship_migration(
+                                  cluster, self.house.parameters["database"])))
+        if not there or not {SHIP_NODES, "session_events", "discovery_propagation"} <= set(made):
+            for statement in ship_ddl(cluster, self.house.parameters["database"]):
+                self.select(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.")
+                            else statement)
 
-def prepare(house: ClickHouse, cluster: Optional[str]) -> None:
-    """Makes what is not there yet, and raises Refused where the table is not the one that is written to: RowBinary
-    has no names in it, so that another type would be filled with nonsense."""
-    version = house.ask("SELECT version()")
-    if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
-        raise Refused("%s is no ClickHouse: it does not know its version" % house.name)
-    there = {row[0]: row[-1] for row in house.ask(
-        "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = '%s'"
-        " FORMAT TabSeparatedRaw" % RAW)}
-    for column, kind in RAW_COLUMNS if there else ():
-        if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1", kind):
-            raise Refused("%s has a table %s whose column %s is not %s; rename that table, or see --print-ddl" % (
-                house.name, RAW, column, kind))
-    views = house.ask("SELECT name FROM system.tables WHERE database = currentDatabase() AND name IN"
-                      " ('session_events', 'discovery_propagation')")
-    if not there or len(views) < 2:
-        for statement in ddl(cluster, house.house.parameters["database"]):
-            house.ask(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.") else statement)
+    def differing_pepper(self, node: str, pepper: str) -> bool:
+        """Writes the fingerprint of this node's pepper; does another node's differ?"""
+        self.posted({"query": "INSERT INTO %s FORMAT Native" % SHIP_NODES}, ship_native((
+            ("node", "String", [node]), ("pepper", "String", [pepper]),
+            ("seen", "UInt32", [int(time.time()) & SHIP_SECONDS]))), {})
+        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM "
+                            "%s GROUP"
+                            " BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
 
 
-def node_of(path: str) -> str:
-    """The name of the database file as a node: random, made once, and kept in the file, so that a copy of the program,
-    a new address or another machine does not change it."""
-    with reading(path) as reader:
-        name = node_in(reader)
-    if name is None:
+# -- The mark, in the file; one step; how it is watched --
+
+SHIP_MARKS = (
+    """CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT
+    NULL)""" % SHIP_NODE,
+    """CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL,
+  last_id INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT
+  ROWID""",
+    # What was confirmed first in each of the last minutes, for a ClickHouse that lost the newest
+    # rows.
+    """CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL,
+  minute TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT
+  ROWID""")
+
+
+def ship_moment(seconds: float) -> str:
+    return moment_text(int(seconds) * 1000)[:19] + "Z"
+
+
+class Mark(NamedTuple):
+    """How far one destination has got; `node` is the file's name. `confirmed`: seconds since 1970,
+    when the last batch was sent (so not later than it was confirmed)."""
+
+    node: str
+    last_id: int
+    confirmed: float
+
+
+class Shipment:
+    """One database file and one destination.
+
+    The file is opened anew for each step, so that one that was put in its place is noticed. What
+    was confirmed stands in the file itself, so that a restored file, a copy, or two that ship at
+    once are no special cases: the mark belongs to the rows beside it. Sending a row again changes
+    nothing."""
+
+    def __init__(self, path: str, house: ClickHouse) -> None:
+        self.path, self.house, self.destination = path, house, house.house.destination
+        self.key = "destination = ? AND node = ?"
+        self.rows_shipped = 0
+        self.again = False  # all rows once more
+        self.checked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
+        self.events: List[str] = []  # why rows go once more
+
+    def mark(self, reader: Reader) -> Optional[Mark]:
+        """The mark, None where there is none. Raises Refused if it is none of ours."""
+        tables = {row[0] for row in reader.rows("SELECT name FROM sqlite_master WHERE type = "
+                                                "'table'")}
+        if not {SHIP_NODE, "ship_marks", "ship_history"} <= tables:
+            return None
+        name = reader.rows("SELECT name FROM " + SHIP_NODE).fetchone()
+        if name is None:
+            return None
+        if not isinstance(name[0], str) or not is_node(name[0]):
+            raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one "
+                          "is made"
+                          % (SHIP_NODE, self.path))
+        found = reader.rows("SELECT last_id, confirmed_at FROM ship_marks WHERE " + self.key,
+                            [self.destination, name[0]]).fetchone()
+        if found is None:
+            return None
+        at = instant(found[1])
+        if not isinstance(found[0], int) or at is None:
+            raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows "
+                          "go once"
+                          " more" % self.path)
+        return Mark(name[0], found[0], at / 1000)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A short write transaction beside a running server. Raises Later, Refused."""
         try:
-            with contextlib.closing(sqlite3.connect(Path(path).absolute().as_uri() + "?mode=rw", uri=True,
-                                                    timeout=BUSY_SECONDS, isolation_level=None)) as connection:
-                connection.executescript("BEGIN IMMEDIATE; CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY"
-                                         " CHECK (one = 1), name TEXT NOT NULL);" % NODE_TABLE)
-                connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % NODE_TABLE, [secrets.token_hex(8)])
+            with contextlib.closing(sqlite3.connect(
+                    Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
+                            timeout=BUSY_SECONDS,
+                    isolation_level=None)) as connection:
+                # a lost mark only sends rows again
+                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise Refused("cannot write the node's name into %s, which is done once: %s" % (path, (
-                "only a user who may write the file and its folder can (run this once as the server's user)"
-                if re.search("readonly|unable to open", str(error)) else explained(error, path)))) from error
-        with reading(path) as reader:
-            name = node_in(reader)
-    if name is None or not is_node(name):
-        raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one is made" % (
-            NODE_TABLE, path))
-    return name
+            why = explained(error, self.path)
+            if re.search("readonly|unable to open", str(error)):
+                why = Refused("only a user who may write the file and its folder can (run this as "
+                              "the"
+                              " server's user)")
+            text = "cannot write the mark of what was shipped into %s: %s" % (self.path, why)
+            passing = "locked" in str(error) or "full" in str(error)
+            raise (Later if passing else Refused)(text) from error
 
+    def begin(self) -> None:
+        """Writes a name for the file and a mark below every row, where they are missing."""
+        with self.writing() as connection:
+            for statement in SHIP_MARKS:
+                connection.execute(statement)
+            connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % SHIP_NODE,
+                               [secrets.token_hex(8)])
+            connection.execute("INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM "
+                               "%s" % SHIP_NODE,
+                               [self.destination, SHIP_LEAST, ship_moment(time.time())])
 
-def node_in(reader: Reader) -> Optional[str]:
-    if not reader.rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", [NODE_TABLE]).fetchone():
-        return None
-    found = reader.rows("SELECT name FROM " + NODE_TABLE).fetchone()
-    return str(found[0]) if found else None
+    def confirm(self, mark: Mark, last: Shipped, sent: float) -> None:
+        """Moves the mark up to the row `last`. Only if the file still has the mark that was read
+        and that row: it may have been replaced, and a second ship may have been faster."""
+        names = [self.destination, mark.node]
+        with self.writing() as connection:
+            moved = connection.execute(
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ? AND "
+                "EXISTS ("
+                "SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? AND "
+                "session_id_hash = ?"
+                " AND CAST(strftime('%%s', received_at) AS INTEGER) = ?)" % self.key,
+                [last.id, ship_moment(sent), *names, mark.last_id, last.id, last.identity,
+                last.session,
+                 last.received]).rowcount
+            if moved:
+                now = time.time()
+                connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
+                                   [*names, ship_moment(now)[:16], last.id])
+                connection.execute(
+                    "DELETE FROM ship_history WHERE {0} AND minute < (SELECT max(minute) FROM "
+                    "ship_history"
+                    " WHERE {0} AND minute <= ?)".format(self.key),
+                    [*names, *names, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
 
+    def rewind(self, mark: Mark, to: int, why: str) -> None:
+        """Moves the mark down, so that what stands behind it goes once more."""
+        names = [self.destination, mark.node]
+        with self.writing() as connection:
+            moved = connection.execute(
+                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = "
+                "?" % self.key,
+                [to, ship_moment(time.time()), *names, mark.last_id]).rowcount
+            connection.execute("DELETE FROM ship_history WHERE %s AND last_id > ?" % self.key,
+                               [*names, to])
+        if moved:
+            self.events.append(why)
 
-SHIP_SQL = "SELECT %s FROM session_events WHERE id " % ", ".join(column for column, _, _ in CELLS)
+    def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
+        """(the id after which rows go once more, why), None where ClickHouse has what the mark
+        says."""
+        if mark.last_id == SHIP_LEAST:
+            return None
+        if self.again:
+            self.again = False
+            return SHIP_LEAST, "--again"
+        highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
+        if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():
+            used = reader.rows("SELECT seq FROM sqlite_sequence WHERE name = "
+                               "'session_events'").fetchone()
+            highest = max((n for n in (highest, used and used[0]) if isinstance(n, int)),
+                    default=None)
+        if highest is None or highest < mark.last_id:
+            return SHIP_LEAST, "the mark is not of this file's rows"
+        if 0 <= time.monotonic() - self.checked < 1:  # before each batch it takes a quarter of the time
+            return None
+        sample = self.confirmed(reader, mark, SHIP_SAMPLE)
+        if sample and not self.house.found(sample):
+            months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in sample}
+            if self.house.months(months) or not self.house.months():
+                return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
+        up = self.house.numbers("SELECT uptime()")
+        now = time.time()  # after the answer, so that its start seems late rather than early
+        if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
+            self.checked = time.monotonic()
+            return None
+        if up and up[0] < 2:
+            time.sleep(2)  # uptime() counts whole seconds: else the next mark would be doubted, too
+        before = ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]
+        found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY "
+                            "minute"
+                            " DESC LIMIT 1" % self.key, [self.destination, mark.node,
+                            before]).fetchone()
+        return (found[0] if found else SHIP_LEAST), (
+            "ClickHouse was started after the last rows were confirmed" if mark.confirmed <= now + 2
+            else "the mark lies in the future")
 
+    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
+        """The last rows up to the mark, without those that were made unfit since."""
+        try:
+            return ship_batch(reader, "<= ? AND +fits ORDER BY id DESC", mark.last_id, most)
+        except Unfit:
+            return []
 
-def batch_after(path: str, after: int) -> List[Shipped]:
-    """The next rows in the order of their ids, up to SHIP_ROWS or about SHIP_BYTES; none at the end.
+    def step(self) -> bool:
+        """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit
+        for a row that cannot go, Later, Refused."""
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+            doubt = self.doubt(reader, mark) if mark else None
+            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS) if (
+                mark and not doubt) else []
+            taken = self.confirmed(reader, mark, 1) if mark and rows else []
+        if mark is None:
+            self.begin()
+        elif doubt:
+            self.rewind(mark, *doubt)
+        elif rows:
+            sent = time.time()
+            stored, error = self.insert(mark.node, rows, taken)
+            if stored:
+                self.confirm(mark, rows[stored - 1], sent)
+                self.rows_shipped += stored
+            if error:
+                raise error
+        return bool(mark is None or doubt or rows)
 
-    Each batch is a read of its own, so that a slow ClickHouse never keeps the server from emptying its -wal file.
-    Raises Unfit only when nothing stands before the row."""
-    rows: List[Shipped] = []
-    size = 0
-    with reading(path) as reader:
-        for row in reader.rows(SHIP_SQL + "> ? ORDER BY id LIMIT ?", [after, SHIP_ROWS]):
+    def insert(self, node: str, rows: Sequence[Shipped], taken: Sequence[Shipped]) -> Tuple[
+            int, Optional[Refused]]:
+        """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one
+        that ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at
+        fault."""
+        done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
+        while done < len(rows):
             try:
-                rows.append(shippable(row))
-            except Unfit:
-                if not rows:
-                    raise
-                break
-            size += 256 + sum(map(len, rows[-1].refs))
-            if size >= SHIP_BYTES:
-                break
-    return rows
+                self.house.insert(node, rows[done:end])
+                done, end = end, len(rows)
+            except InsertRefused as error:
+                if end - done > 1:
+                    end = (done + end) // 2
+                    continue
+                try:
+                    self.house.insert(node, rows[done - 1:done] or taken)
+                except InsertRefused:
+                    return done, Later("%s; and refuses a row that it took before" % error)
+                return done, Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+                    rows[done].id, error))
+        return done, None
+
+    def status(self) -> Dict[str, Union[int, float]]:
+        """What --metrics shows and the log says once a minute."""
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+            last = mark.last_id if mark else SHIP_LEAST
+            waiting = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
+                    [last]).fetchone()[0]
+            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id "
+                                 "LIMIT 1",
+                                 [last]).fetchone()
+        since = instant(oldest[0]) if oldest else None
+        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": max(
+            0, (now_ms() - since) // 1000) if since is not None else 0}
+
+    def pepper(self) -> str:
+        """The fingerprint of the pepper that server.py noted in the file; empty without one."""
+        with reading(self.path) as reader:
+            if not reader.rows("SELECT 1 FROM sqlite_master WHERE name = "
+                               "'session_events_pepper'").fetchone():
+                return ""
+            found = reader.rows("SELECT fingerprint FROM session_events_pepper ORDER BY rowid "
+                                "DESC").fetchone()
+            return found[0] if found and re.fullmatch("[0-9a-f]{1,64}", str(found[0])) else ""
+
+    def prepare(self, cluster: Optional[str]) -> bool:
+        """Makes what is missing on both sides; False if another node has another pepper."""
+        self.checked = -1.0
+        self.house.prepare(cluster)
+        with reading(self.path) as reader:
+            mark = self.mark(reader)
+        if mark is None:
+            self.begin()
+            with reading(self.path) as reader:
+                mark = self.mark(reader)
+        return mark is None or not self.house.differing_pepper(mark.node, self.pepper())
 
 
-LEAST_ID = -1 << 63
+SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), "
+                "so that a"
+                " developer is somebody else on each of them")
 
 
-def resume_point(path: str, house: ClickHouse, node: str) -> int:
-    """The id after which to go on: everything up to it is in ClickHouse. Raises Refused if what is there under this
-    node's name is not this file's.
-
-    Rows are sent in the order of their ids, and each batch only when the one before it was answered. So what may be
-    missing below the highest id there (a batch can be in by halves, on one of two shards) is among the last SHIP_ROWS
-    rows, and these are compared one by one. Two that ship at once change nothing of that: each sends without a gap.
-
-    A row that gave way to another node's is gone after a merge, and nothing is missing: what is not there by its id is
-    looked for by its session. The highest id that is left can be less than what was sent, so that goes on behind it,
-    up to the first row that is nowhere."""
-    top = house.highest(node)
-    after = LEAST_ID
-    if top is not None:
-        with reading(path) as reader:
-            highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
-            if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():  # maybe swept
-                sequence = reader.rows("SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'").fetchone()
-                highest = max((n for n in (highest, sequence[0]) if n is not None), default=None)
-            if highest is None or highest < top:
-                raise other_file(house, path)
-            before = reader.rows("SELECT id FROM session_events WHERE id <= ? ORDER BY id DESC LIMIT 1 OFFSET ?",
-                                 [top, SHIP_ROWS]).fetchone()
-            after = before[0] if before else after
-    while True:
-        rows = batch_after(path, after)
-        if not rows:
-            return after
-        ours = {s.id: s for s in rows}
-        theirs = house.numbers("SELECT id, %s FROM %s WHERE node = '%s' AND id >= %d AND id <= %d" % (
-            ROW_SUM, RAW, node, rows[0].id, rows[-1].id), 2) if top is not None and rows[0].id <= top else []
-        if any(row_id in ours and row_sum(ours[row_id]) != total for row_id, total in theirs):
-            raise other_file(house, path)
-        gone = ours.keys() - {row_id for row_id, _ in theirs}
-        held = house.held(node, rows[0].id, (key_binary(node, ours[row_id]) for row_id in gone))
-        if gone - held.keys():
-            return min(gone - held.keys()) - 1
-        after = rows[-1].id
-
-
-def other_file(house: ClickHouse, path: str) -> Refused:
-    return Refused("%s holds other rows under this node's name than %s: the file is an old copy, or was copied to a"
-                   " second node. Give it a name of its own (sqlite3 FILE 'DROP TABLE %s') and run this again: it is"
-                   " shipped anew, and no session counts twice" % (house.name, path, NODE_TABLE))
-
-
-def store(house: ClickHouse, node: str, rows: Sequence[Shipped]) -> None:
-    """One batch. Raises Refused with the row's id when there is one that ClickHouse does not take; what comes before
-    it is stored then."""
-    try:
-        house.insert(b"".join(row_binary(node, s) for s in rows))
-    except InsertRefused as error:
-        house.insert(b"")  # if it refuses that too, it is not about a row, and says so
-        if len(rows) == 1:
-            raise Refused("row id %d cannot be shipped, and nothing after it is: %s" % (rows[0].id, error)) from None
-        middle = len(rows) // 2
-        store(house, node, rows[:middle])
-        store(house, node, rows[middle:])
-
-
-def ship_rows(path: str, house: ClickHouse, node: str, after: int, told: Callable[[int], object]) -> int:
-    """Ships what comes after an id; the last id. `told` hears how many rows each batch had."""
-    while True:
-        rows = batch_after(path, after)
-        if not rows:
-            return after
-        store(house, node, rows)
-        after = rows[-1].id
-        told(len(rows))
-
-
-class Progress:
+class ShipProgress:
     """How many rows were shipped; on a terminal, while it goes on."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.shown = False
 
     def __call__(self, rows: int) -> None:
-        self.count += rows
         if sys.stderr.isatty():
-            sys.stderr.write("\r{:,} rows shipped".format(self.count))
+            sys.stderr.write("\r{:,} rows shipped".format(rows))
             sys.stderr.flush()
+            self.shown = True
 
     def end(self) -> None:
-        if self.count and sys.stderr.isatty():
+        if self.shown:
             sys.stderr.write("\n")
 
 
-def follow(path: str, house: ClickHouse, node: str, cluster: Optional[str], told: Callable[[int], object]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. Where to go on is asked of ClickHouse at first and after each fault."""
+def ship_log(event: str, **details: Any) -> None:
+    """One line of JSON on standard error."""
+    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr,
+            flush=True)
+
+
+class ShipMetrics(http.server.ThreadingHTTPServer):
+    """--metrics: GET /metrics in Prometheus' text form."""
+
+    daemon_threads = True
+
+    def __init__(self, address: Tuple[str, int], shipment: Shipment) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, ShipMetricsHandler)
+        self.shipment = shipment
+        self.waiting = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def text(self) -> str:
+        shipment = self.shipment
+        lines = []
+        for name, kind, value, text in (
+                *((name, "gauge", value, text) for (name, value),
+                text in zip(shipment.status().items(), (
+                    "id of the last row that ClickHouse confirmed",
+                    "rows that are not yet confirmed",
+                    "age of the oldest of them"))),
+                ("waiting", "gauge", self.waiting, "1 while ClickHouse or the file cannot be used"),
+                ("rows_total", "counter", shipment.rows_shipped,
+                "rows confirmed since this started")):
+            name = "session_events_ship_" + name
+            lines += ["# HELP %s %s" % (name, text), "# TYPE %s %s" % (name, kind), "%s %s" % (name,
+                    value)]
+        return "\n".join(lines) + "\n"
+
+
+class ShipMetricsHandler(http.server.BaseHTTPRequestHandler):
+    timeout = 10
+    server: ShipMetrics
+
+    def do_GET(self) -> None:
+        try:
+            status, text = (200, self.server.text()) if self.path == "/metrics" else (404,
+            "see /metrics\n")
+        except Refused as error:
+            status, text = 503, visible(str(error)) + "\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def ship_address(text: str) -> Tuple[str, int]:
+    match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
+    if not match or int(match[2]) > 65_535:
+        raise Usage("--metrics takes an address such as 127.0.0.1:9101")
+    return match[1], int(match[2])
+
+
+def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMetrics]) -> int:
+    """Ships until SIGTERM or Ctrl-C; 0. What cannot be done at the start is an error; later it
+    waits."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    after: Optional[int] = None
-    failures = 0
+    ready = started = False
+    failures, why, noted = 0, "", time.monotonic()
     try:
         while True:
             try:
-                if after is None:
-                    prepare(house, cluster)
-                    after = resume_point(path, house, node)
-                after = ship_rows(path, house, node, after, told)
-                failures, wait = 0, FOLLOW_SECONDS
-            except Later as error:
-                after, failures = None, failures + 1
-                wait = back_off(failures, random.random()) if error.after is None else error.after
-                print("session_events: %s; again in %.0f s" % (visible(str(error)), wait), file=sys.stderr, flush=True)
+                if not ready and not shipment.prepare(cluster):
+                    ship_log("warning", why=SHIP_PEPPERS)
+                ready = True
+                sent = shipment.step()
+                if not started or failures:
+                    ship_log("recovered" if failures else "shipping", to=shipment.destination,
+                             **shipment.status())
+                started, failures, why = True, 0, ""
+                wait = 0.0 if sent else FOLLOW_SECONDS
+            except Refused as error:
+                if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
+                    raise
+                ready, failures = False, failures + 1
+                wait = back_off(failures, random.random())
+                if isinstance(error, Later) and error.after is not None:
+                    wait = error.after
+                why = visible(str(error))
+                if failures == 1:
+                    ship_log("waiting", why=why, again_in_seconds=round(wait, 1))
+            for reason in shipment.events:
+                ship_log("again", why=reason)
+            shipment.events.clear()
+            if metrics:
+                metrics.waiting = int(bool(failures))
+            if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
+                noted = time.monotonic()
+                with contextlib.suppress(Refused):  # the reason is in the line before
+                    ship_log("status", **shipment.status(), **({"why": why} if why else {}))
             time.sleep(wait)
     except KeyboardInterrupt:
         return 0
 
 
-DaySums = Dict[int, List[int]]  # {day since 1970: [rows, sum of their row sums]}
-
-
-def day_sums(path: str, after: int, last: int, chosen: Callable[[List[Shipped]], Iterable[Shipped]]) -> Tuple[
-        DaySums, DaySums, Dict[int, int], int]:
-    """(the file's rows up to the id `last`, those behind it, the first id) by the day on which they were received, and
-    the last id; of the rows after an id, as far as `chosen` takes them from their batch."""
-    shipped: DaySums = {}
-    waiting: DaySums = {}
-    starts: Dict[int, int] = {}
+def ship_check(shipment: Shipment) -> int:
+    """Is every session of the file in the view? 0 or 1. It names, for each day of arrival, how many
+    are not. What waits to be shipped is no fault on the day it came; nor is what lies in a month
+    that ClickHouse no longer has, if it was confirmed."""
+    missing: Dict[Tuple[int, int], int] = {}  # (day since 1970, month): sessions
+    waiting: Dict[int, int] = {}
+    total, after = 0, SHIP_LEAST
     while True:
-        rows = batch_after(path, after)
+        with reading(shipment.path) as reader:
+            mark = shipment.mark(reader)
+            rows = ship_batch(reader, "> ? ORDER BY id", after, SHIP_ROWS)
         if not rows:
-            return shipped, waiting, starts, after
-        for s in chosen(rows):
-            starts.setdefault(day_of(s), s.id)
-            day = (shipped if s.id <= last else waiting).setdefault(day_of(s), [0, 0])
-            day[:] = day[0] + 1, (day[1] + row_sum(s)) % (1 << 64)
-        after = rows[-1].id
-
-
-def day_of(s: Shipped) -> int:
-    return s.received // 86_400
-
-
-def without(sums: DaySums, taken: DaySums) -> DaySums:
-    """The days that are left, with what is left of them."""
-    left = {day: [rows - taken.get(day, [0, 0])[0], (total - taken.get(day, [0, 0])[1]) % (1 << 64)]
-            for day, (rows, total) in sums.items()}
-    return {day: rest for day, rest in left.items() if rest != [0, 0]}
-
-
-def check(path: str, house: ClickHouse, node: str) -> int:
-    """Compares the file's rows with ClickHouse's, day by day; 0 if all are there, else 1. Rows of today that wait to be
-    shipped are no difference, those of earlier days are.
-
-    A session that another node received first (or this one, before a sweep) is held as that row. Where a day differs,
-    the file's rows of it are looked for by their sessions, and those held so are taken out of the comparison."""
-    last = house.highest(node)
-    top = LEAST_ID if last is None else last
-    shipped, waiting, starts, end = day_sums(path, LEAST_ID, top, lambda rows: rows)
-    first = min(starts.values(), default=top)
-    theirs = {day: [rows, total] for day, rows, total in house.numbers(
-        "SELECT toUInt32(toDate(received_at)) AS day, count(), sum(%s) FROM %s FINAL WHERE node = '%s' AND id >= %d"
-        " AND id <= %d GROUP BY day" % (ROW_SUM, RAW, node, first, top), 3)
-    } if last is not None else {}
-    days = {day for day in {*shipped, *theirs} if shipped.get(day) != theirs.get(day)}
-
-    def elsewhere(rows: List[Shipped]) -> Iterable[Shipped]:
-        asked = [s for s in rows if s.id <= end and (s.id > top or day_of(s) in days)]
-        held = house.held(node, first, (key_binary(node, s) for s in asked))
-        return (s for s in asked if held.get(s.id))
-
-    begin = min([top + 1, *(starts[day] for day in days if day in starts)]) - 1
-    lost, lost_waiting = day_sums(path, begin, top, elsewhere)[:2]
-    shipped, waiting = without(shipped, lost), without(waiting, lost_waiting)
-    today = now_ms() // DAY_MS
-    differ = 0
-    for day in sorted({*shipped, *theirs, *waiting}):
-        here, there, later = shipped.get(day, [0, 0]), theirs.get(day, [0, 0]), waiting.get(day, [0, 0])[0]
-        if here != there or (later and day < today):
-            differ += 1
-            print("%s  differs: %d rows in the file, %d in ClickHouse%s" % (
-                moment_text(day * DAY_MS)[:10], here[0] + later, there[0],
-                "" if here[0] + later != there[0] else ", not the same"))
-    compared, late, given = (sum(rows for sums in kinds for rows, _ in sums.values()) for kinds in (
-        (shipped,), (waiting,), (lost, lost_waiting)))
-    before = ", {:,} stand as received before (by another node, or before a sweep)".format(given) if given else ""
-    print("{:,} rows compared{}, {:,} wait to be shipped: {}".format(
-        compared, before, late, "the same on every day" if not differ else "%d days differ; %s" % (
-            differ, "ship, and check again" if late else "ship --again sends all of them once more")))
-    return 1 if differ else 0
+            break
+        total, after = total + len(rows), rows[-1].id
+        found = shipment.house.found(rows)
+        for n, row in enumerate(rows):
+            day = row.received // 86_400
+            if n in found:
+                continue
+            if mark and row.id > mark.last_id:
+                waiting[day] = waiting.get(day, 0) + 1
+            else:
+                key = day, int(time.strftime("%Y%m", time.gmtime(row.ended)))
+                missing[key] = missing.get(key, 0) + 1
+    months = shipment.house.months() if missing else set()
+    dropped = {month for _, month in missing if months and month not in months}
+    gone = {day: sum(n for (d, month), n in missing.items() if d == day and month not in dropped)
+            for day, _ in missing}
+    late = sum(n for day, n in waiting.items() if day < now_ms() // DAY_MS)
+    for day in sorted({*gone, *waiting}):
+        if gone.get(day) or waiting.get(day):
+            print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
+                "{:,} {}".format(n, words) for n, words in (
+                    (gone.get(day, 0), "sessions are missing"), (waiting.get(day, 0),
+                    "wait to be shipped")
+                ) if n)))
+    for month in sorted(dropped):
+        print("{:04}-{:02}  {:,} sessions lie in this month, which ClickHouse no longer has".format(
+            month // 100, month % 100, sum(n for (_, m), n in missing.items() if m == month)))
+    lost = sum(gone.values())
+    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, "
+          "{:,} in"
+          " dropped months{}".format(
+              total, total - sum(missing.values()) - sum(waiting.values()), lost,
+              sum(waiting.values()),
+              sum(missing.values()) - lost, "; ship --again sends all once more" if lost else ""))
+    return 1 if lost or late else 0
 
 
 def ship(options: argparse.Namespace) -> int:
     if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     if options.print_ddl:
-        print(";\n\n".join(ddl(options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
+        print(";\n\n".join(ship_ddl(
+            options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
     if options.check + options.follow + options.again > 1:
         raise Usage("--check, --follow and --again are three different things; give one")
-    house = ClickHouse(house_of(options.to), credentials(os.environ))
-    node = node_of(options.db)
+    if options.metrics and not options.follow:
+        raise Usage("--metrics goes with --follow")
+    address = ship_address(options.metrics) if options.metrics else None
+    gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
+    shipment = Shipment(options.db, ClickHouse(house_of(options.to), ship_credentials(os.environ)))
     if options.check:
-        return check(options.db, house, node)
-    progress = Progress()
+        return ship_check(shipment)
+    if options.follow:
+        try:
+            metrics = ShipMetrics(address, shipment) if address else None
+        except OSError as error:
+            raise Refused("cannot listen on %s: %s" % (options.metrics, error.strerror)) from None
+        return follow(shipment, options.cluster, metrics)
+    progress = ShipProgress()
+    shipment.again = options.again
     try:
-        if options.follow:
-            return follow(options.db, house, node, options.cluster, progress)
-        prepare(house, options.cluster)
-        ship_rows(options.db, house, node,
-                  LEAST_ID if options.again else resume_point(options.db, house, node), progress)
+        if not shipment.prepare(options.cluster):
+            print("session_events: " + SHIP_PEPPERS, file=sys.stderr)
+        while shipment.step():
+            progress(shipment.rows_shipped)
     finally:
         progress.end()
-    print("{:,} rows shipped as node {}".format(progress.count, node))
+        for why in shipment.events:
+            print("session_events: rows go once more: " + why, file=sys.stderr)
+    print("{:,} rows shipped".format(shipment.rows_shipped))
     return 0
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Command line
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Usage(Exception):
@@ -2966,11 +4072,21 @@ def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
     if options.format != "html":
         return graph(reader, window, options.limit or DRAWN)
     newest = reader.window(window, options.limit or DRAWN)
-    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window), window.discovery)}
+    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window),
+        window.discovery)}
 
 
 def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
     return activity(reader, window_of(options))
+
+
+def ran_summary(reader: Reader, options: argparse.Namespace) -> Plain:
+    return summary(reader, window_of(options))
+
+
+def ran_developers(reader: Reader, options: argparse.Namespace) -> Plain:
+    result = developers(reader, window_of(options))
+    return dict(result, developers=result["developers"][:options.limit])
 
 
 def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
@@ -3013,8 +4129,8 @@ def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
 
 
 class Question(NamedTuple):
-    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first is the
-    default), and which part of the result is empty when nothing was found."""
+    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first
+    is the default), and which part of the result is empty when nothing was found."""
 
     help: str
     example: str
@@ -3039,17 +4155,23 @@ def view(options: argparse.Namespace) -> int:
 
 GITHUB_FLAGS = {"any": None, "with": True, "without": False}
 ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
-    "db": ("--db", {"metavar": "FILE", "required": True, "help": "the database that server.py writes"}),
+    "db": ("--db", {"metavar": "FILE", "required": True,
+              "help": "the database that server.py writes"}),
     "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500),
                         "help": "the last N days (%d)" % DAYS_DEFAULT}),
-    "since": ("--since", {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
+    "since": ("--since",
+              {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
     "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
                             "help": "only sessions with GitHub, or without"}),
-    "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
-    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
-    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
-    "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
+    "discovery": ("--discovery", {"metavar": "REF",
+              "help": "sessions that touched this discovery"}),
+    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999),
+              "help": "at most N rows"}),
+    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0],
+              "help": "what comes first"}),
+    "session": ("session",
+              {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
     "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
     "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
                         "help": "the port to listen on (8788); 0 is any free one"}),
@@ -3058,10 +4180,12 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
     "to": ("--to", {"metavar": "URL", "help": "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
                                               " in the environment say who"}),
     "follow": ("--follow", {"action": "store_true", "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
-    "check": ("--check", {"action": "store_true", "help": "ship nothing; compare counts and a checksum for each day,"
-                                                          " and exit with 1 if a day differs"}),
-    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found days that differ"}),
+    "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the file in the view?"
+                                                          " Exit with 1 if not"}),
+    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found that some are missing"}),
     "print_ddl": ("--print-ddl", {"action": "store_true", "help": "only print what makes the table and the views"}),
+    "metrics": ("--metrics", {"metavar": "HOST:PORT", "help": "with --follow: answer GET /metrics here, for"
+                                                              " Prometheus"}),
     "cluster": ("--cluster", {"metavar": "NAME", "help": "make them on every host of this ClickHouse cluster,"
                                                          " replicated"}),
     "demo_db": ("--db", {"metavar": "FILE", "help": "only write them into this new file"}),
@@ -3069,30 +4193,46 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
 WINDOWED = ("db", "days", "since", "until", "github")
 QUESTIONS = {
     "sessions": Question(
-        "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
+        "the sessions, newest first", "sessions --db events.db --days 30",
+        (*WINDOWED, "discovery", "limit"),
         ran_sessions, forms("sessions", sessions_text), "sessions"),
     "session": Question(
-        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
-        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
+        "one session, with the same identity's others",
+        "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
+        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]},
+        "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
         (*WINDOWED, "limit", "sort"), ran_discoveries,
-        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+        forms("discoveries", discoveries_text), "discoveries"),
     "discovery": Question(
-        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        "one discovery: whom it reached, and its path",
+        "discovery rate-limit-buckets --db demo.db --days 30",
         ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
         (*WINDOWED, "discovery", "limit"), ran_graph,
-        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]),
+            "nodes"),
+    "developers": Question(
+        "who gives and who receives: sessions, calls, tokens saved, hand-overs",
+        "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
+        forms("developers", developers_text), "developers"),
+    "summary": Question(
+        "the findings of a window in words, and the window before it beside them: a digest to mail",
+        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED,
+        ran_summary,
+        {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
     "activity": Question(
-        "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
+        "developers, sessions, tokens saved by day, week and month",
+        "activity --db events.db --days 90",
         (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
     "export": Question(
         "every session of a window, oldest first",
         "export --db events.db --days 365 --format csv > sessions.csv",
         (*WINDOWED, "discovery"), ran_export,
-        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]), "csv": lambda r: csv_stream(r["rows"]),
+        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]),
+        "csv": lambda r: csv_stream(r["rows"]),
          "json": lambda r: json_stream(r["rows"])}, "rows"),
 }
 ACTIONS = {
@@ -3100,27 +4240,32 @@ ACTIONS = {
                    ("db", "port", "open"), view),
     "ship": Action("move the rows into a ClickHouse, and on from where it stopped",
                    "ship --db events.db --to 'http://host:8123/?database=analytics' --follow",
-                   ("ship_db", "to", "follow", "check", "again", "print_ddl", "cluster"), ship),
-    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
+                   ("ship_db", "to", "follow", "metrics", "check", "again", "print_ddl",
+                    "cluster"), ship),
+    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"),
+    demo),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        "session_events.py", formatter_class=shape, description="Shows the sessions that server.py stored.",
+        "session_events.py", formatter_class=shape,
+        description="Shows the sessions that server.py stored.",
         epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is"
                " nothing in the window), 1 not found or\nnot readable, 2 the command line is wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help, formatter_class=shape,
+        sub = commands.add_parser(name, help=command.help, description=command.help,
+            formatter_class=shape,
                                   epilog="example: python3 session_events.py " + command.example)
         for argument in command.arguments:
             flag, details = ARGUMENTS[argument]
             sub.add_argument(flag, **details)
         if isinstance(command, Question):
-            sub.add_argument("--format", choices=list(command.forms), default=next(iter(command.forms)),
+            sub.add_argument("--format", choices=list(command.forms),
+                default=next(iter(command.forms)),
                              help="the form of the answer (%(default)s)")
     return top
 
@@ -3133,11 +4278,21 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         for piece in question.forms[options.format](result):
             out(piece)
             written += 1
-        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if question.found == "rows" and options.format != "json":
+            found = written > 0
+        elif question.found == "days":
+            found = any(day["sessions"] for day in result["days"])
+        else:
+            found = bool(result[question.found])
+        left_out = reader.left_out
         if not found:
-            print("nothing in this window; --days looks further back", file=sys.stderr)
-        if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            newest = last_event(reader)
+            print("nothing in this window; %s" % (
+                "the last session ended %s UTC (--days and --since look further back)"
+                % minute(newest)
+                if newest else "there is no session at all"), file=sys.stderr)
+        if left_out:
+            print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -3157,7 +4312,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit neither.
+        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit
+        # neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -3165,8 +4321,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def step_back() -> None:
-    """Lets a server on the same machine go first. A loop of queries beside one under full load on 2 cores took a
-    third of its rate, and takes nothing that can be measured since it does this."""
+    """Lets a server on the same machine go first. A loop of queries beside one under full load on
+    2 cores took a third of its rate, and takes nothing that can be measured since it does
+    this."""
     if hasattr(os, "nice"):
         os.nice(10)
 

@@ -41,6 +41,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import subprocess
 import sys
 import threading
@@ -49,7 +50,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import pytest
@@ -6403,8 +6404,12 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
             ("z", 1, 1, STORY[2]["ended_at"], STORY[2]["ended_at"]),
         ]
 
-        assert session_events.discovery(reader, "x", window) == dict(
+        found = session_events.discovery(reader, "x", window)
+        assert found.pop("counts")[2:9] == [1, 1, 0, 0, 0, 0, 1] and found.pop("last_aggregated_at")
+        assert found == dict(
             MAY,
+            hours_to_second_developer=24.0,
+            half_life_hours=None,
             discovery_id="x",
             first_seen_at=STORY[1]["ended_at"],
             last_seen_at=STORY[4]["ended_at"],
@@ -6469,6 +6474,22 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         ]
 
 
+def reference_developers(rows):
+    """{session: developer} by the definition, over all rows of a window, whatever its filters."""
+    logins = {}
+    for r in rows:
+        logins.setdefault(r["identity_hash"], set()).update({r["github_hash"]} - {None})
+    return {
+        r["session_id_hash"]: r["github_hash"]
+        or (
+            min(logins[r["identity_hash"]])
+            if len(logins[r["identity_hash"]]) == 1
+            else r["identity_hash"]
+        )
+        for r in rows
+    }
+
+
 def reference_edges(rows):
     """{(source, target): discoveries} by the definition, over rows in time order, a pair at a time."""
     edges = {}
@@ -6485,7 +6506,7 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
     """Random sessions, also ended in the same moment. The ways around a missing index (newest rows, steps
     through identities, bounds on counts) are made short, so that each is taken, left half-way, and must
     agree."""
-    monkeypatch.setattr(session_events, "BATCH", 3)
+    monkeypatch.setattr(session_events, "CHUNK", 7)
     monkeypatch.setattr(session_events, "NEWEST", 20)
     chance = random.Random(11)
     rows = []
@@ -6520,11 +6541,14 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             assert [s["session_id_hash"] for s in listed] == [r["session_id_hash"] for r in inside][
                 ::-1
             ]
-            check_discoveries(reader, window, inside)
+            who = reference_developers(
+                [r for r in rows if window.since <= r["ended_at"] < window.until]
+            )
+            check_discoveries(reader, window, inside, who)
+            check_figures(reader, window, rows, inside, who)
             graph = session_events.graph(reader, window)
             found = {(e["source"], e["target"]): set(e["discoveries"]) for e in graph["edges"]}
             assert found == reference_edges(inside)
-            who = {r["session_id_hash"]: r["github_hash"] or r["identity_hash"] for r in inside}
             assert all(
                 e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"]
             )
@@ -6538,7 +6562,7 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
                 day = [r for r in inside if r["ended_at"][:10] == period["period"]]
                 assert (period["sessions"], period["developers"]) == (
                     len(day),
-                    len({r["github_hash"] or r["identity_hash"] for r in day}),
+                    len({who[r["session_id_hash"]] for r in day}),
                 )
             exported = list(session_events.exported(reader, window))
             assert [s["session_id_hash"] for s in exported] == [
@@ -6589,33 +6613,318 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 )
 
 
-def check_discoveries(reader, window, inside):
+def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
+    """Hostile cells and seeded mutations of good ones, in a table without types: checked one by one,
+    a chunk at a time, and through the database, in which text is not UTF-8 for once."""
+    good = list(row("good", discovery_refs_json='["a","b.c:d-e_f"]').values())
+    assert session_events.is_session([0, *good])
+    cells = [
+        None,
+        5,
+        -1,
+        2.5,
+        1e400,
+        1 << 62,
+        True,
+        "",
+        "5",
+        b"",
+        "\n",
+        "a" * 65,
+        "A" * 64,
+        "g" * 64,
+    ]
+    cells += ["0" * 64, "0" * 63, b"0" * 64, "0" * 64 + "\0", "\u0660" * 64, "1\n", "-", "é"]
+    cells += [
+        "[]",
+        '["a"]',
+        '["a", "b"]',
+        '["a"',
+        '["a",]',
+        '["a","a"]',
+        '[["a"]]',
+        '{"a":"b"}',
+        "null",
+    ]
+    cells += [json.dumps(["a"] * n) for n in (200, 201)] + [
+        '["a\\n"]',
+        '["%s"]' % ("a" * 129),
+        '[ "a" ]',
+    ]
+    moments = [
+        "2026-05-22T12:34:56Z",
+        "2026-05-22T12:34:56.000Z",
+        "2026-05-22T12:34:56.5Z",
+        "2026-05-22",
+    ]
+    moments += ["2026-05-22T12:34:56.000z", "2026-05-22T12:34:56.000", "2026-02-30T00:00:00.000Z"]
+    moments += [
+        "2026-05-22T14:34:56.000+02:00",
+        "2026-05-22T24:00:00.000Z",
+        "0000-01-01T00:00:00.000Z",
+    ]
+    moments += ["2024-02-29T23:59:59.999Z", "2026-05-22 12:34:56.000Z", "2026-05-22T12:60:00.000Z"]
+    tried = [[*good[:n], cell, *good[n + 1 :]] for n in range(9) for cell in [*cells, *moments]]
+    chance = random.Random(5)
+    for _ in range(2000):
+        n = chance.randrange(9)
+        text = list(str(good[n]))
+        for _ in range(chance.choice((1, 1, 2))):
+            at = chance.randrange(len(text) + 1)
+            text[at : at + chance.randrange(2)] = chance.choice(["", *'0a9zAZ-.:_ \0\n"[],é'])
+        cell = "".join(text)
+        tried.append(
+            [*good[:n], int(cell) if n in (4, 5) and cell.isdigit() else cell, *good[n + 1 :]]
+        )
+    expected = [plain_check(r) for r in tried]
+    assert expected == [session_events.is_session([0, *r]) for r in tried]
+    assert 200 < sum(expected) < len(tried) - 500
+    for r, fine in zip(tried, expected):  # the fast check may be too strict, never too lax
+        assert fine or not session_events.all_sessions([[0, *good], [0, *r], [0, *good]])
+    assert session_events.all_sessions([[0, *r] for r in tried[:1]]) is False
+    assert session_events.all_sessions([[0, *good]] * 3)
+
+    db = stored(tmp_path / "e.db")
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.executescript(
+            "DROP TABLE session_events; CREATE TABLE session_events (id INTEGER"
+            " PRIMARY KEY, %s, received_at)" % ", ".join(row(0))
+        )
+        connection.executemany(
+            "INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?)" % ", ".join(row(0)), tried
+        )
+    for chunk in (1, 50, 2000):
+        monkeypatch.setattr(session_events, "CHUNK", chunk)
+        with session_events.reading(db) as reader:
+            every = session_events.EVER
+            assert reader.count(every) == sum(expected) == len(list(reader.walk(every)))
+            assert reader.left_out == len(tried) - sum(expected)
+            activity = session_events.activity(reader, every)
+            assert sum(day["sessions"] for day in activity["days"]) == sum(expected)
+            assert len(list(session_events.exported(reader, every))) == sum(expected)
+            assert session_events.graph(reader, every, -1)["totals"]["sessions"] == sum(expected)
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        sql = "UPDATE session_events SET plugin_version = CAST(x'31fe' AS TEXT) WHERE id = ?"
+        connection.execute(sql, [expected.index(True) + 1])
+    with session_events.reading(db) as reader:
+        assert reader.count(every) == sum(expected) - 1
+        assert expected.index(True) + 1 in reader.odd
+
+
+def plain_check(cells):
+    """The contract's rules once more, by hand."""
+    identity, github, session, ended, tools, tokens, branch, refs, version = cells
+
+    def text(cell, pattern):
+        return isinstance(cell, str) and re.match("(?:%s)\\Z" % pattern, cell, re.ASCII) is not None
+
+    try:
+        refs = json.loads(refs) if isinstance(refs, str) else None
+        form = "%Y-%m-%dT%H:%M:%S.%fZ" if len(ended) == 24 else "%Y-%m-%dT%H:%M:%SZ"
+        datetime.datetime.strptime(ended, form)
+    except (ValueError, TypeError):
+        return False
+    return (
+        text(identity, "[0-9a-f]{64}")
+        and text(session, "[0-9a-f]{64}")
+        and (github is None or text(github, "[0-9a-f]{64}"))
+        and len(ended) in (20, 24)
+        and ended[10] + ended[-1] == "TZ"
+        and isinstance(tools, int)
+        and 0 <= tools <= 10**6
+        and isinstance(tokens, int)
+        and 0 <= tokens <= 10**9
+        and (branch is None or text(branch, "[0-9A-Fa-f]{7,40}"))
+        and isinstance(refs, list)
+        and len(refs) <= 200
+        and all(text(ref, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}") for ref in refs)
+        and text(version, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
+    )
+
+
+def test_reader_moments_without_a_fraction(tmp_path):
+    """They stand where their instant is, in lists, cuts, first and last seen, and at a window's edges."""
+    ended = [
+        "12:00:00.500Z",
+        "12:00:00Z",
+        "12:00:00.000Z",
+        "12:00:01Z",
+        "11:59:59.999Z",
+        "12:00:00Z",
+    ]
+    rows = [row(n, "d%d" % n, "2026-05-22T" + at, ["x"]) for n, at in enumerate(ended)]
+    db = stored(tmp_path / "e.db", *rows)
+    right = [sha("session", n) for n in (4, 1, 2, 5, 0, 3)]
+    key = {
+        n: "2026-05-22T" + (at if len(at) == 13 else at[:-1] + ".000Z")
+        for n, at in enumerate(ended)
+    }
+    with session_events.reading(db) as reader:
+        window = session_events.Window(**MAY)
+        assert [s["session_id_hash"] for s in session_events.exported(reader, window)] == right
+        for limit in range(1, 7):
+            listed = session_events.sessions(reader, window, limit)["sessions"]
+            assert [s["session_id_hash"] for s in listed] == right[::-1][:limit]
+        path = session_events.discovery(reader, "x", window)["path"]
+        assert [s["session_id_hash"] for s in path] == right
+        edges = session_events.graph(reader, window)["edges"]
+        assert [e["target"] for e in edges] == right[1:]
+        assert (
+            session_events.discoveries(reader, window)["discoveries"][0]["last_seen_at"] == key[3]
+        )
+        times = [*key.values(), "2026-05-22T12:00:00.250Z", "2026-05-22T12:00:00.001Z"]
+        for since, until in itertools.product(times, times):
+            inside = {sha("session", n) for n in key if since <= key[n] < until}
+            window = session_events.Window(since, until)
+            found = [
+                s["session_id_hash"] for s in session_events.sessions(reader, window)["sessions"]
+            ]
+            assert set(found) == inside and reader.count(window) == len(inside), (since, until)
+
+
+def check_discoveries(reader, window, inside, who):
     expected = []
     for ref in {ref for r in inside for ref in json.loads(r["discovery_refs_json"])}:
         touched = [r for r in inside if ref in json.loads(r["discovery_refs_json"])]
+        firsts = {}
+        for r in touched:
+            firsts.setdefault(who[r["session_id_hash"]], r["ended_at"])
+        second = sorted(firsts.values())[1] if len(firsts) > 1 else None
+        half = touched[math.ceil(len(touched) / 2) - 1]["ended_at"] if len(touched) > 3 else None
         expected.append(
-            (
-                ref,
-                len(touched),
-                len({r["identity_hash"] for r in touched}),
-                touched[0]["ended_at"],
-                touched[-1]["ended_at"],
-            )
+            {
+                "discovery_id": ref,
+                "session_count": len(touched),
+                "distinct_identity_count": len({r["identity_hash"] for r in touched}),
+                "first_seen_at": touched[0]["ended_at"],
+                "last_seen_at": touched[-1]["ended_at"],
+                "developer_count": len(firsts),
+                "hours_to_second_developer": hours_between(touched[0]["ended_at"], second),
+                "half_life_hours": hours_between(touched[0]["ended_at"], half),
+            }
         )
-    for sort, column in (("session_count", 1), ("distinct_identity_count", 2), ("recent", 4)):
-        ranked = sorted(sorted(expected), key=lambda d: d[column], reverse=True)
+    for sort, column in (
+        ("session_count", "session_count"),
+        ("distinct_identity_count", "distinct_identity_count"),
+        ("recent", "last_seen_at"),
+    ):
+        ranked = sorted(expected, key=lambda d: d["discovery_id"])
+        ranked.sort(key=lambda d: d[column], reverse=True)
         for limit in (1, 4, 100):
             listed = session_events.discoveries(reader, window, limit, sort)["discoveries"]
-            assert [
-                (
-                    d["discovery_id"],
-                    d["session_count"],
-                    d["distinct_identity_count"],
-                    d["first_seen_at"],
-                    d["last_seen_at"],
-                )
-                for d in listed
-            ] == ranked[:limit], (sort, limit)
+            assert all(sum(d["counts"]) == d["session_count"] for d in listed)
+            assert [{k: d[k] for k in expected[0]} for d in listed] == ranked[:limit], (sort, limit)
+    for sort in session_events.DISCOVERY_SORTS:
+        listed = session_events.discoveries(reader, window, 100, sort)["discoveries"]
+        assert {d["discovery_id"] for d in listed} == {d["discovery_id"] for d in expected}
+
+
+def hours_between(start, end):
+    if end is None:
+        return None
+    start, end = (datetime.datetime.strptime(t, "%Y-%m-%dT%H:%M:%S.%fZ") for t in (start, end))
+    return round((end - start).total_seconds() / 3600, 2)
+
+
+def check_figures(reader, window, rows, inside, who):
+    """`summary` and `developers` by the definitions, every session with every one before it."""
+    found = session_events.summary(reader, window)
+    developers = {who[r["session_id_hash"]] for r in inside}
+    refs = [set(json.loads(r["discovery_refs_json"])) for r in inside]
+    names = [who[r["session_id_hash"]] for r in inside]
+    built = [
+        any(names[j] != names[i] and refs[i] & refs[j] for j in range(i))
+        for i in range(len(inside))
+    ]
+    reach, firsts, given, received = {}, {}, collections.Counter(), collections.Counter()
+    for i, r in enumerate(inside):
+        for ref in refs[i]:
+            firsts.setdefault(ref, r["ended_at"])
+            reach.setdefault(ref, {}).setdefault(names[i], r["ended_at"])
+            before = [j for j in range(i) if ref in refs[j]]
+            if before and names[before[-1]] != names[i]:
+                given[names[before[-1]], names[i]] += 1
+                received[names[i]] += 1
+
+    def middle(values):
+        return round(statistics.median(values), 2) if values else None
+
+    tokens = [r["tokens_saved"] for r in inside]
+    waits = [
+        hours_between(firsts[ref], sorted(d.values())[1]) for ref, d in reach.items() if len(d) > 1
+    ]
+    far = min(
+        reach, key=lambda ref: (-len(reach[ref]), -sum(ref in r for r in refs), ref), default=None
+    )
+    assert (found["sessions"], found["developers"]) == (len(inside), len(developers))
+    assert (found["discoveries"], found["shared_discoveries"]) == (len(reach), len(waits))
+    assert (found["tokens_saved"], found["tool_count"]) == (
+        sum(tokens),
+        sum(r["tool_count"] for r in inside),
+    )
+    assert found["hand_overs"] == sum(given.values())
+    assert found["furthest"] == (
+        {
+            "discovery_id": far,
+            "developers": len(reach[far]),
+            "hours": hours_between(firsts[far], max(reach[far].values())),
+        }
+        if far
+        else None
+    )
+    share = round(sum(built) / len(inside), 4) if inside else None
+    assert found["built_on_others"] == {"sessions": sum(built), "share": share}
+    assert found["tokens_saved_median"] == {
+        "built_on_others": middle([t for t, b in zip(tokens, built) if b]),
+        "others": middle([t for t, b in zip(tokens, built) if not b]),
+    }
+    assert found["hours_to_second_developer"] == middle(waits)
+    earlier = found["before"]
+    there = {
+        key
+        for r in rows
+        if earlier["since"] <= r["ended_at"] < earlier["until"]
+        for key in (r["identity_hash"], r["github_hash"])
+    }
+    window_rows = [r for r in rows if window.since <= r["ended_at"] < window.until]
+    everybody = reference_developers(window_rows)
+    known = {
+        everybody[r["session_id_hash"]]
+        for r in window_rows
+        if there & {r["identity_hash"], r["github_hash"]} - {None}
+    }
+    alone = {}
+    for developer in developers:
+        own = [b for b, name in zip(built, names) if name == developer]
+        alone[developer] = own.index(True) if True in own else None
+    fresh = {d: alone[d] for d in developers - known}
+    cold = [n for n in fresh.values() if n is not None]
+    expected = {"developers": len(fresh), "sessions": middle(cold), "never": len(fresh) - len(cold)}
+    assert found["cold_start"] == expected
+    listed = session_events.developers(reader, window)
+    shown = session_events.labels(developers)
+    assert {
+        d["developer"]: (
+            d["sessions"],
+            d["given"],
+            d["received"],
+            d["sessions_before_inherited"],
+            d["new"],
+        )
+        for d in listed["developers"]
+    } == {
+        shown[d]: (
+            names.count(d),
+            sum(n for (a, _), n in given.items() if a == d),
+            received[d],
+            alone[d],
+            d in fresh,
+        )
+        for d in developers
+    }
+    assert {(m["source"], m["target"]): m["hand_overs"] for m in listed["matrix"]} == {
+        (shown[a], shown[b]): n for (a, b), n in given.items()
+    }
 
 
 def test_reader_prefixes_that_look_alike():
@@ -6660,6 +6969,7 @@ def hostile_rows():
     """A row with every hostile discovery, and for each column and each junk a row that has it there."""
     rows = [row("hostile", "mallory", "2026-05-20T10:00:00.000Z", HOSTILE_REFS)]
     refs = ["[[[[", "{}", '[1, null, {"a": []}, "kept"]', "null", "[" * 100000, '["\\ud800"]']
+    refs += ['[ "x", "\\u0079" ]', json.dumps(["x"] * 201)]
     rows += [
         row("refs %d" % n, "mallory", "2026-05-20T11:00:00.000Z", discovery_refs_json=text)
         for n, text in enumerate(refs)
@@ -6676,6 +6986,18 @@ def hostile_rows():
                 )
             )
     return rows
+
+
+# Those of them that are sessions: NULL where it may be, and numbers, which the column turns into text.
+KEPT = (
+    "refs 6",
+    "github_hash 0",
+    "branch_sha 0",
+    "tool_count 1",
+    "tokens_saved 1",
+    "plugin_version 1",
+)
+KEPT += ("plugin_version 3", "plugin_version 4", "plugin_version 7", "branch_sha 4")
 
 
 def looser(db):
@@ -6713,8 +7035,11 @@ def commands(db, session):
         "discovery": ["x"],
         "graph": [],
         "activity": [],
+        "developers": [],
+        "summary": [],
         "export": [],
     }
+    assert sorted(asked) == sorted(session_events.QUESTIONS)
     for name, arguments in asked.items():
         window = [] if name == "session" else IN_MAY
         for form in session_events.QUESTIONS[name].forms:
@@ -6730,10 +7055,9 @@ def answered(capfdbinary, argv):
 
 
 def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
-    """What is no session is left out and counted; a hostile discovery is shown, and is text wherever it is
-    shown."""
+    """What is no session is left out of every command and counted; what a hostile row holds is never shown."""
     db = looser(tmp_path / "hostile.db")
-    for name, form, argv in commands(db, sha("session hostile")):
+    for name, form, argv in commands(db, sha("session refs 6")):
         status, out, err = answered(capfdbinary, argv)
         assert status == 0, (name, form, err)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f\ud800-\udfff]", out), (
@@ -6756,30 +7080,22 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
         pages = [
             session_events.replay_page(reader, filters),
             session_events.sessions_page(reader, filters),
-            session_events.session_page(reader, sha("session hostile")),
             session_events.discoveries_page(reader, filters, "recent"),
-            *(
-                session_events.discovery_page(reader, ref)
-                for ref in HOSTILE_REFS
-                if "\0" not in ref
-            ),
         ]
+        for ref in HOSTILE_REFS:
+            with pytest.raises(session_events.NotFound):
+                session_events.discovery(reader, ref, filters.window())
     for page in pages:
-        assert (
-            "<img" not in page
-            and "<!--" not in page
-            and "\x1b" not in page
-            and "\u202e" not in page
-        )
-        assert page.count("<script") == page.count("</script")
+        assert "<img" not in page and "owned" not in page and "\x1b" not in page
+        assert "\u202e" not in page and page.count("<script") == page.count("</script")
     status, out, err = answered(
         capfdbinary, ["sessions", "--db", db, *IN_MAY, "--limit", 1000, "--format", "json"]
     )
-    left = {s["session_id_hash"]: s for s in json.loads(out)["sessions"]}
-    assert left[sha("session hostile")]["discovery_refs"] == HOSTILE_REFS
-    assert left[sha("session refs 2")]["discovery_refs"] == ["kept"]
-    assert left[sha("session tool_count 4")]["tool_count"] == 0 and "left out: " in err
-    assert sha("session identity_hash 0") not in left and sha("session github_hash 8") in left
+    left = {s["session_id_hash"] for s in json.loads(out)["sessions"]}
+    assert {s: n for s, n in ((sha("session", n), n) for n in KEPT) if s not in left} == {}
+    assert len(left) == len(KEPT)
+    # "5", "2.5" and "1000000000000000000" are no moments, but as text they stand outside of May.
+    assert "left out: %d rows" % (len(hostile_rows()) - len(KEPT) - 3) in err
 
 
 def test_reader_what_it_refuses(tmp_path, capfdbinary):
@@ -7099,7 +7415,7 @@ def test_reader_queries_use_the_indexes(tmp_path):
     for sql, step in plans:
         assert not re.fullmatch(r"SCAN (TABLE )?(session_events|e)", step), sql
         if "TEMP B-TREE FOR ORDER BY" in step:
-            assert sql.startswith(session_events.BOUNDS[:20]) or "discovery_ref = ?" in sql, sql
+            assert "discovery_ref = ?" in sql, sql
 
 
 def http(address, path="/", headers=(), method="GET", raw=None):
@@ -7772,8 +8088,7 @@ def test_reader_pages_without_script_and_without_the_viewer(tmp_path, chromium):
 
 
 def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
-    """Nothing that a row holds runs, closes an element or changes a page; each discovery still has its own
-    page."""
+    """Nothing that a row holds runs, closes an element or changes a page."""
     window = "since=2026-05-01&until=2026-06-01"
     with View(looser(tmp_path / "hostile.db")) as view:
         chromium.events = []
@@ -7781,7 +8096,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
         for path in (
             "/",
             "/sessions",
-            "/session/" + sha("session hostile"),
+            "/session/" + sha("session refs 6"),
             "/discoveries",
             "/activity",
         ):
@@ -7790,19 +8105,10 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
             assert chromium.js('document.querySelectorAll("img").length') == 0
             text = chromium.js("document.body.innerText")
             assert not re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u206f]", text)
-        chromium.open(view.base + "/?" + window)
-        chromium.js('document.querySelectorAll("#discs a")[0].focus()')
-        assert "document.title='owned'" in chromium.js(
-            'document.getElementById("panel").textContent'
-        )
-        found = chromium.js('[...document.querySelectorAll(".chips a")].map(a => a.href)')
-        assert len(found) == len(HOSTILE_REFS)
-        for address in found:
-            if "%00" in address:  # SQLite's json_each ends the text there, Python's json does not
-                continue
-            chromium.open(address)
-            assert chromium.js('document.querySelectorAll("#discs a").length') == 1, address
-        assert chromium.complaints() == []
+        for ref in HOSTILE_REFS:
+            chromium.open(view.base + "/discovery?ref=" + urllib.parse.quote(ref))
+            assert chromium.js("document.title") == "Not found"
+        assert all("404 (Not Found)" in json.dumps(said) for said in chromium.complaints())
         assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
 
 
@@ -7992,6 +8298,8 @@ def clickhouse(tmp_path_factory):
     if not shutil.which("clickhouse-server"):
         pytest.skip("no clickhouse-server on this machine: shipping is not tested")
     house = ClickHouse(tmp_path_factory.mktemp("clickhouse"))
+    # What is confirmed within a second of its start is taken for doubtful, and goes once more.
+    eventually(lambda: int(house.ask("SELECT uptime()")[0][0]) >= 2)
     yield house
     house.stop()
 
@@ -8044,8 +8352,11 @@ def ship(db, url, *flags, **options):
 def shipped(db, url, *flags, **options):
     """How many rows one `ship` sent; it has nothing to complain of."""
     status, out, err = ship(db, url, *flags, **options)
-    assert (status, err) == (0, ""), err
-    return int(re.match(r"([\d,]+) rows shipped as node [0-9a-f]{16}\n$", out)[1].replace(",", ""))
+    assert status == 0 and set(err.splitlines()) <= {AGAIN}, err
+    return int(re.match(r"([\d,]+) rows shipped\n$", out)[1].replace(",", ""))
+
+
+AGAIN = "session_events: rows go once more: --again"
 
 
 def sessions_of(*nodes):
@@ -8092,13 +8403,36 @@ def merge(clickhouse, url):
 
 
 def name_of(db):
-    return session_events.node_of(str(db))
+    """The file's name as a node, made if it has none."""
+    house = session_events.ClickHouse(session_events.house_of("http://nowhere/"), {})
+    session_events.Shipment(str(db), house).begin()
+    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+        return connection.execute("SELECT name FROM session_events_node").fetchone()[0]
+
+
+def marks(db):
+    """[last id] of the file's marks."""
+    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+        return [r[0] for r in connection.execute("SELECT last_id FROM ship_marks")]
+
+
+def eventually(condition, process=None):
+    """Waits until `condition` holds; AssertionError after a minute, or if the process has ended."""
+    end = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(AssertionError, OSError, HTTPException, sqlite3.Error):
+            if condition():
+                return
+        assert time.monotonic() < end and (process is None or process.poll() is None), (
+            process and process.poll() is not None and process.communicate()
+        )
+        time.sleep(0.05)
 
 
 def make_tables(clickhouse, url):
     for statement in read("ship", "--print-ddl", "--to", url).stdout.split(";\n"):
         if statement.strip():
-            clickhouse.ask(statement, url)
+            clickhouse.ask(re.sub(r"LowCardinality\((\w+)\)", r"\1", statement), url)
 
 
 def many(count, start=0, **changes):
@@ -8151,6 +8485,7 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     a, b = stored(tmp_path / "a.db", *one), stored(tmp_path / "b.db", *two)
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
+    assert marks(a) == [3000] and marks(b) == [2100]
     nodes = (
         [one, two] if name_of(a) < name_of(b) else [two, one]
     )  # in the same second, the node's name decides
@@ -8181,14 +8516,14 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
         " AND database = currentDatabase()",
         url,
     )
-    assert [name for (name,) in names] == list(expected[0])
+    assert [name for (name,) in names] == list(session_events.PROPAGATION)
     assert ship(a, url, "--check")[0] == ship(b, url, "--check")[0] == 0
     assert shipped(a, url) == shipped(b, url) == 0
     assert shipped(a, url, "--again") == len(one)
     assert ship(a, url, "--check")[0] == 0  # also before the repeats are merged
     merge(clickhouse, url)
     whole(clickhouse, url, *nodes)
-    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["4600"]]
+    assert viewed(clickhouse, url) == 4600
 
 
 def retold(rows, received, **changes):
@@ -8214,10 +8549,7 @@ def later(n, r):
     return "2026-08-0%dT00:00:00Z" % (1 + n % 9)
 
 
-SAME = (
-    "%d rows compared, %d stand as received before (by another node, or before a sweep), 0 wait to be shipped: the"
-    " same on every day\n"
-)
+SAME = "%d sessions in the file: %d in the view, 0 missing, 0 wait to be shipped, 0 in dropped months\n"
 
 
 @pytest.mark.parametrize("order", ("ab", "ba"))
@@ -8237,8 +8569,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     ]
     dbs = {node: stored(tmp_path / (node + ".db"), *rows[node]) for node in "ab"}
     nodes = [rows[node] for node in sorted("ab", key=lambda node: name_of(dbs[node]))]
-    tied = 0 if nodes[0] is rows["a"] else 50  # of the same second
-    checks = {"a": SAME % (490 - tied, 110 + tied), "b": SAME % (160 + tied, 250 - tied)}
+    checks = {node: SAME % (len(rows[node]), len(rows[node])) for node in "ab"}
 
     def agrees():
         whole(clickhouse, url, *nodes)
@@ -8246,10 +8577,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
             node: (0, text, "") for node, text in checks.items()
         }
 
-    sent = [shipped(dbs[node], url) for node in order]
-    assert sent == (
-        [600, 410] if order == "ab" else [410, 500]
-    )  # of a, the first 100 are there already, as b's
+    assert [shipped(dbs[node], url) for node in order] == [len(rows[node]) for node in order]
     assert agrees()
     late = (
         "SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
@@ -8257,7 +8585,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     )
     assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
     merge(clickhouse, url)
-    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["650"]]
+    assert viewed(clickhouse, url) == 650
     assert agrees() and clickhouse.ask(late, url) == [["0"]]
     assert (
         shipped(dbs["a"], url) == shipped(dbs["b"], url) == 0
@@ -8267,55 +8595,20 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
         insert(connection, more)
     rows["b"] += more
     assert shipped(dbs["b"], url) == 30
-    checks["b"] = SAME % (190 + tied, 250 - tied)
+    checks["b"] = SAME % (440, 440)
     assert agrees()
     for node in order:
         assert shipped(dbs[node], url, "--again") == len(rows[node])
     assert agrees()
     merge(clickhouse, url)
-    assert clickhouse.ask("SELECT count() FROM session_events_raw", url) == [["680"]] and agrees()
+    assert viewed(clickhouse, url) == 680 and agrees()
 
     none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # nothing of it is left
-    for flags, sent in (((), 0), (("--again",), 600), ((), 0)):
+    for flags, sent in (((), 600), (("--again",), 600), ((), 0)):
         assert shipped(none, url, *flags) == sent
         merge(clickhouse, url)
-        assert ship(none, url, "--check")[:2] == (0, SAME % (0, 600))
+        assert ship(none, url, "--check")[:2] == (0, SAME % (600, 600))
     assert agrees()
-
-
-@pytest.mark.parametrize(
-    "other, sent, differ", ((sooner, 31, ["2026-04-15"]), (later, 71, ["2026-04-15", "2026-06-15"]))
-)
-def test_ship_and_a_session_that_another_node_holds(tmp_path, clickhouse, other, sent, differ):
-    """A row that is not there is no loss if its session was received earlier by another node. Else it is sent, also
-    if another node's younger row is there; and --check names its day until then."""
-    source, url = clickhouse.database(), clickhouse.database()
-    rows = many(100)
-    db, beside = (
-        stored(tmp_path / "a.db", *rows),
-        stored(tmp_path / "b.db", *retold([rows[29]], other)),
-    )
-    assert shipped(db, source) == 100
-    make_tables(clickhouse, url)
-    clickhouse.ask(
-        "INSERT INTO session_events_raw SELECT * FROM %s.session_events_raw WHERE id NOT IN (30, 70)"
-        % (urllib.parse.urlsplit(source).query.split("=")[1]),
-        url,
-    )
-    assert shipped(beside, url) == 1
-    status, out, _ = ship(db, url, "--check")
-    assert status == 1 and [line[:10] for line in out.splitlines()[:-1]] == differ
-    assert shipped(db, url) == sent
-    whole(clickhouse, url, rows, retold([rows[29]], other))
-    assert ship(db, url, "--check")[0] == 0
-    merge(clickhouse, url)
-    whole(clickhouse, url, rows, retold([rows[29]], other))
-    assert shipped(db, url) == 0
-    house = session_events.ClickHouse(session_events.house_of(url), {})
-    asked = [session_events.key_binary(name_of(db), s) for s in session_events.batch_after(db, 0)]
-    assert house.held(name_of(db), 1, asked) == {
-        n: n == 30 and other is sooner for n in range(1, 101)
-    }
 
 
 class Relay:
@@ -8353,7 +8646,8 @@ class Relay:
                 if due:
                     self.limit = None
                     self.then()
-                    return
+                    if self.late != "pass":
+                        return
                 if ready is upstream:
                     client.sendall(data)
 
@@ -8377,14 +8671,14 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
     count = "SELECT count() FROM session_events_raw"
     running = []
     try:
-        for limit in (6_000, 25_000, 60_000):  # the handshake is 3,000, a batch 20,000 bytes
+        for limit in (20_000, 80_000, 200_000):  # the start is 3,000, a batch 43,000 bytes
             relay.limit, relay.then = limit, lambda: running[-1].kill()
             running.append(shipper(db, by_relay))
             assert running[-1].wait(60) == -signal.SIGKILL
             running[-1].communicate()
         seen = int(clickhouse.ask(count, url)[0][0])
         for relay.late in (False, True):
-            relay.limit, relay.then = 30_000, lambda: None
+            relay.limit, relay.then = 70_000, lambda: None
             status, _, err = ship(db, by_relay)
             assert status == 1 and "cannot reach" in err
         relay.late = False
@@ -8393,10 +8687,10 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
         )  # there is still something to do
         assert shipped(other, url) == 1600
         merge(clickhouse, url)  # of rows that were sent, some are no longer there
-        relay.limit, relay.then = 40_000, lambda: clickhouse.stop(signal.SIGKILL)
+        relay.limit, relay.then = 70_000, lambda: clickhouse.stop(signal.SIGKILL)
         process = shipper(db, by_relay, "--follow")
-        line = process.stderr.readline().decode()
-        assert "cannot reach ClickHouse" in line and "again in" in line
+        line = next(said for said in map(json.loads, process.stderr) if said["event"] == "waiting")
+        assert "cannot reach ClickHouse" in line["why"] and line["again_in_seconds"] > 0
         clickhouse.process.wait(60)
         clickhouse.start()
         end = time.monotonic() + 60
@@ -8430,55 +8724,212 @@ def test_ship_follows_a_server(tmp_path, clickhouse):
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert finished(process) == (0, "", "")
+        status, out, err = finished(process)
+        assert (status, out) == (0, "") and [
+            json.loads(line)["event"] for line in err.splitlines()
+        ] == ["shipping"]
     with serving(db):
         assert shipped(db, url) == 0
     assert ship(db, url, "--check")[0] == 0
 
 
-def test_ship_goes_on_from_what_is_there(tmp_path, clickhouse):
-    """A batch that is in by halves is completed; a file that is not the one whose rows are there is refused, and
-    counts no session twice under a name of its own."""
-    url = clickhouse.database()
-    rows = many(1000)
-    db = stored(tmp_path / "a.db", *rows)
-    assert shipped(db, url) == 1000
-    halves = clickhouse.database()
-    make_tables(clickhouse, halves)
-    source = urllib.parse.urlsplit(url).query.split("=")[1]
-    clickhouse.ask(
-        "INSERT INTO session_events_raw SELECT * FROM %s.session_events_raw WHERE id <= 900 AND"
-        " (id <= 700 OR toMonth(received_at) != 5)" % source,
-        halves,
-    )
-    assert 290 <= shipped(db, halves) <= 300
-    whole(clickhouse, halves, rows)
-    shutil.copy(db, str(tmp_path / "old.db"))
-    newer = many(50, 2000)
+def restored(backup, db):
+    """Puts the backup in the place of the file, by renaming, as README says."""
+    for side in ("-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(str(db) + side)
+    shutil.copy(str(backup), str(db) + ".new")
+    os.replace(str(db) + ".new", str(db))
+
+
+def viewed(clickhouse, url):
+    return int(clickhouse.ask("SELECT count() FROM session_events", url)[0][0])
+
+
+def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
+    """The file goes back to a backup while --follow runs: the rows that come afterwards, whose ids were shipped
+    before as other rows, arrive; so do those that follow, up to far beyond the old ids."""
+    url, db, backup = clickhouse.database(), tmp_path / "a.db", tmp_path / "backup.db"
+    first, lost, later = many(200), many(300, 1000), many(40, 5000)
+    stored(db, *first, journal="DELETE")
+    assert shipped(db, url) == 200
+    shutil.copy(str(db), str(backup))
+    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+        insert(connection, lost)
+    process = shipper(db, url, "--follow")
+    try:
+        eventually(lambda: viewed(clickhouse, url) == 500, process)
+        eventually(lambda: marks(db) == [500], process)
+        restored(backup, db)
+        with contextlib.closing(sqlite3.connect(str(db))) as connection:
+            insert(connection, later)
+        eventually(lambda: viewed(clickhouse, url) == 540, process)
+        rest = many(5000, 100_000)
+        with contextlib.closing(sqlite3.connect(str(db))) as connection:
+            insert(connection, rest)
+        eventually(lambda: viewed(clickhouse, url) == 5540, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert finished(process)[0] == 0
+    whole(clickhouse, url, first, lost, later, rest)
+    assert ship(db, url, "--check")[0] == 0
+    # A batch that is under way while the file is exchanged may not move the mark of the new file.
+    relay = Relay(clickhouse.port)
+    try:
+        with contextlib.closing(sqlite3.connect(str(db))) as connection:
+            insert(connection, many(100, 300_000))
+            connection.execute(
+                "UPDATE ship_marks SET destination = replace(destination, '%d', '%d')"
+                % (clickhouse.port, relay.port)
+            )
+            connection.commit()
+        before = tmp_path / "before.db"
+        shutil.copy(str(db), str(before))
+        with contextlib.closing(sqlite3.connect(str(before))) as connection:
+            connection.execute("DELETE FROM session_events WHERE id > 5240")
+            connection.execute("UPDATE sqlite_sequence SET seq = 5240")
+            connection.commit()
+            insert(connection, many(150, 400_000))
+        relay.limit, relay.then, relay.late = 20_000, lambda: restored(before, db), "pass"
+        status, out, err = ship(db, url.replace(str(clickhouse.port), str(relay.port)))
+        assert relay.limit is None and status == 0, err
+        assert out == "150 rows shipped\n" or out == "250 rows shipped\n"
+    finally:
+        relay.stop()
+    assert ship(db, url, "--check")[0] == 0
+    assert viewed(clickhouse, url) == 5540 + 250
+
+
+def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
+    """A copy of the file on a second node goes on from its own mark; another destination has another mark; a name
+    that was dropped means all over again; nothing counts twice."""
+    url, other = clickhouse.database(), clickhouse.database()
+    rows, here, there = many(300), many(50, 2000), many(60, 3000)
+    db, copy = stored(tmp_path / "a.db", *rows, journal="DELETE"), str(tmp_path / "copy.db")
+    assert shipped(db, url) == 300
+    shutil.copy(db, copy)
+    for path, more in ((db, here), (copy, there)):
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            insert(connection, more)
+    assert (shipped(db, url), shipped(copy, url)) == (50, 60)
+    whole(clickhouse, url, rows, here, there)
+    assert ship(db, url, "--check")[0] == ship(copy, url, "--check")[0] == 0
+    assert shipped(db, other) == 350 and shipped(db, url) == shipped(db, other) == 0
+    whole(clickhouse, other, rows, here)
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("DELETE FROM session_events WHERE id > 990 OR id < 10")
-        connection.commit()
-        assert shipped(db, url) == 0
-        insert(connection, newer)
-    assert shipped(db, url) == 50  # the ids of rows that are gone are not used again
-    status, _, err = ship(tmp_path / "old.db", url)
-    assert status == 1 and "old copy" in err
-    other = many(80, 3000)
-    with contextlib.closing(sqlite3.connect(str(tmp_path / "old.db"))) as connection:
-        insert(connection, other)
-    status, _, err = ship(tmp_path / "old.db", url)
-    assert status == 1 and "DROP TABLE session_events_node" in err
-    with contextlib.closing(sqlite3.connect(str(tmp_path / "old.db"))) as connection:
+        found = connection.execute("SELECT destination, last_id FROM ship_marks").fetchall()
+        assert sorted(found) == sorted(
+            (
+                "http://127.0.0.1:%d/%s.session_events_raw"
+                % (clickhouse.port, to.split("database=")[1]),
+                350,
+            )
+            for to in (url, other)
+        )
         connection.execute("DROP TABLE session_events_node")
-        name_of(tmp_path / "old.db")
-        connection.execute(
-            "UPDATE session_events_node SET name = '%s'" % ("f" * 16)
-        )  # else chance decides, for it is
-        connection.commit()  # the same second; a name before the first one would send all 1080
-    assert shipped(tmp_path / "old.db", url) == 80
-    assert sorted(clickhouse.ask(VIEW, url)) == sorted(
-        map(as_viewed, sessions_of(rows, newer, other))
+        connection.execute("DELETE FROM session_events WHERE id < 100")  # swept
+        connection.commit()
+    assert shipped(db, url) == 251
+    whole(clickhouse, url, rows, here, there)
+
+
+@pytest.mark.parametrize(
+    "broken", ("DROP TABLE session_events_raw", "TRUNCATE TABLE session_events_raw", "refilled")
+)
+def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse, broken):
+    """A table that was dropped, emptied, or made anew and filled by another node, is filled from the beginning,
+    also while --follow runs."""
+    url = clickhouse.database()
+    db, beside = stored(tmp_path / "a.db", *many(300)), stored(tmp_path / "b.db", *many(90, 900))
+    process = shipper(db, url, "--follow")
+    try:
+        eventually(lambda: marks(db) == [300], process)
+        if broken == "refilled":
+            process.send_signal(signal.SIGSTOP)
+            clickhouse.ask("DROP TABLE session_events_raw", url)
+            assert shipped(beside, url) == 90
+            process.send_signal(signal.SIGCONT)
+        else:
+            clickhouse.ask(broken, url)
+        total = 390 if broken == "refilled" else 300
+        eventually(lambda: viewed(clickhouse, url) == total, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status, _, err = finished(process)
+    events = [json.loads(line)["event"] for line in err.splitlines()]
+    assert status == 0 and events.count("again") == 1 and events[0] == "shipping", err
+
+
+def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse):
+    """Where ClickHouse was started after the mark, what was confirmed in the ten minutes before goes once more, and
+    nothing older; a mark in the future is doubted, too; a mark above every row is none."""
+    url = clickhouse.database()
+    db = stored(tmp_path / "a.db", *many(900))
+    assert shipped(db, url) == 900
+
+    def aged(*statements):
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            for statement in statements:
+                connection.execute(statement)
+            connection.commit()
+
+    history = "INSERT INTO ship_history SELECT destination, node, '%s', %d FROM ship_marks"
+    past = (
+        "DELETE FROM ship_history",
+        history % ("2026-05-01T10:00", 400),
+        history % ("2026-05-01T11:00", 600),
+        history % ("2026-05-01T11:09", 700),
     )
+    for at, sent, why in (
+        ("2026-05-01T11:12:00Z", 300, "ClickHouse was started after"),
+        ("2026-05-01T11:30:00Z", 200, "ClickHouse was started after"),
+        ("2026-05-01T10:05:00Z", 900, "ClickHouse was started after"),
+        ("2999-01-01T00:00:00Z", 200, "the mark lies in the future"),
+    ):
+        aged(*past, "UPDATE ship_marks SET confirmed_at = '%s'" % at)
+        sent = {300: 300, 200: 200}.get(sent, sent)
+        status, out, err = ship(db, url)
+        assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
+        assert shipped(db, url) == 0
+    aged("UPDATE ship_marks SET last_id = 901")
+    status, out, err = ship(db, url)
+    assert (status, out) == (0, "900 rows shipped\n") and "not of this file" in err
+    for column, value in (("last_id", "'x'"), ("confirmed_at", "'soon'")):
+        aged("UPDATE ship_marks SET %s = %s" % (column, value))
+        status, _, err = ship(db, url)
+        assert status == 1 and "does not hold a mark" in err
+        aged("DELETE FROM ship_marks")
+        assert shipped(db, url) == 900
+
+
+def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, monkeypatch):
+    """A locked file is waited for, and what was sent meanwhile goes again; a file that may not be written is a clear
+    error. A running server is not in the way."""
+    url = clickhouse.database()
+    db = stored(tmp_path / "a.db", *many(50))
+    monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
+    house = session_events.ClickHouse(session_events.house_of(url), {})
+    shipment = session_events.Shipment(db, house)
+    shipment.prepare(None)
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(session_events.Later, match=r"cannot write the mark .* locked"):
+            shipment.step()
+        assert marks(db) == [session_events.SHIP_LEAST] and viewed(clickhouse, url) == 50
+        holder.execute("ROLLBACK")
+    assert shipment.step() and not shipment.step() and marks(db) == [50]
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute(
+            "CREATE TRIGGER no BEFORE UPDATE ON ship_marks BEGIN SELECT RAISE(ABORT, 'readonly'); END"
+        )
+        insert(connection, many(5, 700))
+    status, _, err = ship(db, url)
+    assert status == 1 and "cannot write the mark" in err and "server's user" in err
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE session_events_node SET name = 'a''b'")
+        connection.commit()
+    status, _, err = ship(db, url)
+    assert status == 1 and "does not hold a node's name" in err
 
 
 def insert(connection, rows):
@@ -8518,12 +8969,7 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
     url = clickhouse.database()
     for column, value in UNFIT:
         with pytest.raises(session_events.Unfit, match="row id 7 is no event: its " + column):
-            session_events.shippable(
-                [
-                    dict(many(2)[0], id=7, **{column: value})[name]
-                    for name, _, _ in session_events.CELLS
-                ]
-            )
+            session_events.ship_exact(dict(many(2)[0], id=7, **{column: value}))
     rows = many(300)
     looser_db = str(tmp_path / "a.db")
     with contextlib.closing(sqlite3.connect(looser_db)) as connection:
@@ -8578,84 +9024,472 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
 
 
 def test_ship_check_names_the_days(tmp_path, clickhouse):
+    """--check is about sessions: it names the days of which some are not in the view, what waits, and what lies in a
+    month that was dropped; other nodes and repeats make no difference."""
     url = clickhouse.database()
-    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    db = stored(tmp_path / "a.db", *many(900))
+    rows = [
+        dict(r, ended_at="2026-%02d-1%s" % (4 + n % 3, r["ended_at"][9:]))
+        for n, r in enumerate(many(900, 10))
+    ]
+    db = stored(tmp_path / "a.db", *rows)
+    status, _, err = ship(db, url, "--check")
+    assert status == 1 and "has no table" in err
     assert shipped(db, url) == 900
-
-    def checked(*statements):
-        """(status, days that differ, summary) of a copy of the file after some statements."""
-        copy = str(tmp_path / "copy.db")
-        shutil.copy(db, copy)
-        with contextlib.closing(sqlite3.connect(copy)) as connection:
-            for statement in statements:
-                connection.execute(statement)
-            connection.commit()
-        status, out, err = ship(copy, url, "--check")
-        *days, summary = out.splitlines()
-        assert err == ""
-        return status, [line[:10] for line in days], summary
-
-    add = (
-        "INSERT INTO session_events SELECT 5000, 'f' || substr(identity_hash, 2), github_hash, session_id_hash,"
-        " ended_at, 1, 1, branch_sha, '[]', plugin_version, '%s' FROM session_events WHERE id = 3"
+    assert ship(db, url, "--check") == (0, SAME % (900, 900), "")
+    assert shipped(stored(tmp_path / "b.db", *retold(rows[:300], sooner)), url) == 300
+    assert ship(db, url, "--check") == (0, SAME % (900, 900), "")
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(5, 5000, received_at=today))
+        assert ship(db, url, "--check")[0] == 0  # they came today
+        insert(connection, many(6, 6000, received_at="2026-05-20T00:00:00Z"))
+    status, out, _ = ship(db, url, "--check")
+    assert status == 1 and out.splitlines()[0] == "2026-05-20  6 wait to be shipped"
+    assert "0 missing, 11 wait to be shipped" in out
+    assert shipped(db, url) == 11 and ship(db, url, "--check")[0] == 0
+    # What was taken out there: some sessions of two days, then a whole month.
+    kept = "CREATE TABLE kept AS session_events_raw"
+    clickhouse.ask(
+        kept + " ENGINE = ReplacingMergeTree(seniority) PARTITION BY toYYYYMM(ended) ORDER BY"
+        " (identity_hash, session_id_hash)",
+        url,
     )
-    same = (0, [], "900 rows compared, 0 wait to be shipped: the same on every day")
-    assert checked() == same
-    for column, value in (
-        ("tool_count", "tool_count + 1"),
-        ("github_hash", "NULL"),
-        ("branch_sha", "'abcdef0'"),
-        ("ended_at", "'2026-05-22T12:34:56.001Z'"),
-        ("discovery_refs_json", "'[\"q\"]'"),
-        ("session_id_hash", "'%s'" % ("0" * 64)),
-        ("plugin_version", "'2'"),
-    ):
-        status, days, _ = checked(
-            "UPDATE session_events SET %s = %s WHERE id = 602" % (column, value)
+    some = "id % 10 = 5 AND node = '{}' AND id > 300 AND id <= 900".format(name_of(db))
+    clickhouse.ask("INSERT INTO kept SELECT * FROM session_events_raw WHERE NOT (%s)" % some, url)
+    gone = int(clickhouse.ask("SELECT count() FROM session_events_raw WHERE " + some, url)[0][0])
+    clickhouse.ask("RENAME TABLE session_events_raw TO first, kept TO session_events_raw", url)
+    status, out, _ = ship(db, url, "--check")
+    *days, summary = out.splitlines()
+    assert status == 1 and "%d missing" % gone in summary and "--again" in summary
+    assert [line[:10] for line in days] == ["2026-04-15", "2026-05-15", "2026-06-15"], out
+    assert sum(int(re.match(r"\S+  (\d+) sessions are missing$", line)[1]) for line in days) == gone
+    assert shipped(db, url, "--again") == 911 and ship(db, url, "--check")[0] == 0
+    month = [(n, r) for n, r in enumerate(rows) if r["ended_at"].startswith("2026-04")]
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202604", url)
+    status, out, _ = ship(db, url, "--check")
+    lies = len(
+        [n for n, _ in month if n >= 300]
+    )  # the others' sessions are kept as the other node has them
+    assert status == 0 and "2026-04  " in out and " in dropped months" in out, out
+    assert shipped(db, url) == 0  # it stays dropped
+    del lies
+
+
+@needs_linux
+def test_ship_full_disk_of_clickhouse(tmp_path):
+    """Where ClickHouse's disk is full, --follow blames no row, waits, and goes on by itself when there is room."""
+    if not shutil.which("clickhouse-server"):
+        pytest.skip("no clickhouse-server on this machine: shipping is not tested")
+    rows = many(1500)
+    db = stored(tmp_path / "a.db", *rows)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=24m", "tmpfs") as disk:
+        house = ClickHouse(disk)
+        process = None
+        try:
+            url = house.database()
+            shutil.copy(str(db), str(tmp_path / "b.db"))
+            fill = disk / "fill"
+            with contextlib.suppress(OSError), open(str(fill), "wb") as file:
+                make_tables(house, url)
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            status, _, err = ship(db, url)
+            assert status == 1 and "row id" not in err and "cannot take it now" in err, err
+            process = shipper(db, url, "--follow")
+            line = json.loads(process.stderr.readline())
+            assert line["event"] == "waiting" and "row id" not in line["why"], line
+            fill.unlink()
+            eventually(lambda: viewed(house, url) == 1500, process)
+            process.send_signal(signal.SIGTERM)
+            status, _, err = finished(process)
+            assert status == 0 and '"event": "recovered"' in err, err
+            whole(house, url, rows)
+        finally:
+            if process and process.poll() is None:
+                process.kill()
+                process.communicate()
+            house.stop()
+
+
+def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickhouse):
+    """An error that speaks of data, for a row that was taken before, too: then no row is at fault."""
+    url = clickhouse.database()
+    db = stored(tmp_path / "a.db", *many(30))
+    assert shipped(db, url) == 30
+    clickhouse.ask(
+        "ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED toUInt64(concat('x',"
+        " plugin_version))",
+        url,
+    )
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(40, 800))
+    status, _, err = ship(db, url)
+    assert status == 1 and "row id" not in err and "refuses a row that it took before" in err, err
+    assert marks(db) == [30]
+    clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
+    assert shipped(db, url) == 40
+
+
+def test_ship_gives_a_silent_peer_up(tmp_path):
+    assert session_events.SHIP_SILENCE == 30
+    db = stored(tmp_path / "a.db", *many(2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://127.0.0.1:%d/" % silent.getsockname()[1]
+        done = run(
+            [
+                sys.executable,
+                "-c",
+                "import sys, session_events as s\ns.SHIP_SILENCE = .5\nsys.exit(s.main())",
+                "ship",
+                "--db",
+                db,
+                "--to",
+                url,
+            ],
+            cwd=str(ROOT),
+            timeout=25,
         )
-        assert (status, days) == (1, ["2026-05-15"]), column
-    assert checked("DELETE FROM session_events WHERE id = 601")[:2] == (1, ["2026-04-15"])
+    assert done.returncode == 1 and "says nothing for" in done.stderr
+
+
+def test_ship_is_watched(tmp_path, clickhouse):
+    """Each state is logged once as a line of JSON with the time; once a minute (here: faster) how far it is; the
+    metrics say the same; no password, no hash."""
+    url, port = clickhouse.database(), free_port()
+    db = stored(tmp_path / "a.db", *many(300))
+    relay = Relay(clickhouse.port)
+    by_relay = url.replace(str(clickhouse.port), str(relay.port))
+    quick = "import sys, session_events as s\ns.FOLLOW_SECONDS, s.SHIP_STATUS_SECONDS = .1, .3\nsys.exit(s.main())"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            quick,
+            "ship",
+            "--db",
+            db,
+            "--to",
+            by_relay,
+            "--follow",
+            "--metrics",
+            "127.0.0.1:%d" % port,
+        ],
+        cwd=str(ROOT),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ, CLICKHOUSE_USER="shipper", CLICKHOUSE_PASSWORD="open sesame"),
+    )
+
+    def metrics():
+        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as answer:
+            text = answer.read().decode()
+        assert not NAMES_NOBODY(text) and "shipper" not in text
+        return {
+            k[len("session_events_ship_") :]: float(v)
+            for k, v in re.findall(r"(?m)^(\w+) (\S+)$", text)
+        }
+
+    try:
+        eventually(
+            lambda: (
+                metrics()
+                == {
+                    "last_id": 300,
+                    "rows_waiting": 0,
+                    "oldest_waiting_seconds": 0,
+                    "waiting": 0,
+                    "rows_total": 300,
+                }
+            ),
+            process,
+        )
+        target, relay.target = relay.target, free_port()
+        eventually(lambda: metrics()["waiting"] == 1, process)
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            insert(connection, many(7, 4000, received_at="2026-05-20T00:00:00Z"))
+        time.sleep(0.5)  # several tries
+        assert metrics()["rows_waiting"] == 7 and metrics()["oldest_waiting_seconds"] > 10**6
+        relay.target = target
+        eventually(lambda: metrics()["last_id"] == 307 and metrics()["waiting"] == 0, process)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen("http://127.0.0.1:%d/" % port, timeout=30)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        status, out, err = finished(process)
+        relay.stop()
+    lines = [json.loads(line) for line in err.splitlines()]
+    states = [line["event"] for line in lines if line["event"] != "status"]
+    assert (status, out, states) == (0, "", ["shipping", "waiting", "recovered"]), err
+    status = [line for line in lines if line["event"] == "status"]
+    assert status and set(status[-1]) == {
+        "time",
+        "event",
+        "last_id",
+        "rows_waiting",
+        "oldest_waiting_seconds",
+    }
+    assert all(
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines
+    )
+
+
+def test_ship_notices_different_peppers(tmp_path, clickhouse):
+    """server.py notes a fingerprint of its pepper, of which the pepper cannot be told; nodes with different ones are
+    noticed, nodes with the same are not."""
+    url = clickhouse.database()
+    said = {}
+    for name, pepper in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "one")):
+        db, file = tmp_path / (name + ".db"), tmp_path / pepper
+        with serving(db, "--pepper-file", file) as server:
+            assert post(server, event("pepper " + name))[0] == 202
+        with serving(db, "--pepper-file", file):
+            pass
+        status, _, said[name] = ship(db, url)
+        assert status == 0
+        with contextlib.closing(sqlite3.connect(str(db))) as connection:
+            (fingerprint,) = connection.execute("SELECT * FROM session_events_pepper").fetchall()
+        assert re.fullmatch("[0-9a-f]{16}", fingerprint[0])
+        secret = file.read_text().strip()
+        assert (
+            fingerprint[0] not in secret
+            and fingerprint[0] not in hashlib.sha256(secret.encode()).hexdigest()
+        )
     assert (
-        checked("DELETE FROM session_events WHERE id < 100")[0] == 0
-    )  # swept: what is left is compared
-    assert checked(add % "2026-05-15T23:59:59Z")[:2] == (1, ["2026-05-15"])
-    assert checked(add % today) == (
-        0,
-        [],
-        "900 rows compared, 1 wait to be shipped: the same on every day",
+        said["a"] == said["b"] == ""
+        and "different peppers" in said["c"]
+        and "different" in said["d"]
     )
-    assert checked(
-        "UPDATE session_events SET received_at = '2026-06-16' || substr(received_at, 11) WHERE id = 603"
-    )[:2] == (1, ["2026-06-15", "2026-06-16"])
-    keep, sweep = (
-        "CREATE TEMP TABLE kept AS SELECT * FROM session_events WHERE id = 5",
-        "DELETE FROM session_events WHERE id %s 5",
+
+
+def test_ship_months(tmp_path, clickhouse):
+    """A table of the older layout is refused with the statements that migrate it, which lose nothing; invented dates
+    make no more than some months; a month is dropped, and what came twice appears as the other node has it."""
+    url = clickhouse.database()
+    rows = [
+        dict(r, ended_at="%04d-0%d-01T00:00:00.000Z" % (1900 + n % 400, 1 + n % 9))
+        for n, r in enumerate(many(800))
+    ]
+    db = stored(tmp_path / "a.db", *rows)
+    make_tables(clickhouse, url)
+    made = (
+        clickhouse.ask("SHOW CREATE TABLE session_events_raw", url)[0][0]
+        .replace("\\n", " ")
+        .replace("\\'", "'")
     )
-    again = (
-        (add % "2026-07-01T00:00:00Z")
-        .replace("'f' || substr(identity_hash, 2)", "identity_hash")
-        .replace("session_events WHERE id = 3", "kept")
-    )  # the session ends once more
-    assert checked(keep, sweep % "<=", again) == (0, [], SAME.strip() % (895, 1))
-    assert checked(keep, sweep % "=", again)[:2] == (
-        1,
-        ["2026-05-15", "2026-07-01"],
-    )  # that was no sweep
+    clickhouse.ask("DROP TABLE session_events_raw", url)
+    clickhouse.ask(re.sub(r"PARTITION BY \S+", "", made), url)
+    status, _, err = ship(db, url)
+    assert status == 1 and "older layout" in err
+    clickhouse.ask(
+        "INSERT INTO session_events_raw (seniority, id, received_at, identity_hash, session_id_hash,"
+        " ended_at, ended) SELECT 1, number, toDateTime('2026-05-01 00:00:00', 'UTC'), toFixedString(toString("
+        "number), 32), toFixedString('s', 32), toFixedString('2200-01-01T00:00:00.000Z', 24), toDateTime("
+        "number * 4000000) FROM system.numbers LIMIT 1000",
+        url,
+    )
+    for statement in re.sub(
+        r"LowCardinality\((\w+)\)",
+        r"\1",
+        err.split("\\u000a")[-1] if False else err.split("):", 1)[1].replace("\\n", "\n"),
+    ).split(";"):
+        if statement.strip():
+            clickhouse.ask(statement, url)
+    assert viewed(clickhouse, url) == 1000
+    assert shipped(db, url, rows=20_000) == 800 and viewed(clickhouse, url) == 1800
+    assert ship(db, url, "--check")[0] == 0
+    assert len(clickhouse.ask("SELECT DISTINCT toYYYYMM(ended) FROM session_events_raw", url)) <= 20
+    # Twenty years of one row a day, in one file: more months than one INSERT may have.
+    slow = stored(
+        tmp_path / "slow.db",
+        *(
+            row(
+                n,
+                "slow",
+                "%04d-%02d-01T00:00:00.000Z" % (1990 + n // 12, n % 12 + 1),
+                received_at="%04d-%02d-01T00:00:00Z" % (1990 + n // 12, n % 12 + 1),
+            )
+            for n in range(240)
+        ),
+    )
+    assert shipped(slow, url, rows=20_000) == 240 and ship(slow, url, "--check")[0] == 0
+    # The same session on two nodes, received at times so different that `ended` is in two months.
+    one = many(2, 50_000)[:1]
+    two = [dict(one[0], received_at="2030-01-01T00:00:00Z", tool_count=3)]
+    assert (
+        shipped(stored(tmp_path / "one.db", *one), url)
+        == shipped(stored(tmp_path / "two.db", *two), url)
+        == 1
+    )
+    mine = (
+        "SELECT tool_count, toYYYYMM(ended) FROM session_events WHERE session_id_hash = '%s'"
+        % one[0]["session_id_hash"]
+    )
+    (first,) = clickhouse.ask(mine, url)
+    assert first[0] == str(one[0]["tool_count"])
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION " + first[1], url)
+    (second,) = clickhouse.ask(mine, url)
+    assert second[0] == "3" and second[1] != first[1]
+
+
+def test_ship_batches_answer_like_single_rows(tmp_path):
+    """The fast look at a batch and the slow one at a row agree, on usual and unusual rows."""
+    odd = [
+        ("ended_at", "2026-05-22T12:34:56+02:00"),
+        ("ended_at", "2026-05-22T12:34:56"),
+        ("received_at", "2026-05-22T12:34:56.5Z"),
+        ("branch_sha", "ABCDEF0"),
+        ("branch_sha", None),
+        ("github_hash", None),
+        ("discovery_refs_json", '["\\u0061b", "c"]'),
+        ("discovery_refs_json", " [ ] "),
+        ("received_at", "1970-01-01T00:00:00Z"),
+        ("received_at", "2105-12-31T23:59:59Z"),
+        ("ended_at", "0001-01-01T00:00:00Z"),
+        ("ended_at", "9999-12-31T23:59:59.999Z"),
+    ]
+    bad = [
+        *UNFIT,
+        ("identity_hash", "f" * 64 + "\0x"),
+        ("branch_sha", "abcdef0\0z"),
+        ("plugin_version", "1\0"),
+        ("discovery_refs_json", '["a"'),
+        ("discovery_refs_json", '["a"],["b"]'),
+        ("discovery_refs_json", '"[]"'),
+        ("ended_at", "0000-01-01T00:00:00.000Z"),
+        ("ended_at", "2026-05-22T24:00:00.000Z"),
+        ("ended_at", "now"),
+        ("tool_count", b"1"),
+        ("discovery_refs_json", '["a\\u0000"]'),
+        ("discovery_refs_json", None),
+    ]
+    for column, value in [(None, None), *odd, *bad]:
+        rows = many(20)
+        db = str(tmp_path / "x.db")
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            connection.executescript((ROOT / "schema.sql").read_text().replace(" NOT NULL", ""))
+            connection.execute("DROP TRIGGER session_events_discoveries_insert")
+            connection.execute("DROP TRIGGER session_events_discoveries_delete")
+            insert(connection, rows)
+            if column:
+                connection.execute(
+                    "UPDATE session_events SET %s = ? WHERE id = 9" % column, [value]
+                )
+            connection.commit()
+            connection.row_factory = sqlite3.Row
+            single = []
+            with contextlib.suppress(session_events.Unfit):
+                for found in connection.execute("SELECT * FROM session_events ORDER BY id"):
+                    single.append(session_events.ship_exact(dict(found)))
+        with session_events.reading(db) as reader:
+            batch = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 100)
+        assert batch == single, (column, value)
+        assert len(batch) == (8 if (column, value) in bad else 20), (column, value)
+        os.unlink(db)
+
+
+def test_ship_chaos(tmp_path, clickhouse):
+    """Two servers and their followers; SIGKILL for a server, a ship and ClickHouse, a file that goes back to a backup.
+    Every event that was answered 202 is in the view, once. TEST_SECONDS=60 makes it longer."""
+    url, rng = clickhouse.database(), random.Random(5)
+    dbs = [tmp_path / "0.db", tmp_path / "1.db"]
+    servers = [Server(db) for db in dbs]
+    ships = [shipper(db, url, "--follow") for db in dbs]
+    answered202, stop = set(), threading.Event()
+
+    def send(who):
+        for n in itertools.count():
+            value = event("chaos %d %d" % (who, n))
+            while not stop.is_set():
+                with contextlib.suppress(Exception):
+                    if post(servers[rng.randrange(2)], value)[0] == 202:
+                        answered202.add(value["session_id_hash"])
+                        break
+                time.sleep(0.01)
+            if stop.is_set():
+                return
+            time.sleep(0.005)
+
+    def everything():
+        seen = [r[0] for r in clickhouse.ask("SELECT session_id_hash FROM session_events", url)]
+        return len(seen) == len(set(seen)) and answered202 <= set(seen)
+
+    threads = [threading.Thread(target=send, args=(who,)) for who in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        end = time.monotonic() + float(os.environ.get("TEST_SECONDS", "6"))
+        for turn in itertools.count():
+            if turn > 3 and time.monotonic() > end:
+                break
+            node = turn % 2
+            time.sleep(0.3)
+            if turn % 4 == 0:
+                servers[node].stop(signal.SIGKILL)
+                servers[node] = Server(dbs[node])
+            elif turn % 4 == 1:
+                ships[node].kill()
+                ships[node].communicate()
+                ships[node] = shipper(dbs[node], url, "--follow")
+            elif turn % 4 == 2:
+                clickhouse.stop()
+                clickhouse.start()
+            else:  # a backup; what it lacks has arrived before it is put back
+                servers[node].stop()
+                shutil.copy(str(dbs[node]), str(tmp_path / "backup.db"))
+                servers[node] = Server(dbs[node])
+                time.sleep(0.3)
+                servers[node].stop()
+                with contextlib.closing(sqlite3.connect(str(dbs[node]))) as connection:
+                    last = connection.execute("SELECT max(id) FROM session_events").fetchone()[0]
+                eventually(lambda at=dbs[node], to=last: marks(at) == [to])
+                restored(tmp_path / "backup.db", dbs[node])
+                servers[node] = Server(dbs[node])
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert len(answered202) > 100
+        eventually(everything)
+    finally:
+        stop.set()
+        for server in servers:
+            server.stop()
+        for process in ships:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+        if clickhouse.process.poll() is not None:
+            clickhouse.start()
+    for db in dbs:
+        status, out, err = ship(db, url, "--check")
+        assert status == 0, (out, err)
+
+
+def test_ship_unit_of_the_readme(tmp_path):
+    """The systemd unit for `ship` in the README is one that systemd takes."""
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze checks the unit")
+    units = re.findall(r"(?s)```ini\n(.*?)```", (ROOT / "README.md").read_text())
+    (unit,) = [text for text in units if "session_events.py ship" in text]
+    file = tmp_path / "session-events-ship.service"
+    file.write_text(
+        unit.replace(
+            "/opt/session-events/session_events.py", str(ROOT / "session_events.py")
+        ).replace("/usr/bin/python3", sys.executable)
+    )
+    done = run(["systemd-analyze", "verify", "--man=no", file])
+    assert done.returncode == 0 and "session-events-ship" not in done.stderr, done.stderr
 
 
 def test_ship_asks_for_sessions_without_naming_them(tmp_path):
     """Whole hashes travel as a table, not in the query's text, which ClickHouse writes into its logs."""
-    shape = session_events.batch_after(stored(tmp_path / "a.db", *many(3)), 0)
-    with Pretender(reply(200, b"1\t0\n3\t1\n")) as pretender:
+    with session_events.reading(stored(tmp_path / "a.db", *many(3))) as reader:
+        rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 10)
+    with Pretender(reply(200, b"0\n2\n"), reply(200)) as pretender:
         house = session_events.ClickHouse(session_events.house_of(pretender.url), {})
-        assert house.held("ab" * 8, 1, [session_events.key_binary("ab" * 8, s) for s in shape]) == {
-            1: False,
-            3: True,
-        }
-        assert house.held("ab" * 8, 1, []) == {}
+        assert house.found(rows) == {0, 2} and house.found([]) == set()
     head, body = pretender.asked[0][1].split(b"\r\n\r\n", 1)
-    for digest in {s.session for s in shape} | {s.identity for s in shape}:
+    for digest in {s.session for s in rows} | {s.identity for s in rows}:
         assert bytes.fromhex(digest) in body and digest.encode() not in head + body
         assert urllib.parse.quote_from_bytes(bytes.fromhex(digest)).encode() not in head
 
@@ -8721,6 +9555,15 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
     db = stored(tmp_path / "a.db", *many(10))
     secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
     version = reply(200, b"99.1\n")
+    columns = reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode())
+    engine = b"session_events_raw\tReplacingMergeTree PARTITION BY toYYYYMM(ended)\n"
+    ready = (
+        version,
+        columns,
+        reply(
+            200, engine + b"session_events_nodes\ta\nsession_events\t\ndiscovery_propagation\t\n"
+        ),
+    )
     for answers, says in (
         ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "not followed"),
         ([reply(200, b"<html>")], "no ClickHouse"),
@@ -8735,40 +9578,15 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
             "Code: 62. DB::Exception: \\x1b[2J wrong",
         ),
         ([version, reply(200, b"x\ty\n")], "whose column node is not"),
-        (
-            [
-                version,
-                reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
-                reply(200, b"a\nb\n"),
-                reply(200, b"1" * 30 + b"\n"),
-            ],
-            "answers what was not asked",
-        ),
-        (
-            [
-                version,
-                reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
-                reply(200, b"a\nb\n"),
-                reply(200),
-                reply(200, b"surprise"),
-            ],
-            "answers what was not asked",
-        ),
-        (
-            [
-                version,
-                reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode()),
-                reply(200, b"a\nb\n"),
-                reply(200),
-                reply(200),
-                *[reply(200, b"surprise")] * 2,
-            ],
-            "is it ClickHouse's HTTP port",
-        ),
+        ([version, columns, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
+        ([*ready, reply(200), reply(200, b"1" * 30 + b"\n")], "answers what was not asked"),
+        ([*ready, reply(200), reply(200, b"0\n"), reply(200, b"surprise")], "HTTP port"),
+        ([*ready, reply(200), reply(200, b"0\n"), reply(500, b"Code: 210, e.x")], "its error 210"),
+        ([*ready, reply(200), reply(200, b"0\n"), reply(500, b"Code: 75, e.x")], "its error 75"),
     ):
         with Pretender(*answers) as pretender:
             status, out, err = ship(db, pretender.url, env=secret)
-        assert (status, out) == (1, "") and says in err and err.count("\n") <= 1, (says, err)
+        assert (status, out) == (1, "") and says in err, (says, err)
         assert len(pretender.asked) == len(answers)
         for _, request in pretender.asked:
             head = request.split(b"\r\n\r\n")[0]
@@ -8786,7 +9604,7 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
         )  # a password does not mend itself
     assert (
         status == 1
-        and "again in 2 s" in err
+        and '"again_in_seconds": 2.0' in err
         and "CLICKHOUSE_PASSWORD" in err
         and "shipper" not in err
     )
@@ -8794,7 +9612,15 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse):
     with Pretender(busy, patient=False) as pretender:  # refused before it was all sent
         house = session_events.ClickHouse(session_events.house_of(pretender.url), {})
         with pytest.raises(session_events.Later, match="status 503") as refused:
-            house.insert(os.urandom(16 << 20))
+            house.insert(
+                "ab" * 8,
+                [
+                    session_events.ship_exact(
+                        dict(many(2)[0], id=1, discovery_refs_json=json.dumps(["r" * 128] * 200))
+                    )
+                ]
+                * 800,
+            )
     assert refused.value.after == 2
     url = clickhouse.database()
     wrong = dict(secret, CLICKHOUSE_PASSWORD="open barley")
@@ -8852,28 +9678,25 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         capfdbinary, ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"]
     )[1]
     assert (
-        out.count(" ON CLUSTER 'main'") == 4
+        out.count(" ON CLUSTER 'main'") == 6
         and "_local, cityHash64(identity_hash, session_id_hash))" in out
     )
     assert (
-        "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/session_events_local', '{replica}', sen"
+        "ReplicatedReplacingMergeTree('/clickhouse/tables/{shard}/x/session_events_local_by_month', '{replica}', sen"
         in out
     )
     for made in (out, answered(capfdbinary, ["ship", "--print-ddl"])[1]):
-        assert (
-            "seniority)\nORDER BY (identity_hash, session_id_hash);" in made
-            and "PARTITION" not in made
-        )
+        assert "PARTITION BY toYYYYMM(ended)\nORDER BY (identity_hash, session_id_hash);" in made
 
     monkeypatch.setattr(
         session_events, "SHIP_BYTES", 20_000
     )  # a batch ends early where rows are large
-    wide = many(30, discovery_refs_json=json.dumps(["r" * 128] * 200))
+    wide = many(300, discovery_refs_json=json.dumps(["r" * 128] * 200))
     db = stored(tmp_path / "wide.db", *wide)
-    assert [s.id for s in session_events.batch_after(db, 0)] == [
-        1,
-        2,
-    ] and session_events.batch_after(db, 30) == []
+    with session_events.reading(db) as reader:
+        ids = [s.id for s in session_events.ship_batch(reader, "> ? ORDER BY id", 0, 300)]
+        assert ids == list(range(1, 201))
+        assert session_events.ship_batch(reader, "> ? ORDER BY id", 300, 300) == []
 
     now = 1_800_000_000.0
     for text, seconds in (
@@ -8897,27 +9720,6 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         300.0,
     ]
     assert session_events.back_off(3, 0.0) == 20.0
-
-
-def test_ship_names_the_node_once(tmp_path, monkeypatch):
-    """The node's name is written once; where that cannot be, it says so, and afterwards a reader's rights are
-    enough."""
-    db = stored(tmp_path / "a.db", *many(2), journal="DELETE")
-    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
-        holder.execute("BEGIN IMMEDIATE")
-        monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
-        with pytest.raises(
-            session_events.Refused, match=r"cannot write the node's name .* keeps it locked"
-        ):
-            session_events.node_of(db)
-    name = session_events.node_of(db)
-    assert re.fullmatch("[0-9a-f]{16}", name) and session_events.node_of(db) == name
-    assert session_events.node_of(stored(tmp_path / "b.db")) != name
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("UPDATE session_events_node SET name = 'a''b'")
-        connection.commit()
-    with pytest.raises(session_events.Refused, match="does not hold a node's name"):
-        session_events.node_of(db)
 
 
 @needs_linux
