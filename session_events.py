@@ -1331,6 +1331,13 @@ def document(title: str, body: str, head: str = "") -> str:
         '</head>\n<body><div class="wrap">%s</div></body></html>\n' % (head, esc(title), STYLE, body))
 
 
+def forwarding(address: str) -> str:
+    """A page that goes on to another address at once, also where no script runs."""
+    to = esc(address)
+    return document("Opening", '<main><h1>Opening the pages</h1><p><a href="%s">Go on</a></p></main>'
+                    % to, '<meta http-equiv="refresh" content="0;url=%s">' % to)
+
+
 class HtmlColumn(NamedTuple):
     """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class: n number, m hash or
     time, d discoveries, wide what a narrow screen leaves out."""
@@ -1965,17 +1972,32 @@ class Viewer(http.server.ThreadingHTTPServer):
         self.cookie = secrets.token_urlsafe(24)
         self.cookie_name = "session_events_%d" % self.server_address[1]  # cookies do not tell ports apart
         self.lock = threading.Lock()
+        self.way_in: Optional[Path] = None  # see `write_way_in`
 
     @property
     def address(self) -> str:
         return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
 
     def redeem(self, given: str) -> bool:
+        """True, once, for who brings the ticket."""
         with self.lock:
             good = self.ticket is not None and same(given, self.ticket)
             if good:
                 self.ticket = None
+                if self.way_in:
+                    with contextlib.suppress(FileNotFoundError):
+                        self.way_in.unlink()
             return good
+
+    def write_way_in(self, folder: str, address: str) -> str:
+        """The address of a new file in `folder` that sends a browser on to `address`.
+
+        A browser's command line can be seen by every user of the machine, and its address is the
+        ticket. So the command line names this file (0600), which goes when the ticket is used."""
+        self.way_in = Path(folder, "open.html")
+        with open(os.open(self.way_in, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(forwarding(address))
+        return self.way_in.as_uri()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One line, and nothing of the request: a browser that went away is not worth even that."""
@@ -2032,17 +2054,20 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         return page_answer(self.server.db, address.path, query)
 
     def exchange(self, query: Query) -> Answer:
-        """The one-time token for a cookie, and on to the address without the token."""
+        """The one-time token for a cookie, and a page that goes on to the address without the token.
+
+        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after one."""
         rest = {name: value for name, value in query.items() if name != "token"}
-        to = [("Location", "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else ""))]
-        if self.server.redeem(query["token"]):
+        to = "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else "")
+        page = Answer(200, HTML_TYPE, forwarding(to))
+        if self.command == "GET" and self.server.redeem(query["token"]):  # HEAD leaves it unused
             cookie = "%s=%s" % (self.server.cookie_name, self.server.cookie)
-            return Answer(303, "text/plain", "", [
-                *to, ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
+            return page._replace(headers=[
+                ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
         if self.may_see():
-            return Answer(303, "text/plain", "", to)
-        return message_page(403, "Closed", "This address was used already, or is not this viewer's. Start it"
-                                           " again for a new one.")
+            return page
+        return message_page(403, "Closed", "This address was used already, or is not this viewer's."
+                                           " Start it again for a new one.")
 
     def may_see(self) -> bool:
         cookies = [part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";")]
@@ -2087,14 +2112,25 @@ def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
         raise Refused("cannot listen on port %d: %s" % (
             port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
     signal.signal(signal.SIGTERM, stop)
-    with viewer:
-        print("open %s%s" % (viewer.address, path), flush=True)
-        print("it works once and on this machine only; Ctrl-C ends", flush=True)
+    address = viewer.address + path
+    with tempfile.TemporaryDirectory(prefix="session-events-") as folder, viewer:
+        print("open %s" % address)
+        print("It works once, in a browser on this machine; Ctrl-C ends. From another machine, run")
+        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(viewer.server_address[1]))
+        print("there, with this machine's name for HOST, and open the same address.", flush=True)
         if open_it:
-            webbrowser.open(viewer.address + path)
+            # In a thread: a browser in the foreground returns only when the person leaves it.
+            threading.Thread(target=show_in_browser, daemon=True,
+                             args=[viewer.write_way_in(folder, address)]).start()
         with contextlib.suppress(KeyboardInterrupt):
             viewer.serve_forever()
     return 0
+
+
+def show_in_browser(address: str) -> None:
+    if not webbrowser.open(address):
+        print("session_events: no browser could be started; open the address above yourself",
+              file=sys.stderr, flush=True)
 
 
 # ======================================================================================================

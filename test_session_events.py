@@ -34,6 +34,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import sqlite3
 import ssl
 import subprocess
@@ -4493,7 +4494,7 @@ class View:
 
     def cookie(self):
         status, headers, _ = http(self.address, self.url[len(self.base) :])
-        assert status == 303
+        assert status == 200
         return headers["set-cookie"].split(";")[0]
 
     def __exit__(self, *error):
@@ -4527,8 +4528,11 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             len(refused) == 1 and next(iter(refused))[0] == 403
         )  # the same answer, whatever there is
         assert http(view.address, "/?token=wrong")[0] == 403
-        status, headers, _ = http(view.address, view.url[len(view.base) :] + "&days=30")
-        assert (status, headers["location"]) == (303, "/?days=30")
+        # Who looks first without taking (a link preview, a proxy's HEAD) leaves the ticket as it is.
+        status, headers, _ = http(view.address, view.url[len(view.base) :], (), "HEAD")
+        assert status == 403 and "set-cookie" not in headers
+        status, headers, body = http(view.address, view.url[len(view.base) :] + "&days=30")
+        assert status == 200 and 'content="0;url=/?days=30"' in body
         assert re.fullmatch(
             r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
             headers["set-cookie"],
@@ -4543,7 +4547,7 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             )
         assert http(view.address, view.url[len(view.base) :])[0] == 403  # used
         # ... but for who is inside already
-        assert http(view.address, view.url[len(view.base) :], cookie)[0] == 303
+        assert http(view.address, view.url[len(view.base) :], cookie)[0] == 200
         for host in (
             "evil.example",
             "evil.example:%d" % view.address[1],
@@ -4602,6 +4606,69 @@ def test_reader_the_door_of_the_viewer(tmp_path):
         taken = read("view", "--db", db, "--port", view.address[1])
         assert taken.returncode == 1 and "--port 0" in taken.stderr
     assert (view.status, view.complaints) == (0, "")
+
+
+def tunnel(address):
+    """The port of a relay to `address`, as `ssh -L` makes one; it lives as long as the tests."""
+
+    class Through(socketserver.BaseRequestHandler):
+        def handle(self):
+            with socket.create_connection(address) as far:
+                ends = {self.request: far, far: self.request}
+                while True:
+                    for ready in select.select(list(ends), [], [])[0]:
+                        data = ready.recv(1 << 16)
+                        if not data:
+                            return
+                        ends[ready].sendall(data)
+
+    relay = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Through)
+    relay.daemon_threads = True
+    threading.Thread(target=relay.serve_forever, daemon=True).start()
+    return relay.server_address[1]
+
+
+# A browser in the foreground: it notes what it was given and who may read it, and stays until told to go.
+FOREGROUND = """import os, sys, time, urllib.request
+said, file = sys.argv[1], urllib.request.url2pathname(sys.argv[2].partition("://")[2])
+with open(said + ".new", "w") as out:
+    print(" ".join(sys.argv), oct(os.stat(file).st_mode), file=out)
+    print(oct(os.stat(os.path.dirname(file)).st_mode), file=out)
+os.rename(said + ".new", said)
+while not os.path.exists(said + ".go"):
+    time.sleep(0.02)
+"""
+
+
+def test_reader_opens_a_browser_that_nobody_can_forestall(tmp_path, chromium):
+    """No command line holds the ticket: a file of its user alone does, until the ticket is used. The
+    pages answer while the browser is in the foreground. The same address works through a tunnel."""
+    db = stored(tmp_path / "e.db", *STORY)
+    (tmp_path / "browser.py").write_text(FOREGROUND)
+    said = tmp_path / "said"
+    browser = "%s %s %s %%s" % (sys.executable, tmp_path / "browser.py", said)
+    with View(db, "--open", BROWSER=browser, TMPDIR=str(tmp_path)) as view:
+        until(said.exists)
+        first, folder = said.read_text().splitlines()
+        address, mode = first.split()[-2:]
+        assert address.startswith("file://") and (mode, folder) == ("0o100600", "0o40700")
+        assert view.url.partition("token=")[2] not in first
+        chromium.events = []
+        chromium.enter(address)
+        assert chromium.js("location.href") == view.base + "/"
+        assert not os.path.exists(urllib.request.url2pathname(address.partition("://")[2]))
+        assert chromium.complaints() == []
+        Path(str(said) + ".go").touch()
+    assert (view.status, view.complaints) == (0, "")
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("session-events")] == []
+    with View(db) as view:
+        hint = "".join(view.process.stdout.readline().decode() for _ in range(3))
+        assert "ssh -L {0}:127.0.0.1:{0} HOST".format(view.address[1]) in hint
+        port = tunnel(view.address)
+        chromium.enter(view.url.replace(str(view.address[1]), str(port)) + "&days=9999")
+        assert chromium.js("location.href") == "http://127.0.0.1:%d/?days=9999" % port
+        chromium.follow(lambda: chromium.js("document.querySelectorAll('nav a')[1].click()"))
+        assert chromium.js("location.pathname") != "/" and chromium.complaints() == []
 
 
 def test_reader_the_endpoints_to_the_letter(tmp_path):
@@ -4858,6 +4925,18 @@ class Chromium:
         for address in ("about:blank", url):  # first away: another #... alone would load nothing
             self.loaded(self.call("Page.navigate", url=address)["loaderId"].__eq__)
 
+    def enter(self, url):
+        """Opens the address with the ticket, and waits for the page to which that goes on."""
+        self.open(url)
+
+        def inside():
+            with contextlib.suppress(AssertionError):  # a question of a page that went on
+                return self.js('Boolean(document.querySelector("nav")) && document.readyState') == (
+                    "complete"
+                )
+
+        until(inside)
+
     def follow(self, action):
         """Does what leads to another page, and waits until that is there."""
         known = {
@@ -4958,7 +5037,7 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
         may = "since=2026-05-01&until=2026-06-01"
         chromium.events = []
         chromium.screen(1280, 900)
-        chromium.open(view.url + "&" + may)
+        chromium.enter(view.url + "&" + may)
         assert chromium.js("location.search") == "?" + may  # the token is gone from the address
         for moment, discs, arcs, counters in (
             ("2026-05-04T10:00:00.000Z", 1, 0, ["1", "1", "5", "2", "0"]),
@@ -5083,7 +5162,7 @@ def test_reader_pages_without_script_and_without_the_viewer(tmp_path, chromium):
         chromium.screen(1280, 900)
         chromium.call("Emulation.setScriptExecutionDisabled", value=True)
         try:
-            chromium.open(view.url + "&since=2026-05-01&until=2026-06-01")
+            chromium.enter(view.url + "&since=2026-05-01&until=2026-06-01")
             assert chromium.js("document.documentElement.className") == ""
             assert chromium.js(
                 '[...document.querySelectorAll("#discs circle")].every('
@@ -5112,7 +5191,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
     window = "since=2026-05-01&until=2026-06-01"
     with View(looser(tmp_path / "hostile.db")) as view:
         chromium.events = []
-        chromium.open(view.url + "&" + window)
+        chromium.enter(view.url + "&" + window)
         for path in (
             "/",
             "/sessions",
@@ -5155,7 +5234,7 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
     ]
     with View(stored(tmp_path / "e.db", *rows)) as view:
         chromium.events = []
-        chromium.open(view.url + "&since=2026-05-01&until=2026-06-01")
+        chromium.enter(view.url + "&since=2026-05-01&until=2026-06-01")
         size = chromium.js('performance.getEntriesByType("navigation")[0].transferSize')
         assert 300_000 < size < 1_000_000
         seen = chromium.js(SEEN)
@@ -5172,7 +5251,7 @@ def test_reader_the_demo(tmp_path):
         assert re.fullmatch(
             r"\d+ synthetic sessions of \d+ developers who do not exist", view.said[0]
         )
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(list(tmp_path.iterdir())) == 2  # of the database, and of the way in
         own = os.getpriority(os.PRIO_PROCESS, 0)  # and it lets a server go first
         assert os.getpriority(os.PRIO_PROCESS, view.process.pid) == min(19, own + 10)
         status, _, body = http(view.address, "/?days=14", {"Cookie": view.cookie()})
