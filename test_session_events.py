@@ -21,6 +21,7 @@ import functools
 import glob
 import hashlib
 import hmac
+import html
 import http.server
 import importlib.util
 import io
@@ -3867,8 +3868,8 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             hand_overs = sum(len(refs) for (a, b), refs in found.items() if who[a] != who[b])
             assert graph["totals"]["hand_overs"] == hand_overs
             if inside:
-                _, data, left_out = session_events.figure(reader.window(window)[::-1])
-                assert (sum(s[5] for s in data["sessions"]), left_out) == (hand_overs, 0)
+                data = session_events.Picture(reader.window(window)[::-1]).data()
+                assert sum(s[5] for s in data["sessions"]) == hand_overs
             activity = session_events.activity(reader, window)
             for period in activity["days"]:
                 day = [r for r in inside if r["ended_at"][:10] == period["period"]]
@@ -4095,7 +4096,7 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
             session_events.session_page(reader, sha("session hostile")),
             session_events.discoveries_page(reader, filters, "recent"),
             *(
-                session_events.discovery_page(reader, ref)
+                session_events.discovery_page(reader, ref, filters, True)
                 for ref in HOSTILE_REFS
                 if "\0" not in ref
             ),
@@ -4962,13 +4963,18 @@ class Chromium:
         )
 
     def key(self, key, code=0):
-        text = {"text": key} if len(key) == 1 else {}
+        text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
                 "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text
             )
 
-    def screen(self, width, height, scheme="light"):
+    def tap(self, x, y):
+        for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
+            self.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+
+    def screen(self, width, height, scheme="light", motion="no-preference", touch=False):
+        self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -4978,7 +4984,10 @@ class Chromium:
         )
         self.call(
             "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
+            features=[
+                {"name": "prefers-color-scheme", "value": scheme},
+                {"name": "prefers-reduced-motion", "value": motion},
+            ],
         )
 
     def picture(self):
@@ -5024,25 +5033,62 @@ def chromium(tmp_path_factory):
     browser.close()
 
 
-SEEN = """({discs: document.querySelectorAll("#discs a:not(.later)").length,
-  arcs: document.querySelectorAll("#arcs path:not(.later)").length,
+SEEN = """({sessions: Number(document.getElementById("count0").textContent),
+  arcs: document.querySelectorAll("#arcs .there").length,
   counters: [...document.querySelectorAll(".tiles dd")].map(dd => dd.textContent),
+  caption: document.getElementById("caption").textContent,
+  play: document.getElementById("play").textContent,
   moment: document.getElementById("moment").textContent, address: location.hash})"""
+LIT = '["arcs", "discs"].map(id => document.querySelectorAll("#" + id + " .on").length)'
+MAY_QUERY = "since=2026-05-01&until=2026-06-01"
+PANEL = 'document.getElementById("panel").textContent'
+
+
+def middle(chromium, which):
+    """The middle of an element, in px of the window."""
+    return chromium.js(
+        "(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelectorAll(%s)[%d]"
+        ".getBoundingClientRect())" % which
+    )
+
+
+def fetched(chromium, view, url):
+    """The body of a page, asked for with the browser's cookie, beside the browser."""
+    cookies = chromium.call("Network.getCookies")["cookies"]
+    cookie = "; ".join("%s=%s" % (c["name"], c["value"]) for c in cookies)
+    status, headers, body = http(view.address, url[len(view.base) :], {"Cookie": cookie})
+    assert status == 200 and headers["content-disposition"].startswith("attachment")
+    return body
+
+
+def disc(n):
+    return ('"#discs circle"', n)
 
 
 def test_reader_the_replay_in_chromium(tmp_path, chromium):
     """The picture at three moments; playing, stepping and pointing by keyboard; filters; nothing asked
     elsewhere."""
     with View(stored(tmp_path / "e.db", *STORY)) as view:
-        may = "since=2026-05-01&until=2026-06-01"
         chromium.events = []
         chromium.screen(1280, 900)
-        chromium.enter(view.url + "&" + may)
-        assert chromium.js("location.search") == "?" + may  # the token is gone from the address
-        for moment, discs, arcs, counters in (
-            ("2026-05-04T10:00:00.000Z", 1, 0, ["1", "1", "5", "2", "0"]),
-            ("2026-05-08T00:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"]),
-            ("2026-05-12T11:00:00.000Z", 4, 4, ["4", "3", "36", "3", "3"]),
+        chromium.enter(view.url + "&" + MAY_QUERY)
+        assert chromium.js("location.search") == "?" + MAY_QUERY  # the token is gone
+        seen = chromium.js(SEEN)  # a first visit: at the start, paused, Play in focus
+        assert (seen["sessions"], seen["play"], seen["address"]) == (1, "Play", "")
+        assert (
+            chromium.js("document.activeElement.id") == "play" and "Press Play" in seen["caption"]
+        )
+        for moment, count, arcs, counters, caption in (
+            ("2026-05-04T10:00:00.000Z", 1, 0, ["1", "1", "5", "2", "0"], None),
+            ("2026-05-05T10:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"], None),
+            ("2026-05-08T00:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"], None),
+            (
+                "2026-05-12T11:00:00.000Z",
+                4,
+                4,
+                ["4", "3", "36", "3", "3"],
+                "x has reached everybody",
+            ),
         ):
             chromium.js(
                 "new Promise(done => {"
@@ -5050,56 +5096,77 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
                 ' location.hash = "t=%s"; })' % moment
             )
             seen = chromium.js(SEEN)
-            assert (seen["discs"], seen["arcs"], seen["counters"]) == (discs, arcs, counters), (
-                moment
-            )
+            assert (seen["sessions"], seen["arcs"]) == (count, arcs), moment
+            assert seen["counters"] == counters and caption in (None, seen["caption"]), seen
             assert seen["moment"] == moment[:16].replace("T", " ") + " UTC"
-        chromium.open(view.base + "/?" + may + "#t=2026-05-08T00:00:00.000Z")
-        assert chromium.js(SEEN)["discs"] == 2  # a moment can be shared
+        chromium.open(view.base + "/?" + MAY_QUERY + "#t=2026-05-08T00:00:00.000Z")
+        assert chromium.js(SEEN)["sessions"] == 2  # a moment can be shared
         assert chromium.js('document.querySelectorAll("#arcs .x").length') == 3
 
         chromium.key("Home", 36)
         assert chromium.js(SEEN)["address"] == "#t=2026-05-04T10:00:00.000Z"
         chromium.key("ArrowRight", 39)
         assert chromium.js(SEEN)["address"] == "#t=2026-05-05T10:00:00.000Z"
+        assert chromium.js(SEEN)["caption"] == "2 discoveries reach somebody new"
         chromium.key("ArrowLeft", 37)
-        assert chromium.js(SEEN)["discs"] == 1
+        assert chromium.js(SEEN)["sessions"] == 1
         chromium.key("+")
         assert chromium.js('document.getElementById("speed").value') == "2"
         chromium.js('document.getElementById("speed").value = "8"')
         chromium.key(" ", 32)
-        assert chromium.js('document.getElementById("play").textContent') == "Pause"
-        chromium.until('document.querySelectorAll("#discs a:not(.later)").length >= 2')
+        assert chromium.js(SEEN)["play"] == "Pause"
+        chromium.until(
+            'document.querySelectorAll("#arcs .new, #discs .new").length == 3'
+        )  # a pulse
+        chromium.until('document.querySelectorAll("#arcs .old").length == 1')
         chromium.key(" ", 32)
         paused = chromium.js(SEEN)
-        assert (
-            chromium.js('document.getElementById("play").textContent') == "Play"
-            and paused["discs"] >= 2
-        )
+        assert paused["play"] == "Play" and paused["sessions"] >= 2
         assert paused["address"][3:19].replace("T", " ") + " UTC" == paused["moment"]
+        chromium.until('document.querySelectorAll(".new, .old").length == 0')
         chromium.key("End", 35)
-        assert chromium.js(SEEN)["discs"] == 4
+        assert chromium.js(SEEN)["sessions"] == 4
 
-        lit = '["arcs", "discs"].map(id => document.querySelectorAll("#" + id + " .on").length)'
         chromium.js('document.querySelector("#discs a[tabindex=\\"0\\"]").focus()')
         chromium.key("ArrowLeft", 37)
         chromium.key(
             "ArrowLeft", 37
-        )  # from the last to bob's, which had x from ann and gave it to cay
-        assert chromium.js(lit) == [2, 3]
-        panel = chromium.js('document.getElementById("panel").textContent')
-        assert panel.startswith(BOB[:8]) and "2 tool calls, 7 tokens saved" in panel
-        assert panel.endswith("1 other developer.xz")
+        )  # from the last to bob's, which had x from ann, and gave it to cay
+        assert chromium.js(LIT) == [2, 3]
+        panel = chromium.js(PANEL)
+        assert panel.startswith(BOB[:8]) and "2 calls, 7 tokens saved" in panel
+        assert panel.endswith("1 other developer built on it.xz")
         chromium.key("ArrowLeft", 37)
-        assert chromium.js(lit) == [4, 4]  # everything came from ann's first
-        box = chromium.js(
-            "(b => [b.x + b.width / 2, b.y + b.height / 2])"
-            '(document.querySelectorAll("#discs a")[2].getBoundingClientRect())'
+        assert chromium.js(LIT) == [4, 4]  # everything came from ann's first
+        chromium.key("ArrowDown", 40)  # to the next of the same developer
+        assert (
+            chromium.js(
+                "[...document.querySelectorAll('#discs a')].indexOf(document.activeElement)"
+            )
+            == 2
         )
         chromium.js("document.activeElement.blur()")
-        chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + 6, y=box[1] + 6)
-        chromium.until(lit + " == '2,3'")
-        button = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+        for key in (
+            "ArrowUp",
+            "ArrowDown",
+            "ArrowLeft",
+            "Enter",
+            "x",
+        ):  # on the picture: nothing throws
+            chromium.js(
+                'document.getElementById("chart").dispatchEvent('
+                'new KeyboardEvent("keydown", {key: "%s", bubbles: true}))' % key
+            )
+        stops = chromium.js(
+            '[...document.querySelectorAll("#stage, #stage *")].filter(e => e.tabIndex >= 0).map('
+            "e => e.tagName)"
+        )
+        assert stops == ["a"]  # one Tab stop, and it is a session
+        chromium.key("End", 35)
+        x, y = middle(chromium, disc(2))
+        chromium.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + 6, y=y + 6)
+        chromium.until("String(%s) == '2,3'" % LIT)
+        button = {"x": x, "y": y, "button": "left", "clickCount": 1}
         chromium.call("Input.dispatchMouseEvent", type="mousePressed", **button)
         chromium.follow(
             lambda: chromium.call("Input.dispatchMouseEvent", type="mouseReleased", **button)
@@ -5107,19 +5174,21 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
         assert chromium.js("location.pathname") == "/session/" + sha("session", 3)
         assert ANN[:8] in chromium.js("document.body.textContent")
 
-        chromium.open(view.base + "/?" + may)
+        chromium.open(view.base + "/?" + MAY_QUERY)
         chromium.js('document.querySelector("[name=github]").value = "false"')
         chromium.follow(lambda: chromium.js('document.querySelector("form button").click()'))
         assert chromium.js(SEEN)["counters"] == ["1", "1", "13", "2", "0"]
-        chromium.open(view.base + "/?discovery=y&" + may)
-        assert (chromium.js(SEEN)["discs"], chromium.js(SEEN)["arcs"]) == (3, 2)
-        chromium.open(view.base + "/?since=2020-01-01&until=2020-02-01")
-        assert "No session ended in this window" in chromium.js("document.body.textContent")
+        chromium.open(view.base + "/?discovery=y&" + MAY_QUERY + "#t=2027-01-01T00:00:00.000Z")
+        assert (chromium.js(SEEN)["sessions"], chromium.js(SEEN)["arcs"]) == (3, 2)
+        for path in ("/", "/sessions", "/discoveries", "/developers", "/activity"):
+            chromium.open(view.base + path + "?since=2020-01-01&until=2020-02-01")
+            text = chromium.js("document.body.textContent")
+            assert "The last one ended 2026-05-12 11:00 UTC." in text, path
 
         names = {
             (node.get("role", {}).get("value"), node.get("name", {}).get("value"))
             for node in (
-                chromium.open(view.base + "/?" + may),
+                chromium.open(view.base + "/?" + MAY_QUERY),
                 chromium.call("Accessibility.getFullAXTree"),
             )[1]["nodes"]
         }
@@ -5130,118 +5199,312 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
             ("navigation", "Pages"),
             ("link", "%s, 2026-05-05 10:00, 2 calls" % BOB[:8]),
         } <= names
-
-        for path in (
-            "/",
-            "/sessions",
-            "/session/" + sha("session 1"),
-            "/discoveries",
-            "/discovery",
-            "/activity",
-        ):
-            for width in (400, 2000):
-                for scheme in ("light", "dark"):
-                    chromium.screen(width, 1000, scheme)
-                    chromium.open(view.base + path + "?ref=x&" + may)
-                    assert chromium.js("document.documentElement.scrollWidth") == width, (
-                        path,
-                        width,
-                    )
-                    paper = chromium.js("getComputedStyle(document.body).backgroundColor")
-                    assert (paper == "rgb(246, 246, 243)") == (scheme == "light")
-                    name = "%s %d %s.png" % (path.split("/")[1] or "replay", width, scheme)
-                    (tmp_path / name).write_bytes(chromium.picture())
         assert chromium.complaints() == []
         assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
 
 
-def test_reader_pages_without_script_and_without_the_viewer(tmp_path, chromium):
+def test_reader_a_chosen_discovery_and_the_saved_file_in_chromium(tmp_path, chromium):
+    """Choosing draws one path and says whom it reached; Escape ends that; the saved file starts at the
+    moment and with the discovery that were on the screen, and needs nobody."""
     db = stored(tmp_path / "e.db", *STORY)
     with View(db) as view:
         chromium.events = []
         chromium.screen(1280, 900)
+        chromium.enter(view.url + "&" + MAY_QUERY + "#t=2026-05-12T11:00:00.000Z")
+        chromium.js('location.hash = "t=2026-05-12T11:00:00.000Z"')
+        x = '[...document.querySelectorAll("[data-ref]")].find(b => b.textContent == "x")'
+        chromium.js(x + ".focus()")
+        chromium.key("Enter", 13)
+        assert chromium.js(x + '.getAttribute("aria-pressed")') == "true"
+        assert chromium.js(LIT) == [2, 3]  # ann to bob to cay
+        assert "x reached 3 of 3 developers" in chromium.js(PANEL)
+        assert "%s, 05-05 10:00" % BOB[:8] in chromium.js(PANEL)
+        assert chromium.js("location.hash") == "#t=2026-05-12T11:00:00.000Z&d=x"
+        chromium.key("Escape", 27)
+        assert chromium.js(LIT) == [0, 0] and chromium.js("location.hash").endswith("00.000Z")
+        chromium.key("Enter", 13)
+        chromium.key("ArrowLeft", 37)
+        saved = chromium.js('document.getElementById("save").href')
+        body = fetched(chromium, view, saved)
+    (tmp_path / "saved.html").write_text(body)
+    assert sorted(set(re.findall(r'(?:href|src|action)="([^"#]*)', body)) - {"data:,"}) == []
+    chromium.open((tmp_path / "saved.html").as_uri())
+    seen = chromium.js(SEEN)
+    assert (seen["sessions"], seen["moment"]) == (3, "2026-05-12 10:00 UTC")
+    assert chromium.js(LIT) == [2, 3] and "x reached 3 of 3" in chromium.js(PANEL)
+    assert "From 2026-05-01 00:00 UTC until 2026-06-01 00:00 UTC." in body
+    (tmp_path / "page.html").write_text(
+        read("graph", "--db", db, *IN_MAY, "--format", "html").stdout
+    )
+    same = [
+        re.sub('"at":"[^"]*"', "", text) for text in (body, (tmp_path / "page.html").read_text())
+    ]
+    assert same[0] == same[1]
+    chromium.open((tmp_path / "page.html").as_uri())
+    assert chromium.js("document.documentElement.className") == "live"
+    assert chromium.js(SEEN)["sessions"] == 1
+    assert chromium.complaints() == []
+
+
+def test_reader_by_touch_in_chromium(tmp_path, chromium):
+    """At 390 px: a tap selects the session under the finger and moves nothing, the second opens it; what
+    is to be tapped is 44 px high; nothing is wider than the screen; without motion nothing pulses."""
+    with View(stored(tmp_path / "e.db", *STORY)) as view:
+        chromium.events = []
+        chromium.screen(390, 844, "dark", "reduce", touch=True)
+        chromium.enter(view.url + "&" + MAY_QUERY)
+        chromium.js('location.hash = "t=2026-05-12T11:00:00.000Z"')
+        chromium.until("document.getElementById('count0').textContent == '4'")
+        chromium.js('document.getElementById("stage").scrollIntoView({block: "center"})')
+        chromium.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        height = chromium.js("document.documentElement.scrollHeight")
+        for n, who in ((0, ANN), (1, BOB), (3, CAY), (2, ANN)):
+            before = middle(chromium, disc(n))
+            chromium.tap(*before)
+            chromium.until("document.querySelector('#discs .at')")
+            assert (
+                chromium.js(
+                    "[...document.querySelectorAll('#discs a')].findIndex(a => a.matches('.at'))"
+                )
+                == n
+            )
+            assert chromium.js(PANEL).startswith(who[:8])
+            assert middle(chromium, disc(n)) == before
+            assert chromium.js("document.documentElement.scrollHeight") == height
+        chromium.follow(lambda: chromium.tap(*middle(chromium, disc(2))))
+        assert chromium.js("location.pathname") == "/session/" + sha("session", 3)
+        chromium.open(view.base + "/?" + MAY_QUERY)
+        assert (
+            chromium.js(
+                '[...document.querySelectorAll("button, input, select, nav a, summary, #save")].filter('
+                "e => e.offsetParent && e.getBoundingClientRect().height < 44).map(e => e.outerHTML)"
+            )
+            == []
+        )
+        assert not chromium.js('document.querySelector("form").checkVisibility()')  # folded
+        assert chromium.js('document.querySelector(".cards td.n").checkVisibility()')
+        chromium.js('document.getElementById("speed").value = "8"')
+        chromium.tap(*middle(chromium, ('"#play"', 0)))
+        chromium.until("document.getElementById('count0').textContent == '2'")
+        assert chromium.js('document.querySelectorAll(".new").length') == 0
+        assert chromium.complaints() == []
+
+
+def axe_core():
+    """The text of axe.min.js: of $AXE_CORE, or of `npm install -g axe-core`; None where it is not."""
+    named = os.environ.get("AXE_CORE")
+    npm = None if named else shutil.which("npm")
+    if npm:
+        root = subprocess.run(
+            [npm, "root", "-g"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        named = os.path.join(root.stdout.decode().strip(), "axe-core", "axe.min.js")
+    return Path(named).read_text(encoding="utf-8") if named and os.path.exists(named) else None
+
+
+EVERY_PAGE = (
+    "/",
+    "/sessions",
+    "/session/" + sha("session 1"),
+    "/discoveries",
+    "/discovery",
+    "/developers",
+    "/developer/" + ANN[:8],
+    "/activity",
+)
+
+
+def test_reader_every_page_in_chromium(tmp_path, chromium):
+    """Each page at three widths in both themes: as wide as the screen, one h1, no empty title of a
+    column, and nothing that axe-core has to say (npm install -g axe-core, or $AXE_CORE)."""
+    axe = axe_core()
+    with View(stored(tmp_path / "e.db", *STORY)) as view:
+        chromium.events = []
+        chromium.enter(view.url)
+        for path in EVERY_PAGE:
+            for width, scheme in ((390, "dark"), (1024, "light"), (1440, "dark"), (390, "light")):
+                chromium.screen(width, 900, scheme)
+                chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
+                where = (path, width, scheme)
+                assert chromium.js("document.documentElement.scrollWidth") == width, where
+                paper = chromium.js("getComputedStyle(document.body).backgroundColor")
+                assert (paper == "rgb(246, 246, 243)") == (scheme == "light")
+                assert chromium.js('document.querySelectorAll("h1").length') == 1, where
+                assert (
+                    chromium.js(
+                        '[...document.querySelectorAll("th")].filter(th => !th.textContent).length'
+                    )
+                    == 0
+                ), where
+                if axe and width != 1024:
+                    chromium.js(axe + "; 0")
+                    found = chromium.js(
+                        "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map("
+                        "n => n.target + ' ' + n.failureSummary).join(' | ')))"
+                    )
+                    assert found == [], where
+        assert chromium.complaints() == []
+        assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
+    if not axe:
+        pytest.skip("no axe-core here: the pages were looked at without it")
+
+
+def test_reader_pages_without_script(tmp_path, chromium):
+    with View(stored(tmp_path / "e.db", *STORY)) as view:
+        chromium.events = []
+        chromium.screen(1280, 900)
         chromium.call("Emulation.setScriptExecutionDisabled", value=True)
         try:
-            chromium.enter(view.url + "&since=2026-05-01&until=2026-06-01")
+            chromium.enter(view.url + "&" + MAY_QUERY)
             assert chromium.js("document.documentElement.className") == ""
             assert chromium.js(
                 '[...document.querySelectorAll("#discs circle")].every('
                 "c => c.getBoundingClientRect().width > 0)"
             )
-            assert chromium.js('document.querySelectorAll("#arcs path").length') == 4
+            assert (
+                chromium.js(
+                    '[...document.querySelectorAll("#arcs path")].filter('
+                    'p => getComputedStyle(p).display != "none").length'
+                )
+                == 4
+            )
             assert chromium.js('document.querySelector(".controls").offsetHeight') == 0
             assert BOB[:8] in chromium.js('document.querySelector("table").textContent')
             first = chromium.js('document.querySelector("#discs a").href.baseVal')
             assert first == "/session/" + sha("session 1")
+            chromium.open(view.base + "/activity?" + MAY_QUERY)
+            assert chromium.js('document.querySelectorAll(".plots svg path").length') == 6
+            chromium.open(view.base + "/discoveries?" + MAY_QUERY)
+            names = '[...document.querySelectorAll("td:first-child")].map(td => td.textContent)'
+            assert chromium.js(names) == ["x", "y", "z"]
+            for title, first in (("Last seen", "x"), ("Discovery", "x"), ("Sessions", "x")):
+                chromium.follow(
+                    lambda title=title: chromium.js(
+                        '[...document.querySelectorAll("th a")].find('
+                        'a => a.textContent == "%s").click()' % title
+                    )
+                )
+                assert chromium.js("location.search").startswith("?since=2026-05-01")
+                assert chromium.js(names)[0] == first, title
         finally:
             chromium.call("Emulation.setScriptExecutionDisabled", value=False)
-    (tmp_path / "page.html").write_text(
-        read("graph", "--db", db, *IN_MAY, "--format", "html").stdout
-    )
-    chromium.open((tmp_path / "page.html").as_uri())
-    assert chromium.js("document.documentElement.className") == "live"
-    chromium.key("Home", 36)
-    assert chromium.js(SEEN)["discs"] == 1
-    assert chromium.complaints() == []
+        assert chromium.complaints() == []
 
 
 def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
-    """Nothing that a row holds runs, closes an element or changes a page; each discovery still has its own
-    page."""
-    window = "since=2026-05-01&until=2026-06-01"
+    """Nothing that a row holds runs, closes an element or changes a page; each discovery still has its
+    own page, also from captions, panels and buttons, and in the saved file."""
     with View(looser(tmp_path / "hostile.db")) as view:
         chromium.events = []
-        chromium.enter(view.url + "&" + window)
+        chromium.screen(1280, 900)
+        chromium.enter(view.url + "&" + MAY_QUERY)
+
+        def harmless():
+            assert chromium.js("document.title").endswith((" - sessions", "Session replay"))
+            assert chromium.js('document.querySelectorAll("img").length') == 0
+            text = chromium.js("document.body.innerText")
+            assert not re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u206f]", text)
+
+        mallory = chromium.js('document.querySelector(".lanes a").href.baseVal')
         for path in (
             "/",
             "/sessions",
             "/session/" + sha("session hostile"),
             "/discoveries",
+            "/developers",
+            mallory,
             "/activity",
         ):
-            chromium.open(view.base + path + "?" + window)
-            assert chromium.js("document.title").endswith(" - sessions")
-            assert chromium.js('document.querySelectorAll("img").length') == 0
-            text = chromium.js("document.body.innerText")
-            assert not re.search("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b-\u206f]", text)
-        chromium.open(view.base + "/?" + window)
+            chromium.open(view.base + path + "?" + MAY_QUERY)
+            harmless()
+        chromium.open(view.base + "/?" + MAY_QUERY)
         chromium.js('document.querySelectorAll("#discs a")[0].focus()')
-        assert "document.title='owned'" in chromium.js(
-            'document.getElementById("panel").textContent'
-        )
-        found = chromium.js('[...document.querySelectorAll(".chips a")].map(a => a.href)')
-        assert len(found) == len(HOSTILE_REFS)
-        for address in found:
-            if "%00" in address:  # SQLite's json_each ends the text there, Python's json does not
+        panel = chromium.js(PANEL)
+        assert "document.title='owned'" in panel
+        assert "and %d more" % (len(HOSTILE_REFS) - 6) in panel
+        for n in range(chromium.js('document.querySelectorAll("[data-ref]").length')):
+            chromium.js('document.querySelectorAll("[data-ref]")[%d].click()' % n)
+            harmless()
+            caption = chromium.js(SEEN)["caption"]
+            assert caption.endswith(" is met for the first time"), caption
+        address = chromium.js("location.hash")
+        assert chromium.js(LIT)[1] == 1
+        chromium.open(view.base + "/?" + MAY_QUERY + address)
+        assert chromium.js(LIT)[1] == 1 and chromium.js("location.hash") == address
+        saved = chromium.js('document.getElementById("save").href')
+        (tmp_path / "saved.html").write_text(fetched(chromium, view, saved))
+        chromium.open((tmp_path / "saved.html").as_uri())
+        harmless()
+        for ref in HOSTILE_REFS:
+            if "\0" in ref:  # SQLite's json_each ends the text there, Python's json does not
                 continue
-            chromium.open(address)
-            assert chromium.js('document.querySelectorAll("#discs a").length') == 1, address
+            link = session_events.discovery_link(ref)
+            chromium.open(view.base + html.unescape(re.search('href="([^"]*)"', link).group(1)))
+            assert chromium.js('document.querySelectorAll("#discs a").length') == 1, link
+            harmless()
         assert chromium.complaints() == []
-        assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
+        assert all(
+            url.startswith((view.base + "/", "data:", "about:", tmp_path.as_uri()))
+            for url in chromium.asked()
+        )
+
+
+FRAMES = """new Promise(done => {
+  const spent = [], frame = window.requestAnimationFrame;
+  window.requestAnimationFrame = f => frame(time => {
+    const start = performance.now();
+    f(time);
+    spent.push(performance.now() - start);
+    if (document.getElementById("play").textContent == "Play") {
+      window.requestAnimationFrame = frame;
+      done(spent.sort((a, b) => a - b));
+    }
+  });
+  document.getElementById("speed").value = "8";
+  document.getElementById("play").click();
+})"""
 
 
 def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
-    """The page says which it shows, is less than 1 MB, and draws at once."""
+    """300 developers: less than 1 MB and 4 screens, at most 40 lanes, no arc but of what is chosen, and
+    under 20 ms of script in a frame."""
     chance = random.Random(3)
     rows = [
         row(
             n,
-            chance.randrange(60),
-            "2026-05-%02dT%02d:%02d:00.000Z" % (1 + n // 1440 % 28, n // 60 % 24, n % 60),
+            n if n < 300 else chance.randrange(300),
+            "2026-05-%02dT%02d:%02d:00.000Z" % (1 + n // 72, n // 3 % 24, n % 60),
             {"disc-%d" % (300 * chance.random() ** 2), "disc-%d" % (300 * chance.random() ** 2)},
         )
         for n in range(2010)
     ]
     with View(stored(tmp_path / "e.db", *rows)) as view:
         chromium.events = []
-        chromium.enter(view.url + "&since=2026-05-01&until=2026-06-01")
+        chromium.screen(1440, 900)
+        chromium.enter(view.url + "&" + MAY_QUERY)
         size = chromium.js('performance.getEntriesByType("navigation")[0].transferSize')
         assert 300_000 < size < 1_000_000
-        seen = chromium.js(SEEN)
-        assert seen["discs"] == 2000 and seen["arcs"] > 3000
         assert "newest 2,000 of 2,010" in chromium.js("document.body.textContent")
+        assert chromium.js("document.documentElement.scrollHeight") < 4 * 900
+        assert chromium.js('document.querySelectorAll("#chart .lanes text").length') == 40
         paint = chromium.js('performance.getEntriesByName("first-contentful-paint")[0].startTime')
         assert paint < 20_000  # ms; about 300 on a machine with nothing else to do
+        spent = chromium.js(FRAMES)
+        assert len(spent) > 10 and spent[len(spent) * 9 // 10] < 20, spent[-10:]
+        assert chromium.js(SEEN)["counters"][:2] == ["2,000", "300"]
+        drawn = """[...document.querySelectorAll("#arcs path")].filter(
+            p => getComputedStyle(p).display != "none").length"""
+        chromium.until('document.querySelectorAll(".new").length == 0')
+        assert chromium.js(drawn) == 0
+        chromium.js('document.querySelector("[data-ref]").click()')
+        reach = int(chromium.js(PANEL).split(" reached ")[1].split()[0])
+        assert chromium.js(drawn) >= reach - 1 > 10
+        chromium.key("Escape", 27)
+        chromium.js('document.querySelector("#discs a[tabindex=\\"0\\"]").focus()')
+        assert 0 < chromium.js(drawn) < 10
+        chromium.js('document.querySelector(".others summary").click()')
+        assert chromium.js('document.querySelectorAll(".others text").length') == 261
+        assert chromium.js('document.querySelector(".others svg").checkVisibility()')
         assert chromium.complaints() == []
 
 
