@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
 import contextlib
 import csv
 import datetime
@@ -37,6 +38,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import html
 import http.client
@@ -52,11 +54,13 @@ import secrets
 import signal
 import sqlite3
 import ssl
+import statistics
 import struct
 import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -65,6 +69,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -89,13 +94,30 @@ TABLES = {
                        "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
     "session_discoveries": ("discovery_ref", "event_id"),
 }
-MOST_TOOLS, MOST_TOKENS, MOST_REFS = 1_000_000, 1_000_000_000, 200
+# The fields of an event, in the order of the table's columns (README, Contract 1).
+# Name, JSON type, needed, rule: a pattern, (least, most), or (most items, pattern of an item).
+FIELDS = (
+    ("identity_hash", "string", True, "[0-9a-f]{64}"),
+    ("github_hash", "string or null", False, "[0-9a-f]{64}"),
+    ("session_id_hash", "string", True, "[0-9a-f]{64}"),
+    ("ended_at", "string", True, "moment"),
+    ("tool_count", "number", True, (0, 1_000_000)),
+    ("tokens_saved", "number", True, (0, 1_000_000_000)),
+    ("branch_sha", "string or null", False, "[0-9A-Fa-f]{7,40}"),
+    ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
+    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
+)
+RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
+MOST_TOOLS, MOST_TOKENS = RULES["tool_count"][1], RULES["tokens_saved"][1]
+MOST_REFS = RULES["discovery_refs"][0]
 PREFIX = 8  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
-END_OF_TIME = "9999"  # above every moment that can be written, below any other junk that starts with a letter
+PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count",
+               "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
+END_OF_TIME = ":"  # the character after "9": above every moment
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
@@ -103,9 +125,12 @@ Plain = Dict[str, Any]  # what json.dumps takes
 # A row: every cell is hostile until it has been through here
 # ======================================================================================================
 
-is_hash = re.compile(r"[0-9a-f]{64}").fullmatch
-is_branch = re.compile(r"[0-9a-f]{7,40}").fullmatch
-is_version = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}").fullmatch
+is_hash = re.compile(RULES["identity_hash"]).fullmatch
+is_version = re.compile(RULES["plugin_version"]).fullmatch
+is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)  # few are many
+# What server.py stores, and the same without the fraction. Text order is the order of time, but
+# that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
+STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
                     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
@@ -125,11 +150,12 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
+    login: Optional[str] = None  # the one GitHub hash of the identity in the window, if there is one
 
     @property
     def developer(self) -> str:
         """The whole key of who it was; goes through `labels` before anybody sees it."""
-        return self.github or self.identity
+        return self.github or self.login or self.identity
 
 
 def instant(text: object) -> Optional[int]:
@@ -168,46 +194,101 @@ def now_ms() -> int:
     return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
 
 
-def whole(value: object, most: int) -> int:
-    """A count as the contract has it: anything else counts as 0."""
-    return value if isinstance(value, int) and 0 <= value <= most else 0
+@functools.lru_cache(4096)
+def midnight(date: str) -> Optional[int]:
+    return instant(date + "T00:00:00")
 
 
-def refs_of(text: object) -> Tuple[str, ...]:
-    """The discoveries in `discovery_refs_json`: each string once, in order; what is not JSON gives none.
+def stored_instant(text: object) -> Optional[int]:
+    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
+    match = STORED.fullmatch(text) if isinstance(text, str) else None
+    start = midnight(match.group(1)) if match else None
+    if start is None:
+        return None
+    assert isinstance(text, str)
+    ms = int(text[20:23]) if len(text) == 24 else 0
+    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(text[17:19]) * 1000 + ms
 
-    The same as the table's triggers make of it, which take strings out of an object, too. A string may hold
-    anything: renderers neutralise it."""
+
+def refs_of(text: object) -> Optional[Tuple[str, ...]]:
+    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their rule."""
+    if not isinstance(text, str):
+        return None
+    if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
+        values = text[2:-2].split('","')
+        if len(values) <= MOST_REFS and all(map(is_slug, values)):
+            return tuple(dict.fromkeys(values))
     try:
-        values = json.loads(text) if isinstance(text, str) else None
+        values = json.loads(text)
     except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        values = list(values.values())
-    strings = (value.encode("utf-8", "replace").decode() for value in (
-        values if isinstance(values, list) else [values]) if isinstance(value, str))
-    return tuple(dict.fromkeys(strings))[:MOST_REFS]
-
-
-COLUMNS = ("e.id, e.identity_hash, e.github_hash, e.session_id_hash, e.ended_at, e.tool_count,"
-           " e.tokens_saved, e.branch_sha, e.discovery_refs_json, e.plugin_version")
-
-
-def session_of(row: Sequence[Any]) -> Optional[Session]:
-    """A row of COLUMNS as a Session, or None if who, which or when is not what the contract says.
-
-    The other columns have a harmless stand-in each: 0, None, no discoveries, version "0.0.0"."""
-    identity, github, session, ended = row[1], row[2], row[3], instant(row[4])
-    if not (isinstance(identity, str) and is_hash(identity)):
         return None
-    if not (isinstance(session, str) and is_hash(session)) or ended is None:
+    if not isinstance(values, list) or len(values) > MOST_REFS or not all(
+            isinstance(value, str) and is_slug(value) for value in values):
         return None
-    branch, version = row[7], row[9]
-    return Session(
-        row[0], identity, github if isinstance(github, str) and is_hash(github) else None, session, ended,
-        whole(row[5], MOST_TOOLS), whole(row[6], MOST_TOKENS),
-        branch if isinstance(branch, str) and is_branch(branch) else None,
-        refs_of(row[8]), version if isinstance(version, str) and is_version(version) else "0.0.0")
+    return tuple(dict.fromkeys(values))
+
+
+COLUMNS = ", ".join("e." + {"discovery_refs": "discovery_refs_json"}.get(name, name)
+                    for name in ("id", *RULES))
+
+
+def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
+    """Whether a column's value keeps the rule of its field, as server.py stores it."""
+    if rule == "moment":
+        return lambda cell: stored_instant(cell) is not None
+    if kind == "array":
+        return lambda cell: refs_of(cell) is not None
+    if kind == "number":
+        least, most = rule
+        return lambda cell: isinstance(cell, int) and least <= cell <= most
+    fits = re.compile(rule).fullmatch
+    nullable = kind == "string or null"
+    return lambda cell: nullable if cell is None else isinstance(cell, str) and fits(cell) is not None
+
+
+CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
+
+
+def is_session(row: Sequence[Any]) -> bool:
+    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This is
+    the one definition; all that asks the database goes through `Reader.chunks` or `session_of`."""
+    return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
+
+
+HEX_DIGITS = b"0123456789abcdef"
+MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*", re.ASCII)
+
+
+def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
+    """True only if every row is a session. A column at a time takes a third of `is_session` a row;
+    False means that each row must be looked at."""
+    _, identities, githubs, sessions, ended, tools, tokens, branches, refs, versions = zip(*rows)
+    try:
+        for column in (set(identities), set(githubs) - {None}, sessions):
+            text = "".join(column).encode("ascii")
+            if set(map(len, column)) - {64} or text.translate(None, HEX_DIGITS):
+                return False
+        if set(map(type, tools + tokens)) != {int} or min(tools) < 0 or min(tokens) < 0:
+            return False
+        if max(tools) > MOST_TOOLS or max(tokens) > MOST_TOKENS:
+            return False
+        if set(map(len, ended)) != {24} or not MILLISECONDS.fullmatch("".join(ended)):
+            return False
+        if None in map(midnight, {text[:10] for text in ended}):
+            return False
+        if not all(map(CHECKS[6], set(branches))) or not all(map(CHECKS[8], set(versions))):
+            return False
+        return None not in map(refs_of, refs)
+    except (TypeError, UnicodeEncodeError):
+        return False
+
+
+def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+    """A row of COLUMNS that is a session."""
+    ended, refs = stored_instant(row[4]), refs_of(row[8])
+    assert ended is not None and refs is not None
+    return Session(row[0], row[1], row[2], row[3], ended, row[5], row[6], row[7] and row[7].lower(),
+                   refs, row[9], login)
 
 
 def alike(a: str, b: str) -> int:
@@ -281,45 +362,163 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
 GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.github_hash IS NULL"}
 
 
+def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
+    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a fraction,
+    a row of the same second without one is on the other side of it than its text says."""
+    sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
+    if since[20:23].strip("0"):
+        sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
+    if until[20:23].strip("0"):
+        second = until[:19] + "Z"
+        sql = sql.replace("e.ended_at < ?", "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
+        values = [since, second, until, second, *values[2:]]
+    return sql, values
+
+
 def where(window: Window) -> Tuple[str, List[Any]]:
     """The window as a condition on `session_events e`, and its parameters."""
-    sql, values = "e.ended_at >= ? AND e.ended_at < ?" + GITHUB[window.github], [window.since, window.until]
+    sql, values = bounds(window.since, window.until)
+    sql += GITHUB[window.github]
     if window.discovery is not None:
         sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
         values.append(window.discovery)
     return sql, values
 
 
+CHUNK = 2000  # rows that are checked together
+NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL UNION ALL SELECT id FROM session_events"
+             " WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+INSTANT = "CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z' ELSE e.ended_at END"
+
+
+class Facts(NamedTuple):
+    """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
+    `logins`: {identity: its one GitHub hash} (None: it has several) over the window's time."""
+
+    total: int
+    logins: Dict[str, Optional[str]]
+    developers: Set[str]
+
+
 class Reader:
-    """One read transaction. `left_out` counts the rows met so far that were no sessions."""
+    """One read transaction. `left_out` counts the rows met so far that are no sessions."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        self.left_out = 0
+        self.odd: Set[int] = set()  # ids of rows that are no sessions
+        self.known: Dict[Window, Facts] = {}
+
+    @property
+    def left_out(self) -> int:
+        return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def sessions(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
-        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
-        for row in self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values):
-            session = session_of(row)
-            if session is None:
-                self.left_out += 1
+    def order(self, window: Window) -> str:
+        """ORDER BY's key for the time: the column, which has an index, unless a row without a
+        fraction is there. (0.1 us a row of the window, all in the index.)"""
+        sql, values = bounds(window.since, window.until)
+        mixed = self.rows("SELECT 1 FROM session_events e WHERE %s AND length(e.ended_at) <> 24 LIMIT 1"
+                          % sql, values).fetchone()
+        return INSTANT if mixed else "e.ended_at"
+
+    def checked(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """The sessions among rows of COLUMNS; the ids of the others go to `odd`."""
+        if not rows or all_sessions(rows):
+            return rows
+        good = []
+        for row in rows:
+            if is_session(row):
+                good.append(row)
             else:
-                yield session
+                self.odd.add(row[0])
+        return good
+
+    def chunks(self, window: Window, ordered: bool = True) -> Iterator[Sequence[Sequence[Any]]]:
+        """All sessions in the window's time, whatever its filters, some at a time: rows of COLUMNS,
+        oldest first. Rows whose time is no time belong to every window, as left out."""
+        self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
+        sql, values = bounds(window.since, window.until)
+        if ordered:
+            sql += " ORDER BY %s, e.id" % self.order(window)
+        sql, done = "SELECT " + COLUMNS + " FROM session_events e WHERE " + sql, 0
+        lenient = self.connection.text_factory
+        for factory in (str, lenient):  # str takes half the time, and stops at text that is not UTF-8
+            self.connection.text_factory = factory
+            try:
+                cursor = self.rows(sql, values)
+                for n in itertools.count():
+                    self.connection.text_factory = factory
+                    rows = cursor.fetchmany(CHUNK)
+                    self.connection.text_factory = lenient
+                    if not rows:
+                        return
+                    if n >= done:
+                        done += 1
+                        yield self.checked(rows)
+            except sqlite3.OperationalError as error:
+                if factory is lenient or "decode" not in str(error):
+                    raise
+            finally:
+                self.connection.text_factory = lenient
+
+    def facts(self, window: Window) -> Facts:
+        """One look at every row of the window; remembered."""
+        if window not in self.known:
+            count = 0
+            pairs: Set[Tuple[str, Optional[str]]] = set()
+            for rows in self.chunks(window, ordered=False):
+                pairs.update((row[1], row[2]) for row in rows)
+                count += len(rows) if window[2:] == (None, None) else sum(passes(window, row) for row in rows)
+            logins = logins_of(pairs)
+            self.known[window] = Facts(count, logins, {
+                github or logins.get(identity) or identity for identity, github in pairs})
+        return self.known[window]
+
+    def sessions(self, sql: str, values: Sequence[Any],
+                 logins: Mapping[str, Optional[str]] = types.MappingProxyType({})) -> Iterator[Session]:
+        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
+        cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
+        for rows in iter(lambda: cursor.fetchmany(50), []):
+            for row in self.checked(rows):
+                yield session_of(row, logins.get(row[1]))
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first (the later stored first where two ended together)."""
         sql, values = where(window)
-        return list(self.sessions("WHERE " + sql + " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-                                  [*values, limit]))
+        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)), values,
+                              self.facts(window).logins)
+        touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
+        return list(itertools.islice(touched, limit if limit >= 0 else None))
+
+    def walk(self, window: Window) -> Iterator[Session]:
+        """The sessions of a window, oldest first, one at a time."""
+        logins = self.facts(window).logins
+        for rows in self.chunks(window):
+            for row in rows:
+                if passes(window, row):
+                    yield session_of(row, logins.get(row[1]))
 
     def count(self, window: Window) -> int:
-        sql, values = where(window)
-        return int(self.rows("SELECT count(*) FROM session_events e WHERE " + sql, values).fetchone()[0])
+        return self.facts(window).total
+
+
+def passes(window: Window, row: Sequence[Any]) -> bool:
+    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked at."""
+    return (window.github is None or window.github == (row[2] is not None)) and (
+        window.discovery is None or window.discovery in (refs_of(row[8]) or ()))
+
+
+def logins_of(pairs: Iterable[Tuple[str, Optional[str]]]) -> Dict[str, Optional[str]]:
+    """{identity: its one GitHub hash, or None where it has several} of (identity, GitHub hash)."""
+    logins: Dict[str, Optional[str]] = {}
+    for identity, github in pairs:
+        if github is not None:
+            logins[identity] = github if logins.get(identity, github) == github else None
+    return logins
 
 
 def span(window: Window) -> Plain:
@@ -330,6 +529,12 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
     """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
     found = reader.window(window, limit)
     return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+
+
+def last_event(reader: Reader) -> Optional[str]:
+    """When the newest session of the whole database ended, None if there is none."""
+    newest = reader.sessions("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
+    return next((moment_text(s.ended) for s in newest), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
@@ -401,130 +606,299 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
     days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
     since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
-    related = list(reader.sessions(
-        "WHERE e.identity_hash = ? AND e.ended_at >= ? AND e.ended_at < ? AND e.id <> ?"
-        " ORDER BY e.ended_at DESC, e.id DESC LIMIT ?",
-        [one.identity, since, END_OF_TIME, one.id, RELATED_LIMIT]))
-    first, *rest = plain_sessions([one, *related])
+    same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
+    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    related = sorted((s for s in same_identity if s.id != one.id and s.ended >= (instant(since) or 0)),
+                     key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
+    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
-AGGREGATE = """SELECT d.discovery_ref, count(*), count(DISTINCT e.identity_hash), min(e.ended_at),
-    max(e.ended_at)
-  FROM session_discoveries d CROSS JOIN session_events e ON e.id = d.event_id
-  WHERE d.discovery_ref IN (%s) AND d.event_id BETWEEN ? AND ? AND e.ended_at >= ? AND e.ended_at < ?%s
-  GROUP BY 1"""
-BOUNDS = """SELECT discovery_ref, count(*) FROM session_discoveries
-  WHERE event_id BETWEEN ? AND ? AND typeof(discovery_ref) = 'text' GROUP BY 1 ORDER BY 2 DESC, 1"""
-BATCH = 50
-Aggregate = Tuple[Any, ...]  # a row of AGGREGATE
+SPARKS = 24  # parts of a window in which a discovery's sessions are counted
+NEITHER = (None, None)
 
 
-def by_bound(reader: Reader, window: Window, limit: int, column: int,
-             ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE with the largest `column` (1 sessions, 2 identities).
+class Trail:
+    """One discovery in a window: the moments of its sessions in order (stored form), each developer's
+    first, its identities, and who touched it last."""
 
-    Looking up every session of every discovery costs 1 s for the 670,000 edges of a month; counting edges in
-    their own table costs 0.1 s and can only be too high. So discoveries are looked at in the order of that
-    bound, until none that is left can still be among the first: 0.3 s where some lead, as they do."""
-    found: List[Aggregate] = []
+    __slots__ = ("ended", "identities", "last", "reached")
 
-    def rank(row: Aggregate) -> Tuple[int, str]:
-        return -row[column], row[0]
+    def __init__(self) -> None:
+        self.ended: List[str] = []
+        self.reached: Dict[str, str] = {}
+        self.identities: Set[str] = set()
+        self.last = ""
 
-    bounds = reader.rows(BOUNDS, ids)
-    batch = bounds.fetchmany(BATCH)
-    while batch:
-        names = [name for name, _ in batch]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-        found.sort(key=rank)
-        del found[limit:]
-        batch = bounds.fetchmany(BATCH)
-        if batch and len(found) == limit and rank(found[-1]) < (-batch[0][1], batch[0][0]):
-            break
-    return found
+    def hours_to_second(self) -> Optional[float]:
+        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(self.reached) > 1 else None
+
+    def half_life(self) -> Optional[float]:
+        """Until half of its sessions, 4 or more, had ended."""
+        count = len(self.ended)
+        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-def recent_names(reader: Reader, window: Window, limit: int) -> List[str]:
-    """Discoveries among which are the `limit` that were seen last: walking back in time, they come in that
-    order. Where there are not more than `limit` at all, all of them."""
-    names = dict.fromkeys(name for name, in reader.rows(
-        "SELECT DISTINCT discovery_ref FROM session_discoveries WHERE typeof(discovery_ref) = 'text' LIMIT ?",
-        [limit + 1]))
-    if len(names) <= limit:
-        return list(names)
-    names.clear()
-    sql, values = where(window._replace(discovery=None))
-    full_at = ""
-    for ended_at, refs in reader.rows("SELECT e.ended_at, e.discovery_refs_json FROM session_events e WHERE "
-                                      + sql + " ORDER BY e.ended_at DESC", values):
-        if full_at and ended_at != full_at:
-            break
-        names.update(dict.fromkeys(refs_of(refs)))
-        full_at = full_at or (ended_at if len(names) >= limit else "")
-    return list(names)
+class Deeds:
+    """What one developer did in a window."""
+
+    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
+
+    def __init__(self, first: str) -> None:
+        self.first = self.last = first
+        self.sessions = self.tools = self.tokens = self.given = self.received = 0
+        self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-def by_recency(reader: Reader, window: Window, limit: int, ids: Tuple[int, int]) -> List[Aggregate]:
-    """The `limit` rows of AGGREGATE that were seen last."""
-    found: List[Aggregate] = []
-    every = recent_names(reader, window, limit)
-    for start in range(0, len(every), BATCH):
-        names = every[start:start + BATCH]
-        found += reader.rows(AGGREGATE % (",".join("?" * len(names)), GITHUB[window.github]),
-                             [*names, *ids, window.since, window.until])
-    found.sort(key=lambda row: str(row[0]))
-    found.sort(key=lambda row: str(row[4]), reverse=True)
-    return found[:limit]
+class Story:
+    """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
+
+    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
+        self.window, self.logins = window, logins
+        self.trails: Dict[str, Trail] = {}
+        self.developers: Dict[str, Deeds] = {}
+        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
+        self.pairs: Set[Tuple[str, Optional[str]]] = set()  # (identity, GitHub hash), of every session
+
+    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
+        every = self.window[2:] == NEITHER
+        for row in rows:
+            _, identity, github, _, ended, tools, tokens, _, refs, _ = row
+            self.pairs.add((identity, github))
+            if not every and not passes(self.window, row):
+                continue
+            if len(ended) == 20:
+                ended = ended[:19] + ".000Z"
+            who = github or self.logins.get(identity) or identity
+            deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
+            built = refs != "[]" and self.touch(who, identity, ended, refs_of(refs) or (), deeds)
+            if built and deeds.cold is None:
+                deeds.cold = deeds.sessions
+            deeds.last = ended
+            deeds.sessions += 1
+            deeds.tools += tools
+            deeds.tokens += tokens
+            self.saved[built].append(tokens)
+
+    def touch(self, who: str, identity: str, ended: str, refs: Iterable[str], deeds: Deeds) -> bool:
+        """True if the session built on another developer's."""
+        built = False
+        for ref in refs:
+            trail = self.trails.get(ref)
+            if trail is None:
+                trail = self.trails[ref] = Trail()
+            elif trail.last != who:
+                built = True
+                self.flows[trail.last, who] = self.flows.get((trail.last, who), 0) + 1
+                self.developers[trail.last].given += 1
+                deeds.received += 1
+            elif len(trail.reached) > 1:
+                built = True
+            trail.ended.append(ended)
+            if who not in trail.reached:
+                trail.reached[who] = ended
+            trail.identities.add(identity)
+            trail.last = who
+        return built
 
 
-def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count") -> Plain:
+def hours(start: str, end: str) -> float:
+    """From one moment in stored form to another, to a hundredth of an hour."""
+    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+
+
+def middle(values: Sequence[float]) -> Optional[float]:
+    """The median, None of nothing."""
+    return round(statistics.median(values), 2) if values else None
+
+
+def story(reader: Reader, window: Window) -> Story:
+    """The window's story. Who logged in within the window is known at its end only; if somebody did,
+    it is told again."""
+    logins: Dict[str, Optional[str]] = {}
+    while True:
+        told = Story(window, logins)
+        for rows in reader.chunks(window):
+            told.take(rows)
+        found = logins_of(told.pairs)
+        if logins or not any(github is None and found.get(identity) for identity, github in told.pairs):
+            return told
+        logins = found
+
+
+def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
+    """(first ms, ms after the last) of a window; None where it has no start, now where it has no end."""
+    start, end = instant(window.since), instant(window.until)
+    return start, end if end is not None else max(now_ms() if now is None else now, (start or 0) + 1)
+
+
+def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
+    """The window of the same length right before a window, None where there can be none."""
+    start, end = ends_of(window, now)
+    if start is None:
+        return None
+    return window._replace(since=moment_text(start - (end - start)), until=window.since)
+
+
+def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
+    """The developers of a window who were not there in as many days before. (An identity that logged
+    in meanwhile was there: developers are looked for by all their hashes.)"""
+    if before is None:
+        return dict(told.developers)
+    there: Set[str] = set()
+    for rows in reader.chunks(before, ordered=False):
+        there.update(key for row in rows for key in row[1:3] if key)
+    known = {github or told.logins.get(identity) or identity
+             for identity, github in told.pairs if identity in there or github in there}
+    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+
+
+def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+    """{"developers": how many are new, "sessions": the median of their own sessions before the first
+    that built on others, "never": how many have none that did}."""
+    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
+
+
+def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """The figures of a window, and under "before" those of as many days before it (None for a window
+    without a start): {"since", "until", "sessions", "developers", "tool_count", "tokens_saved",
+    "discoveries", "shared_discoveries" (that reached two developers or more), "hand_overs", "furthest":
+    {"discovery_id", "developers", "hours"}, "built_on_others": {"sessions", "share"},
+    "tokens_saved_median": {"built_on_others", "others"}, "hours_to_second_developer" (median),
+    "cold_start": {"developers", "sessions", "never"}}. A figure of nothing is None; hours are rounded
+    to hundredths, the share to ten-thousandths."""
+    now = now_ms() if now is None else now
+    earlier = before_of(window, now)
+    return dict(figures(reader, window, earlier),
+                before=earlier and figures(reader, earlier, before_of(earlier, now)))
+
+
+def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
+    """`summary` without the window before; `before` decides who is new."""
+    told = story(reader, window)
+    everybody = told.developers.values()
+    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values()) if wait is not None]
+    built, others = told.saved[True], told.saved[False]
+    count = len(built) + len(others)
+    return dict(
+        span(window), sessions=count, developers=len(told.developers),
+        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        discoveries=len(told.trails), shared_discoveries=len(seconds),
+        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count else None},
+        tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
+        hours_to_second_developer=middle(seconds),
+        cold_start=cold_start(newcomers(reader, told, before)))
+
+
+def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
+    """The discovery that reached most developers (then: with most sessions, then the first by name)."""
+    if not trails:
+        return None
+    name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
+    return {"discovery_id": name, "developers": len(trail.reached),
+            "hours": hours(trail.ended[0], max(trail.reached.values()))}
+
+
+def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
+    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved", "given",
+    "received" (hand-overs), "new" (not there in as many days before), "sessions_before_inherited" (own
+    sessions before the first that built on others, None if none did), "first_seen_at", "last_seen_at"}
+    ...] those who give most more than they receive first, then by first session, "matrix": [{"source",
+    "target", "hand_overs"} ...] most first, "cold_start": of the new ones, as in `summary`}."""
+    told = story(reader, window)
+    fresh = newcomers(reader, told, before_of(window, now))
+    shown = labels(told.developers)
+    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first, d[0]))
+    return dict(
+        span(window),
+        developers=[{
+            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
+            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
+            "last_seen_at": d.last} for who, d in ranked],
+        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b), count in sorted(
+            told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
+        cold_start=cold_start(fresh))
+
+
+def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
+    start, end = ends
+    counts = [0] * SPARKS
+    for at in (stored_instant(ended) or 0 for ended in trail.ended):
+        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    return {"discovery_id": name, "first_seen_at": trail.ended[0],
+            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+            "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
+            "developer_count": len(trail.reached), "hours_to_second_developer": trail.hours_to_second(),
+            "half_life_hours": trail.half_life(), "counts": counts}
+
+
+DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
+    "session_count": lambda name, t: (-len(t.ended), name),
+    "distinct_identity_count": lambda name, t: (-len(t.identities), name),
+    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
+    "developer_count": lambda name, t: (-len(t.reached), -len(t.ended), name),
+    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
+    "half_life": lambda name, t: (none_last(t.half_life()), name),
+    "first_seen": lambda name, t: (t.ended[0], name),
+    "name": lambda name, t: (name,),
+}
+
+
+def none_last(value: Optional[float]) -> Tuple[bool, float]:
+    return value is None, value or 0.0
+
+
+def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
+                now: Optional[int] = None) -> Plain:
     """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count", "last_aggregated_at"} ...]}, the first `limit` by `sort` (one of SORTS), all
-    within the window; its `discovery` is not looked at. A time that is no time is None."""
-    now = moment_text(now_ms())
-    reader.rows("PRAGMA mmap_size = 8589934592")  # a quarter off these long scans; short questions would pay 1 to 4 ms
-    ids = reader.rows("SELECT min(id), max(id) FROM session_events WHERE ended_at >= ? AND ended_at < ?",
-                      [window.since, window.until]).fetchone()
-    if ids[0] is None:
-        found = []
-    elif sort == "recent":
-        found = by_recency(reader, window, limit, ids)
-    else:
-        found = by_bound(reader, window, limit, 1 + SORTS.index(sort), ids)
+    "distinct_identity_count", "last_aggregated_at", "developer_count", "hours_to_second_developer" (None:
+    it reached nobody else), "half_life_hours" (None: under 4 sessions), "counts": sessions in each of
+    SPARKS equal parts of the window} ...], "discoveries_in_window": n}, the first `limit` by `sort` (one
+    of DISCOVERY_SORTS), all within the window; its `discovery` is not looked at."""
+    trails = story(reader, window._replace(discovery=None)).trails
+    rank = DISCOVERY_SORTS[sort]
+    chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
+    start, end = ends_of(window, now)
+    if start is None:
+        start = stored_instant(min((trail.ended[0] for trail in trails.values()), default="")) or 0
+    stamp = moment_text(now_ms())
     return dict(span(window), discoveries=[
-        {"discovery_id": name, "first_seen_at": moment_or_none(first), "last_seen_at": moment_or_none(last),
-         "session_count": count, "distinct_identity_count": identities, "last_aggregated_at": now}
-        for name, count, identities, first, last in found])
+        discovery_figures(name, trail, (start, end), stamp) for name, trail in chosen],
+        discoveries_in_window=len(trails))
 
 
-def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Plain:
-    """How one discovery went round in the window: {"discovery_id", "first_seen_at", "last_seen_at",
-    "session_count", "distinct_identity_count", "developer_count", "reached": [{"at", "developer",
-    "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash", "developer",
-    "ended_at", "crosses"} ...] in time order}, both lists cut after `limit`. Raises NotFound when no session
-    of the window touched it."""
-    sql, values = where(window._replace(discovery=None))
-    identities: Set[str] = set()
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200, now: Optional[int] = None) -> Plain:
+    """How one discovery went round in the window: its figures as in `discoveries`, and "reached": [{"at",
+    "developer", "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash",
+    "developer", "ended_at", "crosses"} ...] in time order; both lists cut after `limit`. Raises NotFound
+    when no session of the window touched it."""
+    trail = Trail()
     reached: Dict[str, Session] = {}
     path: List[Session] = []
-    count = 0
-    last = None
-    for last in reader.sessions("JOIN session_discoveries d ON d.event_id = e.id WHERE d.discovery_ref = ?"
-                                " AND " + sql + " ORDER BY e.ended_at, e.id", [ref, *values]):
-        count += 1
-        identities.add(last.identity)
-        reached.setdefault(last.developer, last)
+    window = window._replace(discovery=ref)
+    sql, values = where(window)
+    for s in reader.sessions("WHERE %s ORDER BY %s, e.id" % (sql, reader.order(window)), values,
+                             reader.facts(window).logins):
+        if ref not in s.refs:
+            continue
+        trail.ended.append(moment_text(s.ended))
+        trail.reached.setdefault(s.developer, moment_text(s.ended))
+        trail.identities.add(s.identity)
+        reached.setdefault(s.developer, s)
         if len(path) < limit:
-            path.append(last)
-    if last is None:
+            path.append(s)
+    if not path:
         raise NotFound("no session of this window touched this discovery")
     shown = labels(reached)
+    start, end = ends_of(window, now)
     return dict(
-        span(window), discovery_id=ref, first_seen_at=moment_text(path[0].ended),
-        last_seen_at=moment_text(last.ended), session_count=count, distinct_identity_count=len(identities),
-        developer_count=len(reached),
+        span(window),
+        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end), moment_text(now_ms())),
         reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
                  for s in list(reached.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
@@ -532,8 +906,6 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200) -> Pla
               for before, s in zip([path[0], *path], path)])
 
 
-DONE = """SELECT e.ended_at, coalesce(e.github_hash, e.identity_hash), e.tool_count, e.tokens_saved
-  FROM session_events e WHERE """
 ACTIVE_DAYS = (1, 7, 28)
 
 
@@ -548,41 +920,47 @@ class Tally(NamedTuple):
 
 
 def tallied(reader: Reader, window: Window) -> List[Tally]:
-    """The window's sessions by day and developer. Adding up here takes half the time of SQLite's GROUP BY,
-    which sorts every row by 75 characters."""
-    sql, values = where(window)
-    sums: Dict[Tuple[str, str], List[int]] = {}
-    for ended_at, developer, tools, tokens in reader.rows(DONE + sql, values):
-        row = sums.setdefault((str(ended_at)[:10], str(developer)), [0, 0, 0])
-        row[0] += 1
-        row[1] += whole(tools, MOST_TOOLS)
-        row[2] += whole(tokens, MOST_TOKENS)
-    midnights = {date: instant(date + "T00:00:00") for date in {date for date, _ in sums}}
-    tallies = []
-    for (date, developer), counts in sums.items():
-        midnight = midnights[date]
-        if midnight is None or not is_hash(developer):
-            reader.left_out += counts[0]
-        else:
-            tallies.append(Tally(midnight // DAY_MS + EPOCH.toordinal(), developer, *counts))
-    return tallies
+    """The window's sessions by day and developer, in one pass without an order."""
+    sums: Dict[Tuple[str, str, Optional[str]], List[int]] = {}
+    for rows in reader.chunks(window, ordered=False):
+        for row in rows if window[2:] == NEITHER else [row for row in rows if passes(window, row)]:
+            key = row[4][:10], row[1], row[2]
+            total = sums.get(key)
+            if total is None:
+                sums[key] = [1, row[5], row[6]]
+            else:
+                total[0] += 1
+                total[1] += row[5]
+                total[2] += row[6]
+    logins = logins_of((identity, github) for _, identity, github in sums)
+    if window.github is False or window.discovery is not None:
+        logins = reader.facts(window).logins  # the filter may have hidden a login
+    return [Tally(datetime.date.fromisoformat(date).toordinal(), github or logins.get(identity) or identity,
+                  *counts) for (date, identity, github), counts in sums.items()]
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
     """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...]}, P = {"period", "developers", "came_back", "sessions", "tool_count",
-    "tokens_saved"}.
+    "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or None,
+    "cold_start": as in `summary`}, P = {"period", "developers", "came_back", "sessions",
+    "tool_count", "tokens_saved"}.
 
     `came_back` of a period: how many of its developers were there in the period before it, too (within the
     window); of the active: in as many days before. The active are counted to the end of the window, its last
-    day included. A row that is no session in the days before the window is counted as left out, too."""
-    end = min(window.until, moment_text((now_ms() if now is None else now) + 1))
+    day included, which is listed even when it is empty. "before": as many days before the window."""
+    now = now_ms() if now is None else now
+    end = min(window.until, moment_text(now + 1))
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
+    previous = before_of(window, now)
     inside = tallied(reader, window)
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
     before = tallied(reader, earlier) if earlier.since < earlier.until else []
-    return dict(span(window), active=active([*before, *inside], last_day), **periods(inside))
+    told = story(reader, window)
+    return dict(
+        span(window), active=active([*before, *inside], last_day), **periods(inside, last_day),
+        before=previous and dict(span(previous), days=periods(tallied(reader, previous))["days"]),
+        cold_start=cold_start(newcomers(reader, told, previous)))
 
 
 def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
@@ -610,9 +988,10 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
-    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order."""
-    days = sorted({t.day for t in tallies})
+def periods(tallies: Sequence[Tally], last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
+    `last_day` among them."""
+    days = sorted({t.day for t in tallies}.union(() if last_day is None else (last_day,)))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
@@ -636,16 +1015,10 @@ def periods(tallies: Sequence[Tally]) -> Dict[str, List[Plain]]:
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
 
-    All labels have one length, the least at which no two developers of the window look alike; finding it
-    reads the developers once, in order, and remembers one of them."""
-    sql, values = where(window)
-    length, before = PREFIX, ""
-    for (key,) in reader.rows("SELECT DISTINCT coalesce(e.github_hash, e.identity_hash) FROM session_events e"
-                              " WHERE " + sql + " ORDER BY 1", values):
-        if isinstance(key, str) and is_hash(key):
-            length = max(length, alike(before, key) + 1)
-            before = key
-    for s in reader.sessions("WHERE " + sql + " ORDER BY e.ended_at, e.id", values):
+    All labels have one length, the least at which no two developers of the window look alike."""
+    ordered = sorted(reader.facts(window).developers)
+    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
 
 
@@ -941,8 +1314,8 @@ def dot_text(result: Plain) -> str:
 
 @functools.lru_cache(maxsize=None)
 def policy() -> str:
-    """The Content-Security-Policy of every page: only STYLE and SCRIPT style or run it. data: is the
-    empty icon, which keeps browsers from asking for one."""
+    """The Content-Security-Policy of every page: only STYLE and SCRIPT style or run it. data: is
+    the empty icon, which keeps browsers from asking for one."""
     def source(text: str) -> str:
         digest = hashlib.sha256(text.encode()).digest()
         return "'sha256-%s'" % base64.b64encode(digest).decode()
@@ -975,8 +1348,8 @@ def document(title: str, body: str, head: str = "") -> str:
 def forwarding(address: str) -> str:
     """A page that goes on to another address at once, also where no script runs."""
     to = esc(address)
-    return document("Opening", '<main><h1>Opening the pages</h1><p><a href="%s">Go on</a></p></main>'
-                    % to, '<meta http-equiv="refresh" content="0;url=%s">' % to)
+    body = '<main><h1>Opening the pages</h1><p><a href="%s">Go on</a></p></main>' % to
+    return document("Opening", body, '<meta http-equiv="refresh" content="0;url=%s">' % to)
 
 
 class HtmlColumn(NamedTuple):
@@ -1013,11 +1386,12 @@ def digits(value: int) -> str:
 
 
 def session_link(s: Plain) -> str:
-    return '<a href="/session/%s">%s</a>' % (esc(s["session_id_hash"]), esc(s["session_id_hash"][:12]))
+    return '<a href="/session/{0}">{0:.12}</a>'.format(esc(s["session_id_hash"]))
 
 
-def developer_link(row: Plain) -> str:
-    return '<a href="/developer/%s">%s</a>' % (esc(row["developer"]), esc(row["developer"]))
+def developer_link(row: Plain, query: str = "?days=90") -> str:  # a name lasts for a quarter
+    return '<a href="/developer/%s%s">%s</a>' % (
+        esc(row["developer"]), esc(query), esc(row["developer"]))
 
 
 def discovery_link(ref: str, query: str = "") -> str:
@@ -1035,12 +1409,14 @@ def discovery_links(refs: Sequence[str], most: int = 3) -> str:
 def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
     """Counters: (title, HTML, id or "")."""
     return '<dl class="tiles %s">%s</dl>' % (kind, "".join(
-        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (esc(title), ' id="%s"' % name if name else "", value)
+        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (
+            esc(title), ' id="%s"' % name if name else "", value)
         for title, value, name in values))
 
 
-COUNTERS = (("sessions", "sessions"), ("developers", "developers"), ("tokens saved", "tokens_saved"),
-            ("discoveries", "discoveries"), ("hand-overs", "hand_overs"))
+COUNTERS = (("sessions", "sessions"), ("developers", "developers"),
+            ("tokens saved", "tokens_saved"), ("discoveries", "discoveries"),
+            ("hand-overs", "hand_overs"))
 HTML_SESSIONS = (
     HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
     HtmlColumn("Session", session_link, "m"),
@@ -1052,7 +1428,6 @@ HTML_SESSIONS = (
     HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"]), "d"),
 )
 HTML_DEVELOPERS = (
-    HtmlColumn("Developer", developer_link, "m"),
     HtmlColumn("Sessions", lambda d: digits(d["sessions"]), "n"),
     HtmlColumn("Calls", lambda d: digits(d["tool_count"]), "n"),
     HtmlColumn("Tokens saved", lambda d: digits(d["tokens_saved"]), "n"),
@@ -1111,7 +1486,8 @@ def ticks_of(start: int, span: int) -> List[Tuple[int, str]]:
     quarters and years where the span is long."""
     hours = next((h for h in TICK_HOURS if span <= MOST_TICKS * h * HOUR_MS), 0)
     if hours:
-        step, monday = hours * HOUR_MS, 4 * DAY_MS if hours == 168 else 0  # 1970 began on a Thursday
+        step = hours * HOUR_MS
+        monday = 4 * DAY_MS if hours == 168 else 0  # 1970 began on a Thursday
         moments = range(-((monday - start) // step) * step + monday, start + span + 1, step)
         return [(at, day_words(moment_text(at)) if at % DAY_MS == 0 else moment_text(at)[11:16])
                 for at in moments]
@@ -1139,11 +1515,12 @@ def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str
 
 class Picture:
     """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
-    discovery alone; `links`: sessions and developers have pages to go to."""
+    discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
+    these."""
 
-    def __init__(self, ordered: Sequence[Session], only: Optional[str] = None,
-                 links: bool = True) -> None:
-        self.ordered, self.only, self.links = ordered, only, links
+    def __init__(self, ordered: Sequence[Session], only: Optional[str] = None, links: bool = True,
+                 query: str = "") -> None:
+        self.ordered, self.only, self.links, self.query = ordered, only, links, query
         self.start, self.span = ordered[0].ended, ordered[-1].ended - ordered[0].ended
         if self.span < 60_000:  # one session, or a few at once: an hour around them
             self.start, self.span = self.start - HOUR_MS // 2, HOUR_MS
@@ -1184,8 +1561,8 @@ class Picture:
     def svg(self) -> str:
         words = "Replay: %d sessions of %d developers over time; the tables say the same" % (
             len(self.ordered), len(self.developers))
-        return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s</g>'
-                '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
+        return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
+                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
                 '<g class="cells">%s</g><g id="arcs">%s</g></svg><g id="discs">%s</g>'
                 '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
                 '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
@@ -1203,12 +1580,13 @@ class Picture:
         mixed = {":" in label for _, label in ticks} == {True, False}  # hours between days
         for n, (at, label) in enumerate(ticks):
             x, odd = self.x(at) / 10, ":" in label if mixed else n % 2
-            parts.append(line % (' class="odd"' if odd else "", x, x, 20, self.height, x, 14, label))
+            kind = ' class="odd"' if odd else ""
+            parts.append(line % (kind, x, x, 20, self.height, x, 14, label))
         for at, _, month in self.quarters:
             x = self.x(at) / 10
             words = "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
             if len(self.quarters) == 1:
-                words += ": everybody is renamed here"
+                words += '<tspan class="wide">: everybody is renamed here</tspan>'
             side = " q end" if x > 60 else " q"
             parts.append(line % (' class="%s"' % side.strip(), x, x, 20, self.height, x, 32, words))
         return "".join([*parts, "</g>"])
@@ -1216,15 +1594,16 @@ class Picture:
     def lane_lines(self, keys: Sequence[str], others: int = 0) -> str:
         names = [esc(self.shown[key]) for key in keys]
         if self.links:
-            names = ['<a href="/developer/%s" tabindex="-1">%s</a>' % (name, name) for name in names]
+            names = ['<a href="/developer/%s%s" tabindex="-1">%s</a>' % (
+                name, esc(self.query), name) for name in names]
         return "".join(
             '<line x2="100%%" y1="%g" y2="%g"/><text x="-20" y="%g">%s</text>' % (
                 self.y(n), self.y(n), self.y(n) + 4, name)
             for n, name in enumerate([*names, "%d others" % others] if others else names))
 
     def cells(self, lanes: Mapping[str, int]) -> str:
-        """A path for each lane: a bar for each day with sessions (or hour, or week ...), whose height
-        says how many, in four steps."""
+        """A path for each lane: a bar for each day with sessions (or hour, or week ...), whose
+        height says how many, in four steps."""
         step = next((h * HOUR_MS for h in (*TICK_HOURS, 720, 2160)
                      if self.span <= MOST_CELLS * h * HOUR_MS), self.span // MOST_CELLS + 1)
         counts: Dict[Tuple[int, int], int] = {}
@@ -1266,8 +1645,8 @@ class Picture:
         lanes = {key: n for n, key in enumerate(self.others)}
         return ('<svg class="chart" height="%g" role="img" aria-label="The lanes of %d more'
                 ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
-                ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg></svg>'
-                % (height, len(lanes), self.lane_lines(self.others), height, height,
+                ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
+                '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
                    self.cells(lanes)))
 
     def data(self) -> Plain:
@@ -1311,27 +1690,28 @@ QUARTER_LEGEND = (
     " before and after it</span>")
 CONTROLS = (
     '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play'
-    '</button><input id="slider" type="range" min="0" aria-label="Moment"><output id="moment">'
-    '</output><label>Speed <select id="speed"><option value="0.5">&#189;&#215;</option>'
+    '</button><input id="slider" type="range" min="0" aria-label="Moment"><span id="moment">'
+    '</span><label>Speed <select id="speed"><option value="0.5">&#189;&#215;</option>'
     '<option value="1" selected>1&#215;</option><option value="2">2&#215;</option>'
     '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label>'
     '<p id="caption" aria-live="polite"></p></div>')
 PANEL = (
     '<div id="panel" role="region" aria-label="What is chosen" aria-live="polite" tabindex="0">'
-    '<p class="note">Point at a session, tap it, or reach it with Tab and the arrow keys, to see what'
-    ' it knew and where that went. Choose a discovery to see its path alone. Space plays and pauses,'
-    ' &larr; and &rarr; step from session to session, Home and End go to the ends, + and &minus;'
+    '<p class="note">Point at a session, tap it, or reach it with Tab and the arrow keys, to see'
+    ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
+    ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and &minus;'
     ' change the speed.</p></div>')
 LISTED = 30  # discoveries beside the picture
 IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
 
 def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said: str = "",
-           only: Optional[str] = None, links: bool = True, at: str = "") -> str:
-    """The body of the replay of sessions in time order, of `total` in the window: what was found out
-    (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom. `at`: the
-    moment and the discovery to start with, as in the page's address."""
-    picture = Picture(ordered, only, links)
+           only: Optional[str] = None, links: bool = True, at: str = "", query: str = "") -> str:
+    """The body of the replay of sessions in time order, of `total` in the window: what was found
+    out (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom.
+    `at`: the moment and the discovery to start with, as in the page's address; `query`: the window,
+    for links."""
+    picture = Picture(ordered, only, links, query)
     result = graph_of(ordered, only)
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     notes = []
@@ -1351,11 +1731,12 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
         '<div class="card">', CONTROLS,
         tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
               for i, (title, key) in enumerate(COUNTERS)),
-        '<div class="board"><div><div class="stage" id="stage">', picture.svg(), "</div>", others,
-        legend, PANEL, "</div>", ranking(ranked, picture), "</div></div>",
+        '<div class="board%s"><div><div class="stage" id="stage">' % ("" if ranked else " alone"),
+        picture.svg(), "</div>", others, legend, PANEL, "</div>",
+        ranking(ranked, picture) if ranked else "", "</div></div>",
         matrix(flows, picture) if flows else "",
         '<script type="application/json" id="data">%s</script>' % embedded(
-            dict(picture.data(), at=at)),
+            dict(picture.data(), at=at, query=query.replace("?", "&"))),
         "<script>%s</script>" % SCRIPT])
 
 
@@ -1364,16 +1745,18 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
     rows = "".join(
         '<li><button type="button" data-ref="%d" aria-pressed="false">%s</button>%s<span>%s</span>'
         '</li>' % (picture.numbers[d["discovery_id"]], esc(fit(visible(d["discovery_id"]), 60)),
-                   sparkline(d["sparkline"]), esc(reach_words(d)))
-        for d in ranked[:LISTED] if d["discovery_id"] in picture.numbers)
-    more = len(picture.numbers) - LISTED
-    rest = '<p class="note">%s</p>' % (
-        "%s more, which reached fewer" % digits(more)) if more > 0 else ""
-    return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (rows, rest)
+                   sparkline(d["counts"]), esc(reach_words(d)))
+        for d in ranked if d["discovery_id"] in picture.numbers)
+    more = max(0, len(picture.numbers) - LISTED)
+    words = "%s reached fewer" % count_words(more, "more discovery", "more discoveries")
+    if picture.links:
+        words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
+    return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
+        rows, '<p class="note">%s</p>' % words if more else "")
 
 
 def reach_words(d: Plain) -> str:
-    words = [count_words(d["developers"], "developer")]
+    words = [count_words(d["developer_count"], "developer")]
     if d["hours_to_second_developer"] is not None:
         words.append("second after " + hours_words(d["hours_to_second_developer"]))
     if d["half_life_hours"] is not None:
@@ -1395,7 +1778,10 @@ def hours_words(hours: Optional[float]) -> str:
 
 
 def cold_words(d: Plain) -> str:
-    return "-"
+    if not d["new"]:
+        return "-"
+    cold = d["sessions_before_inherited"]
+    return "not yet" if cold is None else digits(cold)
 
 
 def sparkline(values: Sequence[int]) -> str:
@@ -1430,8 +1816,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
             '</table></div><div class="pairs">%s</div>' % (
                 caption, "; the %d who gave and received most" % IN_MATRIX
                 if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
-                html_table("The %d largest of %s pairs" % (min(PAIRS, len(flows)), digits(len(flows))),
-                           HTML_FLOWS, flows[:PAIRS])))
+                html_table("The %d largest of %s pairs" % (
+                    min(PAIRS, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:PAIRS])))
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
@@ -1439,16 +1825,11 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
     program and asks nobody. `at`: where it starts (see `replay`)."""
     newest = reader.window(window, limit)
     body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
-                  links=False, at=at) if newest else nothing(reader)
+                  links=False, at=at) if newest else nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
-    return document("Session replay", '<main><h1>Session replay</h1><p class="note">%s</p>%s%s</main>' % (
-        esc(window_words(window)), words_of(*WORDS), body), head)
-
-
-def last_ended(reader: Reader) -> Optional[str]:
-    row = reader.rows("SELECT max(ended_at) FROM session_events WHERE ended_at < ?",
-                      [END_OF_TIME]).fetchone()
-    return moment_or_none(row[0])
+    return document("Session replay", (
+        '<main><h1>Session replay</h1><p class="note">%s</p>%s%s</main>' % (
+            esc(window_words(window)), words_of(*WORDS), body)), head)
 
 
 def findings(summary: Plain) -> str:
@@ -1486,89 +1867,13 @@ def cold_start_words(cold: Plain) -> str:
     return words + "; %s never did." % digits(cold["never"])
 
 
-def median_of(values: Sequence[float]) -> Optional[float]:
-    ordered, half = sorted(values), len(values) // 2
-    if not ordered:
-        return None
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-def summary_temp(ordered: Sequence[Session], rows: Sequence[Plain]) -> Plain:
-    seen: Dict[str, Set[str]] = {}
-    built = []
-    for s in ordered:
-        built.append(any(seen.get(ref, set()) - {s.developer} for ref in s.refs))
-        for ref in s.refs:
-            seen.setdefault(ref, set()).add(s.developer)
-    far = rows[0] if rows else None
-    return {"sessions": len(ordered), "developers": len({s.developer for s in ordered}),
-            "discoveries": len(rows), "shared_discoveries": sum(r["developers"] > 1 for r in rows),
-            "furthest": far and {"discovery_id": far["discovery_id"], "developers": far["developers"],
-                                 "hours": far["hours"]},
-            "built_on_others": {"sessions": sum(built), "share": sum(built) / len(built)},
-            "tokens_saved_median": {
-                "built_on_others": median_of([s.tokens for s, b in zip(ordered, built) if b]),
-                "others": median_of([s.tokens for s, b in zip(ordered, built) if not b])},
-            "hours_to_second_developer": median_of([
-                r["hours_to_second_developer"] for r in rows if r["hours_to_second_developer"] is not None]),
-            "cold_start": {"developers": 0, "sessions": None, "never": 0}}
-
-
 def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
-    rows = discovery_figures(reader, window, "reach", 10_000)
-    return rows, findings(summary_temp(reader.window(window)[::-1], rows))
-
-
-def discovery_figures(reader: Reader, window: Window, sort: str, limit: int) -> List[Plain]:
-    by: Dict[str, List[Session]] = {}
-    for s in reader.window(window)[::-1]:
-        for ref in s.refs:
-            by.setdefault(ref, []).append(s)
-    if not by:
-        return []
-    a = min(v[0].ended for v in by.values())
-    b = max(v[-1].ended for v in by.values())
-    rows = []
-    for ref, found in by.items():
-        first = {s.developer: s for s in reversed(found)}
-        arrivals = sorted(s.ended for s in first.values())
-        spark = [0] * 24
-        for s in found:
-            spark[min(23, (s.ended - a) * 24 // max(1, b - a))] += 1
-        rows.append({
-            "discovery_id": ref, "developers": len(first), "session_count": len(found),
-            "first_seen_at": moment_text(found[0].ended), "last_seen_at": moment_text(found[-1].ended),
-            "hours": (arrivals[-1] - arrivals[0]) / HOUR_MS,
-            "hours_to_second_developer": (arrivals[1] - arrivals[0]) / HOUR_MS if arrivals[1:] else None,
-            "half_life_hours": (found[(len(found) - 1) // 2].ended - found[0].ended) / HOUR_MS
-            if len(found) > 3 else None, "sparkline": spark})
-    keys: Dict[str, Any] = {
-        "sessions": lambda d: -d["session_count"], "name": lambda d: "",
-        "first": lambda d: d["first_seen_at"], "last": lambda d: [-ord(c) for c in d["last_seen_at"]]}
-    rows.sort(key=lambda d: d["discovery_id"])
-    rows.sort(key=keys.get(sort) or (lambda d: (-d["developers"], -d["session_count"])))
-    return rows[:limit]
-
-
-def developer_figures(reader: Reader, window: Window, sort: str) -> List[Plain]:
-    by: Dict[str, List[Session]] = {}
-    for s in reader.window(window)[::-1]:
-        by.setdefault(s.developer, []).append(s)
-    shown = labels(by)
-    return [{"developer": shown[k], "sessions": len(v), "tool_count": sum(s.tools for s in v),
-             "tokens_saved": sum(s.tokens for s in v), "given": 3, "received": 4, "cold_start": 2}
-            for k, v in by.items()]
-
-
-def one_developer(reader: Reader, label: str, window: Window) -> Plain:
-    ordered = reader.window(window)[::-1]
-    mine = [s for s in ordered if s.developer.startswith(label)]
-    if not mine:
-        raise NotFound("no developer %s in this window" % visible(label))
-    flows = [f for f in graph_of(ordered)["developers"] if f["crosses"]]
-    return {"developer": label, "session_count": len(mine), "sessions": plain_sessions(mine[::-1][:200]),
-            "learned": [f for f in flows if f["target"] == label],
-            "taught": [f for f in flows if f["source"] == label]}
+    """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
+    of one discovery has neither: the page is about that one."""
+    if window.discovery is not None:
+        return [], ""
+    ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
+    return ranked, findings(summary(reader, window))
 
 
 # The pages of `view`.
@@ -1581,9 +1886,10 @@ WORDS = {  # what a word means; each page says it of the words that stand on it
     "session": "A session is one run of a coding assistant, recorded when it ended.",
     "calls": "Calls: how often the session used a tool.",
     "saved": "Tokens saved: what the plugin counted as spared.",
-    "developer": "A developer is a GitHub account, or else a machine, shown as the first digits of a"
-                 " hash that changes with the quarter.",
-    "discovery": "A discovery is something worth knowing that a session touched, under a short name.",
+    "developer": "A developer is a GitHub account, or else a machine, shown as the first digits of"
+                 " a hash that changes with the quarter.",
+    "discovery": "A discovery is something worth knowing that a session touched, under a short"
+                 " name.",
     "hand-over": "A hand-over: a discovery that one developer's session touched is next touched by"
                  " another's.",
 }
@@ -1628,9 +1934,11 @@ def number_in(query: Query, name: str, default: int, most: int) -> int:
 
 def filters_of(query: Query) -> Filters:
     github = query.get("github", "")
-    since, until = (query[name] if day_start(query.get(name, "")) else "" for name in ("since", "until"))
+    since, until = (query[name] if day_start(query.get(name, "")) else ""
+                    for name in ("since", "until"))
     return Filters(number_in(query, "days", DAYS_DEFAULT, 36_500), since, until,
-                   github if github in GITHUB_CHOICES else "", query.get("discovery", "").strip()[:1000])
+                   github if github in GITHUB_CHOICES else "",
+                   query.get("discovery", "").strip()[:1000])
 
 
 def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
@@ -1677,7 +1985,7 @@ def words_of(*names: str) -> str:
             % " ".join(WORDS[name] for name in names))
 
 
-def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0,
+def page(title: str, path: str, filters: Filters, main: str, reader: Reader,
          window: Optional[Window] = None, beside: str = "") -> str:
     """A page of the viewer: the way to the others, the title with what stands `beside` it, the
     window in words, and what was left out."""
@@ -1685,19 +1993,21 @@ def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0,
         to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
         for to, name in PAGES)
     note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
-        "1 row was" if left_out == 1 else digits(left_out) + " rows were") if left_out else ""
+        count_words(reader.left_out, "row was", "rows were")) if reader.left_out else ""
     said = '<p class="note">%s</p>' % esc(window_words(window)) if window else ""
     return document(title + " - sessions", (
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
-        '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s</div>'
-        '%s%s%s</main>' % (nav, esc(title), beside, said, main, note)))
+        '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
+        '</div>%s%s%s</main>' % (nav, esc(title), beside, said, main, note)))
 
 
-def nothing(reader: Reader) -> str:
+def nothing(reader: Reader, window: Window) -> str:
     """What a page says of a window without a session."""
-    last = last_ended(reader)
-    return '<p class="card empty">No session ended in this window. %s</p>' % (
-        "The last one ended %s UTC." % minute(last) if last else "None was ever stored here.")
+    kind = " of this kind" if window[2:] != (None, None) else ""
+    last = last_event(reader)
+    return '<p class="card empty">No session%s ended in this window. %s</p>' % (
+        kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
+            kind and " of any kind", minute(last)))
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
@@ -1705,17 +2015,19 @@ def replay_page(reader: Reader, filters: Filters) -> str:
     newest = reader.window(window, DRAWN)
     form = filter_form("/", filters)
     if not newest:
-        return page("Replay", "/", filters, form + nothing(reader), reader.left_out, window)
+        return page("Replay", "/", filters, form + nothing(reader, window), reader, window)
     save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
         filters.fixed().query())
-    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery)
-    return page("Replay", "/", filters, words_of(*WORDS) + form + body, reader.left_out, window, save)
+    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+                  query=filters.query())
+    return page("Replay", "/", filters, words_of(*WORDS) + form + body, reader, window, save)
 
 
 def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
     """The replay as a file, with the moment and the discovery that the page's script asks for."""
     at: Dict[str, str] = {name: query[name] for name in ("t", "d") if name in query}
-    return replay_file(reader, filters.window(), DRAWN, urllib.parse.urlencode(at, errors="replace"))
+    start = urllib.parse.urlencode(at, errors="replace")
+    return replay_file(reader, filters.window(), DRAWN, start)
 
 
 def sessions_page(reader: Reader, filters: Filters) -> str:
@@ -1724,9 +2036,9 @@ def sessions_page(reader: Reader, filters: Filters) -> str:
     caption = "The newest %s of %s sessions in this window" % (
         digits(len(result["sessions"])), digits(result["total_count_in_window"]))
     table = html_table(caption, HTML_SESSIONS, result["sessions"]) if result["sessions"] else (
-        nothing(reader))
+        nothing(reader, window))
     return page("Sessions", "/sessions", filters, words_of("session", "calls", "saved", "developer")
-                + filter_form("/sessions", filters) + table, reader.left_out, window)
+                + filter_form("/sessions", filters) + table, reader, window)
 
 
 def session_page(reader: Reader, prefix: str) -> str:
@@ -1735,7 +2047,8 @@ def session_page(reader: Reader, prefix: str) -> str:
     s = result["session"]
     facts = [("Developer", '<span class="m">%s</span>' % developer_link(s)),
              ("GitHub", "yes" if s["github_hash_prefix"] else "no"), ("Ended", esc(s["ended_at"])),
-             ("Calls of tools", digits(s["tool_count"])), ("Tokens saved", digits(s["tokens_saved"])),
+             ("Calls of tools", digits(s["tool_count"])),
+             ("Tokens saved", digits(s["tokens_saved"])),
              ("Commit", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
              ("Discoveries", '<ul class="chips">%s</ul>' % "".join(
                  "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
@@ -1746,85 +2059,117 @@ def session_page(reader: Reader, prefix: str) -> str:
         '<p class="note">No other session of this machine in the last %d days.</p>' % RELATED_DAYS)
     return page("Session " + s["session_id_hash"][:12], "/session", Filters(),
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
-                    esc(s["session_id_hash"]), listed, related), reader.left_out)
-
-
-def sorted_link(path: str, filters: Filters, sort: str) -> str:
-    return path + filters.query(sort=sort)
+                    esc(s["session_id_hash"]), listed, related), reader)
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     window, path = filters.window(), "/discoveries"
-    result = discovery_figures(reader, window._replace(discovery=None), sort, LISTED_ROWS)
-    columns = [HtmlColumn(title, cell, kind, sort=sorted_link(path, filters, key) if key else "")
-               for title, cell, kind, key in (
-        ("Discovery", lambda d: discovery_link(d["discovery_id"], filters.query()), "", "name"),
-        ("In the window", lambda d: sparkline(d["sparkline"]), "", ""),
-        ("Developers", lambda d: digits(d["developers"]), "n", "reach"),
-        ("Sessions", lambda d: digits(d["session_count"]), "n", "sessions"),
-        ("Second developer after", lambda d: hours_words(d["hours_to_second_developer"]), "n", "second"),
-        ("Half-life", lambda d: hours_words(d["half_life_hours"]), "n", "half-life"),
-        ("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide", "first"),
-        ("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m", "last"))]
-    table = html_table("%s touched in this window; a title sorts by it" % count_words(
-        len(result), "discovery", "discoveries"), columns, result, "cards",
-        sorted_link(path, filters, sort)) if result else nothing(reader)
-    note = ('<p class="note">Developers: how many had a session that touched it. Half-life: until half'
-            ' of its sessions had ended; said of four sessions or more.</p>')
-    return page("Discoveries", path, filters, words_of("discovery", "developer") + filter_form(
-        path, filters, Filters._fields[:4], [("sort", sort)]) + table + note, reader.left_out, window)
+    result = discoveries(reader, window, LISTED_ROWS, sort)
+    query = filters.query()
+
+    def by(key: str) -> str:
+        return path + filters.query(sort=key)
+
+    columns = (
+        HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"], query), "", by("name")),
+        HtmlColumn("In the window", lambda d: sparkline(d["counts"])),
+        HtmlColumn("Developers", lambda d: digits(d["developer_count"]), "n",
+                   by("developer_count")),
+        HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n", by("session_count")),
+        HtmlColumn("To the second developer", lambda d: hours_words(d["hours_to_second_developer"]),
+                   "n", by("hours_to_second_developer")),
+        HtmlColumn("Half-life", lambda d: hours_words(d["half_life_hours"]), "n", by("half_life")),
+        HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide",
+                   by("first_seen")),
+        HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m", by("recent")))
+    rows, total = result["discoveries"], result["discoveries_in_window"]
+    caption = "%s touched in this window%s; a title sorts by it" % (
+        count_words(total, "discovery", "discoveries"),
+        ", %s shown" % digits(len(rows)) if total > len(rows) else "")
+    table = html_table(caption, columns, rows, "cards sorts", by(sort)) if rows else (
+        nothing(reader, window))
+    note = ('<p class="note">Developers: how many had a session that touched it. Half-life: until'
+            ' half of its sessions had ended; said of four sessions or more.</p>')
+    form = filter_form(path, filters, Filters._fields[:4], [("sort", sort)])
+    return page("Discoveries", path, filters, words_of("discovery", "developer") + form + table
+                + note, reader, window)
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
     window = EVER if all_time else filters.window()
-    form = filter_form("/discovery", filters, Filters._fields[:4], [("ref", ref)])
+    title, path = fit(visible(ref), 128), "/discovery"
+    form = filter_form(path, filters, Filters._fields[:4], [("ref", ref)])
     try:
         result = discovery(reader, ref, window)
     except NotFound:
-        result = discovery(reader, ref, EVER, 1)
-        body = '<p class="card empty">No session of this window touched it; the last one that did' \
-               ' ended %s UTC.</p>' % minute(result["last_seen_at"])
-        return page(fit(visible(ref), 128), "/discovery", filters, form + body, reader.left_out, window)
-    newest = reader.window(window._replace(discovery=ref), DRAWN)
+        last = discovery(reader, ref, EVER, 1)["last_seen_at"]
+        body = ('<p class="card empty">No session of this window touched it; the last one that did'
+                ' ended %s UTC.</p>' % minute(last))
+        return page(title, path, filters, form + body, reader, window)
+    count = result["session_count"]
     facts = "First seen %s, last %s UTC, in %s of %s." % (
         minute(result["first_seen_at"]), minute(result["last_seen_at"]),
-        count_words(result["session_count"], "session"),
-        count_words(result["developer_count"], "developer"))
+        count_words(count, "session"), count_words(result["developer_count"], "developer"))
+    newest = reader.window(window._replace(discovery=ref), DRAWN)
+    body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
     reached = html_table("Whom it reached, and when", HTML_REACHED, result["reached"])
-    path = html_table("Its path: the first %s of %s sessions" % (
-        digits(len(result["path"])), digits(result["session_count"])), HTML_PATH, result["path"])
-    return page(fit(visible(ref), 128), "/discovery", filters, "%s<p>%s</p>%s%s%s" % (
-        form, esc(facts), replay(newest[::-1], result["session_count"], [], "", ref), reached, path),
-        reader.left_out, None if all_time else window)
+    steps = html_table("Its path: the first %s of %s" % (
+        digits(len(result["path"])), count_words(count, "session")), HTML_PATH, result["path"])
+    return page(title, path, filters, form + body + reached + steps, reader,
+                None if all_time else window)
 
 
-def developers_page(reader: Reader, filters: Filters, sort: str) -> str:
+def developers_page(reader: Reader, filters: Filters) -> str:
     window, path = filters.window(), "/developers"
-    rows = developer_figures(reader, window, sort)
+    result = developers(reader, window)
+    rows = result["developers"]
+    query = filters.query()
+    columns = (HtmlColumn("Developer", lambda d: developer_link(d, query), "m"), *HTML_DEVELOPERS)
+    caption = "%s, who gave most more than they received first%s" % (
+        count_words(len(rows), "developer"),
+        "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
+    note = ('<p class="note">%s Cold start: of who was not there in as many days before, the own'
+            ' sessions before the first that built on somebody else\'s discovery.</p>'
+            % esc(cold_start_words(result["cold_start"])))
     return page("Developers", path, filters, words_of("developer", "hand-over", "calls", "saved")
-                + filter_form(path, filters) + (html_table(
-                    count_words(len(rows), "developer") + "; cold start: own sessions before the first"
-                    " that built on somebody else's", HTML_DEVELOPERS, rows[:LISTED_ROWS])
-                    if rows else nothing(reader)), reader.left_out, window)
+                + filter_form(path, filters) + (
+                    note + html_table(caption, columns, rows[:LISTED_ROWS])
+                    if rows else nothing(reader, window)), reader, window)
 
 
 LISTED_ROWS = 200  # of a table
-SORTED_BY = ("reach", "sessions", "name", "second", "half-life", "first", "last")
+MOST_DAYS = 800  # in a chart
 
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    window = filters.window()
-    result = one_developer(reader, label, window)
-    flows = "".join('<h2>%s</h2>%s' % (title, html_table(
-        "In hand-overs, the most first", HTML_FLOWS, rows) if rows else '<p class="note">Nobody.</p>')
-        for title, rows in (("Learned from", result["learned"]), ("Taught", result["taught"])))
-    return page("Developer " + result["developer"], "/developer", filters, filter_form(
-        "/developer/" + result["developer"], filters, Filters._fields[:4]) + flows
-        + '<h2>Sessions</h2>' + html_table("The newest %s of %s" % (
-            digits(len(result["sessions"])), digits(result["session_count"])), HTML_SESSIONS,
-            result["sessions"]), reader.left_out, window)
+    window, path = filters.window(), "/developer/" + label
+    form = filter_form(path, filters, Filters._fields[:4])
+    if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
+        raise NotFound("there is no such developer")
+    result = developers(reader, window)
+    rows = [row for row in result["developers"] if row["developer"].startswith(label)]
+    if len(rows) != 1:
+        body = ('<p class="card empty">Nobody of this name had a session in this window. The names'
+                ' change with the quarter.</p>')
+        return page("Developer " + label, path, filters, form + body, reader, window)
+    newest: Deque[Session] = collections.deque(maxlen=LISTED_ROWS)
+    newest.extend(s for s in reader.walk(window) if s.developer.startswith(label))
+    flows = "".join("<h2>%s</h2>%s" % (title, html_table(
+        "The most hand-overs first", (
+            HtmlColumn("Developer", lambda f, whom=whom: developer_link(  # type: ignore[misc]
+                {"developer": f[whom]}, filters.query()), "m"),
+            HtmlColumn("Hand-overs", lambda f: digits(f["hand_overs"]), "n")), found)
+        if found else '<p class="note">Nobody in this window.</p>')
+        for title, whom, found in (
+            ("Learned from", "source", [f for f in result["matrix"] if f["target"] == label]),
+            ("Handed on to", "target", [f for f in result["matrix"] if f["source"] == label])))
+    listed = html_table("The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
+                        HTML_SESSIONS, plain_sessions(list(newest)[::-1]))
+    facts = html_table("In this window", HTML_DEVELOPERS, rows)
+    return page("Developer " + label, path, filters, form + facts + flows + "<h2>Sessions</h2>"
+                + listed, reader, window)
 
 
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
@@ -1834,8 +2179,9 @@ def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> st
         round(i * 1000 / n, 1), round(100 - 100 * value / most, 1), round(max(1, 1000 / n - 2), 1))
         for i, value in enumerate(now) if value)
     line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
-                                round(100 - 100 * value / most, 1)) for i, value in enumerate(before))
-    words = "%s by day, at most %s; in as many days before, at most %s" % (
+                                round(100 - 100 * value / most, 1))
+                   for i, value in enumerate(before))
+    words = "%s by day: up to %s; in as many days before up to %s" % (
         title, digits(max(now, default=0)), digits(max(before, default=0)))
     return ('<figure class="card"><figcaption>%s</figcaption><svg viewBox="0 0 1000 100"'
             ' preserveAspectRatio="none" role="img" aria-label="%s"><path d="%s"/>'
@@ -1854,28 +2200,38 @@ def period_table(title: str, rows: Sequence[Plain]) -> str:
     ), rows[::-1])
 
 
+def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
+    """A figure of each day since a moment (stored form), 0 on the days that are not listed."""
+    first = midnight(since[:10])
+    if first is None and rows:
+        first = midnight(rows[0]["period"])
+    days = {((midnight(row["period"]) or 0) - (first or 0)) // DAY_MS: row[key] for row in rows}
+    return [days.get(n, 0) for n in range(min(max(days, default=-1) + 1, MOST_DAYS))]
+
+
 def activity_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = activity(reader, window)
-    result.setdefault("before", {"days": [dict(d, sessions=d["sessions"]*2//3) for d in result["days"]]})
+    before = result["before"] or {"days": [], "since": ""}
     counters = tiles([("Active in %s" % count_words(row["days"], "day"),
                        "%s <small>%s came back</small>" % (
                            digits(row["developers"]), digits(row["came_back"])), "")
                       for row in result["active"]], "large")
-    ends = "".join("<span>%s</span>" % esc(row["period"]) for row in result["days"][:1]
-                   + result["days"][1:][-1:])
-    plots = "".join(plot(title, [day[key] for day in result["days"]],
-                         [day[key] for day in result["before"]["days"]], ends) for title, key in (
+    ends = "".join("<span>%s</span>" % esc(text) for text in (
+        window.since[:10], result["days"][-1]["period"] if result["days"] else ""))
+    plots = "".join(plot(title, by_day(result["days"], window.since, key),
+                         by_day(before["days"], before["since"], key), ends) for title, key in (
         ("Sessions", "sessions"), ("Developers", "developers"), ("Tokens saved", "tokens_saved")))
     tables = "".join(period_table("Per " + kind[:-1] + ", the newest first", result[kind][-400:])
                      for kind in PERIODS)
     note = ('<p class="note">Bars: this window. Pale line: as many days before it. Came back:'
-            ' developers who were also there in the period before.</p>')
+            ' developers who were also there in the period before. %s</p>' % esc(
+                cold_start_words(result["cold_start"])))
+    there = any(day["sessions"] for day in result["days"])
     return page("Activity", "/activity", filters, words_of("session", "developer", "calls", "saved")
                 + filter_form("/activity", filters) + counters + (
                     '<div class="plots">%s</div>%s%s' % (plots, note, tables)
-                    if any(day["sessions"] for day in result["days"]) else nothing(reader)),
-                reader.left_out, window)
+                    if there else nothing(reader, window)), reader, window)
 
 
 # ======================================================================================================
@@ -2031,9 +2387,9 @@ def page_answer(db: str, path: str, query: Query) -> Answer:
         "/": lambda reader: replay_page(reader, filters),
         "/save": lambda reader: saved_replay(reader, filters, query),
         "/discoveries": lambda reader: discoveries_page(
-            reader, filters, sort if sort in SORTED_BY else SORTED_BY[0]),
+            reader, filters, sort if sort in DISCOVERY_SORTS else "developer_count"),
         "/discovery": lambda reader: discovery_page(reader, query.get("ref", ""), filters, all_time),
-        "/developers": lambda reader: developers_page(reader, filters, sort),
+        "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
         "/sessions": lambda reader: sessions_page(reader, filters),
     }
@@ -2086,7 +2442,7 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": result["discoveries"]}
+        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
@@ -3402,9 +3758,9 @@ def step_back() -> None:
 # ==================================================================================================
 
 STYLE = r"""
-:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430; --soft: #566270;
-  --line: #dfe2e0; --disc: #1f6fb2; --own: #74899d; --cross: #c75300; --pale: #8a96a3;
-  --lit: #1b2430; --h1: #e4eef7; --h2: #b9d5ec; --h3: #2a76b5; --h4: #134a7c }
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430;
+  --soft: #566270; --line: #dfe2e0; --disc: #1f6fb2; --own: #74899d; --cross: #b84c00;
+  --pale: #7b8794; --lit: #1b2430; --h1: #e4eef7; --h2: #b9d5ec; --h3: #2a76b5; --h4: #134a7c }
 @media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1;
   --soft: #a2aebc; --line: #2b3440; --disc: #63b3f4; --own: #68819b; --cross: #ff9a3c;
   --pale: #6d7b8a; --lit: #ffffff; --h1: #1d3146; --h2: #234a6e; --h3: #6db6f3; --h4: #b4dbff } }
@@ -3415,16 +3771,14 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 14px 0 8px }
 header b { font-size: 17px; letter-spacing: -.01em }
 nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
-nav a { color: var(--soft); text-decoration: none; padding: 3px 0; border-bottom: 2px solid transparent }
-nav a[aria-current] { color: var(--ink); border-color: var(--cross) }
-a { color: var(--disc) }
+nav a { color: var(--soft); text-decoration: none; padding: 3px 0;
+  border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink); border-color: var(--cross) } a { color: var(--disc) }
 :focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
 h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0;
   overflow-wrap: anywhere }
-h1.m { font-size: 16px; white-space: normal }
-h2 { font-size: 16px; margin: 22px 0 6px }
-p { margin: 4px 0 10px; max-width: 80ch }
-.note { color: var(--soft); font-size: 14px }
+h1.m { font-size: 16px; white-space: normal } h2 { font-size: 16px; margin: 22px 0 6px }
+p { margin: 4px 0 10px; max-width: 80ch } .note { color: var(--soft); font-size: 14px }
 .empty { padding: 22px 18px; font-size: 16px }
 form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 12px;
   font-size: 13px }
@@ -3435,8 +3789,7 @@ input, select, button, .button { font: inherit; color: inherit; background: var(
 button, .button { cursor: pointer; font-weight: 600; text-decoration: none; color: var(--ink) }
 .top { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: start;
   gap: 4px 16px }
-.filters { margin: 0 0 4px }
-.filters > summary { padding: 4px 0 8px; font-weight: 600 }
+.filters { margin: 0 0 4px } .filters > summary { padding: 4px 0 8px; font-weight: 600 }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   padding: 12px 16px; margin: 0 0 14px }
 .findings { margin: 8px 0 14px; padding: 0; list-style: none; font-size: 16px }
@@ -3446,36 +3799,33 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .tiles div { display: flex; flex-direction: row-reverse; gap: 6px; align-items: baseline }
 .tiles dd { margin: 0; color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
 .tiles dd small { font-weight: 400; color: var(--soft) }
-.tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px;
-  margin: 12px 0 14px }
+.tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+  gap: 10px; margin: 12px 0 14px }
 .tiles.large div { display: block; background: var(--card); border: 1px solid var(--line);
   border-radius: 12px; padding: 8px 14px }
-.tiles.large dd { font-size: 21px }
-.tiles.large small { font-size: 13px }
+.tiles.large dd { font-size: 21px } .tiles.large small { font-size: 13px }
 .controls { display: none; align-items: center; flex-wrap: wrap; gap: 6px 12px; position: sticky;
-  top: 0; z-index: 2; background: var(--card); padding: 8px 0 2px; border-bottom: 1px solid var(--line) }
+  top: 0; z-index: 2; background: var(--card); padding: 8px 0 2px;
+  border-bottom: 1px solid var(--line) }
 .live .controls { display: flex }
 #play { min-width: 96px; background: var(--h3); border-color: var(--h3); color: var(--card) }
-.controls input { flex: 1 1 180px; padding: 0; min-width: 100px; accent-color: var(--disc); border: 0 }
-.controls output { font-variant-numeric: tabular-nums; min-width: 11em; font-weight: 600 }
+.controls input { flex: 1 1 180px; padding: 0; min-width: 100px; accent-color: var(--disc);
+  border: 0 }
+#moment { font-variant-numeric: tabular-nums; min-width: 11em; font-weight: 600 }
 .controls label { color: var(--soft); font-size: 13px }
 #caption { flex: 1 0 100%; margin: 0; height: 26px; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; max-width: none; font-weight: 600; color: var(--cross) }
 .board { display: grid; grid-template-columns: minmax(0, 1fr) minmax(280px, 380px); gap: 0 28px }
-.board > div { min-width: 0 }
+.board.alone { grid-template-columns: minmax(0, 1fr) } .board > div { min-width: 0 }
 .stage { padding: 0 18px 0 86px; overflow-x: clip }
 #chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
-#chart text, .chart text { fill: var(--soft);
-  font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
-.lanes line { stroke: var(--line) }
-.lanes text { text-anchor: end }
-.lanes a { fill: var(--soft) }
-#ticks line { stroke: var(--line); stroke-dasharray: 2 4 }
-#ticks text { text-anchor: middle }
+#chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
+  "DejaVu Sans Mono", monospace }
+.lanes line { stroke: var(--line) } .lanes text { text-anchor: end } .lanes a { fill: var(--soft) }
+#ticks line { stroke: var(--line); stroke-dasharray: 2 4 } #ticks text { text-anchor: middle }
 #ticks .q line { stroke: var(--cross); stroke-dasharray: none }
 #ticks .q text { text-anchor: start; fill: var(--ink); transform: translateX(5px) }
-#ticks .end text { text-anchor: end; transform: translateX(-5px) }
-.cells path { fill: var(--disc) }
+#ticks .end text { text-anchor: end; transform: translateX(-5px) } .cells path { fill: var(--disc) }
 #veil { fill: var(--card); opacity: .84 }
 #now { stroke: var(--cross); stroke-width: 1.5; vector-effect: non-scaling-stroke;
   pointer-events: none }
@@ -3485,22 +3835,16 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 #arcs .x { stroke: var(--cross); stroke-width: 1.6; stroke-dasharray: none }
 .live #arcs path:not(.there), .dense #arcs path { display: none }
 #discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8 }
-#discs .g { fill: var(--disc); stroke: var(--card); stroke-width: 1 }
-#discs a { outline: none }
-.dense #discs a { opacity: 0 }
-.dense .lanes line { stroke: none }
-.playing #arcs .old { opacity: .16 }
-.lit #arcs path { opacity: .06 }
-.lit #discs a, .lit .cells { opacity: .2 }
-.dense.lit #discs a { opacity: 0 }
+#discs .g { fill: var(--disc); stroke: var(--card); stroke-width: 1 } #discs a { outline: none }
+.dense #discs a { opacity: 0 } .dense .lanes line { stroke: none }
+.playing #arcs .old { opacity: .16 } .lit #arcs path { opacity: .06 }
+.lit #discs a, .lit .cells { opacity: .2 } .dense.lit #discs a { opacity: 0 }
 #chart #arcs .on.there { opacity: 1; stroke-width: 2.4; display: inline }
-#chart #discs .on { opacity: 1 }
-#discs .at circle { stroke: var(--lit); stroke-width: 3 }
+#chart #discs .on { opacity: 1 } #discs .at circle { stroke: var(--lit); stroke-width: 3 }
 .dense #discs .on circle { r: 4px }
-@keyframes pulse { from { stroke: var(--lit); stroke-width: 7 } }
+@keyframes pulse { from { stroke: var(--cross); stroke-width: 6 } }
 #chart #arcs .new { display: inline; opacity: 1; animation: pulse .6s }
-#chart #discs .new { opacity: 1 }
-#discs .new circle { animation: pulse .6s }
+#chart #discs .new { opacity: 1 } #discs .new circle { animation: pulse .6s }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px;
   margin: 8px 0 }
 .legend span { display: inline-flex; align-items: center; gap: 7px }
@@ -3527,28 +3871,23 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .ranking button[aria-pressed=true] { font-weight: 700 }
 .ranking button[aria-pressed=true]::before { content: "\25b8  "; color: var(--cross) }
 .ranking span { grid-column: 1 / -1; color: var(--soft); font-size: 13px }
-.spark { width: 90px; height: 20px }
-.spark path { fill: var(--disc) }
+.spark { width: 90px; height: 20px } .spark path { fill: var(--disc) }
 .scroll { overflow-x: auto; margin-top: 12px }
 table { border-collapse: collapse; min-width: min(100%, 620px); font-variant-numeric: tabular-nums }
 caption { text-align: left; color: var(--soft); padding: 0 0 6px }
 th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
 th a { color: inherit }
 th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td { overflow-wrap: anywhere }
-.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
+td { overflow-wrap: anywhere } .n { text-align: right; white-space: nowrap; overflow-wrap: normal }
 .m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-size: 13px; white-space: nowrap }
-th.m { font-family: inherit }
-.whole { white-space: normal; overflow-wrap: anywhere }
-.d { min-width: 180px }
-.matrix table { min-width: 0; font-size: 13px }
+th.m { font-family: inherit } .whole { white-space: normal; overflow-wrap: anywhere }
+.d { min-width: 180px } .matrix table { min-width: 0; font-size: 13px }
 .matrix th, .matrix td { padding: 3px 5px; border: 1px solid var(--line); text-align: center;
   min-width: 30px }
 .matrix th { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font-weight: 400; font-size: 12px }
-.matrix thead th span { writing-mode: vertical-rl }
-.matrix caption { max-width: 100ch }
+.matrix thead th span { writing-mode: vertical-rl } .matrix caption { max-width: 100ch }
 .h1 { background: var(--h1) } .h2 { background: var(--h2) }
 .h3 { background: var(--h3); color: var(--card) } .h4 { background: var(--h4); color: var(--card) }
 .pairs { display: none }
@@ -3556,56 +3895,54 @@ th.m { font-family: inherit }
 .plots figure { margin: 0 }
 .plots svg { display: block; width: 100%; height: 120px; overflow: visible }
 .plots path { fill: var(--disc) }
-.plots .before { fill: none; stroke: var(--pale); stroke-width: 2; vector-effect: non-scaling-stroke }
+.plots .before { fill: none; stroke: var(--pale); stroke-width: 2;
+  vector-effect: non-scaling-stroke }
 .plots figcaption { font-size: 14px; margin-bottom: 8px }
-.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: 13px; margin: 4px 0 0;
-  max-width: none }
-summary { cursor: pointer }
-.others { margin: 4px 0 } .others summary { color: var(--disc) }
+.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: 13px;
+  margin: 4px 0 0; max-width: none }
+summary { cursor: pointer } .others { margin: 4px 0 } .others summary { color: var(--disc) }
 .words { color: var(--soft); font-size: 14px; margin-bottom: 6px }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
-dl.facts dt { color: var(--soft) }
-dl.facts dd { margin: 0; overflow-wrap: anywhere }
+dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywhere }
 .skip { position: absolute; left: -999px }
 .skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
 @media (max-width: 1020px) {
-  .board { grid-template-columns: 1fr }
-  .ranking { max-height: 340px }
+  .board { grid-template-columns: 1fr } .ranking { max-height: 340px }
 }
 @media (min-width: 641px) { @supports selector(::details-content) {
   .filters > summary { display: none }
   .filters::details-content { content-visibility: visible; block-size: auto }
 } }
 @media (max-width: 640px) {
-  nav { gap: 0 16px } nav a, .filters > summary, .others summary, .words summary { padding: 10px 0; min-height: 44px }
-  .filters > summary { padding-top: 12px }
-  form { display: grid; grid-template-columns: 1fr 1fr }
+  nav { gap: 0 12px; font-size: 14px } nav a, .filters > summary, .others summary, .words summary { padding: 10px 0;
+    min-height: 44px }
+  .filters > summary { padding-top: 12px } form { display: grid; grid-template-columns: 1fr 1fr }
   form input, form select { width: 100% }
   input, select, button, .button, .live .ranking button { min-height: 44px }
-  .button { padding-top: 10px }
-  .wide, .matrix { display: none }
-  .pairs { display: block }
-  .card { padding: 8px 10px }
-  .controls { gap: 4px 10px }
-  .controls input { flex: 1 1 60% }
+  .button { padding-top: 10px } .wide, .matrix { display: none } .pairs { display: block }
+  .card { padding: 8px 10px } .controls { gap: 4px 10px } .controls input { flex: 1 1 60% }
   #caption { font-size: 14px; height: 40px; line-height: 20px; white-space: normal }
-  .stage { padding: 0 12px 0 72px; max-height: 530px; overflow-y: auto; overflow-x: hidden }
+  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; max-height: 530px; overflow-y: auto;
+    overflow-x: hidden }
   #discs circle { transform: scale(.65); transform-box: fill-box; transform-origin: center }
-  #chart text { font-size: 10px } .odd text { display: none }
-  #panel { height: 190px }
-  .chips a { padding: 9px 12px }
-  .ranking { max-height: 410px }
+  #chart text { font-size: 10px } .odd text { display: none } #panel { height: 190px }
+  .chips a { padding: 9px 12px } .ranking { max-height: 410px }
   .cards thead { position: absolute; left: -9999px }
+  .sorts thead { position: static } .sorts thead tr, .sorts th { display: block; border: 0 }
+  .sorts th { display: inline-block; padding: 8px 14px 8px 0 } .sorts th:not(:has(a)) { display: none }
   .cards, .cards tbody, .cards caption { display: block }
-  .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line); line-height: 1.9 }
+  .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
+    line-height: 1.9 }
   .cards td { display: inline; padding: 0 12px 0 0; border: 0 }
   .cards td.n { display: inline-block; padding-right: 12px }
   .cards td.n::after { content: " " attr(data-t); color: var(--soft) }
   .cards td.to::before { content: "\2192 " }
-  .cards td.d::before { content: "\A"; white-space: pre }
+  .cards td.wide { display: none }
+  .cards td.d:not(:empty)::before { content: "\A"; white-space: pre }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important;
+  transition: none !important } }
 """
 
 # ==================================================================================================
@@ -3655,7 +3992,7 @@ SCRIPT = r"""
     n + (n % 100 > 10 && n % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");
   const sentence = ([, ref, n]) => D.refs[ref] + (n === 1 ? " is met for the first time" :
     n === D.developers.length ? " has reached everybody" : ` reaches its ${ordinal(n)} developer`);
-  const countUpTo = (rows, t) => {  // how many of the rows, which are in time order, are not after t
+  const countUpTo = (rows, t) => {  // how many rows, which are in time order, are not after t
     let low = 0, high = rows.length;
     while (low < high) {
       const middle = (low + high) >> 1;
@@ -3665,20 +4002,26 @@ SCRIPT = r"""
   };
   const perSecond = () => D.span / 40 * Number(speed.value);  // at speed 1 the window takes 40 s
   const say = () => {
-    const last = countUpTo(news, moment);
-    let first = countUpTo(news, moment - perSecond());
+    const last = countUpTo(heard, moment);
+    let first = countUpTo(heard, moment - perSecond());
     if (first === last) first = last - 1;  // nothing in the last second: the last thing before
-    const now = news.slice(Math.max(0, first), last).filter(item => picked < 0 || item[1] === picked);
+    const now = heard.slice(Math.max(0, first), last);
     if (!now.length) return;
-    const far = now.reduce((a, b) => b[2] > a[2] ? b : a), several = new Set(now.map(n => n[1])).size;
+    const far = now.reduce((a, b) => b[2] > a[2] ? b : a);
+    const several = new Set(now.map(n => n[1])).size;
     const mark = far[2] === 5 || far[2] % 10 === 0 || far[2] === D.developers.length;
-    const text = several === 1 || mark ? sentence(far) : `${several} discoveries reach somebody new`;
+    const text = several === 1 || mark ? sentence(far) :
+      `${several} discoveries reach somebody new`;
     if (caption.textContent !== text) caption.textContent = text;
   };
 
   // The moment.
   let moment = D.span, sessions = 0, faded = 0, frame = 0, before = 0;
-  let lit = -1, picked = -1;
+  let lit = -1, picked = -1, heard = news;  // heard: of the chosen discovery alone, or all
+  const pick = ref => {
+    picked = ref;
+    heard = ref < 0 ? news : news.filter(item => item[1] === ref);
+  };
   const turn = (items, name, from, to) => {  // the first `to` have the class, where `from` had it
     for (let i = from; i < to; i++) items[i].classList.add(name);
     for (let i = to; i < from; i++) items[i].classList.remove(name);
@@ -3712,7 +4055,7 @@ SCRIPT = r"""
     const t = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(said.get("t")) ? Date.parse(said.get("t")) : NaN;
     const ref = D.refs.findIndex((shown, i) => nameOf(i) === said.get("d"));
     stop();
-    picked = ref;
+    pick(ref);
     show(isNaN(t) ? (ref < 0 && S.length > 1 ? 0 : D.span) : t - D.start);
     paint();
     return !isNaN(t) || ref >= 0 || S.length === 1;
@@ -3735,9 +4078,10 @@ SCRIPT = r"""
     setTimeout(() => items.forEach(item => item.classList.remove("new")), 600);
   };
   const tick = time => {
-    const passed = Math.min(250, time - before), arcsThere = arcsBy[sessions];  // ms; out of sight none
+    const passed = Math.min(250, time - before);  // ms; a page out of sight goes on where it was
+    const there = arcsBy[sessions];
     show(moment + passed / 1000 * perSecond());
-    pulse(arcsThere, arcsBy[sessions]);
+    pulse(there, arcsBy[sessions]);
     before = time;
     if (moment < D.span) frame = requestAnimationFrame(tick);
     else go(D.span);
@@ -3786,7 +4130,7 @@ SCRIPT = r"""
     else panel.innerHTML = hint;
   };
   const light = i => { if (i !== lit) { lit = i; paint(); } };
-  const choose = ref => { picked = ref === picked ? -1 : ref; lit = -1; paint(); say(); write(); };
+  const choose = ref => { pick(ref === picked ? -1 : ref); lit = -1; paint(); say(); write(); };
   const element = (name, text, parent) => {
     const made = parent.appendChild(document.createElement(name));
     made.textContent = text;
@@ -3801,7 +4145,7 @@ SCRIPT = r"""
     });
     if (items.length > most) element("li", `and ${items.length - most} more${rest}`, list);
   };
-  const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) : "";
+  const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) + D.query : "";
   const describe = (i, went, into) => {
     const s = S[i], others = new Set([...went].map(j => S[E[j][1]][1]));
     others.delete(s[1]);
@@ -3858,13 +4202,14 @@ SCRIPT = r"""
     if (first || i !== own || !D.links) event.preventDefault();
     if (!first && i >= 0 && i !== own && D.links) location.href = links[i].href.baseVal;
   });
-  chart.addEventListener("focusin", event => {
+  // On its parent: an svg that listens for focus becomes a Tab stop of its own.
+  chart.parentNode.addEventListener("focusin", event => {
     const i = index.get(event.target);
     if (i === undefined) return;
     rove();
     if (!touched) light(i);
   });
-  chart.addEventListener("focusout", () => { if (!touched) light(-1); });
+  chart.parentNode.addEventListener("focusout", () => { if (!touched) light(-1); });
   chart.addEventListener("keydown", event => {
     touched = false;
     const i = focused();
@@ -3879,8 +4224,8 @@ SCRIPT = r"""
     event.stopPropagation();
     links[Math.min(sessions - 1, Math.max(0, moves[event.key]()))].focus();
   });
-  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0),
-    End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1),
+  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1),
+    Home: () => go(0), End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1),
     Escape: () => choose(picked)};
   document.addEventListener("keydown", event => {
     const at = event.target, typing = at.closest("select, input:not(#slider)");
@@ -3893,7 +4238,10 @@ SCRIPT = r"""
   play.addEventListener("click", toggle);
   slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
   slider.addEventListener("change", () => { write(); rove(); });
-  buttons.forEach(b => b.addEventListener("click", () => choose(Number(b.dataset.ref))));
+  buttons.forEach(b => b.addEventListener("click", () => {
+    choose(Number(b.dataset.ref));
+    chart.parentNode.scrollIntoView({block: "nearest"});
+  }));
   window.addEventListener("hashchange", read);
 
   document.documentElement.classList.add("live");
