@@ -23,8 +23,8 @@ As a library (all results are plain dicts and lists, the same as `--format json`
         week = session_events.last_days(7)
         print(session_events.graph(reader, week)["totals"])
 
-Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database file →
-viewer → demo → ship → command line.
+Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database
+file → viewer → demo → ship → command line → style → script.
 """
 from __future__ import annotations
 
@@ -3914,8 +3914,8 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .filters::details-content { content-visibility: visible; block-size: auto }
 } }
 @media (max-width: 640px) {
-  nav { gap: 0 12px; font-size: 14px } nav a, .filters > summary, .others summary, .words summary { padding: 10px 0;
-    min-height: 44px }
+  nav { gap: 0 9px; font-size: 14px }
+  nav a, .filters > summary, .others summary, .words summary { padding: 10px 0; min-height: 44px }
   .filters > summary { padding-top: 12px } form { display: grid; grid-template-columns: 1fr 1fr }
   form input, form select { width: 100% }
   input, select, button, .button, .live .ranking button { min-height: 44px }
@@ -3929,7 +3929,8 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .chips a { padding: 9px 12px } .ranking { max-height: 410px }
   .cards thead { position: absolute; left: -9999px }
   .sorts thead { position: static } .sorts thead tr, .sorts th { display: block; border: 0 }
-  .sorts th { display: inline-block; padding: 8px 14px 8px 0 } .sorts th:not(:has(a)) { display: none }
+  .sorts th { display: inline-block; padding: 8px 14px 8px 0 }
+  .sorts th:not(:has(a)) { display: none }
   .cards, .cards tbody, .cards caption { display: block }
   .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
     line-height: 1.9 }
