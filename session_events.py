@@ -58,6 +58,7 @@ import statistics
 import struct
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1164,10 +1165,28 @@ SESSION_COLUMNS = (
 )
 DISCOVERY_COLUMNS = (
     Column("discovery", lambda row: row["discovery_id"], elastic=True),
+    Column("reach", lambda row: row["developer_count"]),
     Column("sessions", lambda row: row["session_count"]),
-    Column("identities", lambda row: row["distinct_identity_count"]),
-    Column("first seen", lambda row: minute(row["first_seen_at"])[:10]),
+    Column("to 2nd", lambda row: lasting(row["hours_to_second_developer"])),
+    Column("half-life", lambda row: lasting(row["half_life_hours"])),
     Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
+    Column("over time", lambda row: sparkline(row["counts"])),
+)
+DEVELOPER_COLUMNS = (
+    DEVELOPER,
+    Column("sessions", lambda row: row["sessions"]),
+    Column("calls", lambda row: row["tool_count"]),
+    Column("saved", lambda row: row["tokens_saved"]),
+    Column("given", lambda row: row["given"]),
+    Column("received", lambda row: row["received"]),
+    Column("alone first", lambda row: (
+        "never built" if row["sessions_before_inherited"] is None else row["sessions_before_inherited"])),
+    Column("new", lambda row: "new" if row["new"] else ""),
+)
+MATRIX_COLUMNS = (
+    Column("from", lambda row: row["source"]),
+    Column("to", lambda row: row["target"]),
+    Column("hand-overs", lambda row: row["hand_overs"]),
 )
 FLOW_COLUMNS = (
     Column("from", lambda row: row["source"]),
@@ -1178,6 +1197,25 @@ FLOW_COLUMNS = (
 REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("", lambda row: "from another developer" if row["crosses"] else ""))
+
+
+SPARK_DIGITS = " .:-=+*#"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
+    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
+    most = max(pairs) or 1
+    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)] for n in pairs).rstrip()
+
+
+def lasting(length: Optional[float]) -> str:
+    """A number of hours for people: in minutes, hours or days."""
+    if length is None:
+        return "-"
+    if length < 1:
+        return "%d min" % round(length * 60)
+    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
 
 
 def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
@@ -1215,14 +1253,117 @@ def session_text(result: Plain) -> str:
 
 
 def discovery_text(result: Plain) -> str:
-    text = "%s\n%s to %s: %s sessions, %s developers\n\n" % (
+    text = "%s\n%s to %s: %s sessions, %s developers\n" % (
         fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), "{:,}".format(result["session_count"]),
-        "{:,}".format(result["developer_count"]))
-    text += text_table(REACHED_COLUMNS, result["reached"]) + "\n" + text_table(PATH_COLUMNS, result["path"])
+        minute(result["last_seen_at"]), digits(result["session_count"]), digits(result["developer_count"]))
+    second, half = result["hours_to_second_developer"], result["half_life_hours"]
+    text += "it reached no second developer\n" if second is None else (
+        "it reached a second developer within %s\n" % lasting(second))
+    text += "" if half is None else "half of its sessions ended within %s\n" % lasting(half)
+    text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
+    text += "\n" + text_table(PATH_COLUMNS, result["path"])
     if result["session_count"] > len(result["path"]):
         text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
     return text
+
+
+def discoveries_text(result: Plain) -> str:
+    shown, every = len(result["discoveries"]), result["discoveries_in_window"]
+    text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
+    text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
+    text += "to the first of a second developer; half-life: until half of its sessions ended\n"
+    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown else "")
+
+
+def developers_text(result: Plain) -> str:
+    text = text_table(DEVELOPER_COLUMNS, result["developers"])
+    text += "\ngiven, received: hand-overs of a discovery to and from other developers;\n"
+    text += "alone first: own sessions before the first that built on others;\n"
+    text += "new: not there in as many days before the window\n"
+    flows = result["matrix"]
+    if flows:
+        text += "\nwho hands over to whom\n" + text_table(MATRIX_COLUMNS, flows[:FLOWS_SHOWN])
+    else:
+        text += "\nno discovery went from one developer to another\n"
+    if len(flows) > FLOWS_SHOWN:
+        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
+    return text
+
+
+def some(count: int, thing: str, things: str = "") -> str:
+    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
+
+
+def findings(figures: Plain) -> List[str]:
+    """What a window's figures (see `summary`) say, a sentence each."""
+    if not figures["sessions"]:
+        return ["No session ended in this window."]
+    shared, far = figures["shared_discoveries"], figures["furthest"]
+    wait, built = figures["hours_to_second_developer"], figures["built_on_others"]
+    saved, cold = figures["tokens_saved_median"], figures["cold_start"]
+    if not figures["discoveries"]:
+        lines = ["No session touched a discovery."]
+    elif not shared:
+        lines = ["No discovery reached a second developer."]
+    else:
+        lines = ["%s of %s reached a second developer, half of them within %s." % (
+                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"), lasting(wait)),
+                 "%s went furthest: %s of %s in %s." % (
+                     far["discovery_id"], digits(far["developers"]), some(figures["developers"], "developer"),
+                     lasting(far["hours"]))]
+    if not built["sessions"]:
+        lines.append("No session built on somebody else's discovery.")
+    else:
+        rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
+        lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
+                     " {:,.0f} tokens (median){}.".format(100 * built["share"], saved["built_on_others"], rest))
+    if cold["developers"]:
+        lines.append("%s: %s." % (some(cold["developers"], "new developer"), "none built on others" if (
+            cold["sessions"] is None) else "%g own sessions (median) before the first that built on others%s" % (
+                cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
+    return lines
+
+
+SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
+    ("sessions", lambda f: digits(f["sessions"])),
+    ("developers", lambda f: digits(f["developers"])),
+    ("tool calls", lambda f: digits(f["tool_count"])),
+    ("tokens saved", lambda f: digits(f["tokens_saved"])),
+    ("discoveries", lambda f: digits(f["discoveries"])),
+    ("  that reached a 2nd developer", lambda f: digits(f["shared_discoveries"])),
+    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
+    ("hand-overs", lambda f: digits(f["hand_overs"])),
+    ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
+    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
+    ("  tokens saved together with that", lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
+    ("new developers", lambda f: digits(f["cold_start"]["developers"])),
+    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  never built on others", lambda f: digits(f["cold_start"]["never"])),
+)
+
+
+def percent(share: Optional[float]) -> str:
+    return "-" if share is None else "%.0f %%" % (100 * share)
+
+
+def median_text(value: Optional[float]) -> str:
+    return "-" if value is None else "{:,g}".format(value)
+
+
+def summary_text(result: Plain) -> str:
+    """The findings in words, then the window and the one before it side by side."""
+    before = result["before"]
+    until = minute(result["until"]) if result["until"] else "now"
+    text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
+    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)) + "\n\n"
+    text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
+    for name, cell in SUMMARY_ROWS:
+        text += ("%-36s %14s %14s" % (name, cell(result), cell(before) if before else "")).rstrip() + "\n"
+    return text + (
+        "\nBuilt on others: a session with a discovery that another developer's session,\n"
+        "ended earlier in the window, had touched. The figures say what came together,\n"
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
 
 
 FLOWS_SHOWN = 20
@@ -1246,6 +1387,13 @@ def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
         row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
+    before, cold = result["before"], result["cold_start"]
+    if before:
+        active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
+            digits(sum(day["sessions"] for day in days)) for days in (result["days"], before["days"])))
+    if cold["developers"]:
+        active_lines.append("%s; own sessions before one built on others: %s (median), %d never\n" % (
+            some(cold["developers"], "new developer"), median_text(cold["sessions"]), cold["never"]))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
@@ -1745,10 +1893,10 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
     rows = "".join(
         '<li><button type="button" data-ref="%d" aria-pressed="false">%s</button>%s<span>%s</span>'
         '</li>' % (picture.numbers[d["discovery_id"]], esc(fit(visible(d["discovery_id"]), 60)),
-                   sparkline(d["counts"]), esc(reach_words(d)))
+                   spark_svg(d["counts"]), esc(reach_words(d)))
         for d in ranked if d["discovery_id"] in picture.numbers)
     more = max(0, len(picture.numbers) - LISTED)
-    words = "%s reached fewer" % count_words(more, "more discovery", "more discoveries")
+    words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
     return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
@@ -1756,25 +1904,12 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
 
 
 def reach_words(d: Plain) -> str:
-    words = [count_words(d["developer_count"], "developer")]
+    words = [some(d["developer_count"], "developer")]
     if d["hours_to_second_developer"] is not None:
-        words.append("second after " + hours_words(d["hours_to_second_developer"]))
+        words.append("second after " + lasting(d["hours_to_second_developer"]))
     if d["half_life_hours"] is not None:
-        words.append("half-life " + hours_words(d["half_life_hours"]))
+        words.append("half-life " + lasting(d["half_life_hours"]))
     return ", ".join(words)
-
-
-def count_words(n: int, thing: str, things: str = "") -> str:
-    return "%s %s" % (digits(n), thing if n == 1 else things or thing + "s")
-
-
-def hours_words(hours: Optional[float]) -> str:
-    """A time for people: minutes below two hours, hours below two days, then days."""
-    if hours is None:
-        return "-"
-    if hours < 2:
-        return "%d min" % round(hours * 60)
-    return "%d h" % round(hours) if hours < 48 else "%d days" % round(hours / 24)
 
 
 def cold_words(d: Plain) -> str:
@@ -1784,7 +1919,7 @@ def cold_words(d: Plain) -> str:
     return "not yet" if cold is None else digits(cold)
 
 
-def sparkline(values: Sequence[int]) -> str:
+def spark_svg(values: Sequence[int]) -> str:
     most, n = max(values, default=0) or 1, len(values) or 1
     bars = "".join("M%g 12V%gh%gV12z" % (
         round(i * 100 / n, 1), round(12 - 12 * value / most, 1), round(max(100 / n - 1, .8), 1))
@@ -1832,34 +1967,15 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
             esc(window_words(window)), words_of(*WORDS), body)), head)
 
 
-def findings(summary: Plain) -> str:
-    """What `summary` says, as a list of sentences (HTML)."""
-    shared, known = summary["shared_discoveries"], summary["discoveries"]
-    median = summary["hours_to_second_developer"]
-    lines = ["%s of %s reached a second developer%s." % (
-        digits(shared) if shared else "None", count_words(known, "discovery", "discoveries"),
-        "" if median is None else ", half of them within " + hours_words(median))
-        if known else "No session of this window touched a discovery."]
-    furthest, built = summary["furthest"], summary["built_on_others"]
-    if furthest and furthest["developers"] > 1:
-        lines.append("%s went furthest: %s of %s in %s." % (
-            fit(visible(furthest["discovery_id"]), 128), digits(furthest["developers"]),
-            count_words(summary["developers"], "developer"), hours_words(furthest["hours"])))
-    if built["sessions"]:
-        line = "%d %% of sessions built on somebody else's discovery." % round(100 * built["share"])
-        saved = summary["tokens_saved_median"]
-        if saved["built_on_others"] is not None and saved["others"] is not None:
-            line += " Together with that they saved %s tokens (median), the others %s." % (
-                digits(round(saved["built_on_others"])), digits(round(saved["others"])))
-        lines.append(line)
-    return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(line) for line in lines)
+def findings_html(sentences: Sequence[str]) -> str:
+    return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
 
 
 def cold_start_words(cold: Plain) -> str:
     """How long a new developer works before the first inherited discovery."""
     if not cold["developers"]:
         return "No developer was new in this window."
-    words = "%s new in this window" % count_words(
+    words = "%s new in this window" % some(
         cold["developers"], "developer was", "developers were")
     if cold["sessions"] is not None:
         words += ": %g own sessions (median) came before the first that built on somebody else's" \
@@ -1873,7 +1989,7 @@ def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
     if window.discovery is not None:
         return [], ""
     ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
-    return ranked, findings(summary(reader, window))
+    return ranked, findings_html(findings(summary(reader, window)))
 
 
 # The pages of `view`.
@@ -1952,7 +2068,7 @@ def filter_form(path: str, filters: Filters, names: Sequence[str] = Filters._fie
     days = sorted({*DAY_CHOICES, filters.days})
     fields = {
         "days": '<label>Window<select name="days">%s</select></label>' % options(
-            [(str(n), "last %s" % count_words(n, "day")) for n in days], str(filters.days)),
+            [(str(n), "last %s" % some(n, "day")) for n in days], str(filters.days)),
         "since": '<label>or since (UTC)<input type="date" name="since" value="%s"></label>' % (
             esc(filters.since[:10])),
         "until": '<label>until before<input type="date" name="until" value="%s"></label>' % (
@@ -1993,7 +2109,7 @@ def page(title: str, path: str, filters: Filters, main: str, reader: Reader,
         to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
         for to, name in PAGES)
     note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
-        count_words(reader.left_out, "row was", "rows were")) if reader.left_out else ""
+        some(reader.left_out, "row was", "rows were")) if reader.left_out else ""
     said = '<p class="note">%s</p>' % esc(window_words(window)) if window else ""
     return document(title + " - sessions", (
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
@@ -2072,19 +2188,19 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
 
     columns = (
         HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"], query), "", by("name")),
-        HtmlColumn("In the window", lambda d: sparkline(d["counts"])),
+        HtmlColumn("In the window", lambda d: spark_svg(d["counts"])),
         HtmlColumn("Developers", lambda d: digits(d["developer_count"]), "n",
                    by("developer_count")),
         HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n", by("session_count")),
-        HtmlColumn("To the second developer", lambda d: hours_words(d["hours_to_second_developer"]),
+        HtmlColumn("To the second developer", lambda d: lasting(d["hours_to_second_developer"]),
                    "n", by("hours_to_second_developer")),
-        HtmlColumn("Half-life", lambda d: hours_words(d["half_life_hours"]), "n", by("half_life")),
+        HtmlColumn("Half-life", lambda d: lasting(d["half_life_hours"]), "n", by("half_life")),
         HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide",
                    by("first_seen")),
         HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m", by("recent")))
     rows, total = result["discoveries"], result["discoveries_in_window"]
     caption = "%s touched in this window%s; a title sorts by it" % (
-        count_words(total, "discovery", "discoveries"),
+        some(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
     table = html_table(caption, columns, rows, "cards sorts", by(sort)) if rows else (
         nothing(reader, window))
@@ -2110,12 +2226,12 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
     count = result["session_count"]
     facts = "First seen %s, last %s UTC, in %s of %s." % (
         minute(result["first_seen_at"]), minute(result["last_seen_at"]),
-        count_words(count, "session"), count_words(result["developer_count"], "developer"))
+        some(count, "session"), some(result["developer_count"], "developer"))
     newest = reader.window(window._replace(discovery=ref), DRAWN)
     body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
     reached = html_table("Whom it reached, and when", HTML_REACHED, result["reached"])
     steps = html_table("Its path: the first %s of %s" % (
-        digits(len(result["path"])), count_words(count, "session")), HTML_PATH, result["path"])
+        digits(len(result["path"])), some(count, "session")), HTML_PATH, result["path"])
     return page(title, path, filters, form + body + reached + steps, reader,
                 None if all_time else window)
 
@@ -2127,7 +2243,7 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     query = filters.query()
     columns = (HtmlColumn("Developer", lambda d: developer_link(d, query), "m"), *HTML_DEVELOPERS)
     caption = "%s, who gave most more than they received first%s" % (
-        count_words(len(rows), "developer"),
+        some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
     note = ('<p class="note">%s Cold start: of who was not there in as many days before, the own'
             ' sessions before the first that built on somebody else\'s discovery.</p>'
@@ -2213,7 +2329,7 @@ def activity_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = activity(reader, window)
     before = result["before"] or {"days": [], "since": ""}
-    counters = tiles([("Active in %s" % count_words(row["days"], "day"),
+    counters = tiles([("Active in %s" % some(row["days"], "day"),
                        "%s <small>%s came back</small>" % (
                            digits(row["developers"]), digits(row["came_back"])), "")
                       for row in result["active"]], "large")
@@ -3548,11 +3664,21 @@ def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
     window = window_of(options)
     if options.format != "html":
         return graph(reader, window, options.limit or DRAWN)
-    return {"nodes": True, "html": replay_file(reader, window, options.limit or DRAWN)}
+    text = replay_file(reader, window, options.limit or DRAWN)
+    return {"nodes": reader.count(window), "html": text}
 
 
 def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
     return activity(reader, window_of(options))
+
+
+def ran_summary(reader: Reader, options: argparse.Namespace) -> Plain:
+    return summary(reader, window_of(options))
+
+
+def ran_developers(reader: Reader, options: argparse.Namespace) -> Plain:
+    result = developers(reader, window_of(options))
+    return dict(result, developers=result["developers"][:options.limit])
 
 
 def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
@@ -3630,7 +3756,7 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
                             "help": "only sessions with GitHub, or without"}),
     "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
     "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
-    "sort": ("--sort", {"choices": SORTS, "default": SORTS[0], "help": "what comes first"}),
+    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0], "help": "what comes first"}),
     "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
     "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
     "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
@@ -3654,19 +3780,27 @@ QUESTIONS = {
         "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
         ran_sessions, forms("sessions", sessions_text), "sessions"),
     "session": Question(
-        "one session, with the same identity's others", "session 1f0c9a --db events.db", ("session", "db"),
+        "one session, with the same identity's others", "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
         ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
         (*WINDOWED, "limit", "sort"), ran_discoveries,
-        forms("discoveries", lambda r: text_table(DISCOVERY_COLUMNS, r["discoveries"])), "discoveries"),
+        forms("discoveries", discoveries_text), "discoveries"),
     "discovery": Question(
-        "one discovery: whom it reached, and its path", "discovery auth-jwt-flow --db events.db",
+        "one discovery: whom it reached, and its path", "discovery rate-limit-buckets --db demo.db --days 30",
         ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
         (*WINDOWED, "discovery", "limit"), ran_graph,
         dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+    "developers": Question(
+        "who gives and who receives: sessions, calls, tokens saved, hand-overs",
+        "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
+        forms("developers", developers_text), "developers"),
+    "summary": Question(
+        "the findings of a window in words, and the window before it beside them: a digest to mail",
+        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED, ran_summary,
+        {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
     "activity": Question(
         "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
         (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
@@ -3715,11 +3849,20 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         for piece in question.forms[options.format](result):
             out(piece)
             written += 1
-        found = written if question.found == "rows" and options.format != "json" else result[question.found]
+        if question.found == "rows" and options.format != "json":
+            found = written > 0
+        elif question.found == "days":
+            found = any(day["sessions"] for day in result["days"])
+        else:
+            found = bool(result[question.found])
+        left_out = reader.left_out
         if not found:
-            print("nothing in this window; --days looks further back", file=sys.stderr)
-        if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            newest = last_event(reader)
+            print("nothing in this window; %s" % (
+                "the last session ended %s UTC (--days and --since look further back)" % minute(newest)
+                if newest else "there is no session at all"), file=sys.stderr)
+        if left_out:
+            print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

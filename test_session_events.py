@@ -28,6 +28,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -38,6 +39,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import statistics
 import subprocess
 import sys
 import threading
@@ -3877,13 +3879,14 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             assert [s["session_id_hash"] for s in listed] == [r["session_id_hash"] for r in inside][
                 ::-1
             ]
-            check_discoveries(reader, window, inside)
-            graph = session_events.graph(reader, window)
-            found = {(e["source"], e["target"]): set(e["discoveries"]) for e in graph["edges"]}
-            assert found == reference_edges(inside)
             who = reference_developers(
                 [r for r in rows if window.since <= r["ended_at"] < window.until]
             )
+            check_discoveries(reader, window, inside, who)
+            check_figures(reader, window, rows, inside, who)
+            graph = session_events.graph(reader, window)
+            found = {(e["source"], e["target"]): set(e["discoveries"]) for e in graph["edges"]}
+            assert found == reference_edges(inside)
             assert all(
                 e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"]
             )
@@ -4117,33 +4120,150 @@ def test_reader_moments_without_a_fraction(tmp_path):
             assert set(found) == inside and reader.count(window) == len(inside), (since, until)
 
 
-def check_discoveries(reader, window, inside):
+def check_discoveries(reader, window, inside, who):
     expected = []
     for ref in {ref for r in inside for ref in json.loads(r["discovery_refs_json"])}:
         touched = [r for r in inside if ref in json.loads(r["discovery_refs_json"])]
+        firsts = {}
+        for r in touched:
+            firsts.setdefault(who[r["session_id_hash"]], r["ended_at"])
+        second = sorted(firsts.values())[1] if len(firsts) > 1 else None
+        half = touched[math.ceil(len(touched) / 2) - 1]["ended_at"] if len(touched) > 3 else None
         expected.append(
-            (
-                ref,
-                len(touched),
-                len({r["identity_hash"] for r in touched}),
-                touched[0]["ended_at"],
-                touched[-1]["ended_at"],
-            )
+            {
+                "discovery_id": ref,
+                "session_count": len(touched),
+                "distinct_identity_count": len({r["identity_hash"] for r in touched}),
+                "first_seen_at": touched[0]["ended_at"],
+                "last_seen_at": touched[-1]["ended_at"],
+                "developer_count": len(firsts),
+                "hours_to_second_developer": hours_between(touched[0]["ended_at"], second),
+                "half_life_hours": hours_between(touched[0]["ended_at"], half),
+            }
         )
-    for sort, column in (("session_count", 1), ("distinct_identity_count", 2), ("recent", 4)):
-        ranked = sorted(sorted(expected), key=lambda d: d[column], reverse=True)
+    for sort, column in (
+        ("session_count", "session_count"),
+        ("distinct_identity_count", "distinct_identity_count"),
+        ("recent", "last_seen_at"),
+    ):
+        ranked = sorted(expected, key=lambda d: d["discovery_id"])
+        ranked.sort(key=lambda d: d[column], reverse=True)
         for limit in (1, 4, 100):
             listed = session_events.discoveries(reader, window, limit, sort)["discoveries"]
-            assert [
-                (
-                    d["discovery_id"],
-                    d["session_count"],
-                    d["distinct_identity_count"],
-                    d["first_seen_at"],
-                    d["last_seen_at"],
-                )
-                for d in listed
-            ] == ranked[:limit], (sort, limit)
+            assert all(sum(d["counts"]) == d["session_count"] for d in listed)
+            assert [{k: d[k] for k in expected[0]} for d in listed] == ranked[:limit], (sort, limit)
+    for sort in session_events.DISCOVERY_SORTS:
+        listed = session_events.discoveries(reader, window, 100, sort)["discoveries"]
+        assert {d["discovery_id"] for d in listed} == {d["discovery_id"] for d in expected}
+
+
+def hours_between(start, end):
+    if end is None:
+        return None
+    start, end = (datetime.datetime.strptime(t, "%Y-%m-%dT%H:%M:%S.%fZ") for t in (start, end))
+    return round((end - start).total_seconds() / 3600, 2)
+
+
+def check_figures(reader, window, rows, inside, who):
+    """`summary` and `developers` by the definitions, every session with every one before it."""
+    found = session_events.summary(reader, window)
+    developers = {who[r["session_id_hash"]] for r in inside}
+    refs = [set(json.loads(r["discovery_refs_json"])) for r in inside]
+    names = [who[r["session_id_hash"]] for r in inside]
+    built = [
+        any(names[j] != names[i] and refs[i] & refs[j] for j in range(i))
+        for i in range(len(inside))
+    ]
+    reach, firsts, given, received = {}, {}, collections.Counter(), collections.Counter()
+    for i, r in enumerate(inside):
+        for ref in refs[i]:
+            firsts.setdefault(ref, r["ended_at"])
+            reach.setdefault(ref, {}).setdefault(names[i], r["ended_at"])
+            before = [j for j in range(i) if ref in refs[j]]
+            if before and names[before[-1]] != names[i]:
+                given[names[before[-1]], names[i]] += 1
+                received[names[i]] += 1
+
+    def middle(values):
+        return round(statistics.median(values), 2) if values else None
+
+    tokens = [r["tokens_saved"] for r in inside]
+    waits = [
+        hours_between(firsts[ref], sorted(d.values())[1]) for ref, d in reach.items() if len(d) > 1
+    ]
+    far = min(
+        reach, key=lambda ref: (-len(reach[ref]), -sum(ref in r for r in refs), ref), default=None
+    )
+    assert (found["sessions"], found["developers"]) == (len(inside), len(developers))
+    assert (found["discoveries"], found["shared_discoveries"]) == (len(reach), len(waits))
+    assert (found["tokens_saved"], found["tool_count"]) == (
+        sum(tokens),
+        sum(r["tool_count"] for r in inside),
+    )
+    assert found["hand_overs"] == sum(given.values())
+    assert found["furthest"] == (
+        {
+            "discovery_id": far,
+            "developers": len(reach[far]),
+            "hours": hours_between(firsts[far], max(reach[far].values())),
+        }
+        if far
+        else None
+    )
+    share = round(sum(built) / len(inside), 4) if inside else None
+    assert found["built_on_others"] == {"sessions": sum(built), "share": share}
+    assert found["tokens_saved_median"] == {
+        "built_on_others": middle([t for t, b in zip(tokens, built) if b]),
+        "others": middle([t for t, b in zip(tokens, built) if not b]),
+    }
+    assert found["hours_to_second_developer"] == middle(waits)
+    earlier = found["before"]
+    there = {
+        key
+        for r in rows
+        if earlier["since"] <= r["ended_at"] < earlier["until"]
+        for key in (r["identity_hash"], r["github_hash"])
+    }
+    window_rows = [r for r in rows if window.since <= r["ended_at"] < window.until]
+    everybody = reference_developers(window_rows)
+    known = {
+        everybody[r["session_id_hash"]]
+        for r in window_rows
+        if there & {r["identity_hash"], r["github_hash"]} - {None}
+    }
+    alone = {}
+    for developer in developers:
+        own = [b for b, name in zip(built, names) if name == developer]
+        alone[developer] = own.index(True) if True in own else None
+    fresh = {d: alone[d] for d in developers - known}
+    cold = [n for n in fresh.values() if n is not None]
+    expected = {"developers": len(fresh), "sessions": middle(cold), "never": len(fresh) - len(cold)}
+    assert found["cold_start"] == expected
+    assert session_events.activity(reader, window)["cold_start"] == expected
+    listed = session_events.developers(reader, window)
+    shown = session_events.labels(developers)
+    assert {
+        d["developer"]: (
+            d["sessions"],
+            d["given"],
+            d["received"],
+            d["sessions_before_inherited"],
+            d["new"],
+        )
+        for d in listed["developers"]
+    } == {
+        shown[d]: (
+            names.count(d),
+            sum(n for (a, _), n in given.items() if a == d),
+            received[d],
+            alone[d],
+            d in fresh,
+        )
+        for d in developers
+    }
+    assert {(m["source"], m["target"]): m["hand_overs"] for m in listed["matrix"]} == {
+        (shown[a], shown[b]): n for (a, b), n in given.items()
+    }
 
 
 def test_reader_prefixes_that_look_alike():
@@ -4254,8 +4374,11 @@ def commands(db, session):
         "discovery": ["x"],
         "graph": [],
         "activity": [],
+        "developers": [],
+        "summary": [],
         "export": [],
     }
+    assert sorted(asked) == sorted(session_events.QUESTIONS)
     for name, arguments in asked.items():
         window = [] if name == "session" else IN_MAY
         for form in session_events.QUESTIONS[name].forms:
@@ -5661,16 +5784,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
         }
         for ref in HOSTILE_REFS
     ]
-    found = session_events.findings(
-        {
-            "discoveries": 9,
-            "shared_discoveries": 1,
-            "developers": 2,
-            "hours_to_second_developer": 3,
-            "furthest": {"discovery_id": HOSTILE_REFS[0], "developers": 2, "hours": 1},
-            "built_on_others": {"sessions": 0, "share": 0},
-        }
-    )
+    found = session_events.findings_html(["%s went furthest" % HOSTILE_REFS[0]])
     page = tmp_path / "page.html"
     for links in (False, True):
         session = hostile._replace(ended=hostile.ended + 9)
