@@ -1456,9 +1456,9 @@ def dot_text(result: Plain) -> str:
     return "\n".join(lines) + "\n}\n"
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Renderers: HTML (pure). Every value goes through `esc`; nothing on a page comes from elsewhere
-# ======================================================================================================
+# ==================================================================================================
 
 @functools.lru_cache(maxsize=None)
 def policy() -> str:
@@ -1735,7 +1735,7 @@ class Picture:
             words = "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
             if len(self.quarters) == 1:
                 words += '<tspan class="wide">: everybody is renamed here</tspan>'
-            side = " q end" if x > 60 else " q"
+            side = " q end" if x > 50 else " q"
             parts.append(line % (' class="%s"' % side.strip(), x, x, 20, self.height, x, 32, words))
         return "".join([*parts, "</g>"])
 
@@ -2350,9 +2350,9 @@ def activity_page(reader: Reader, filters: Filters) -> str:
                     if there else nothing(reader, window)), reader, window)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The database file
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Refused(Exception):
@@ -2362,12 +2362,14 @@ class Refused(Exception):
 REASONS = (  # what SQLite says, what a person wants to know
     ("file is not a database", "it is not an SQLite database"),
     ("file is encrypted", "it is not an SQLite database"),
-    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
+    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's"
+                  " .recover"),
     ("locked", "another program keeps it locked: try again when that is done"),
-    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a server's"
-                       " last changes wait in the -wal file (run this as the server's user)"),
-    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run this as"
-                 " the server's user)"),
+    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a"
+                       " server's last changes wait in the -wal file (run this as the server's"
+                       " user)"),
+    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run"
+                 " this as the server's user)"),
     ("disk i/o error", "the disk answers with errors"),
     ("no such table", "it does not hold the tables of a session-event store"),
     ("no such column", "its tables are not those of a session-event store"),
@@ -2389,8 +2391,9 @@ def connected(path: str) -> sqlite3.Connection:
     try:
         return begun(uri)
     except sqlite3.OperationalError as error:
-        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file and none
-        # can be made. With no changes waiting in a -wal file, the database file alone is the whole truth.
+        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file
+        # and none can be made. With no changes waiting in a -wal file, the database file alone is
+        # the whole truth.
         waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
         if waiting or not re.search("unable to open|readonly", str(error)):
             raise
@@ -2400,8 +2403,9 @@ def connected(path: str) -> sqlite3.Connection:
 def begun(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold any bytes
-        for pragma in ("query_only = 1", "trusted_schema = 0"):  # and 2 MB of cache: with 64, steps take twice as long
+        # A row may hold any bytes. The cache stays at 2 MB: with 64, steps take twice as long.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        for pragma in ("query_only = 1", "trusted_schema = 0"):
             connection.execute("PRAGMA " + pragma)
         connection.execute("BEGIN")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # takes the snapshot
@@ -2414,16 +2418,18 @@ def begun(uri: str) -> sqlite3.Connection:
 def check_schema(connection: sqlite3.Connection, path: str) -> None:
     """Raises Refused unless the tables are those that this program knows."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    tables = {row[0] for row in connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table'")}
     if "session_events" not in tables:
-        raise Refused("%s holds no session events: it is another program's database, or no server has opened"
-                      " it yet" % path)
+        raise Refused("%s holds no session events: it is another program's database, or no server"
+                      " has opened it yet" % path)
     if version > SCHEMA_VERSION:
-        raise Refused("%s has schema version %d and this program knows up to %d: use the session_events.py"
-                      " that came with its server.py" % (path, version, SCHEMA_VERSION))
+        raise Refused("%s has schema version %d and this program knows up to %d: use the"
+                      " session_events.py that came with its server.py" % (
+                          path, version, SCHEMA_VERSION))
     if version < SCHEMA_VERSION:
-        raise Refused("%s has schema version %d, older than %d: start server.py on it once, which brings it"
-                      " up to date" % (path, version, SCHEMA_VERSION))
+        raise Refused("%s has schema version %d, older than %d: start server.py on it once, which"
+                      " brings it up to date" % (path, version, SCHEMA_VERSION))
     for table, columns in TABLES.items():
         there = {row[1] for row in connection.execute("PRAGMA table_info(%s)" % table)}
         missing = [column for column in columns if column not in there]
@@ -2450,9 +2456,9 @@ def reading(path: str) -> Iterator[Reader]:
         raise explained(error, path) from error
 
 
-# ======================================================================================================
-# Viewer: the pages and CONTRACT §7 over HTTP, for this machine only
-# ======================================================================================================
+# ==================================================================================================
+# Viewer: the pages and the reading endpoints over HTTP, for this machine only
+# ==================================================================================================
 
 LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 PROTECTION = (
@@ -2504,7 +2510,8 @@ def page_answer(db: str, path: str, query: Query) -> Answer:
         "/save": lambda reader: saved_replay(reader, filters, query),
         "/discoveries": lambda reader: discoveries_page(
             reader, filters, sort if sort in DISCOVERY_SORTS else "developer_count"),
-        "/discovery": lambda reader: discovery_page(reader, query.get("ref", ""), filters, all_time),
+        "/discovery": lambda reader: discovery_page(
+            reader, query.get("ref", ""), filters, all_time),
         "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
         "/sessions": lambda reader: sessions_page(reader, filters),
@@ -2529,7 +2536,7 @@ def page_answer(db: str, path: str, query: Query) -> Answer:
 
 
 def admin_answer(db: str, path: str, query: Query, authorization: str, secret: str) -> Answer:
-    """CONTRACT §7, to the letter. `secret` "" means that no token is configured."""
+    """The reading endpoints (README, Contract 7). `secret` "" means that no token is configured."""
     request_id = uuid.uuid4().hex
 
     def answer(status: int, headers: Sequence[Tuple[str, str]] = (), **body: Any) -> Answer:
@@ -2584,7 +2591,8 @@ class Viewer(http.server.ThreadingHTTPServer):
         self.db, self.admin_token = db, admin_token
         self.ticket: Optional[str] = secrets.token_urlsafe(24)
         self.cookie = secrets.token_urlsafe(24)
-        self.cookie_name = "session_events_%d" % self.server_address[1]  # cookies do not tell ports apart
+        # Cookies do not tell ports apart, so its name does.
+        self.cookie_name = "session_events_%d" % self.server_address[1]
         self.lock = threading.Lock()
         self.way_in: Optional[Path] = None  # see `write_way_in`
 
@@ -2617,7 +2625,8 @@ class Viewer(http.server.ThreadingHTTPServer):
         """One line, and nothing of the request: a browser that went away is not worth even that."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
-            print("session_events: a request failed: %s" % type(error).__name__, file=sys.stderr, flush=True)
+            print("session_events: a request failed: %s" % type(error).__name__,
+                  file=sys.stderr, flush=True)
 
 
 class ViewerHandler(http.server.BaseHTTPRequestHandler):
@@ -2633,8 +2642,10 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
         if not host or host.group(1).lower() not in LOCAL_NAMES:
-            # A page elsewhere whose name was made to point here comes with that name (DNS rebinding).
-            self.send(Answer(403, "text/plain", "This server answers to 127.0.0.1 and localhost only.\n"))
+            # A page elsewhere whose name was made to point here comes with that name (DNS
+            # rebinding).
+            self.send(Answer(403, "text/plain",
+                             "This server answers to 127.0.0.1 and localhost only.\n"))
             return
         try:
             answer = self.answer()
@@ -2656,21 +2667,24 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
 
     def answer(self) -> Answer:
-        address = urllib.parse.urlsplit("http://local" + self.path if self.path.startswith("/") else "")
+        address = urllib.parse.urlsplit(
+            "http://local" + self.path if self.path.startswith("/") else "")
         query = query_of(address.query)
         if address.path == "/admin" or address.path.startswith("/admin/"):
-            return admin_answer(self.server.db, address.path, query, self.headers.get("Authorization", ""),
-                                self.server.admin_token)
+            return admin_answer(self.server.db, address.path, query,
+                                self.headers.get("Authorization", ""), self.server.admin_token)
         if "token" in query:
             return self.exchange(query)
         if not self.may_see():
-            return message_page(403, "Closed", "Open the address that the terminal shows; it works once.")
+            return message_page(
+                403, "Closed", "Open the address that the terminal shows; it works once.")
         return page_answer(self.server.db, address.path, query)
 
     def exchange(self, query: Query) -> Answer:
-        """The one-time token for a cookie, and a page that goes on to the address without the token.
+        """The one-time token for a cookie, and a page that goes on to the address without it.
 
-        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after one."""
+        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after
+        one."""
         rest = {name: value for name, value in query.items() if name != "token"}
         to = "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else "")
         page = Answer(200, HTML_TYPE, forwarding(to))
@@ -2684,7 +2698,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
                                            " Start it again for a new one.")
 
     def may_see(self) -> bool:
-        cookies = [part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";")]
+        cookies = [part.strip().partition("=")
+                   for part in self.headers.get("Cookie", "").split(";")]
         return any(name == self.server.cookie_name and same(value, self.server.cookie)
                    for name, _, value in cookies)
 
@@ -2699,8 +2714,9 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """What `http.server` itself refuses (a malformed or huge head), without repeating any of it."""
+    def send_error(self, code: int, message: Optional[str] = None,
+                   explain: Optional[str] = None) -> None:
+        """What `http.server` itself refuses (a malformed or huge head), repeating none of it."""
         self.close_connection = True
         self.command = self.command or ""
         self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
@@ -2714,7 +2730,8 @@ def can_open_browser() -> bool:
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is shown."""
+    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is
+    shown."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
