@@ -8,8 +8,7 @@
 
 Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
 one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
-read: what is no session is left out and counted, and what somebody wrote into a discovery is shown as text, whatever it
-contains. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
+read: what breaks a field's rule is no session; it is left out of every number, and counted. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
 asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
 
 Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
@@ -47,6 +46,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -119,6 +119,13 @@ SORTS = ("session_count", "distinct_identity_count", "recent")
 PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count",
                "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
 END_OF_TIME = ":"  # the character after "9": above every moment
+
+# The library: what `import session_events` is for. Everything else may change.
+__all__ = [
+    "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
+    "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
+    "sessions", "summary", "window_between",
+]
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
@@ -279,9 +286,30 @@ def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
             return False
         if not all(map(CHECKS[6], set(branches))) or not all(map(CHECKS[8], set(versions))):
             return False
-        return None not in map(refs_of, refs)
+        return usual_refs([text for text in refs if text != "[]"])
     except (TypeError, UnicodeEncodeError):
         return False
+
+
+def usual_refs(texts: Sequence[str]) -> bool:
+    """True only if each is a JSON array of slugs as server.py writes it, at least one. All at once: a
+    slug holds neither quote nor line end, so if every part is one, the texts were cut where they join."""
+    text = "\n".join(texts)
+    parts = text[2:-2].split('"]\n["')
+    if not texts:
+        return True
+    if len(parts) != len(texts) or text[:2] != '["' or text[-2:] != '"]':
+        return False
+    # With its quotes and comma a slug takes 4 characters: in a shorter text there are not too many.
+    return max(map(len, texts)) < 4 * MOST_REFS and all(map(is_slug, set('","'.join(parts).split('","'))))
+
+
+def refs_in(text: str) -> Sequence[str]:
+    """`refs_of` of a checked row, in a third of the time."""
+    refs = text[2:-2].split('","')
+    if " " in text or "\\" in text or len(set(refs)) < len(refs) or text == "[]":
+        return refs_of(text) or ()
+    return refs
 
 
 def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
@@ -387,6 +415,8 @@ def where(window: Window) -> Tuple[str, List[Any]]:
 
 
 CHUNK = 2000  # rows that are checked together
+# Of a row of COLUMNS: (identity, GitHub hash), tool calls, tokens saved.
+PAIR, TOOLS, TOKENS = operator.itemgetter(1, 2), operator.itemgetter(5), operator.itemgetter(6)
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL UNION ALL SELECT id FROM session_events"
              " WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
 INSTANT = "CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z' ELSE e.ended_at END"
@@ -472,7 +502,7 @@ class Reader:
             count = 0
             pairs: Set[Tuple[str, Optional[str]]] = set()
             for rows in self.chunks(window, ordered=False):
-                pairs.update((row[1], row[2]) for row in rows)
+                pairs.update(map(PAIR, rows))
                 count += len(rows) if window[2:] == (None, None) else sum(passes(window, row) for row in rows)
             logins = logins_of(pairs)
             self.known[window] = Facts(count, logins, {
@@ -664,7 +694,7 @@ class Story:
 
     def take(self, rows: Iterable[Sequence[Any]]) -> None:
         """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
-        every = self.window[2:] == NEITHER
+        every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
         for row in rows:
             _, identity, github, _, ended, tools, tokens, _, refs, _ = row
             self.pairs.add((identity, github))
@@ -674,7 +704,22 @@ class Story:
                 ended = ended[:19] + ".000Z"
             who = github or self.logins.get(identity) or identity
             deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
-            built = refs != "[]" and self.touch(who, identity, ended, refs_of(refs) or (), deeds)
+            built = False
+            for ref in refs_in(refs) if refs != "[]" else ():
+                trail = trails.get(ref)
+                if trail is None:
+                    trail = trails[ref] = Trail()
+                elif trail.last != who:
+                    built = True
+                    flow = trail.last, who
+                    flows[flow] = flows.get(flow, 0) + 1
+                elif len(trail.reached) > 1:
+                    built = True
+                trail.ended.append(ended)
+                if who not in trail.reached:
+                    trail.reached[who] = ended
+                trail.identities.add(identity)
+                trail.last = who
             if built and deeds.cold is None:
                 deeds.cold = deeds.sessions
             deeds.last = ended
@@ -682,27 +727,6 @@ class Story:
             deeds.tools += tools
             deeds.tokens += tokens
             self.saved[built].append(tokens)
-
-    def touch(self, who: str, identity: str, ended: str, refs: Iterable[str], deeds: Deeds) -> bool:
-        """True if the session built on another developer's."""
-        built = False
-        for ref in refs:
-            trail = self.trails.get(ref)
-            if trail is None:
-                trail = self.trails[ref] = Trail()
-            elif trail.last != who:
-                built = True
-                self.flows[trail.last, who] = self.flows.get((trail.last, who), 0) + 1
-                self.developers[trail.last].given += 1
-                deeds.received += 1
-            elif len(trail.reached) > 1:
-                built = True
-            trail.ended.append(ended)
-            if who not in trail.reached:
-                trail.reached[who] = ended
-            trail.identities.add(identity)
-            trail.last = who
-        return built
 
 
 def hours(start: str, end: str) -> float:
@@ -725,6 +749,9 @@ def story(reader: Reader, window: Window) -> Story:
             told.take(rows)
         found = logins_of(told.pairs)
         if logins or not any(github is None and found.get(identity) for identity, github in told.pairs):
+            for (giver, receiver), count in told.flows.items():
+                told.developers[giver].given += count
+                told.developers[receiver].received += count
             return told
         logins = found
 
@@ -910,40 +937,52 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200, now: O
 ACTIVE_DAYS = (1, 7, 28)
 
 
-class Tally(NamedTuple):
-    """What one developer did on one day (`datetime.date.toordinal`)."""
+class Day:
+    """The sums of one day, and who was there."""
 
-    day: int
-    developer: str
-    sessions: int
-    tools: int
-    tokens: int
+    __slots__ = ("sessions", "tokens", "tools", "who")
+
+    def __init__(self) -> None:
+        self.sessions = self.tools = self.tokens = 0
+        self.who: Set[str] = set()
 
 
-def tallied(reader: Reader, window: Window) -> List[Tally]:
-    """The window's sessions by day and developer, in one pass without an order."""
-    sums: Dict[Tuple[str, str, Optional[str]], List[int]] = {}
-    for rows in reader.chunks(window, ordered=False):
-        for row in rows if window[2:] == NEITHER else [row for row in rows if passes(window, row)]:
-            key = row[4][:10], row[1], row[2]
-            total = sums.get(key)
-            if total is None:
-                sums[key] = [1, row[5], row[6]]
-            else:
-                total[0] += 1
-                total[1] += row[5]
-                total[2] += row[6]
-    logins = logins_of((identity, github) for _, identity, github in sums)
-    if window.github is False or window.discovery is not None:
-        logins = reader.facts(window).logins  # the filter may have hidden a login
-    return [Tally(datetime.date.fromisoformat(date).toordinal(), github or logins.get(identity) or identity,
-                  *counts) for (date, identity, github), counts in sums.items()]
+Days = Dict[int, Day]  # by `datetime.date.toordinal`
+
+
+def days_of(reader: Reader, window: Window) -> Days:
+    """The window's sessions by day, added up a chunk at a time: in 40 MB, whatever the window."""
+    sums: Dict[str, Day] = {}
+    numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}  # one object for each pair
+    there: Dict[str, Set[Tuple[str, Optional[str]]]] = {}
+    for rows in reader.chunks(window):
+        if window[2:] != NEITHER:  # a filter may hide a login
+            numbers.update((pair, pair) for pair in set(map(PAIR, rows)) - numbers.keys())
+            rows = [row for row in rows if passes(window, row)]
+        for date, some_rows in by_date(rows):
+            day = sums.get(date) or sums.setdefault(date, Day())
+            day.sessions += len(some_rows)
+            day.tools += sum(map(TOOLS, some_rows))
+            day.tokens += sum(map(TOKENS, some_rows))
+            there.setdefault(date, set()).update(
+                numbers.setdefault(pair, pair) for pair in set(map(PAIR, some_rows)))
+    logins = logins_of(numbers)
+    who = {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in numbers}
+    for date, pairs in there.items():
+        sums[date].who = {who[pair] for pair in pairs}
+    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in sums.items()}
+
+
+def by_date(rows: Sequence[Sequence[Any]]) -> Iterable[Tuple[str, Sequence[Sequence[Any]]]]:
+    """Rows in the order of time, cut where the date changes."""
+    if rows and rows[0][4][:10] == rows[-1][4][:10]:  # most chunks: a tenth off the whole
+        return [(rows[0][4][:10], rows)]
+    return ((date, list(group)) for date, group in itertools.groupby(rows, lambda row: str(row[4])[:10]))
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
     """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or None,
-    "cold_start": as in `summary`}, P = {"period", "developers", "came_back", "sessions",
+    "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or None}, P = {"period", "developers", "came_back", "sessions",
     "tool_count", "tokens_saved"}.
 
     `came_back` of a period: how many of its developers were there in the period before it, too (within the
@@ -954,20 +993,20 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
     previous = before_of(window, now)
-    inside = tallied(reader, window)
+    inside = days_of(reader, window)
     earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
-    before = tallied(reader, earlier) if earlier.since < earlier.until else []
-    told = story(reader, window)
+    before = days_of(reader, earlier) if earlier.since < earlier.until else {}
+    everybody = {day: (inside[day].who if day in inside else set()) | (
+        before[day].who if day in before else set()) for day in {*inside, *before}}
     return dict(
-        span(window), active=active([*before, *inside], last_day), **periods(inside, last_day),
-        before=previous and dict(span(previous), days=periods(tallied(reader, previous))["days"]),
-        cold_start=cold_start(newcomers(reader, told, previous)))
+        span(window), active=active(everybody, last_day), **periods(inside, last_day),
+        before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
 
 
-def active(tallies: Sequence[Tally], last_day: int) -> List[Plain]:
+def active(everybody: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
     """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days before."""
     def who(first: int, last: int) -> Set[str]:
-        return {t.developer for t in tallies if first <= t.day <= last}
+        return set().union(*(everybody.get(day, ()) for day in range(first, last + 1)))
 
     spans = [(days, who(last_day - days + 1, last_day), who(last_day - 2 * days + 1, last_day - days))
              for days in ACTIVE_DAYS]
@@ -989,22 +1028,22 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(tallies: Sequence[Tally], last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
-    """The tallies rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
+def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+    """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
     `last_day` among them."""
-    days = sorted({t.day for t in tallies}.union(() if last_day is None else (last_day,)))
+    days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
     for kind, (name, before) in PERIODS.items():
         totals: Dict[str, List[Any]] = {name(day): [set(), 0, 0, 0, name(max(1, before(day)))]
                                         for day in days}
-        for t in tallies:
-            total = totals[name(t.day)]
-            total[0].add(t.developer)
-            total[1] += t.sessions
-            total[2] += t.tools
-            total[3] += t.tokens
+        for number, day in sums.items():
+            total = totals[name(number)]
+            total[0] |= day.who
+            total[1] += day.sessions
+            total[2] += day.tools
+            total[3] += day.tokens
         rolled[kind] = [
             {"period": period, "developers": len(who),
              "came_back": len(who & totals[previous][0]) if previous in totals and previous != period else 0,
@@ -1387,13 +1426,10 @@ def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
         row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
-    before, cold = result["before"], result["cold_start"]
+    before = result["before"]
     if before:
         active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
             digits(sum(day["sessions"] for day in days)) for days in (result["days"], before["days"])))
-    if cold["developers"]:
-        active_lines.append("%s; own sessions before one built on others: %s (median), %d never\n" % (
-            some(cold["developers"], "new developer"), median_text(cold["sessions"]), cold["never"]))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
