@@ -1746,8 +1746,8 @@ class Picture:
         words = "Replay: %d sessions of %d developers over time; the tables say the same" % (
             len(self.ordered), len(self.developers))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
-                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
-                '<g class="cells">%s</g><g id="arcs">%s</g></svg><g id="discs">%s</g>'
+                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
+                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg><g id="discs">%s</g>'
                 '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
                 '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
                 '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/></svg></svg>' % (
@@ -1769,6 +1769,8 @@ class Picture:
         for at, _, month in self.quarters:
             x = self.x(at) / 10
             words = "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
+            if len(self.quarters) > MOST_TICKS // 2:
+                words = ""  # no room
             if len(self.quarters) == 1:
                 words += '<tspan class="wide">: everybody is renamed here</tspan>'
             side = " q end" if x > 50 else " q"
@@ -1883,8 +1885,8 @@ PANEL = (
     '<div id="panel" role="region" aria-label="What is chosen" aria-live="polite" tabindex="0">'
     '<p class="note">Point at a session, tap it, or reach it with Tab and the arrow keys, to see'
     ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
-    ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and &minus;'
-    ' change the speed.</p></div>')
+    ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and'
+    ' &minus; change the speed.</p></div>')
 LISTED = 30  # discoveries beside the picture
 IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
@@ -1994,6 +1996,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
     """The replay of a window's newest sessions as one self-contained file: it opens without this
     program and asks nobody. `at`: where it starts (see `replay`)."""
+    if window.until == END_OF_TIME:
+        window = window._replace(until=moment_text(now_ms()))
     newest = reader.window(window, limit)
     body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
                   links=False, at=at) if newest else nothing(reader, window)
@@ -2378,7 +2382,7 @@ def activity_page(reader: Reader, filters: Filters) -> str:
                      for kind in PERIODS)
     note = ('<p class="note">Bars: this window. Pale line: as many days before it. Came back:'
             ' developers who were also there in the period before. %s</p>' % esc(
-                cold_start_words(result["cold_start"])))
+                cold_start_words(developers(reader, window)["cold_start"])))
     there = any(day["sessions"] for day in result["days"])
     return page("Activity", "/activity", filters, words_of("session", "developer", "calls", "saved")
                 + filter_form("/activity", filters) + counters + (
@@ -2401,8 +2405,8 @@ REASONS = (  # what SQLite says, what a person wants to know
     ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's"
                   " .recover"),
     ("locked", "another program keeps it locked: try again when that is done"),
-    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a"
-                       " server's last changes wait in the -wal file (run this as the server's"
+    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while"
+                       " a server's last changes wait in the -wal file (run this as the server's"
                        " user)"),
     ("readonly", "its -wal file holds changes that only a user who may write there can take in (run"
                  " this as the server's user)"),
@@ -2532,8 +2536,9 @@ def query_of(text: str) -> Query:
 
 
 def message_page(status: int, title: str, text: str) -> Answer:
+    way = '<p><a href="/">To the replay</a></p>' if status == 404 else ""
     return Answer(status, HTML_TYPE, document(
-        title, "<main><h1>%s</h1><p>%s</p></main>" % (esc(title), esc(text))))
+        title, "<main><h1>%s</h1><p>%s</p>%s</main>" % (esc(title), esc(text), way)))
 
 
 def page_answer(db: str, path: str, query: Query) -> Answer:
@@ -2596,7 +2601,8 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         github = {"true": True, "false": False}.get(query.get("logged_in", ""))
         window = last_days(number_in(query, "days", 7, 90), github)
         found = reader.window(window, number_in(query, "limit", 50, 200))
-        return {"sessions": list(map(plain_session, found)), "total_count_in_window": reader.count(window)}
+        return {"sessions": list(map(plain_session, found)),
+                "total_count_in_window": reader.count(window)}
     if path == "/admin/discoveries/propagation":
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
