@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import contextlib
 import csv
 import datetime
@@ -734,19 +735,26 @@ class Story:
         self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
         self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
         # (identity, GitHub hash), of every session
-        self.pairs: Set[Tuple[str, Optional[str]]] = set()
+        # {(identity, GitHub hash): (developer, identity)} of every session; developers by name
+        self.pairs: Dict[Tuple[str, Optional[str]], Tuple[str, str]] = {}
+        self.names: Dict[str, str] = {}
 
     def take(self, rows: Iterable[Sequence[Any]]) -> None:
         """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
         every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
+        people = self.pairs
         for row in rows:
             _, identity, github, _, ended, tools, tokens, _, refs, _ = row
-            self.pairs.add((identity, github))
+            person = people.get((identity, github))
+            if person is None:
+                who = github or self.logins.get(identity) or identity
+                person = people[identity, github] = self.names.setdefault(who, who), identity
             if not every and not passes(self.window, row):
                 continue
             if len(ended) == 20:
                 ended = ended[:19] + ".000Z"
-            who = github or self.logins.get(identity) or identity
+            # One object for each text: with a new one a row, sets and dictionaries take twice as long.
+            who, identity = person
             deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
             built = False
             for ref in refs_in(refs) if refs != "[]" else ():
@@ -908,9 +916,10 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
     start, end = ends
-    counts = [0] * SPARKS
-    for at in (stored_instant(ended) or 0 for ended in trail.ended):
-        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    edges = [moment_text(start - start_of_part // SPARKS)  # rounded up: minus, floor, minus
+             for start_of_part in range(start - end, (start - end) * SPARKS, start - end)]
+    cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
+    counts = [after - before for before, after in zip(cuts, cuts[1:])]
     return {"discovery_id": name, "first_seen_at": trail.ended[0],
             "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
             "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
