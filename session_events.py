@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file, no install.
+"""Shows the sessions that server.py stored: tables, the session graph, a replay page. One file,
+no install.
 
-    python3 session_events.py demo                                try it: synthetic sessions, the page on them
+    python3 session_events.py demo                                try it, on synthetic sessions
     python3 session_events.py view --db events.db --open          the page on your own
+    python3 session_events.py summary --db events.db --days 7     a digest of the week, to mail
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
-    python3 session_events.py ship --db events.db --to URL        the rows of many servers into one ClickHouse
+    python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the node), each command reads
-one moment of it (one transaction; `ship` one a batch), and a running server goes first. Every row is checked when it is
-read: what breaks a field's rule is no session; it is left out of every number, and counted. A developer appears as the first digits of a hash, never as the whole; the page answers this machine only, and
-asks nothing of any other. (`ship` leaves out nothing, and moves whole hashes.)
+Promises: the database is opened read-only (`ship` alone writes into it, once: a name for the
+node), each command reads one moment of it (one transaction; `ship` one a batch), and a running
+server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
+it is left out of every number, and counted. A developer appears as the first digits of a hash,
+never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
+leaves out nothing, and moves whole hashes.)
 
-Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter, so nobody
-is the same developer on both sides of its first day. Times are UTC; so are a day, a week (from Monday), a
-month.
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter,
+so nobody is the same developer on both sides of its first day. Times are UTC; so are a day, a
+week (from Monday), a month.
 
 As a library (all results are plain dicts and lists, the same as `--format json`):
 
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import csv
@@ -85,14 +90,16 @@ from typing import (
     Union,
 )
 
-# ======================================================================================================
+# ==================================================================================================
 # The contract
-# ======================================================================================================
+# ==================================================================================================
 
 SCHEMA_VERSION = 1
 TABLES = {
-    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
-                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
+    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at",
+    "tool_count",
+                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version",
+                       "received_at"),
     "session_discoveries": ("discovery_ref", "event_id"),
 }
 # The fields of an event, in the order of the table's columns (README, Contract 1).
@@ -116,7 +123,8 @@ ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
-PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count", "distinct_identity_count",
+PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
+    "distinct_identity_count",
                "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
 END_OF_TIME = ":"  # the character after "9": above every moment
 
@@ -129,17 +137,19 @@ __all__ = [
 
 Plain = Dict[str, Any]  # what json.dumps takes
 
-# ======================================================================================================
+# ==================================================================================================
 # A row: every cell is hostile until it has been through here
-# ======================================================================================================
+# ==================================================================================================
 
 is_hash = re.compile(RULES["identity_hash"]).fullmatch
 is_version = re.compile(RULES["plugin_version"]).fullmatch
-is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)  # few are many
+# few are many
+is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)
 # What server.py stores, and the same without the fraction. Text order is the order of time, but
 # that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
 STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
-MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                    r"(?:Z|([+-])(\d\d):(\d\d))?",
                     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
 DAY_MS = 86_400_000
@@ -158,7 +168,8 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
-    login: Optional[str] = None  # the one GitHub hash of the identity in the window, if there is one
+    # the one GitHub hash of the identity in the window, if there is one
+    login: Optional[str] = None
 
     @property
     def developer(self) -> str:
@@ -173,10 +184,12 @@ def instant(text: object) -> Optional[int]:
         return None
     year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
     try:
-        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute), int(second))
+        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute),
+            int(second))
     except ValueError:
         return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "") + "000")[:3])
+    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "")
+        + "000")[:3])
     if not sign:
         return ms
     if int(off_hour) > 23 or int(off_minute) > 59:
@@ -215,11 +228,13 @@ def stored_instant(text: object) -> Optional[int]:
         return None
     assert isinstance(text, str)
     ms = int(text[20:23]) if len(text) == 24 else 0
-    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(text[17:19]) * 1000 + ms
+    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(
+        text[17:19]) * 1000 + ms
 
 
 def refs_of(text: object) -> Optional[Tuple[str, ...]]:
-    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their rule."""
+    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
+    rule."""
     if not isinstance(text, str):
         return None
     if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
@@ -251,20 +266,23 @@ def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
         return lambda cell: isinstance(cell, int) and least <= cell <= most
     fits = re.compile(rule).fullmatch
     nullable = kind == "string or null"
-    return lambda cell: nullable if cell is None else isinstance(cell, str) and fits(cell) is not None
+    return lambda cell: nullable if cell is None else isinstance(cell,
+        str) and fits(cell) is not None
 
 
 CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
 
 
 def is_session(row: Sequence[Any]) -> bool:
-    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This is
-    the one definition; all that asks the database goes through `Reader.chunks` or `session_of`."""
+    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This
+    is the one definition; all that asks the database goes through `Reader.chunks` or
+    `session_of`."""
     return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
 
 
 HEX_DIGITS = b"0123456789abcdef"
-MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*", re.ASCII)
+MILLISECONDS = re.compile(r"(?:\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}\.\d{3}Z)*",
+    re.ASCII)
 
 
 def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
@@ -292,8 +310,9 @@ def all_sessions(rows: Sequence[Sequence[Any]]) -> bool:
 
 
 def usual_refs(texts: Sequence[str]) -> bool:
-    """True only if each is a JSON array of slugs as server.py writes it, at least one. All at once: a
-    slug holds neither quote nor line end, so if every part is one, the texts were cut where they join."""
+    """True only if each is a JSON array of slugs as server.py writes it, at least one. All at
+    once: a slug holds neither quote nor line end, so if every part is one, the texts were cut
+    where they join."""
     text = "\n".join(texts)
     parts = text[2:-2].split('"]\n["')
     if not texts:
@@ -301,7 +320,8 @@ def usual_refs(texts: Sequence[str]) -> bool:
     if len(parts) != len(texts) or text[:2] != '["' or text[-2:] != '"]':
         return False
     # With its quotes and comma a slug takes 4 characters: in a shorter text there are not too many.
-    return max(map(len, texts)) < 4 * MOST_REFS and all(map(is_slug, set('","'.join(parts).split('","'))))
+    return max(map(len, texts)) < 4 * MOST_REFS and all(map(is_slug,
+        set('","'.join(parts).split('","'))))
 
 
 def refs_in(text: str) -> Sequence[str]:
@@ -343,14 +363,15 @@ def plain_session(s: Session) -> Plain:
 
 
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
-    """S of each, with `developer`: the label under which the graph and the pages know who it was."""
+    """S of each, with `developer`: the label under which the graph and the pages know who it
+    was."""
     shown = labels(s.developer for s in sessions)
     return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Queries
-# ======================================================================================================
+# ==================================================================================================
 
 
 class NotFound(Exception):
@@ -358,8 +379,8 @@ class NotFound(Exception):
 
 
 class Window(NamedTuple):
-    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a GitHub hash
-    (None: both), touching one discovery (None: any)."""
+    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a
+    GitHub hash (None: both), touching one discovery (None: any)."""
 
     since: str
     until: str = END_OF_TIME
@@ -370,8 +391,10 @@ class Window(NamedTuple):
 EVER = Window("")
 
 
-def last_days(days: float, github: Optional[bool] = None, discovery: Optional[str] = None) -> Window:
-    """The window of the last `days` days, open at the end: a clock that runs ahead loses no session."""
+def last_days(days: float, github: Optional[bool] = None,
+        discovery: Optional[str] = None) -> Window:
+    """The window of the last `days` days, open at the end: a clock that runs ahead loses no
+    session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
 
 
@@ -382,7 +405,8 @@ def day_start(text: str) -> Optional[str]:
 
 def window_between(days: int, since: str, until: str, github: Optional[bool],
                    discovery: Optional[str]) -> Window:
-    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or now)."""
+    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or
+    now)."""
     end = day_start(until)
     start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
     return Window(start, end or END_OF_TIME, github, discovery)
@@ -392,14 +416,16 @@ GITHUB = {None: "", True: " AND e.github_hash IS NOT NULL", False: " AND e.githu
 
 
 def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
-    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a fraction,
-    a row of the same second without one is on the other side of it than its text says."""
+    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a
+    fraction, a row of the same second without one is on the other side of it than its text
+    says."""
     sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
     if since[20:23].strip("0"):
         sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
     if until[20:23].strip("0"):
         second = until[:19] + "Z"
-        sql = sql.replace("e.ended_at < ?", "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
+        sql = sql.replace("e.ended_at < ?",
+            "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
         values = [since, second, until, second, *values[2:]]
     return sql, values
 
@@ -417,9 +443,10 @@ def where(window: Window) -> Tuple[str, List[Any]]:
 CHUNK = 2000  # rows that are checked together
 # Of a row of COLUMNS: (identity, GitHub hash), tool calls, tokens saved.
 PAIR, TOOLS, TOKENS = operator.itemgetter(1, 2), operator.itemgetter(5), operator.itemgetter(6)
-NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL UNION ALL SELECT id FROM session_events"
-             " WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
-INSTANT = "CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z' ELSE e.ended_at END"
+NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
+             " UNION ALL SELECT id FROM session_events WHERE ended_at < '0' UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
+           " ELSE e.ended_at END")
 
 
 class Facts(NamedTuple):
@@ -444,7 +471,8 @@ class Reader:
         return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row is meant by them.
+        # A command line may hold bytes that are no text (lone surrogates in Python); no row is
+        # meant by them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
@@ -477,7 +505,8 @@ class Reader:
             sql += " ORDER BY %s, e.id" % self.order(window)
         sql, done = "SELECT " + COLUMNS + " FROM session_events e WHERE " + sql, 0
         lenient = self.connection.text_factory
-        for factory in (str, lenient):  # str takes half the time, and stops at text that is not UTF-8
+        # str takes half the time, and stops at text that is not UTF-8
+        for factory in (str, lenient):
             self.connection.text_factory = factory
             try:
                 cursor = self.rows(sql, values)
@@ -503,14 +532,16 @@ class Reader:
             pairs: Set[Tuple[str, Optional[str]]] = set()
             for rows in self.chunks(window, ordered=False):
                 pairs.update(map(PAIR, rows))
-                count += len(rows) if window[2:] == (None, None) else sum(passes(window, row) for row in rows)
+                count += len(rows) if window[2:] == (None,
+                    None) else sum(passes(window, row) for row in rows)
             logins = logins_of(pairs)
             self.known[window] = Facts(count, logins, {
                 github or logins.get(identity) or identity for identity, github in pairs})
         return self.known[window]
 
     def sessions(self, sql: str, values: Sequence[Any],
-                 logins: Mapping[str, Optional[str]] = types.MappingProxyType({})) -> Iterator[Session]:
+                 logins: Mapping[str, Optional[str]] = types.MappingProxyType(
+                 {})) -> Iterator[Session]:
         """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
         cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
         for rows in iter(lambda: cursor.fetchmany(50), []):
@@ -518,9 +549,11 @@ class Reader:
                 yield session_of(row, logins.get(row[1]))
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
-        """The sessions of a window, newest first (the later stored first where two ended together)."""
+        """The sessions of a window, newest first (the later stored first where two ended
+        together)."""
         sql, values = where(window)
-        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)), values,
+        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)),
+            values,
                               self.facts(window).logins)
         touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
         return list(itertools.islice(touched, limit if limit >= 0 else None))
@@ -538,7 +571,8 @@ class Reader:
 
 
 def passes(window: Window, row: Sequence[Any]) -> bool:
-    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked at."""
+    """Whether a session (a row of COLUMNS) passes the window's filters; its time is not looked
+    at."""
     return (window.github is None or window.github == (row[2] is not None)) and (
         window.discovery is None or window.discovery in (refs_of(row[8]) or ()))
 
@@ -557,9 +591,11 @@ def span(window: Window) -> Plain:
 
 
 def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
-    """{"since", "until", "sessions": [S with "developer" ...] newest first, "total_count_in_window"}."""
+    """{"since", "until", "sessions": [S with "developer" ...] newest first,
+    "total_count_in_window"}."""
     found = reader.window(window, limit)
-    return dict(span(window), sessions=plain_sessions(found), total_count_in_window=reader.count(window))
+    return dict(span(window), sessions=plain_sessions(found),
+        total_count_in_window=reader.count(window))
 
 
 def last_event(reader: Reader) -> Optional[str]:
@@ -570,11 +606,15 @@ def last_event(reader: Reader) -> Optional[str]:
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-SAMPLE, MOST_STEPS = 64, 15_000  # identities: where more are likely, the whole index is read sooner than walked
-SESSION_IS = {True: "{0}session_id_hash = ?", False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
-NEWEST_IDS = """SELECT id FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
+# identities: where more are likely, the whole index is read sooner than walked
+SAMPLE, MOST_STEPS = 64, 15_000
+SESSION_IS = {True: "{0}session_id_hash = ?",
+    False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
+NEWEST_IDS = """SELECT id
+  FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?"""
-# In the order of the unique index, whose pages the look-up needs too: through the other it takes half as long again.
+# In the order of the unique index, whose pages the look-up needs too: through the other it takes
+# half as long again.
 EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
   SELECT min(identity_hash) FROM session_events
   UNION ALL
@@ -588,7 +628,8 @@ ALL_IDS = "SELECT id FROM session_events WHERE "
 
 
 def identities(reader: Reader) -> float:
-    """About how many identities there are: hashes lie evenly, so the place of one of the first tells."""
+    """About how many identities there are: hashes lie evenly, so the place of one of the first
+    tells."""
     (sample,) = reader.rows(SAMPLED, [SAMPLE]).fetchone() or (None,)
     if not isinstance(sample, str) or not is_hash(sample):
         return SAMPLE
@@ -596,11 +637,12 @@ def identities(reader: Reader) -> float:
 
 
 def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
-    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole hash stops early.
+    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole
+    hash stops early.
 
-    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two steps per
-    identity through the unique index (all of 4,000 identities: 17 ms); or, where there are too many of them,
-    all of that index (of a million rows: 65 ms)."""
+    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two
+    steps per identity through the unique index (all of 4,000 identities: 17 ms); or, where there
+    are too many of them, all of that index (of a million rows: 65 ms)."""
     whole_hash = len(prefix) == 64
     given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
     if whole_hash:
@@ -614,32 +656,35 @@ def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
-    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as over the end
-    of a quarter, one of the two rows). Raises NotFound when there is none, or when the prefix fits several
-    sessions."""
+    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as
+    over the end of a quarter, one of the two rows). Raises NotFound when there is none, or when
+    the prefix fits several sessions."""
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    matching = (s for row_id in session_ids(reader, prefix) for s in reader.sessions("WHERE e.id = ?", [row_id]))
+    matching = (s for row_id in session_ids(reader, prefix)
+        for s in reader.sessions("WHERE e.id = ?", [row_id]))
     found = list(itertools.islice(matching, 1 if len(prefix) == 64 else MOST_MATCHES))
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
     if len(names) > 1:
         raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
-            "at least " if len(found) == MOST_MATCHES else "", len(names), ", ".join(name[:16] for name in names[:4]),
+            "at least " if len(found) == MOST_MATCHES else "", len(names),
+            ", ".join(name[:16] for name in names[:4]),
             " ..." if names[4:] else ""))
     return max(found, key=lambda s: (s.ended, s.id))
 
 
 def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
-    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of the last 30
-    days, newest first, at most 50. Raises NotFound."""
+    """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of
+    the last 30 days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
     since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
     same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
     login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
-    related = sorted((s for s in same_identity if s.id != one.id and s.ended >= (instant(since) or 0)),
+    related = sorted((s for s in same_identity if s.id != one.id
+        and s.ended >= (instant(since) or 0)),
                      key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
     first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
@@ -650,8 +695,8 @@ NEITHER = (None, None)
 
 
 class Trail:
-    """One discovery in a window: the moments of its sessions in order (stored form), each developer's
-    first, its identities, and who touched it last."""
+    """One discovery in a window: the moments of its sessions in order (stored form), each
+    developer's first, its identities, and who touched it last."""
 
     __slots__ = ("ended", "identities", "last", "reached")
 
@@ -662,7 +707,8 @@ class Trail:
         self.last = ""
 
     def hours_to_second(self) -> Optional[float]:
-        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(self.reached) > 1 else None
+        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(
+            self.reached) > 1 else None
 
     def half_life(self) -> Optional[float]:
         """Until half of its sessions, 4 or more, had ended."""
@@ -690,19 +736,27 @@ class Story:
         self.developers: Dict[str, Deeds] = {}
         self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
         self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
-        self.pairs: Set[Tuple[str, Optional[str]]] = set()  # (identity, GitHub hash), of every session
+        # (identity, GitHub hash), of every session
+        # {(identity, GitHub hash): (developer, identity)} of every session; developers by name
+        self.pairs: Dict[Tuple[str, Optional[str]], Tuple[str, str]] = {}
+        self.names: Dict[str, str] = {}
 
     def take(self, rows: Iterable[Sequence[Any]]) -> None:
         """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
         every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
+        people = self.pairs
         for row in rows:
             _, identity, github, _, ended, tools, tokens, _, refs, _ = row
-            self.pairs.add((identity, github))
+            person = people.get((identity, github))
+            if person is None:
+                who = github or self.logins.get(identity) or identity
+                person = people[identity, github] = self.names.setdefault(who, who), identity
             if not every and not passes(self.window, row):
                 continue
             if len(ended) == 20:
                 ended = ended[:19] + ".000Z"
-            who = github or self.logins.get(identity) or identity
+            # One object for each text: with a new one a row, sets and dictionaries take twice as long.
+            who, identity = person
             deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
             built = False
             for ref in refs_in(refs) if refs != "[]" else ():
@@ -740,15 +794,16 @@ def middle(values: Sequence[float]) -> Optional[float]:
 
 
 def story(reader: Reader, window: Window) -> Story:
-    """The window's story. Who logged in within the window is known at its end only; if somebody did,
-    it is told again."""
+    """The window's story. Who logged in within the window is known at its end only; if somebody
+    did, it is told again."""
     logins: Dict[str, Optional[str]] = {}
     while True:
         told = Story(window, logins)
         for rows in reader.chunks(window):
             told.take(rows)
         found = logins_of(told.pairs)
-        if logins or not any(github is None and found.get(identity) for identity, github in told.pairs):
+        if logins or not any(github is None and found.get(identity) for identity,
+                github in told.pairs):
             for (giver, receiver), count in told.flows.items():
                 told.developers[giver].given += count
                 told.developers[receiver].received += count
@@ -757,9 +812,11 @@ def story(reader: Reader, window: Window) -> Story:
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
-    """(first ms, ms after the last) of a window; None where it has no start, now where it has no end."""
+    """(first ms, ms after the last) of a window; None where it has no start, now where it has no
+    end."""
     start, end = instant(window.since), instant(window.until)
-    return start, end if end is not None else max(now_ms() if now is None else now, (start or 0) + 1)
+    return start, end if end is not None else max(now_ms() if now is None else now,
+        (start or 0) + 1)
 
 
 def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
@@ -771,8 +828,8 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
 
 
 def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
-    """The developers of a window who were not there in as many days before. (An identity that logged
-    in meanwhile was there: developers are looked for by all their hashes.)"""
+    """The developers of a window who were not there in as many days before. (An identity that
+    logged in meanwhile was there: developers are looked for by all their hashes.)"""
     if before is None:
         return dict(told.developers)
     there: Set[str] = set()
@@ -784,20 +841,20 @@ def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str
 
 
 def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
-    """{"developers": how many are new, "sessions": the median of their own sessions before the first
-    that built on others, "never": how many have none that did}."""
+    """{"developers": how many are new, "sessions": the median of their own sessions before the
+    first that built on others, "never": how many have none that did}."""
     waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
     return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
 
 
 def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
-    """The figures of a window, and under "before" those of as many days before it (None for a window
-    without a start): {"since", "until", "sessions", "developers", "tool_count", "tokens_saved",
-    "discoveries", "shared_discoveries" (that reached two developers or more), "hand_overs", "furthest":
-    {"discovery_id", "developers", "hours"}, "built_on_others": {"sessions", "share"},
-    "tokens_saved_median": {"built_on_others", "others"}, "hours_to_second_developer" (median),
-    "cold_start": {"developers", "sessions", "never"}}. A figure of nothing is None; hours are rounded
-    to hundredths, the share to ten-thousandths."""
+    """The figures of a window, and under "before" those of as many days before it (None for a
+    window without a start): {"since", "until", "sessions", "developers", "tool_count",
+    "tokens_saved", "discoveries", "shared_discoveries" (that reached two developers or more),
+    "hand_overs", "furthest": {"discovery_id", "developers", "hours"}, "built_on_others":
+    {"sessions", "share"}, "tokens_saved_median": {"built_on_others", "others"},
+    "hours_to_second_developer" (median), "cold_start": {"developers", "sessions", "never"}}. A
+    figure of nothing is None; hours are rounded to hundredths, the share to ten-thousandths."""
     now = now_ms() if now is None else now
     earlier = before_of(window, now)
     return dict(figures(reader, window, earlier),
@@ -808,7 +865,8 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     """`summary` without the window before; `before` decides who is new."""
     told = story(reader, window)
     everybody = told.developers.values()
-    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values()) if wait is not None]
+    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values())
+        if wait is not None]
     built, others = told.saved[True], told.saved[False]
     count = len(built) + len(others)
     return dict(
@@ -816,14 +874,16 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
         tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
         discoveries=len(told.trails), shared_discoveries=len(seconds),
         hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
-        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count else None},
+        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count
+        else None},
         tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
         hours_to_second_developer=middle(seconds),
         cold_start=cold_start(newcomers(reader, told, before)))
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
-    """The discovery that reached most developers (then: with most sessions, then the first by name)."""
+    """The discovery that reached most developers (then: with most sessions, then the first by
+    name)."""
     if not trails:
         return None
     name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
@@ -832,15 +892,17 @@ def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
 
 
 def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
-    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved", "given",
-    "received" (hand-overs), "new" (not there in as many days before), "sessions_before_inherited" (own
-    sessions before the first that built on others, None if none did), "first_seen_at", "last_seen_at"}
-    ...] those who give most more than they receive first, then by first session, "matrix": [{"source",
-    "target", "hand_overs"} ...] most first, "cold_start": of the new ones, as in `summary`}."""
+    """{"since", "until", "developers": [{"developer", "sessions", "tool_count", "tokens_saved",
+    "given", "received" (hand-overs), "new" (not there in as many days before),
+    "sessions_before_inherited" (own sessions before the first that built on others, None if none
+    did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
+    then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
+    "cold_start": of the new ones, as in `summary`}."""
     told = story(reader, window)
     fresh = newcomers(reader, told, before_of(window, now))
     shown = labels(told.developers)
-    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first, d[0]))
+    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first,
+        d[0]))
     return dict(
         span(window),
         developers=[{
@@ -848,20 +910,23 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
             "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
             "sessions_before_inherited": d.cold, "first_seen_at": d.first,
             "last_seen_at": d.last} for who, d in ranked],
-        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b), count in sorted(
+        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b),
+        count in sorted(
             told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
         cold_start=cold_start(fresh))
 
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
     start, end = ends
-    counts = [0] * SPARKS
-    for at in (stored_instant(ended) or 0 for ended in trail.ended):
-        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    edges = [moment_text(start - start_of_part // SPARKS)  # rounded up: minus, floor, minus
+             for start_of_part in range(start - end, (start - end) * SPARKS, start - end)]
+    cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
+    counts = [after - before for before, after in zip(cuts, cuts[1:])]
     return {"discovery_id": name, "first_seen_at": trail.ended[0],
             "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
             "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
-            "developer_count": len(trail.reached), "hours_to_second_developer": trail.hours_to_second(),
+            "developer_count": len(trail.reached),
+            "hours_to_second_developer": trail.hours_to_second(),
             "half_life_hours": trail.half_life(), "counts": counts}
 
 
@@ -883,11 +948,12 @@ def none_last(value: Optional[float]) -> Tuple[bool, float]:
 
 def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
                 now: Optional[int] = None) -> Plain:
-    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count", "last_aggregated_at", "developer_count", "hours_to_second_developer" (None:
-    it reached nobody else), "half_life_hours" (None: under 4 sessions), "counts": sessions in each of
-    SPARKS equal parts of the window} ...], "discoveries_in_window": n}, the first `limit` by `sort` (one
-    of DISCOVERY_SORTS), all within the window; its `discovery` is not looked at."""
+    """{"since", "until", "discoveries": [{"discovery_id", "first_seen_at", "last_seen_at",
+    "session_count", "distinct_identity_count", "last_aggregated_at", "developer_count",
+    "hours_to_second_developer" (None: it reached nobody else), "half_life_hours" (None: under 4
+    sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
+    "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
+    the window; its `discovery` is not looked at."""
     trails = story(reader, window._replace(discovery=None)).trails
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
@@ -900,11 +966,12 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
         discoveries_in_window=len(trails))
 
 
-def discovery(reader: Reader, ref: str, window: Window, limit: int = 200, now: Optional[int] = None) -> Plain:
-    """How one discovery went round in the window: its figures as in `discoveries`, and "reached": [{"at",
-    "developer", "session_id_hash"} ...] each developer's first session, "path": [{"session_id_hash",
-    "developer", "ended_at", "crosses"} ...] in time order; both lists cut after `limit`. Raises NotFound
-    when no session of the window touched it."""
+def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
+        now: Optional[int] = None) -> Plain:
+    """How one discovery went round in the window: its figures as in `discoveries`, and "reached":
+    [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
+    [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
+    after `limit`. Raises NotFound when no session of the window touched it."""
     trail = Trail()
     reached: Dict[str, Session] = {}
     path: List[Session] = []
@@ -926,8 +993,10 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200, now: O
     start, end = ends_of(window, now)
     return dict(
         span(window),
-        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end), moment_text(now_ms())),
-        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer], "session_id_hash": s.session}
+        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end),
+        moment_text(now_ms())),
+        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
+        "session_id_hash": s.session}
                  for s in list(reached.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
                "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
@@ -953,7 +1022,8 @@ Days = Dict[int, Day]  # by `datetime.date.toordinal`
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day, added up a chunk at a time: in 40 MB, whatever the window."""
     sums: Dict[str, Day] = {}
-    numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}  # one object for each pair
+    # one object for each pair
+    numbers: Dict[Tuple[str, Optional[str]], Tuple[str, Optional[str]]] = {}
     there: Dict[str, Set[Tuple[str, Optional[str]]]] = {}
     for rows in reader.chunks(window):
         if window[2:] != NEITHER:  # a filter may hide a login
@@ -977,24 +1047,27 @@ def by_date(rows: Sequence[Sequence[Any]]) -> Iterable[Tuple[str, Sequence[Seque
     """Rows in the order of time, cut where the date changes."""
     if rows and rows[0][4][:10] == rows[-1][4][:10]:  # most chunks: a tenth off the whole
         return [(rows[0][4][:10], rows)]
-    return ((date, list(group)) for date, group in itertools.groupby(rows, lambda row: str(row[4])[:10]))
+    return ((date, list(group)) for date, group in itertools.groupby(rows,
+        lambda row: str(row[4])[:10]))
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
-    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active": [{"days",
-    "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or None}, P = {"period", "developers", "came_back", "sessions",
-    "tool_count", "tokens_saved"}.
+    """{"since", "until", "days": [P ...], "weeks": [P ...], "months": [P ...], "active":
+    [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
+    None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back` of a period: how many of its developers were there in the period before it, too (within the
-    window); of the active: in as many days before. The active are counted to the end of the window, its last
-    day included, which is listed even when it is empty. "before": as many days before the window."""
+    `came_back` of a period: how many of its developers were there in the period before it, too
+    (within the window); of the active: in as many days before. The active are counted to the end
+    of the window, its last day included, which is listed even when it is empty. "before": as many
+    days before the window."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
     previous = before_of(window, now)
     inside = days_of(reader, window)
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
+    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS),
+        until=window.since)
     before = days_of(reader, earlier) if earlier.since < earlier.until else {}
     everybody = {day: (inside[day].who if day in inside else set()) | (
         before[day].who if day in before else set()) for day in {*inside, *before}}
@@ -1004,11 +1077,13 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
 
 
 def active(everybody: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
-    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days before."""
+    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
+    before."""
     def who(first: int, last: int) -> Set[str]:
         return set().union(*(everybody.get(day, ()) for day in range(first, last + 1)))
 
-    spans = [(days, who(last_day - days + 1, last_day), who(last_day - 2 * days + 1, last_day - days))
+    spans = [(days, who(last_day - days + 1, last_day),
+        who(last_day - 2 * days + 1, last_day - days))
              for days in ACTIVE_DAYS]
     return [{"days": days, "developers": len(here), "came_back": len(here & before)}
             for days, here, before in spans]
@@ -1019,7 +1094,8 @@ def week_name(day: int) -> str:
     return "%04d-W%02d" % (year, week)
 
 
-PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {  # its name, a day of the one before
+# its name, a day of the one before
+PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
     "days": (lambda day: datetime.date.fromordinal(day).isoformat(), lambda day: day - 1),
     "weeks": (week_name, lambda day: day - 7),
     "months": (lambda day: datetime.date.fromordinal(day).isoformat()[:7],
@@ -1046,14 +1122,16 @@ def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]
             total[3] += day.tokens
         rolled[kind] = [
             {"period": period, "developers": len(who),
-             "came_back": len(who & totals[previous][0]) if previous in totals and previous != period else 0,
+             "came_back": len(who & totals[previous][0]) if previous in totals
+             and previous != period else 0,
              "sessions": count, "tool_count": tools, "tokens_saved": tokens}
             for period, (who, count, tools, tokens, previous) in totals.items()]
     return rolled
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
-    """Every session of the window, oldest first, one at a time: S with "developer" and "plugin_version".
+    """Every session of the window, oldest first, one at a time: S with "developer" and
+    "plugin_version".
 
     All labels have one length, the least at which no two developers of the window look alike."""
     ordered = sorted(reader.facts(window).developers)
@@ -1062,13 +1140,14 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The graph (pure: sessions in, plain data out)
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Edge(NamedTuple):
-    """Knowledge carried on: positions of two sessions in a list in time order, and the discoveries."""
+    """Knowledge carried on: positions of two sessions in a list in time order, and the
+    discoveries."""
 
     source: int
     target: int
@@ -1076,9 +1155,9 @@ class Edge(NamedTuple):
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
-    """For each discovery (or for `only` that one), an edge from each session that touched it to the next one
-    that did; edges between the same two are one edge. `ordered` is in time order; so are the edges, by
-    target."""
+    """For each discovery (or for `only` that one), an edge from each session that touched it to
+    the next one that did; edges between the same two are one edge. `ordered` is in time order; so
+    are the edges, by target."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
@@ -1091,7 +1170,8 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
 
 
 def node_ids(ordered: Sequence[Session]) -> List[str]:
-    """What names each node: its session's hash, with "-2" where a second machine or quarter has the same."""
+    """What names each node: its session's hash, with "-2" where a second machine or quarter has
+    the same."""
     seen: Dict[str, int] = {}
     names = []
     for s in ordered:
@@ -1101,7 +1181,8 @@ def node_ids(ordered: Sequence[Session]) -> List[str]:
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape), or `only` one discovery's."""
+    """The session graph of sessions in time order (see `graph` for the shape), or `only` one
+    discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
     found = edges_of(ordered, only)
@@ -1116,14 +1197,18 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     return {
         "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
                   for name, s in zip(names, ordered)],
-        "edges": [{"source": names[e.source], "target": names[e.target], "discoveries": list(e.refs),
+        "edges": [{"source": names[e.source], "target": names[e.target],
+        "discoveries": list(e.refs),
                    "crosses": who[e.source] != who[e.target]} for e in found],
-        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs, "crosses": a != b}
-                       for (a, b), (edges, refs) in sorted(flows.items(), key=lambda f: (-f[1][1], f[0]))],
+        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs,
+        "crosses": a != b}
+                       for (a, b), (edges, refs) in sorted(flows.items(),
+                               key=lambda f: (-f[1][1], f[0]))],
         "totals": {"sessions": len(ordered), "developers": len(shown),
                    "tool_count": sum(s.tools for s in ordered),
                    "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+                   "discoveries": len({ref for s in ordered for ref in s.refs
+                   if only in (None, ref)}),
                    "hand_overs": hand_overs},
     }
 
@@ -1131,27 +1216,29 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
 def graph(reader: Reader, window: Window, limit: int = DRAWN) -> Plain:
     """The session graph of the newest `limit` sessions of a window (negative: of all):
 
-    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest first,
-    "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer to another} ...],
-    "developers": [{"source", "target" (developers), "edges", "discoveries" (how often one was carried),
-    "crosses"} ...] most carried first, "totals": {"sessions", "developers", "tool_count", "tokens_saved",
-    "discoveries", "hand_overs": how often a discovery went from one developer to another}}."""
+    {"since", "until", "total_count_in_window", "nodes": [S with "id" and "developer" ...] oldest
+    first, "edges": [{"source", "target" (node ids), "discoveries", "crosses": from one developer
+    to another} ...], "developers": [{"source", "target" (developers), "edges", "discoveries" (how
+    often one was carried), "crosses"} ...] most carried first, "totals": {"sessions",
+    "developers", "tool_count", "tokens_saved", "discoveries", "hand_overs": how often a discovery
+    went from one developer to another}}."""
     newest = reader.window(window, limit)
     return dict(span(window), total_count_in_window=reader.count(window),
                 **graph_of(newest[::-1], window.discovery))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Renderers: text, CSV, DOT (pure: plain data in, text out)
-# ======================================================================================================
+# ==================================================================================================
 
 COLUMNS_OF_A_TERMINAL = 80
 UNSEEN = re.compile(r"[^ -~]")
 
 
 def visible(text: str) -> str:
-    """The text with everything but printable ASCII as \\u escapes. All that the contract allows comes out as
-    it is; what else a stranger's row can hold (terminal commands, right-to-left marks) loses its power."""
+    """The text with everything but printable ASCII as \\u escapes. All that the contract allows
+    comes out as it is; what else a stranger's row can hold (terminal commands, right-to-left
+    marks) loses its power."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -1169,7 +1256,8 @@ def refs_cell(refs: Sequence[str], width: int = 20) -> str:
 
 
 class Column(NamedTuple):
-    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's length."""
+    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's
+    length."""
 
     title: str
     cell: Callable[[Plain], Any]
@@ -1178,7 +1266,8 @@ class Column(NamedTuple):
 
 def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
     values = [[column.cell(row) for column in columns] for row in rows]
-    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line] for line in values]
+    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line]
+        for line in values]
     widths = [max(map(len, column)) for column in zip([c.title for c in columns], *cells)]
     right = [any(isinstance(line[i], int) for line in values) for i in range(len(columns))]
     for i, column in enumerate(columns):
@@ -1219,7 +1308,8 @@ DEVELOPER_COLUMNS = (
     Column("given", lambda row: row["given"]),
     Column("received", lambda row: row["received"]),
     Column("alone first", lambda row: (
-        "never built" if row["sessions_before_inherited"] is None else row["sessions_before_inherited"])),
+        "never built" if row["sessions_before_inherited"] is None
+        else row["sessions_before_inherited"])),
     Column("new", lambda row: "new" if row["new"] else ""),
 )
 MATRIX_COLUMNS = (
@@ -1245,7 +1335,8 @@ def sparkline(counts: Sequence[int]) -> str:
     """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
     most = max(pairs) or 1
-    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)] for n in pairs).rstrip()
+    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)]
+        for n in pairs).rstrip()
 
 
 def lasting(length: Optional[float]) -> str:
@@ -1272,7 +1363,8 @@ def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
 
 def sessions_text(result: Plain) -> str:
     shown, total = len(result["sessions"]), result["total_count_in_window"]
-    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown, total) if total > shown else ""
+    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown,
+        total) if total > shown else ""
     return text_table(SESSION_COLUMNS, result["sessions"]) + more
 
 
@@ -1293,8 +1385,10 @@ def session_text(result: Plain) -> str:
 
 def discovery_text(result: Plain) -> str:
     text = "%s\n%s to %s: %s sessions, %s developers\n" % (
-        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL), minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), digits(result["session_count"]), digits(result["developer_count"]))
+        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
+            minute(result["first_seen_at"]),
+        minute(result["last_seen_at"]), digits(result["session_count"]),
+            digits(result["developer_count"]))
     second, half = result["hours_to_second_developer"], result["half_life_hours"]
     text += "it reached no second developer\n" if second is None else (
         "it reached a second developer within %s\n" % lasting(second))
@@ -1302,7 +1396,8 @@ def discovery_text(result: Plain) -> str:
     text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
     text += "\n" + text_table(PATH_COLUMNS, result["path"])
     if result["session_count"] > len(result["path"]):
-        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]), result["session_count"])
+        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]),
+            result["session_count"])
     return text
 
 
@@ -1311,7 +1406,8 @@ def discoveries_text(result: Plain) -> str:
     text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
     text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
     text += "to the first of a second developer; half-life: until half of its sessions ended\n"
-    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown else "")
+    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown
+        else "")
 
 
 def developers_text(result: Plain) -> str:
@@ -1346,19 +1442,24 @@ def findings(figures: Plain) -> List[str]:
         lines = ["No discovery reached a second developer."]
     else:
         lines = ["%s of %s reached a second developer, half of them within %s." % (
-                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"), lasting(wait)),
+                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
+                         lasting(wait)),
                  "%s went furthest: %s of %s in %s." % (
-                     far["discovery_id"], digits(far["developers"]), some(figures["developers"], "developer"),
+                     far["discovery_id"], digits(far["developers"]),
+                     some(figures["developers"], "developer"),
                      lasting(far["hours"]))]
     if not built["sessions"]:
         lines.append("No session built on somebody else's discovery.")
     else:
         rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
         lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
-                     " {:,.0f} tokens (median){}.".format(100 * built["share"], saved["built_on_others"], rest))
+                     " {:,.0f} tokens (median){}.".format(100 * built["share"],
+                     saved["built_on_others"], rest))
     if cold["developers"]:
-        lines.append("%s: %s." % (some(cold["developers"], "new developer"), "none built on others" if (
-            cold["sessions"] is None) else "%g own sessions (median) before the first that built on others%s" % (
+        lines.append("%s: %s." % (some(cold["developers"], "new developer"),
+            "none built on others" if (
+            cold["sessions"] is None)
+            else "%g own sessions (median) before the first that built on others%s" % (
                 cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
     return lines
 
@@ -1374,7 +1475,8 @@ SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
     ("hand-overs", lambda f: digits(f["hand_overs"])),
     ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
     ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
-    ("  tokens saved together with that", lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved together with that", lambda f: median_text(
+    f["tokens_saved_median"]["built_on_others"])),
     ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
     ("new developers", lambda f: digits(f["cold_start"]["developers"])),
     ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
@@ -1395,10 +1497,12 @@ def summary_text(result: Plain) -> str:
     before = result["before"]
     until = minute(result["until"]) if result["until"] else "now"
     text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
-    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)) + "\n\n"
+    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL)
+        for line in findings(result)) + "\n\n"
     text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
     for name, cell in SUMMARY_ROWS:
-        text += ("%-36s %14s %14s" % (name, cell(result), cell(before) if before else "")).rstrip() + "\n"
+        text += ("%-36s %14s %14s" % (name, cell(result),
+            cell(before) if before else "")).rstrip() + "\n"
     return text + (
         "\nBuilt on others: a session with a discovery that another developer's session,\n"
         "ended earlier in the window, had touched. The figures say what came together,\n"
@@ -1424,12 +1528,14 @@ def graph_text(result: Plain) -> str:
 
 def activity_text(result: Plain) -> str:
     active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
-        row["days"], digits(row["developers"]), digits(row["came_back"])) for row in result["active"]]
+        row["days"], digits(row["developers"]), digits(row["came_back"]))
+        for row in result["active"]]
     tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
     before = result["before"]
     if before:
         active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
-            digits(sum(day["sessions"] for day in days)) for days in (result["days"], before["days"])))
+            digits(sum(day["sessions"] for day in days))
+                for days in (result["days"], before["days"])))
     return "".join(active_lines) + "\n" + "\n".join(tables)
 
 
@@ -1473,21 +1579,25 @@ def dot_string(text: str) -> str:
 
 
 def dot_text(result: Plain) -> str:
-    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
+    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in
+    orange."""
     boxes: Dict[str, List[Plain]] = {}
     for node in result["nodes"]:
         boxes.setdefault(node["developer"], []).append(node)
     lines = ["digraph sessions {",
              "  rankdir=LR; node [shape=circle fontsize=9]; edge [fontsize=8 color=gray60]"]
     for developer, nodes in boxes.items():
-        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer), dot_string(developer)))
-        lines += ["    %s [label=%s]" % (dot_string(n["id"]), dot_string(n["session_id_hash"][:PREFIX]))
+        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer),
+            dot_string(developer)))
+        lines += ["    %s [label=%s]" % (dot_string(n["id"]),
+            dot_string(n["session_id_hash"][:PREFIX]))
                   for n in nodes]
         lines.append("  }")
     for edge in result["edges"]:
         label = ", ".join(edge["discoveries"][:2]) + (", ..." if edge["discoveries"][2:] else "")
         color = ' color="#d55e00" penwidth=2' if edge["crosses"] else ""
-        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]), dot_string(edge["target"]),
+        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]),
+            dot_string(edge["target"]),
                                                   dot_string(label), color))
     return "\n".join(lines) + "\n}\n"
 
@@ -3673,9 +3783,9 @@ def ship(options: argparse.Namespace) -> int:
     return 0
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Command line
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Usage(Exception):
@@ -3780,8 +3890,8 @@ def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
 
 
 class Question(NamedTuple):
-    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first is the
-    default), and which part of the result is empty when nothing was found."""
+    """A command that asks the database: its arguments (names in ARGUMENTS), its forms (the first
+    is the default), and which part of the result is empty when nothing was found."""
 
     help: str
     example: str
@@ -3806,17 +3916,23 @@ def view(options: argparse.Namespace) -> int:
 
 GITHUB_FLAGS = {"any": None, "with": True, "without": False}
 ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
-    "db": ("--db", {"metavar": "FILE", "required": True, "help": "the database that server.py writes"}),
+    "db": ("--db", {"metavar": "FILE", "required": True,
+              "help": "the database that server.py writes"}),
     "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500),
                         "help": "the last N days (%d)" % DAYS_DEFAULT}),
-    "since": ("--since", {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
+    "since": ("--since",
+              {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
     "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
                             "help": "only sessions with GitHub, or without"}),
-    "discovery": ("--discovery", {"metavar": "REF", "help": "sessions that touched this discovery"}),
-    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999), "help": "at most N rows"}),
-    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0], "help": "what comes first"}),
-    "session": ("session", {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
+    "discovery": ("--discovery", {"metavar": "REF",
+              "help": "sessions that touched this discovery"}),
+    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999),
+              "help": "at most N rows"}),
+    "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0],
+              "help": "what comes first"}),
+    "session": ("session",
+              {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
     "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
     "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
                         "help": "the port to listen on (8788); 0 is any free one"}),
@@ -3836,38 +3952,46 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
 WINDOWED = ("db", "days", "since", "until", "github")
 QUESTIONS = {
     "sessions": Question(
-        "the sessions, newest first", "sessions --db events.db --days 30", (*WINDOWED, "discovery", "limit"),
+        "the sessions, newest first", "sessions --db events.db --days 30",
+        (*WINDOWED, "discovery", "limit"),
         ran_sessions, forms("sessions", sessions_text), "sessions"),
     "session": Question(
-        "one session, with the same identity's others", "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
-        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]}, "session"),
+        "one session, with the same identity's others",
+        "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
+        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]},
+        "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
         (*WINDOWED, "limit", "sort"), ran_discoveries,
         forms("discoveries", discoveries_text), "discoveries"),
     "discovery": Question(
-        "one discovery: whom it reached, and its path", "discovery rate-limit-buckets --db demo.db --days 30",
+        "one discovery: whom it reached, and its path",
+        "discovery rate-limit-buckets --db demo.db --days 30",
         ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
         (*WINDOWED, "discovery", "limit"), ran_graph,
-        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]), "nodes"),
+        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]),
+            "nodes"),
     "developers": Question(
         "who gives and who receives: sessions, calls, tokens saved, hand-overs",
         "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
         forms("developers", developers_text), "developers"),
     "summary": Question(
         "the findings of a window in words, and the window before it beside them: a digest to mail",
-        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED, ran_summary,
+        "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED,
+        ran_summary,
         {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
     "activity": Question(
-        "developers, sessions, tokens saved by day, week and month", "activity --db events.db --days 90",
+        "developers, sessions, tokens saved by day, week and month",
+        "activity --db events.db --days 90",
         (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
     "export": Question(
         "every session of a window, oldest first",
         "export --db events.db --days 365 --format csv > sessions.csv",
         (*WINDOWED, "discovery"), ran_export,
-        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]), "csv": lambda r: csv_stream(r["rows"]),
+        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]),
+        "csv": lambda r: csv_stream(r["rows"]),
          "json": lambda r: json_stream(r["rows"])}, "rows"),
 }
 ACTIONS = {
@@ -3876,26 +4000,30 @@ ACTIONS = {
     "ship": Action("move the rows into a ClickHouse, and on from where it stopped",
                    "ship --db events.db --to 'http://host:8123/?database=analytics' --follow",
                    ("ship_db", "to", "follow", "check", "again", "print_ddl", "cluster"), ship),
-    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"), demo),
+    "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"),
+    demo),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     shape = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
-        "session_events.py", formatter_class=shape, description="Shows the sessions that server.py stored.",
+        "session_events.py", formatter_class=shape,
+        description="Shows the sessions that server.py stored.",
         epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is"
                " nothing in the window), 1 not found or\nnot readable, 2 the command line is wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help, formatter_class=shape,
+        sub = commands.add_parser(name, help=command.help, description=command.help,
+            formatter_class=shape,
                                   epilog="example: python3 session_events.py " + command.example)
         for argument in command.arguments:
             flag, details = ARGUMENTS[argument]
             sub.add_argument(flag, **details)
         if isinstance(command, Question):
-            sub.add_argument("--format", choices=list(command.forms), default=next(iter(command.forms)),
+            sub.add_argument("--format", choices=list(command.forms),
+                default=next(iter(command.forms)),
                              help="the form of the answer (%(default)s)")
     return top
 
@@ -3918,7 +4046,8 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         if not found:
             newest = last_event(reader)
             print("nothing in this window; %s" % (
-                "the last session ended %s UTC (--days and --since look further back)" % minute(newest)
+                "the last session ended %s UTC (--days and --since look further back)"
+                % minute(newest)
                 if newest else "there is no session at all"), file=sys.stderr)
         if left_out:
             print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
@@ -3941,7 +4070,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit neither.
+        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit
+        # neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -3949,8 +4079,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def step_back() -> None:
-    """Lets a server on the same machine go first. A loop of queries beside one under full load on 2 cores took a
-    third of its rate, and takes nothing that can be measured since it does this."""
+    """Lets a server on the same machine go first. A loop of queries beside one under full load on
+    2 cores took a third of its rate, and takes nothing that can be measured since it does
+    this."""
     if hasattr(os, "nice"):
         os.nice(10)
 

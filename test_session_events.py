@@ -4265,6 +4265,70 @@ def check_figures(reader, window, rows, inside, who):
     }
 
 
+def stranger(chance, path):
+    """A small database of another program: columns without types under another collation, two GitHub
+    hashes of one identity, cells that break a rule. (its path, the sessions in it in time order)."""
+    rows = []
+    for n in range(chance.randrange(25)):
+        ended = "2026-05-%02dT%02d:00:00" % (chance.choice((1, 2, 3, 9, 20)), chance.randrange(24))
+        refs = dict.fromkeys("r%d" % chance.randrange(4) for _ in range(chance.randrange(4)))
+        who, tokens = chance.randrange(4), chance.randrange(1000)
+        ended += chance.choice((".000Z", ".500Z", "Z"))
+        one = row(n, who, ended, refs, tokens_saved=tokens)
+        one["github_hash"] = chance.choice((None, None, sha("login", who), sha("other", who)))
+        if chance.random() < 0.2:
+            one[chance.choice(list(one))] = chance.choice((*STRANGE, None))
+        rows.append(one)
+    db = stored(path)
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        columns = ", ".join("%s COLLATE NOCASE" % name for name in row(0))
+        connection.executescript(
+            "DROP TABLE session_events; CREATE TABLE session_events (id INTEGER PRIMARY KEY, %s)"
+            % (columns + ", received_at")
+        )
+        for n, one in enumerate(rows):
+            sql = "INSERT INTO session_events (id, %s) VALUES (?,?,?,?,?,?,?,?,?,?)" % ", ".join(
+                one
+            )
+            connection.execute(sql, [n, *one.values()])
+            if plain_check(list(one.values())):
+                refs = [(ref, n) for ref in json.loads(one["discovery_refs_json"])]
+                connection.executemany("INSERT INTO session_discoveries VALUES (?, ?)", refs)
+    good = [one for one in rows if plain_check(list(one.values()))]
+    for one in good:
+        if len(one["ended_at"]) == 20:
+            one["ended_at"] = one["ended_at"][:-1] + ".000Z"
+    return db, sorted(good, key=lambda one: one["ended_at"])
+
+
+STRANGE = (b"x", -1, "zz", "2026-05-02T10:00:00+02:00", "2026-02-30T00:00:00.000Z", 1e400, "null")
+STRANGE += ("A" * 64, b"0" * 64, '["a b"]', '{"a": "b"}', "2026-05-02t10:00:00z", "5", 10**12)
+
+
+def test_reader_databases_of_other_programs(tmp_path):
+    """Every figure of random small ones against the reference, which sees the sessions alone."""
+    for seed in range(15):
+        db, rows = stranger(random.Random(seed), tmp_path / ("%d.db" % seed))
+        for since, until, github in (
+            ("2026-05-01", "2026-05-31", None),
+            ("2026-05-02", "2026-05-04", True),
+            ("2026-05-01T05:00:00.250Z", "2026-05-09T10:00:00.500Z", False),
+        ):
+            window = session_events.window_between(7, since, until, github, None)
+            timed = [r for r in rows if window.since <= r["ended_at"] < window.until]
+            inside = [r for r in timed if github in (None, r["github_hash"] is not None)]
+            who = reference_developers(timed)
+            with session_events.reading(db) as reader:
+                exported = [s["session_id_hash"] for s in session_events.exported(reader, window)]
+                assert exported == [r["session_id_hash"] for r in inside], seed
+                assert session_events.sessions(reader, window, 1)["total_count_in_window"] == len(
+                    inside
+                )
+                if inside:
+                    check_discoveries(reader, window, inside, who)
+                check_figures(reader, window, rows, inside, who)
+
+
 def test_reader_prefixes_that_look_alike():
     keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
     assert session_events.labels(keys) == {
