@@ -4404,7 +4404,7 @@ SCRIPT = r"""
   const pulse = (from, to) => {
     if (still.matches || from === to) return;
     const items = [];
-    for (let j = Math.max(from, to - 40); j < to; j++) {
+    for (let j = Math.max(from, to - 12); j < to; j++) {  // more at once cost 20 ms a frame
       if (!E[j][3] || picked >= 0 && !E[j][2].includes(picked)) continue;
       items.push(arcs[j], links[E[j][0]], links[E[j][1]]);
     }
