@@ -1857,7 +1857,8 @@ class Picture:
             len(self.ordered), len(self.developers))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
                 '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
-                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg><g id="discs">%s</g>'
+                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
+                '<g id="discs">%s</g>'
                 '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
                 '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
                 '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/></svg></svg>' % (
@@ -2717,7 +2718,8 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
+        return {"discoveries": [
+            {name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
@@ -2996,8 +2998,8 @@ def demo_hash(*words: object) -> str:
 
 
 def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
-    """(minute since the first midnight, developer) of each session's end, in time order. Each developer has
-    hours, a pace, and days off."""
+    """(minute since the first midnight, developer) of each session's end, in time order. Each
+    developer has hours, a pace, and days off."""
     moments = []
     for developer in range(DEMO_DEVELOPERS):
         morning, pace = 60 * (6 + 4 * (developer // DEMO_TEAM) + 2 * chance()), .8 + 2.4 * chance()
@@ -3005,12 +3007,13 @@ def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
             if chance() < (.55 if day % 7 in (5, 6) else .18):
                 continue
             for _ in range(1 + int(pace * chance() + chance())):
-                moments.append((int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440), developer))
+                at = int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440)
+                moments.append((at, developer))
     return sorted(moments)
 
 
-def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int, chance: Callable[[], float],
-               fresh: List[str]) -> Tuple[List[str], int]:
+def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int,
+               chance: Callable[[], float], fresh: List[str]) -> Tuple[List[str], int]:
     """The discoveries of one session and how many of them it found there. What is recent is likelier, what
     one's own team touched likelier still. `known` {ref: [(minute, developer) ...]} learns them; `fresh` gives
     up new ones."""
@@ -3039,8 +3042,10 @@ def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
         tools = int(math.exp(1.6 + 2.9 * chance()) + 6 * len(refs))
         tokens = int(tools * 40 * chance() + found * (1500 + 6000 * chance()))
         ended = end - DEMO_DAYS * DAY_MS + at * 60_000 + int(chance() * 59_000)
-        yield (demo_hash("identity", developer), demo_hash("login", developer) if developer % 3 else None,
-               demo_hash("session", n), moment_text(ended), tools, tokens, demo_hash("branch", n // 3)[:12],
+        yield (demo_hash("identity", developer),
+               demo_hash("login", developer) if developer % 3 else None,
+               demo_hash("session", n), moment_text(ended), tools, tokens,
+               demo_hash("branch", n // 3)[:12],
                json.dumps(refs, separators=(",", ":")), "1.%d.0" % (28 + at // 10_080),
                moment_text(ended + 700)[:19] + "Z")
 
@@ -3068,14 +3073,15 @@ def write_demo(path: str) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page on it."""
+    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page
+    on it."""
     if options.db:
         print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
         return 0
     with tempfile.TemporaryDirectory(prefix="session-events-") as folder:
         db = os.path.join(folder, "demo.db")
-        print("%d synthetic sessions of %d developers who do not exist" % (write_demo(db), DEMO_DEVELOPERS),
-              flush=True)
+        print("%d synthetic sessions of %d developers who do not exist" % (
+            write_demo(db), DEMO_DEVELOPERS), flush=True)
         return serve(db, options.port, can_open_browser(), "&days=14")
 
 
