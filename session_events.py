@@ -26,13 +26,15 @@ As a library (all results are plain dicts and lists, the same as `--format json`
         week = session_events.last_days(7)
         print(session_events.graph(reader, week)["totals"])
 
-Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the
-database file → viewer → demo → ship → command line.
+Rooms: the contract → a row → queries → the graph → renderers (text, CSV, DOT; HTML) → the database
+file → viewer → demo → ship → command line → style → script.
 """
 from __future__ import annotations
 
 import argparse
 import base64
+import bisect
+import collections
 import contextlib
 import csv
 import datetime
@@ -74,6 +76,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -735,19 +738,26 @@ class Story:
         self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
         self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
         # (identity, GitHub hash), of every session
-        self.pairs: Set[Tuple[str, Optional[str]]] = set()
+        # {(identity, GitHub hash): (developer, identity)} of every session; developers by name
+        self.pairs: Dict[Tuple[str, Optional[str]], Tuple[str, str]] = {}
+        self.names: Dict[str, str] = {}
 
     def take(self, rows: Iterable[Sequence[Any]]) -> None:
         """Sessions as rows of COLUMNS. (A Session of each would take as long again.)"""
         every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
+        people = self.pairs
         for row in rows:
             _, identity, github, _, ended, tools, tokens, _, refs, _ = row
-            self.pairs.add((identity, github))
+            person = people.get((identity, github))
+            if person is None:
+                who = github or self.logins.get(identity) or identity
+                person = people[identity, github] = self.names.setdefault(who, who), identity
             if not every and not passes(self.window, row):
                 continue
             if len(ended) == 20:
                 ended = ended[:19] + ".000Z"
-            who = github or self.logins.get(identity) or identity
+            # One object for each text: with a new one a row, sets and dictionaries take twice as long.
+            who, identity = person
             deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
             built = False
             for ref in refs_in(refs) if refs != "[]" else ():
@@ -909,9 +919,10 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
     start, end = ends
-    counts = [0] * SPARKS
-    for at in (stored_instant(ended) or 0 for ended in trail.ended):
-        counts[min(SPARKS - 1, max(0, (at - start) * SPARKS // max(1, end - start)))] += 1
+    edges = [moment_text(start - start_of_part // SPARKS)  # rounded up: minus, floor, minus
+             for start_of_part in range(start - end, (start - end) * SPARKS, start - end)]
+    cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
+    counts = [after - before for before, after in zip(cuts, cuts[1:])]
     return {"discovery_id": name, "first_seen_at": trail.ended[0],
             "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
             "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
@@ -1592,382 +1603,20 @@ def dot_text(result: Plain) -> str:
     return "\n".join(lines) + "\n}\n"
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Renderers: HTML (pure). Every value goes through `esc`; nothing on a page comes from elsewhere
-# ======================================================================================================
+# ==================================================================================================
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430; --soft: #5a6675;
-  --line: #e2e4e2; --disc: #1f6fb2; --own: #8fa6bb; --cross: #d55e00; --lit: #1b2430; }
-@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1;
-  --soft: #9aa7b6; --line: #29313c; --disc: #63b3f4; --own: #55708a; --cross: #ff9a3c; --lit: #ffffff; } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system,
-  "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif; }
-.wrap { max-width: 1880px; margin: 0 auto; padding: 0 clamp(12px, 2vw, 36px) 40px }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 16px 0 12px }
-header b { font-size: 17px; letter-spacing: -.01em }
-nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
-nav a { color: var(--soft); text-decoration: none; padding: 3px 0; border-bottom: 2px solid transparent }
-nav a[aria-current] { color: var(--ink); border-color: var(--cross) }
-a { color: var(--disc) }
-a:focus-visible, button:focus-visible, input:focus-visible, select:focus-visible, summary:focus-visible {
-  outline: 2px solid var(--cross); outline-offset: 2px }
-h1 { font-size: 21px; line-height: 1.3; letter-spacing: -.01em; margin: 10px 0 2px; overflow-wrap: anywhere }
-h1.m { font-size: 15px; white-space: normal; margin-bottom: 10px }
-h2 { font-size: 16px; margin: 28px 0 8px }
-p { margin: 4px 0 12px; max-width: 75ch }
-.note { color: var(--soft) }
-form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 14px; font-size: 13px }
-form label { display: grid; gap: 2px; color: var(--soft) }
-input, select, button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: 7px; padding: 5px 9px; min-height: 34px; max-width: 100% }
-button { cursor: pointer; font-weight: 600 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px;
-  margin: 0 0 14px }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 10px;
-  margin: 12px 0 14px }
-.tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  padding: 9px 14px 10px }
-.tiles dt { color: var(--soft); font-size: 13px }
-.tiles dd { margin: 0; font-size: 23px; line-height: 1.25; font-weight: 650; letter-spacing: -.02em;
-  font-variant-numeric: tabular-nums }
-.tiles dd small { font-size: 13px; font-weight: 400; letter-spacing: 0; color: var(--soft) }
-.controls { display: none; align-items: center; flex-wrap: wrap; gap: 8px 12px; margin-bottom: 10px }
-.live .controls { display: flex }
-.controls button { min-width: 82px; background: var(--disc); border-color: var(--disc); color: var(--card) }
-.controls input { flex: 1 1 220px; padding: 0; min-width: 120px; accent-color: var(--disc); border: 0 }
-.controls output { font-variant-numeric: tabular-nums; min-width: 10.5em; font-weight: 600 }
-.stage { overflow-x: auto }
-#chart { display: block; width: 100%; min-width: 760px; height: auto }
-.live #chart { min-width: 0 }
-#panel .note { font-size: 14px }
-#chart text { fill: var(--soft);
-  font: 11px ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
-#lanes line { stroke: var(--line) }
-#ticks line { stroke: var(--line); stroke-dasharray: 2 4 }
-#ticks text { text-anchor: middle }
-#now { stroke: var(--cross); stroke-width: 1.5 }
-#arcs { fill: none; pointer-events: none }
-#arcs path { stroke: var(--own); stroke-width: 1.1; stroke-dasharray: 3 3; opacity: .75 }
-#arcs .x { stroke: var(--cross); stroke-width: 1.5; stroke-dasharray: none; opacity: .62 }
-.dense #arcs path { opacity: .28; stroke-width: .8 }
-.dense #arcs .x { opacity: .3 }
-#discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8; transition: opacity .25s }
-#discs .g { fill: var(--disc); fill-opacity: .82; stroke: var(--card); stroke-width: 1 }
-#discs a { cursor: pointer; outline: none }
-#discs .later { opacity: .12; pointer-events: none }
-#arcs .later { display: none }
-.lit #arcs path { opacity: .06 }
-.lit #arcs .on { opacity: 1; stroke-width: 2.2 }
-.lit #discs a:not(.on) { opacity: .16 }
-#discs .at circle { stroke: var(--lit); stroke-width: 2.5; fill-opacity: 1 }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px;
-  margin-top: 8px }
-.legend span { display: inline-flex; align-items: center; gap: 7px }
-.legend svg { overflow: visible }
-.legend circle { fill: none; stroke: var(--disc); stroke-width: 1.8 }
-.legend .g { fill: var(--disc) }
-.legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
-.legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
-#panel { display: none; min-height: 84px; margin-bottom: 6px }
-.live #panel { display: block }
-#panel strong { font-weight: 650 }
-.chips { display: flex; flex-wrap: wrap; gap: 6px; margin: 6px 0 0; padding: 0; list-style: none }
-.chips li { max-width: 100% }
-.chips a, .chips span { display: inline-block; border: 1px solid var(--line); border-radius: 99px;
-  padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
-.scroll { overflow-x: auto; margin-top: 18px }
-table { border-collapse: collapse; min-width: min(100%, 620px); font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--soft); padding: 0 0 6px }
-th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
-th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td { overflow-wrap: anywhere }
-.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
-.m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px;
-  white-space: nowrap }
-.d { min-width: 180px }
-.bar { width: 50vw; min-width: 60px; padding-right: 0 }
-.bar svg { display: block; width: 100%; height: 16px; margin-top: 3px }
-.bar rect { fill: var(--disc) }
-summary { cursor: pointer }
-dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
-dl.facts dt { color: var(--soft) }
-dl.facts dd { margin: 0; overflow-wrap: anywhere }
-.skip { position: absolute; left: -999px }
-.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
-@media (max-width: 640px) {
-  form { display: grid; grid-template-columns: 1fr 1fr }
-  form input, form select { width: 100% }
-  .wide { display: none }
-  th, td { padding-right: 12px }
-  .tiles { grid-template-columns: 1fr 1fr 1fr; gap: 6px }
-  .tiles div { padding: 6px 9px }
-  .tiles dd { font-size: 18px }
-  .card { padding: 10px 11px }
-  dl.facts { grid-template-columns: 1fr; gap: 0 }
-  dl.facts dd { margin-bottom: 7px }
-}
-@media (prefers-reduced-motion: reduce) { * { transition: none !important } }
-"""
+@functools.lru_cache(maxsize=None)
+def policy() -> str:
+    """The Content-Security-Policy of every page: only STYLE and SCRIPT style or run it. data: is
+    the empty icon, which keeps browsers from asking for one."""
+    def source(text: str) -> str:
+        digest = hashlib.sha256(text.encode()).digest()
+        return "'sha256-%s'" % base64.b64encode(digest).decode()
 
-SCRIPT = r"""
-"use strict";
-(() => {
-  const $ = id => document.getElementById(id);
-  const D = JSON.parse($("data").textContent), S = D.sessions, E = D.edges;
-  const chart = $("chart"), slider = $("slider"), play = $("play"), speed = $("speed"), panel = $("panel");
-  const links = [...chart.querySelectorAll("#discs a")], arcs = [...chart.querySelectorAll("#arcs path")];
-  const discs = links.map(a => a.firstElementChild), radii = discs.map(disc => disc.r.baseVal.value);
-  const lanes = [...chart.querySelectorAll("#lanes line")];
-  const ticks = [...chart.querySelectorAll("#ticks g")], hint = panel.innerHTML;
-  const number = n => n.toLocaleString("en-US");
-  const clock = t => new Date(D.start + t).toISOString();
-
-  // What the counters say after the first n sessions, and how many arcs there are by then.
-  const totals = [[0, 0, 0, 0, 0]], arcsBy = [0], developers = new Set(), refs = new Set();
-  S.forEach((s, i) => {
-    const last = totals[i];
-    developers.add(s[1]);
-    s[4].forEach(ref => refs.add(ref));
-    totals.push([i + 1, developers.size, last[2] + s[3], refs.size, last[4] + s[5]]);
-    let n = arcsBy[i];
-    while (n < E.length && E[n][1] <= i) n++;
-    arcsBy.push(n);
-  });
-  const arcsOf = new Map();
-  E.forEach((e, j) => e[2].forEach(ref => arcsOf.has(ref) ? arcsOf.get(ref).push(j) : arcsOf.set(ref, [j])));
-
-  // The moment.
-  let moment = D.span, sessions = S.length, written = 0, frame = 0, before = 0;
-  const endedBy = t => {
-    let low = 0, high = S.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (S[middle][0] <= t) low = middle + 1; else high = middle;
-    }
-    return low;
-  };
-  const reveal = (items, from, to) => {
-    for (let i = from; i < to; i++) items[i].classList.remove("later");
-    for (let i = to; i < from; i++) items[i].classList.add("later");
-  };
-  const show = t => {
-    moment = Math.min(D.span, Math.max(0, t));
-    const n = endedBy(moment), text = clock(moment);
-    reveal(links, sessions, n);
-    reveal(arcs, arcsBy[sessions], arcsBy[n]);
-    sessions = n;
-    totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
-    slider.value = moment;
-    slider.setAttribute("aria-valuetext", text.slice(0, 16).replace("T", " ") + " UTC, " + n + " sessions");
-    $("moment").textContent = text.slice(0, 16).replace("T", " ") + " UTC";
-    $("now").setAttribute("x1", x(moment));
-    $("now").setAttribute("x2", x(moment));
-  };
-  const write = () => { written = Date.now(); history.replaceState(null, "", "#t=" + clock(moment)); };
-  const read = () => {
-    const match = /^#t=(\d{4}-\d\d-\d\dT[\d:.]+Z)$/.exec(location.hash);
-    const t = match ? Date.parse(match[1]) : NaN;
-    if (!isNaN(t)) { stop(); show(t - D.start); }
-  };
-  const stop = () => {
-    if (frame) cancelAnimationFrame(frame);
-    frame = 0;
-    play.textContent = "Play";
-  };
-  const tick = time => {
-    const all = 40000;  // ms for the whole window at speed 1
-    const passed = Math.min(250, time - before);  // a page that was out of sight goes on where it was
-    show(moment + passed / all * D.span * Number(speed.value));
-    before = time;
-    if (Date.now() - written > 500) write();  // browsers refuse more than some hundred in half a minute
-    if (moment < D.span) frame = requestAnimationFrame(tick);
-    else { stop(); write(); }
-  };
-  const toggle = () => {
-    if (frame) { stop(); write(); return; }
-    if (moment >= D.span) show(0);
-    play.textContent = "Pause";
-    before = performance.now();
-    frame = requestAnimationFrame(tick);
-  };
-  const go = t => { stop(); show(t); write(); };
-  const step = by => {
-    const n = Math.min(S.length, Math.max(1, by > 0 ? sessions + 1 : S.length && endedBy(moment - 1)));
-    go(S[n - 1][0]);
-  };
-  const faster = by => {
-    speed.selectedIndex = Math.min(speed.length - 1, Math.max(0, speed.selectedIndex + by));
-  };
-
-  // Geometry: the still picture's, with the width that there is. The same formulas as in `figure`.
-  let width = D.width, left = D.left;
-  const x = t => Math.round((left + t / D.span * (width - left - D.right)) * 10) / 10;
-  const y = lane => D.top + (lane + 0.5) * D.lane;
-  const arc = (a, b) => {
-    const x1 = x(a[0]), x2 = x(b[0]), y1 = y(a[1]), y2 = y(b[1]), run = x2 - x1;
-    if (a[1] === b[1])
-      return `M${x1} ${y1}Q${(x1 + x2) / 2} ${y1 - Math.min(D.lane * 1.1, 8 + run / 2)} ${x2} ${y2}`;
-    const bend = Math.max(12, run / 2);
-    return `M${x1} ${y1}C${x1 + bend} ${y1} ${x2 - bend} ${y2} ${x2} ${y2}`;
-  };
-  const layout = () => {
-    const room = Math.round(chart.parentNode.clientWidth);
-    if (room === width || !room) return;
-    width = room;
-    left = Math.min(D.left, Math.max(70, width * 0.1));
-    chart.setAttribute("viewBox", `0 0 ${width} ${D.height}`);
-    const scale = Math.min(1, Math.max(0.45, width / 1000));
-    S.forEach((s, i) => {
-      discs[i].setAttribute("cx", x(s[0]));
-      discs[i].setAttribute("r", Math.max(1.5, radii[i] * scale));
-    });
-    E.forEach((e, j) => arcs[j].setAttribute("d", arc(S[e[0]], S[e[1]])));
-    lanes.forEach(line => { line.setAttribute("x1", left); line.setAttribute("x2", width); });
-    let free = left - 30;
-    ticks.forEach((tick, i) => {
-      const at = x(D.ticks[i]), fits = at - 28 >= free && at < width - 26;
-      tick.firstElementChild.setAttribute("x1", at);
-      tick.firstElementChild.setAttribute("x2", at);
-      tick.lastElementChild.setAttribute("x", at);
-      tick.lastElementChild.setAttribute("visibility", fits ? "visible" : "hidden");
-      if (fits) free = at + 34;
-    });
-    show(moment);
-  };
-
-  // One session: what it knew, where that went, what it was.
-  let lit = -1;
-  const unlight = () => {
-    if (lit < 0) return;
-    lit = -1;
-    chart.classList.remove("lit");
-    chart.querySelectorAll(".on, .at").forEach(item => item.classList.remove("on", "at"));
-    panel.innerHTML = hint;
-  };
-  const light = i => {
-    if (i === lit) return;
-    unlight();
-    lit = i;
-    const went = new Set(), into = new Set();
-    S[i][4].forEach(ref => (arcsOf.get(ref) || []).forEach(j => { if (E[j][0] >= i) went.add(j); }));
-    E.forEach((e, j) => { if (e[1] === i) into.add(j); });
-    [...went, ...into].forEach(j => {
-      arcs[j].classList.add("on");
-      links[E[j][0]].classList.add("on");
-      links[E[j][1]].classList.add("on");
-    });
-    links[i].classList.add("on", "at");
-    chart.classList.add("lit");
-    describe(i, went, into);
-  };
-  const element = (name, text, parent) => {
-    const made = parent.appendChild(document.createElement(name));
-    made.textContent = text;
-    return made;
-  };
-  const describe = (i, went, into) => {
-    const s = S[i], reached = new Set([...went].map(j => S[E[j][1]][1]));
-    reached.delete(s[1]);
-    panel.textContent = "";
-    const line = panel.appendChild(document.createElement("div"));
-    element("strong", D.developers[s[1]], line);
-    const some = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
-    line.append(` ended ${clock(s[0]).slice(0, 16).replace("T", " ")} UTC: ${some(s[2], "tool call")}, ` +
-      `${some(s[3], "token")} saved. ` + (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
-      `what it touched went on to ${some(reached.size, "other developer")}.` : "No discoveries."));
-    const chips = panel.appendChild(document.createElement("ul"));
-    chips.className = "chips";
-    s[4].slice(0, 40).forEach(ref => {
-      const chip = element(D.links ? "a" : "span", D.refs[ref], element("li", "", chips));
-      if (D.links) chip.href = "/discovery?ref=" + encodeURIComponent(D.names[ref] || D.refs[ref]);
-    });
-    if (s[4].length > 40) element("li", `and ${s[4].length - 40} more`, chips);
-  };
-
-  // Pointing, touching, keys.
-  const index = new Map(links.map((a, i) => [a, i]));
-  const nearest = event => {
-    const box = chart.getBoundingClientRect(), scale = width / box.width;
-    const px = (event.clientX - box.left) * scale, py = (event.clientY - box.top) * scale;
-    let best = -1, least = 20;
-    for (let i = 0; i < sessions; i++) {
-      const distance = Math.hypot(x(S[i][0]) - px, y(S[i][1]) - py);
-      if (distance < least) { least = distance; best = i; }
-    }
-    return best;
-  };
-  let touched = false;
-  const focused = () => index.has(document.activeElement) ? index.get(document.activeElement) : -1;
-  const rest = () => { if (focused() >= 0) light(focused()); else unlight(); };
-  const stops = i => { links.forEach((a, k) => a.setAttribute("tabindex", k === i ? "0" : "-1")); };
-  chart.addEventListener("pointermove", event => {
-    if (event.pointerType === "touch") return;
-    const i = nearest(event);
-    if (i >= 0) light(i); else rest();
-  });
-  chart.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") rest(); });
-  chart.addEventListener("pointerdown", event => { touched = event.pointerType === "touch"; });
-  chart.addEventListener("click", event => {
-    const direct = index.get(event.target.closest("a")), i = direct === undefined ? nearest(event) : direct;
-    if (i < 0) { unlight(); return; }
-    const first = touched && i !== lit;  // a finger cannot point: its first touch does
-    if (first || !D.links) event.preventDefault();
-    light(i);
-    if (!first && D.links && direct === undefined) location.href = links[i].href.baseVal;
-  });
-  chart.addEventListener("focusin", event => {
-    const i = index.get(event.target);
-    if (i !== undefined) { stops(i); light(i); }
-  });
-  chart.addEventListener("focusout", unlight);
-  chart.addEventListener("keydown", event => {
-    const i = focused(), lane = by => {
-      for (let k = i + by; k >= 0 && k < sessions; k += by) if (S[k][1] === S[i][1]) return k;
-      return i;
-    };
-    const moves = {ArrowLeft: i - 1, ArrowRight: i + 1, ArrowUp: lane(-1), ArrowDown: lane(1)};
-    if (i < 0 || !(event.key in moves)) return;
-    event.preventDefault();
-    event.stopPropagation();
-    const to = Math.min(sessions - 1, Math.max(0, moves[event.key]));
-    if (to >= 0) { stops(to); links[to].focus(); }
-  });
-  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1), Home: () => go(0),
-    End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1), Escape: unlight};
-  document.addEventListener("keydown", event => {
-    const at = event.target, typing = at.closest("select, input:not(#slider)");
-    if (typing || event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys)) return;
-    if (event.key === " " && at.closest("button, a, summary")) return;
-    if (at === slider && event.key !== " " && event.key !== "+" && event.key !== "-") return;
-    event.preventDefault();
-    keys[event.key]();
-  });
-  play.addEventListener("click", toggle);
-  slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
-  slider.addEventListener("change", write);
-  window.addEventListener("hashchange", read);
-  new ResizeObserver(layout).observe(chart.parentNode);
-
-  document.documentElement.classList.add("live");
-  slider.max = D.span;
-  slider.step = Math.max(1, Math.round(D.span / 500));
-  stops(S.length - 1);
-  layout();
-  show(moment);
-  read();
-})();
-"""
-
-
-def source_hash(text: str) -> str:
-    return "'sha256-%s'" % base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# Only these two texts run or style a page; data: is the empty icon, which keeps browsers from asking for one.
-POLICY = ("default-src 'none'; script-src %s; style-src %s; img-src data:; base-uri 'none';"
-          " form-action 'self'" % (source_hash(SCRIPT), source_hash(STYLE)))
+    return ("default-src 'none'; script-src %s; style-src %s; img-src data:; base-uri 'none';"
+            " form-action 'self'" % (source(SCRIPT), source(STYLE)))
 
 
 def esc(text: object) -> str:
@@ -1978,33 +1627,53 @@ def esc(text: object) -> str:
 def embedded(value: object) -> str:
     """JSON inside a <script>: ASCII only, without the three characters that could end or change the
     element."""
-    return compact_json(value).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    text = compact_json(value)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def document(title: str, body: str, head: str = "") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">%s<title>%s</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,"><style>%s</style>'
-        '</head>\n<body><div class="wrap">%s</div></body></html>\n' % (head, esc(title), STYLE, body))
+        '<meta name="referrer" content="no-referrer"><link rel="icon" href="data:,">'
+        '<style>%s</style></head>\n<body><div class="wrap">%s</div></body></html>\n' % (
+            head, esc(title), STYLE, body))
+
+
+def forwarding(address: str) -> str:
+    """A page that goes on to another address at once, also where no script runs."""
+    to = esc(address)
+    body = '<main><h1>Opening the pages</h1><p><a href="%s">Go on</a></p></main>' % to
+    return document("Opening", body, '<meta http-equiv="refresh" content="0;url=%s">' % to)
 
 
 class HtmlColumn(NamedTuple):
-    """One column of an HTML table: `cell` gives HTML; `kind` is a CSS class: n number, m hash or
-    time, d discoveries, wide what a narrow screen leaves out."""
+    """One column of an HTML table. `cell` gives HTML; `kind` is a CSS class: n number, m hash or
+    time, d discoveries, wide what a narrow screen leaves out; `sort`: a link that sorts by it."""
 
     title: str
     cell: Callable[[Plain], str]
     kind: str = ""
+    sort: str = ""
 
 
-def html_table(caption: str, columns: Sequence[HtmlColumn], rows: Sequence[Plain]) -> str:
-    head = "".join('<th scope="col" class="%s">%s</th>' % (c.kind, esc(c.title)) for c in columns)
+def html_table(caption: str, columns: Sequence[HtmlColumn], rows: Sequence[Plain],
+               kind: str = "cards", sorted_by: str = "") -> str:
+    """A table; the `cards` become a card for each row where the screen is narrow."""
+    def title(c: HtmlColumn) -> str:
+        if not c.sort:
+            return '<th scope="col" class="%s">%s</th>' % (c.kind, esc(c.title))
+        mark, order = (" &#9662;", ' aria-sort="other"') if c.sort == sorted_by else ("", "")
+        return '<th scope="col" class="%s"%s><a href="%s">%s</a>%s</th>' % (
+            c.kind, order, esc(c.sort), esc(c.title), mark)
+
     body = "".join(
-        "<tr>%s</tr>\n" % "".join('<td class="%s">%s</td>' % (c.kind, c.cell(row)) for c in columns)
+        "<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
+            c.kind, esc(c.title.lower()), c.cell(row)) for c in columns)
         for row in rows)
-    return ('<div class="scroll"><table><caption>%s</caption><thead><tr>%s</tr></thead><tbody>\n%s</tbody>'
-            '</table></div>' % (esc(caption), head, body))
+    return ('<div class="scroll"><table class="%s"><caption>%s</caption><thead><tr>%s</tr></thead>'
+            '<tbody>\n%s</tbody></table></div>' % (
+                kind, esc(caption), "".join(map(title, columns)), body))
 
 
 def digits(value: int) -> str:
@@ -2012,12 +1681,19 @@ def digits(value: int) -> str:
 
 
 def session_link(s: Plain) -> str:
-    return '<a href="/session/%s">%s</a>' % (esc(s["session_id_hash"]), esc(s["session_id_hash"][:12]))
+    return '<a href="/session/{0}">{0:.12}</a>'.format(esc(s["session_id_hash"]))
 
 
-def discovery_link(ref: str, words: str = "") -> str:
-    return '<a href="/discovery?ref=%s">%s</a>' % (
-        urllib.parse.quote(ref.encode("utf-8", "replace"), safe=""), esc(words or fit(visible(ref), 128)))
+def developer_link(row: Plain, query: str = "?days=90") -> str:  # a name lasts for a quarter
+    return '<a href="/developer/%s%s">%s</a>' % (
+        esc(row["developer"]), esc(query), esc(row["developer"]))
+
+
+def discovery_link(ref: str, query: str = "") -> str:
+    """`query`: the window, as "?days=30"; without one the page shows all there ever was."""
+    return '<a href="/discovery?ref=%s%s">%s</a>' % (
+        urllib.parse.quote(ref.encode("utf-8", "replace"), safe=""), esc(query.replace("?", "&")),
+        esc(fit(visible(ref), 128)))
 
 
 def discovery_links(refs: Sequence[str], most: int = 3) -> str:
@@ -2025,123 +1701,99 @@ def discovery_links(refs: Sequence[str], most: int = 3) -> str:
     return ", ".join(map(discovery_link, refs[:most])) + more
 
 
-def tiles(values: Iterable[Tuple[str, str, str]]) -> str:
+def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
     """Counters: (title, HTML, id or "")."""
-    return '<dl class="tiles">%s</dl>' % "".join(
-        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (esc(title), ' id="%s"' % name if name else "", value)
-        for title, value, name in values)
+    return '<dl class="tiles %s">%s</dl>' % (kind, "".join(
+        "<div><dt>%s</dt><dd%s>%s</dd></div>" % (
+            esc(title), ' id="%s"' % name if name else "", value)
+        for title, value, name in values))
 
 
-COUNTERS = (("sessions", "sessions"), ("developers", "developers"), ("tokens saved", "tokens_saved"),
-            ("discoveries", "discoveries"), ("hand-overs", "hand_overs"))
+COUNTERS = (("sessions", "sessions"), ("developers", "developers"),
+            ("tokens saved", "tokens_saved"), ("discoveries", "discoveries"),
+            ("hand-overs", "hand_overs"))
 HTML_SESSIONS = (
     HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
     HtmlColumn("Session", session_link, "m"),
-    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
+    HtmlColumn("Developer", developer_link, "m"),
     HtmlColumn("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide"),
-    HtmlColumn("Tool calls", lambda s: digits(s["tool_count"]), "n"),
+    HtmlColumn("Calls", lambda s: digits(s["tool_count"]), "n"),
     HtmlColumn("Tokens saved", lambda s: digits(s["tokens_saved"]), "n"),
     HtmlColumn("Branch", lambda s: esc(s["branch_sha"] or "-"), "m wide"),
     HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"]), "d"),
 )
-HTML_DISCOVERIES = (
-    HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"])),
-    HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n"),
-    HtmlColumn("Identities", lambda d: digits(d["distinct_identity_count"]), "n"),
-    HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide"),
-    HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m"),
+HTML_DEVELOPERS = (
+    HtmlColumn("Sessions", lambda d: digits(d["sessions"]), "n"),
+    HtmlColumn("Calls", lambda d: digits(d["tool_count"]), "n"),
+    HtmlColumn("Tokens saved", lambda d: digits(d["tokens_saved"]), "n"),
+    HtmlColumn("Given", lambda d: digits(d["given"]), "n"),
+    HtmlColumn("Received", lambda d: digits(d["received"]), "n"),
+    HtmlColumn("Cold start", lambda d: esc(cold_words(d)), "n"),
 )
 HTML_FLOWS = (
     HtmlColumn("From", lambda f: esc(f["source"]), "m"),
-    HtmlColumn("To", lambda f: esc(f["target"]), "m"),
+    HtmlColumn("To", lambda f: esc(f["target"]), "m to"),
     HtmlColumn("Discoveries", lambda f: digits(f["discoveries"]), "n"),
     HtmlColumn("Sessions", lambda f: digits(f["edges"]), "n"),
 )
 HTML_PATH = (
     HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
     HtmlColumn("Session", session_link, "m"),
-    HtmlColumn("Developer", lambda s: esc(s["developer"]), "m"),
-    HtmlColumn("", lambda s: "from another developer" if s["crosses"] else ""),
+    HtmlColumn("Developer", developer_link, "m"),
+    HtmlColumn("How", lambda s: "from another developer" if s["crosses"] else "-"),
+)
+HTML_REACHED = (
+    HtmlColumn("Reached (UTC)", lambda r: esc(minute(r["at"])), "m"),
+    HtmlColumn("Developer", developer_link, "m"),
+    HtmlColumn("In session", session_link, "m"),
 )
 
 
-# The picture. Lengths are px of a picture WIDE wide; the script lays it out again for the width there is.
+# The picture of the replay. Its height is px; across, a moment is a share of the width, so that
+# the same picture fits every screen, and the script has nothing to lay out.
 
-WIDE, LEFT, RIGHT, TOP = 1200, 92, 16, 26
-TICK_STEPS = [step * 3_600_000 for step in (1, 3, 6, 12, 24, 48, 168, 720, 2160, 8760)]  # ms
-MOST_ARCS = 6000  # drawn; a page that has more says so
+CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
+MOST_ARCS = 6000  # in one page, which says so if there are more
+MOST_CELLS = 60  # of one lane
+LANE_PX, PICTURE_PX = (14.0, 42.0), 600  # least and most of a lane; of all lanes, about
+HOUR_MS = 3_600_000
+TICK_HOURS = (1, 3, 6, 12, 24, 48, 168)  # between two ticks; 168 is a week, from Monday
+TICK_MONTHS = (1, 3, 12, 60, 120, 1200, 12_000)
+MOST_TICKS = 12
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-Figure = Tuple[str, Plain, int]  # the picture, the data for the script, arcs left out
+
+def month_starts(start: int, end: int, step: int) -> Iterator[Tuple[int, int, int]]:
+    """(ms since 1970, year, month from 1) of each `step`-th month's first moment in start..end."""
+    first = moment_text(start)
+    months = int(first[:4]) * 12 + int(first[5:7]) - 1
+    for index in range(-(-months // step) * step, 12 * 10_000, step):
+        year, month = index // 12, index % 12 + 1
+        at = instant("%04d-%02d-01T00:00:00Z" % (year, month)) if year else None
+        if at is not None and at > end:
+            return
+        if at is not None and at >= start:
+            yield at, year, month
 
 
 def ticks_of(start: int, span: int) -> List[Tuple[int, str]]:
-    """(ms after `start`, label) of at most 10 round moments."""
-    step = next((step for step in TICK_STEPS if span <= 10 * step), 10 * TICK_STEPS[-1])
-    moments = range(-(-start // step) * step, start + span + 1, step)
-    return [(at - start, tick_label(at, step)) for at in moments[:12]]
+    """(ms since 1970, label) of at most MOST_TICKS + 1 round moments: hours to weeks, or months,
+    quarters and years where the span is long."""
+    hours = next((h for h in TICK_HOURS if span <= MOST_TICKS * h * HOUR_MS), 0)
+    if hours:
+        step = hours * HOUR_MS
+        monday = 4 * DAY_MS if hours == 168 else 0  # 1970 began on a Thursday
+        moments = range(-((monday - start) // step) * step + monday, start + span + 1, step)
+        return [(at, day_words(moment_text(at)) if at % DAY_MS == 0 else moment_text(at)[11:16])
+                for at in moments]
+    step = next((m for m in TICK_MONTHS if span <= MOST_TICKS * m * 30 * DAY_MS), TICK_MONTHS[-1])
+    return [(at, "%d" % year if step >= 12 else "Q%d %d" % (month // 3 + 1, year) if step == 3
+             else "%s %d" % (MONTHS[month - 1], year))
+            for at, year, month in month_starts(start, start + span, step)]
 
 
-def tick_label(at: int, step: int) -> str:
-    text = moment_text(at)
-    return text[5:10] if step >= DAY_MS else text[5:10] + " " + text[11:16]
-
-
-def figure(ordered: Sequence[Session], only: Optional[str] = None, links: bool = True) -> Figure:
-    """One or more sessions in time order as an SVG and the data that brings it to life. `only`: arcs of this
-    discovery alone; `links`: the sessions have pages to go to. The script's `layout` knows the same
-    formulas."""
-    start = ordered[0].ended
-    span_ms = max(1, ordered[-1].ended - start)
-    shown = labels(s.developer for s in ordered)
-    lanes = {key: n for n, key in enumerate(dict.fromkeys(s.developer for s in ordered))}
-    lane = max(14.0, min(42.0, round(600 / len(lanes), 1)))
-    height = round(TOP + lane * len(lanes) + 6, 1)
-    largest = max(s.tools for s in ordered) or 1
-    at = [(round(LEFT + (s.ended - start) / span_ms * (WIDE - LEFT - RIGHT), 1),
-           round(TOP + (lanes[s.developer] + .5) * lane, 1)) for s in ordered]
-    radius = [round(max(1.5, min(17.0, lane * .62) * math.sqrt(s.tools / largest)), 1) for s in ordered]
-    every = edges_of(ordered, only)
-    crosses = [ordered[e.source].developer != ordered[e.target].developer for e in every]
-    hand_overs = [0] * len(ordered)
-    for edge, crossing in zip(every, crosses):
-        hand_overs[edge.target] += len(edge.refs) if crossing else 0
-    drawn = [(e, crossing) for e, crossing in zip(every, crosses)][-MOST_ARCS:]
-    marks = ticks_of(start, span_ms)
-    svg = figure_svg(ordered, shown, lanes, (height, lane), at, radius, drawn, marks, links)
-    return svg, figure_data(ordered, only, shown, lanes, drawn, hand_overs, links, {
-        "start": start, "span": span_ms, "width": WIDE, "left": LEFT, "right": RIGHT, "top": TOP,
-        "lane": lane, "height": height, "ticks": [offset for offset, _ in marks]}), len(every) - len(drawn)
-
-
-def figure_svg(ordered: Sequence[Session], shown: Dict[str, str], lanes: Dict[str, int],
-               size: Tuple[float, float], at: Sequence[Tuple[float, float]], radius: Sequence[float],
-               drawn: Sequence[Tuple[Edge, bool]], marks: Sequence[Tuple[int, str]], links: bool) -> str:
-    height, lane = size
-    span_ms = max(1, ordered[-1].ended - ordered[0].ended)
-    parts = ['<svg id="chart" viewBox="0 0 %d %g" role="group" aria-label="%s"%s>' % (
-        WIDE, height, esc("Replay: %d sessions of %d developers over time; the tables say the same" % (
-            len(ordered), len(lanes))), ' class="dense"' if len(drawn) > 700 else "")]
-    parts.append('<g id="ticks">')
-    for offset, label in marks:
-        x = round(LEFT + offset / span_ms * (WIDE - LEFT - RIGHT), 1)
-        parts.append('<g><line x1="%g" x2="%g" y1="%d" y2="%g"/><text x="%g" y="14">%s</text></g>' % (
-            x, x, TOP - 6, height, x, esc(label)))
-    parts.append('</g><g id="lanes">')
-    for key, n in lanes.items():
-        y = round(TOP + (n + .5) * lane, 1)
-        parts.append('<line x1="%d" x2="%d" y1="%g" y2="%g"/><text x="0" y="%g">%s</text>' % (
-            LEFT, WIDE, y, y, y + 4, esc(shown[key])))
-    parts.append('</g><g id="arcs">')
-    for edge, crossing in drawn:
-        parts.append('<path%s d="%s"/>' % (' class="x"' if crossing else "",
-                                           arc_path(at[edge.source], at[edge.target], lane)))
-    parts.append('</g><g id="discs">')
-    for s, (x, y), r in zip(ordered, at, radius):
-        parts.append('<a%s aria-label="%s, %s, %d calls"><circle cx="%g" cy="%g" r="%g"%s/></a>' % (
-            ' href="/session/%s"' % s.session if links else "", shown[s.developer],
-            minute(moment_text(s.ended)), s.tools, x, y, r, ' class="g"' if s.github else ""))
-    return "".join([*parts, '</g><line id="now" x1="%d" x2="%d" y1="%d" y2="%g"/></svg>' % (
-        WIDE - RIGHT, WIDE - RIGHT, TOP - 6, height)])
+def day_words(moment: str) -> str:
+    return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
 
 
 def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str:
@@ -2152,89 +1804,363 @@ def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str
         bow = round(y1 - min(lane * 1.1, 8 + run / 2), 1)
         return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
     bend = max(12, run / 2)
-    return "M%g %gC%g %g %g %g %g %g" % (x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
+    return "M%g %gC%g %g %g %g %g %g" % (
+        x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
 
 
-def figure_data(ordered: Sequence[Session], only: Optional[str], shown: Dict[str, str], lanes: Dict[str, int],
-                drawn: Sequence[Tuple[Edge, bool]], hand_overs: Sequence[int], links: bool,
-                shape: Plain) -> Plain:
-    """What the script needs: `sessions` are [ms after start, lane, tool calls, tokens, [refs], hand-overs
-    received], `edges` [source, target, [refs], crosses 0|1], refs and lanes numbers into `refs` and
-    `developers`. `refs` are as shown; `names` {number: ref} holds those that look otherwise."""
-    numbers: Dict[str, int] = {}
-    if only is None:
-        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs] for s in ordered]
-    else:
-        rows = [[numbers.setdefault(ref, len(numbers)) for ref in s.refs if ref == only] for s in ordered]
-    return dict(
-        shape, links=links, developers=[shown[key] for key in lanes],
-        refs=[fit(visible(ref), 128) for ref in numbers],
-        names={n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
-        sessions=[[s.ended - shape["start"], lanes[s.developer], s.tools, s.tokens, refs, received]
-                  for s, refs, received in zip(ordered, rows, hand_overs)],
-        edges=[[e.source, e.target, [numbers[ref] for ref in e.refs], int(crossing)]
-               for e, crossing in drawn])
+class Picture:
+    """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
+    discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
+    these."""
+
+    def __init__(self, ordered: Sequence[Session], only: Optional[str] = None, links: bool = True,
+                 query: str = "") -> None:
+        self.ordered, self.only, self.links, self.query = ordered, only, links, query
+        self.start, self.span = ordered[0].ended, ordered[-1].ended - ordered[0].ended
+        if self.span < 60_000:  # one session, or a few at once: an hour around them
+            self.start, self.span = self.start - HOUR_MS // 2, HOUR_MS
+        self.shown = labels(s.developer for s in ordered)
+        refs = dict.fromkeys(ref for s in ordered for ref in s.refs if only in (None, ref))
+        self.numbers = {ref: n for n, ref in enumerate(refs)}
+        self.every = edges_of(ordered, only)
+        self.arcs = self.every[-MOST_ARCS:]
+        balance = dict.fromkeys((s.developer for s in ordered), 0)  # given minus received
+        for e in self.every:
+            balance[ordered[e.source].developer] += len(e.refs)
+            balance[ordered[e.target].developer] -= len(e.refs)
+        self.developers = sorted(balance, key=lambda key: -balance[key])  # then by first session
+        rows = min(len(balance), MOST_LANES)
+        self.lanes = {key: min(n, rows - 1) for n, key in enumerate(self.developers)}
+        if len(balance) > MOST_LANES:
+            self.own, self.others = self.developers[:rows - 1], self.developers[rows - 1:]
+        else:
+            self.own, self.others = self.developers, []
+        self.crowded = len(self.every) > CROWDED_ARCS or bool(self.others)
+        self.lane = max(LANE_PX[0], min(LANE_PX[1], round(PICTURE_PX / rows, 1)))
+        end = self.start + self.span
+        self.quarters = list(month_starts(self.start + 1, end, 3))[:40]
+        self.top = 40 if self.quarters else 26
+        self.height = round(self.top + self.lane * rows + 6, 1)
+
+    def x(self, ms: int) -> float:
+        """Thousandths of the width."""
+        return round((ms - self.start) / self.span * 1000, 1)
+
+    def y(self, lane: int) -> float:
+        """The middle of a lane, in px."""
+        return round(self.top + (lane + .5) * self.lane, 1)
+
+    def crosses(self, edge: Edge) -> bool:
+        return self.ordered[edge.source].developer != self.ordered[edge.target].developer
+
+    def svg(self) -> str:
+        words = "Replay: %d sessions of %d developers over time; the tables say the same" % (
+            len(self.ordered), len(self.developers))
+        return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
+                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
+                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
+                '<g id="discs">%s</g>'
+                '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
+                '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
+                '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/></svg></svg>' % (
+                    self.height, words, ' class="dense"' if self.crowded else "", self.axis(),
+                    self.lane_lines(self.own, len(self.others)), self.height, self.height,
+                    self.cells(self.lanes) if self.crowded else "", self.arc_paths(), self.discs(),
+                    self.height, self.height, self.top, self.height - self.top, self.top - 6,
+                    self.height))
+
+    def axis(self) -> str:
+        line = '<g%s><line x1="%g%%" x2="%g%%" y1="%g" y2="%g"/><text x="%g%%" y="%g">%s</text></g>'
+        parts = ["<g id=\"ticks\">"]
+        ticks = ticks_of(self.start, self.span)
+        mixed = {":" in label for _, label in ticks} == {True, False}  # hours between days
+        for n, (at, label) in enumerate(ticks):
+            x, odd = self.x(at) / 10, ":" in label if mixed else n % 2
+            kind = ' class="odd"' if odd else ""
+            parts.append(line % (kind, x, x, 20, self.height, x, 14, label))
+        for at, _, month in self.quarters:
+            x = self.x(at) / 10
+            words = "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
+            if len(self.quarters) > MOST_TICKS // 2:
+                words = ""  # no room
+            if len(self.quarters) == 1:
+                words += '<tspan class="wide">: everybody is renamed here</tspan>'
+            side = " q end" if x > 50 else " q"
+            parts.append(line % (' class="%s"' % side.strip(), x, x, 20, self.height, x, 32, words))
+        return "".join([*parts, "</g>"])
+
+    def lane_lines(self, keys: Sequence[str], others: int = 0) -> str:
+        names = [esc(self.shown[key]) for key in keys]
+        if self.links:
+            names = ['<a href="/developer/%s%s" tabindex="-1">%s</a>' % (
+                name, esc(self.query), name) for name in names]
+        return "".join(
+            '<line x2="100%%" y1="%g" y2="%g"/><text x="-20" y="%g">%s</text>' % (
+                self.y(n), self.y(n), self.y(n) + 4, name)
+            for n, name in enumerate([*names, "%d others" % others] if others else names))
+
+    def cells(self, lanes: Mapping[str, int]) -> str:
+        """A path for each lane: a bar for each day with sessions (or hour, or week ...), whose
+        height says how many, in four steps."""
+        step = next((h * HOUR_MS for h in (*TICK_HOURS, 720, 2160)
+                     if self.span <= MOST_CELLS * h * HOUR_MS), self.span // MOST_CELLS + 1)
+        counts: Dict[Tuple[int, int], int] = {}
+        for s in self.ordered:
+            if s.developer in lanes:
+                place = lanes[s.developer], (s.ended - self.start) // step
+                counts[place] = counts.get(place, 0) + 1
+        many = len(self.own) if self.others and lanes is self.lanes else -1  # the lane of the rest
+        most = max((n for (lane, _), n in counts.items() if lane != many), default=1)
+        width = round(max(3.0, step / self.span * 1000 - 1.5), 1)
+        paths: Dict[int, List[str]] = {}
+        for (lane, n), count in sorted(counts.items()):
+            tall = round(math.ceil(4 * min(1, count / most)) / 4 * (self.lane - 3), 1)
+            left = min(1000 - width, round(n * step / self.span * 1000, 1))
+            paths.setdefault(lane, []).append("M%g %gh%gv%gh%gz" % (
+                left, self.y(lane) + self.lane / 2 - 1.5, width, -tall, -width))
+        return "".join('<path d="%s"/>' % "".join(parts) for parts in paths.values())
+
+    def arc_paths(self) -> str:
+        at = [(self.x(s.ended), self.y(self.lanes[s.developer])) for s in self.ordered]
+        return "".join('<path%s d="%s"/>' % (' class="x"' if self.crosses(e) else "",
+                                             arc_path(at[e.source], at[e.target], self.lane))
+                       for e in self.arcs)
+
+    def discs(self) -> str:
+        largest = max(s.tools for s in self.ordered) or 1
+        most = min(17.0, self.lane * .62)
+        return "".join(
+            '<a%s aria-label="%s, %s, %d calls"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
+                ' href="/session/%s"' % s.session if self.links else "", self.shown[s.developer],
+                minute(moment_text(s.ended)), s.tools, round(self.x(s.ended) / 10, 2),
+                self.y(self.lanes[s.developer]),
+                round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
+                ' class="g"' if s.github else "") for s in self.ordered)
+
+    def others_svg(self) -> str:
+        """The lanes that stand as one in the picture."""
+        height = self.top + self.lane * len(self.others) + 6
+        lanes = {key: n for n, key in enumerate(self.others)}
+        return ('<svg class="chart" height="%g" role="img" aria-label="The lanes of %d more'
+                ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
+                ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
+                '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
+                   self.cells(lanes)))
+
+    def data(self) -> Plain:
+        """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
+        hand-overs received], `edges` [source, target, [refs], crosses 0|1]; refs and developers are
+        numbers into `refs` and `developers`. `refs` are as shown; `names` {number: ref} holds those
+        that look otherwise."""
+        received = [0] * len(self.ordered)
+        for e in self.every:
+            received[e.target] += len(e.refs) if self.crosses(e) else 0
+        numbers = self.numbers
+        rows = [[numbers[ref] for ref in s.refs if ref in numbers] for s in self.ordered]
+        who = {key: n for n, key in enumerate(self.developers)}
+        return {
+            "start": self.start, "span": self.span, "links": self.links,
+            "developers": [self.shown[key] for key in self.developers],
+            "refs": [fit(visible(ref), 128) for ref in numbers],
+            "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
+            "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
+                         for s, refs, n in zip(self.ordered, rows, received)],
+            "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(self.crosses(e))]
+                      for e in self.arcs]}
 
 
 LEGEND = (
-    '<div class="legend" aria-hidden="true">'
-    '<span><svg width="14" height="14"><circle class="g" cx="7" cy="7" r="5.5"/></svg>session, with GitHub'
-    '</span>'
-    '<span><svg width="14" height="14"><circle cx="7" cy="7" r="5.5"/></svg>without</span>'
-    '<span>area = tool calls</span>'
-    '<span><svg width="26" height="8"><line x2="26" y1="4" y2="4"/></svg>discovery carried on</span>'
-    '<span><svg width="26" height="8"><line class="x" x2="26" y1="4" y2="4"/></svg>'
-    'handed over to another developer</span></div>')
+    '<div class="legend">%s'
+    '<span><svg width="26" height="8" aria-hidden="true"><line x2="26" y1="4" y2="4"/></svg>'
+    'discovery carried on</span>'
+    '<span><svg width="26" height="8" aria-hidden="true"><line class="x" x2="26" y1="4" y2="4"/>'
+    '</svg>handed over to another developer</span>%s</div>')
+DISC_LEGEND = (
+    '<span><svg width="14" height="14" aria-hidden="true"><circle class="g" cx="7" cy="7" r="5.5"/>'
+    '</svg>session, with GitHub</span>'
+    '<span><svg width="14" height="14" aria-hidden="true"><circle cx="7" cy="7" r="5.5"/></svg>'
+    'without</span><span>area: calls of tools</span>')
+CELL_LEGEND = (
+    '<span><svg width="18" height="14" aria-hidden="true"><path d="M0 14V9H5V14zM7 14V1H12V14z"/>'
+    '</svg>sessions: the taller, the more</span><span>arcs: of what is chosen, alone</span>')
+QUARTER_LEGEND = (
+    "<span>Q3 | Q4: the quarter's edge, where everybody is renamed: nobody is the same developer"
+    " before and after it</span>")
 CONTROLS = (
-    '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play</button>'
-    '<input id="slider" type="range" min="0" aria-label="Moment"><output id="moment"></output>'
-    '<label>Speed <select id="speed" aria-label="Speed"><option value="0.5">&#189;&#215;</option>'
+    '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play'
+    '</button><input id="slider" type="range" min="0" aria-label="Moment"><span id="moment">'
+    '</span><label>Speed <select id="speed"><option value="0.5">&#189;&#215;</option>'
     '<option value="1" selected>1&#215;</option><option value="2">2&#215;</option>'
-    '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label></div>')
+    '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label>'
+    '<p id="caption" aria-live="polite"></p></div>')
 PANEL = (
-    '<div id="panel" aria-live="polite"><span class="note">Point at a session, or reach it with Tab and the '
-    'arrow keys, to see what it knew and where that went. Space plays and pauses, &larr; and &rarr; step '
-    'from session to session, Home and End go to the ends, + and &minus; change the speed.</span></div>')
+    '<div id="panel" role="region" aria-label="What is chosen" aria-live="polite" tabindex="0">'
+    '<p class="note">Point at a session, tap it, or reach it with Tab and the arrow keys, to see'
+    ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
+    ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and'
+    ' &minus; change the speed.</p></div>')
+LISTED = 30  # discoveries beside the picture
+IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
 
-def replay(ordered: Sequence[Session], total: int, only: Optional[str] = None, links: bool = True) -> str:
-    """The body of the replay: counters, controls, the picture, hand-overs. Sessions in time order."""
-    if not ordered:
-        return '<p class="card">No session ended in this window. A longer one may have some.</p>'
-    svg, data, left_out = figure(ordered, only, links)
+def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said: str = "",
+           only: Optional[str] = None, links: bool = True, at: str = "", query: str = "") -> str:
+    """The body of the replay of sessions in time order, of `total` in the window: what was found
+    out (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom.
+    `at`: the moment and the discovery to start with, as in the page's address; `query`: the window,
+    for links."""
+    picture = Picture(ordered, only, links, query)
     result = graph_of(ordered, only)
+    flows = [flow for flow in result["developers"] if flow["crosses"]]
     notes = []
     if total > len(ordered):
         notes.append("Shown are the newest %s of %s sessions in this window, from %s UTC on." % (
             digits(len(ordered)), digits(total), minute(moment_text(ordered[0].ended))))
-    if left_out:
-        notes.append("Drawn are the newest %s arcs; %s older ones are only counted." % (
-            digits(MOST_ARCS), digits(left_out)))
-    flows = [flow for flow in result["developers"] if flow["crosses"]]
-    table = html_table("Who handed over to whom: the first %d of %s pairs of developers" % (
-        min(FLOWS_SHOWN, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:FLOWS_SHOWN]) if flows else ""
+    if len(picture.every) > len(picture.arcs):
+        notes.append("Of the arcs the newest %s can be shown; %s older ones are only counted." % (
+            digits(MOST_ARCS), digits(len(picture.every) - len(picture.arcs))))
+    others = ('<details class="others"><summary>%s more developers, a lane each</summary>'
+              '<div class="stage">%s</div></details>' % (
+                  digits(len(picture.others)), picture.others_svg())) if picture.others else ""
+    legend = LEGEND % (CELL_LEGEND if picture.crowded else DISC_LEGEND,
+                       QUARTER_LEGEND if picture.quarters else "")
     return "".join([
+        said, '<p class="note">%s</p>' % esc(" ".join(notes)) if notes else "",
+        '<div class="card">', CONTROLS,
         tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
               for i, (title, key) in enumerate(COUNTERS)),
-        '<p class="note">%s</p>' % esc(" ".join(notes)) if notes else "",
-        '<div class="card">', CONTROLS, PANEL, '<div class="stage">', svg, "</div>", LEGEND, "</div>", table,
-        '<script type="application/json" id="data">%s</script>' % embedded(data),
+        '<div class="board%s"><div><div class="stage" id="stage">' % ("" if ranked else " alone"),
+        picture.svg(), "</div>", others, legend, PANEL, "</div>",
+        ranking(ranked, picture) if ranked else "", "</div></div>",
+        matrix(flows, picture) if flows else "",
+        '<script type="application/json" id="data">%s</script>' % embedded(
+            dict(picture.data(), at=at, query=query.replace("?", "&"))),
         "<script>%s</script>" % SCRIPT])
 
 
-def graph_html(ordered: Sequence[Session], total: int, only: Optional[str] = None) -> str:
-    """The replay as one self-contained file: it opens without this program and asks nobody."""
-    policy = '<meta http-equiv="Content-Security-Policy" content="%s">' % POLICY
-    return document("Session replay", "<header><b>Session replay</b></header><main>%s</main>" % replay(
-        ordered, total, only, links=False), policy)
+def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
+    """The list of discoveries from which one is chosen. A button works with the script alone."""
+    rows = "".join(
+        '<li><button type="button" data-ref="%d" aria-pressed="false">%s</button>%s<span>%s</span>'
+        '</li>' % (picture.numbers[d["discovery_id"]], esc(fit(visible(d["discovery_id"]), 60)),
+                   spark_svg(d["counts"]), esc(reach_words(d)))
+        for d in ranked if d["discovery_id"] in picture.numbers)
+    more = max(0, len(picture.numbers) - LISTED)
+    words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
+    if picture.links:
+        words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
+    return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
+        rows, '<p class="note">%s</p>' % words if more else "")
+
+
+def reach_words(d: Plain) -> str:
+    words = [some(d["developer_count"], "developer")]
+    if d["hours_to_second_developer"] is not None:
+        words.append("second after " + lasting(d["hours_to_second_developer"]))
+    if d["half_life_hours"] is not None:
+        words.append("half-life " + lasting(d["half_life_hours"]))
+    return ", ".join(words)
+
+
+def cold_words(d: Plain) -> str:
+    if not d["new"]:
+        return "-"
+    cold = d["sessions_before_inherited"]
+    return "not yet" if cold is None else digits(cold)
+
+
+def spark_svg(values: Sequence[int]) -> str:
+    most, n = max(values, default=0) or 1, len(values) or 1
+    bars = "".join("M%g 12V%gh%gV12z" % (
+        round(i * 100 / n, 1), round(12 - 12 * value / most, 1), round(max(100 / n - 1, .8), 1))
+        for i, value in enumerate(values) if value)
+    return ('<svg class="spark" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+            '<path d="%s"/></svg>' % bars)
+
+
+def matrix(flows: Sequence[Plain], picture: Picture) -> str:
+    """Who learned from whom: rows give, columns receive. A narrow screen has the largest pairs."""
+    carried = {(f["source"], f["target"]): f["discoveries"] for f in flows}
+    sums: Tuple[Dict[str, int], Dict[str, int]] = ({}, {})  # given, received
+    for pair, count in carried.items():
+        for total, name in zip(sums, pair):
+            total[name] = total.get(name, 0) + count
+    most_first = [set(sorted(total, key=lambda name: -total[name])[:IN_MATRIX]) for total in sums]
+    givers, takers = ([picture.shown[key] for key in picture.developers
+                       if picture.shown[key] in chosen] for chosen in most_first)
+    most = max(carried.values())
+    rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
+        '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
+        if (a, b) in carried else "<td></td>" for b in takers)) for a in givers)
+    head = "".join('<th scope="col"><span>%s</span></th>' % esc(name) for name in takers)
+    caption = ("Hand-overs from a developer (row) to another (column): how often a discovery that"
+               " one had touched was next touched by the other")
+    return ('<h2>Who learned from whom</h2><div class="scroll matrix" tabindex="0" role="region"'
+            ' aria-label="Who learned from whom"><table><caption>%s%s</caption><thead><tr>'
+            '<th scope="col">gives &#8595; receives &#8594;</th>%s</tr></thead><tbody>%s</tbody>'
+            '</table></div><div class="pairs">%s</div>' % (
+                caption, "; the %d who gave and received most" % IN_MATRIX
+                if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
+                html_table("The %d largest of %s pairs" % (
+                    min(PAIRS, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:PAIRS])))
+
+
+def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
+    """The replay of a window's newest sessions as one self-contained file: it opens without this
+    program and asks nobody. `at`: where it starts (see `replay`)."""
+    if window.until == END_OF_TIME:
+        window = window._replace(until=moment_text(now_ms()))
+    newest = reader.window(window, limit)
+    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+                  links=False, at=at) if newest else nothing(reader, window)
+    head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
+    return document("Session replay", (
+        '<main><h1>Session replay</h1><p class="note">%s</p>%s%s</main>' % (
+            esc(window_words(window)), words_of(*WORDS), body)), head)
+
+
+def findings_html(sentences: Sequence[str]) -> str:
+    return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
+
+
+def cold_start_words(cold: Plain) -> str:
+    """How long a new developer works before the first inherited discovery."""
+    if not cold["developers"]:
+        return "No developer was new in this window."
+    words = "%s new in this window" % some(
+        cold["developers"], "developer was", "developers were")
+    if cold["sessions"] is not None:
+        words += ": %g own sessions (median) came before the first that built on somebody else's" \
+                 " discovery" % cold["sessions"]
+    return words + "; %s never did." % digits(cold["never"])
+
+
+def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
+    """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
+    of one discovery has neither: the page is about that one."""
+    if window.discovery is not None:
+        return [], ""
+    ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
+    return ranked, findings_html(findings(summary(reader, window)))
 
 
 # The pages of `view`.
 
-PAGES = (("/", "Replay"), ("/sessions", "Sessions"), ("/discoveries", "Discoveries"),
-         ("/activity", "Activity"))
+PAGES = (("/", "Replay"), ("/discoveries", "Discoveries"), ("/developers", "Developers"),
+         ("/activity", "Activity"), ("/sessions", "Sessions"))
 DAY_CHOICES = (1, 7, 14, 30, 90)
 GITHUB_CHOICES = {"": "with and without", "true": "with GitHub", "false": "without GitHub"}
+WORDS = {  # what a word means; each page says it of the words that stand on it
+    "session": "A session is one run of a coding assistant, recorded when it ended.",
+    "calls": "Calls: how often the session used a tool.",
+    "saved": "Tokens saved: what the plugin counted as spared.",
+    "developer": "A developer is a GitHub account, or else a machine, shown as the first digits of"
+                 " a hash that changes with the quarter.",
+    "discovery": "A discovery is something worth knowing that a session touched, under a short"
+                 " name.",
+    "hand-over": "A hand-over: a discovery that one developer's session touched is next touched by"
+                 " another's.",
+}
 
 
 class Filters(NamedTuple):
@@ -2250,17 +2176,24 @@ class Filters(NamedTuple):
         github = {"": None, "true": True, "false": False}[self.github]
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
-    def query(self) -> str:
+    def query(self, **more: str) -> str:
         said = {name: value for name, value in self._asdict().items()
                 if value != Filters._field_defaults[name]}
+        said.update(more)
         return "?" + urllib.parse.urlencode(said, errors="replace") if said else ""
+
+    def fixed(self) -> "Filters":
+        """The same window with its ends said, so that it stays where it is."""
+        window = self.window()
+        until = moment_text(now_ms()) if window.until == END_OF_TIME else window.until
+        return self._replace(since=window.since, until=until)
 
 
 Query = Dict[str, str]  # the parameters of an address, the first of each name
 
 
 def number_in(query: Query, name: str, default: int, most: int) -> int:
-    """CONTRACT §7: a number that is too large is the largest, nonsense is the default."""
+    """A number that is too large is the largest, nonsense is the default (README, Contract 7)."""
     text = query.get(name, "")
     if not re.fullmatch(r"[0-9]+", text) or not text.strip("0"):
         return default
@@ -2269,9 +2202,11 @@ def number_in(query: Query, name: str, default: int, most: int) -> int:
 
 def filters_of(query: Query) -> Filters:
     github = query.get("github", "")
-    since, until = (query[name] if day_start(query.get(name, "")) else "" for name in ("since", "until"))
+    since, until = (query[name] if day_start(query.get(name, "")) else ""
+                    for name in ("since", "until"))
     return Filters(number_in(query, "days", DAYS_DEFAULT, 36_500), since, until,
-                   github if github in GITHUB_CHOICES else "", query.get("discovery", "").strip()[:1000])
+                   github if github in GITHUB_CHOICES else "",
+                   query.get("discovery", "").strip()[:1000])
 
 
 def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
@@ -2279,124 +2214,297 @@ def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
         esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices)
 
 
-def filter_form(path: str, filters: Filters, names: Sequence[str] = Filters._fields) -> str:
+def filter_form(path: str, filters: Filters, names: Sequence[str] = Filters._fields,
+                hidden: Sequence[Tuple[str, str]] = ()) -> str:
+    """The form that chooses the window; on a narrow screen it is folded."""
     days = sorted({*DAY_CHOICES, filters.days})
     fields = {
         "days": '<label>Window<select name="days">%s</select></label>' % options(
-            [(str(n), "last %d day%s" % (n, "" if n == 1 else "s")) for n in days], str(filters.days)),
+            [(str(n), "last %s" % some(n, "day")) for n in days], str(filters.days)),
         "since": '<label>or since (UTC)<input type="date" name="since" value="%s"></label>' % (
             esc(filters.since[:10])),
         "until": '<label>until before<input type="date" name="until" value="%s"></label>' % (
             esc(filters.until[:10])),
         "github": '<label>GitHub<select name="github">%s</select></label>' % options(
             GITHUB_CHOICES.items(), filters.github),
-        "discovery": '<label>Discovery<input name="discovery" size="22" maxlength="200" placeholder="any"'
-                     ' value="%s"></label>' % html.escape(filters.discovery, quote=True),
+        "discovery": '<label>Discovery<input name="discovery" size="22" maxlength="200"'
+                     ' placeholder="any" value="%s"></label>' % html.escape(
+                         filters.discovery, quote=True),
     }
-    return '<form method="get" action="%s">%s<button>Show</button></form>' % (
-        esc(path), "".join(fields[name] for name in names))
+    kept = "".join('<input type="hidden" name="%s" value="%s">' % (
+        name, html.escape(value, quote=True)) for name, value in hidden)
+    return ('<details class="filters"><summary>Choose the window</summary><form method="get"'
+            ' action="%s">%s%s<button>Show</button></form></details>' % (
+                esc(path), kept, "".join(fields[name] for name in names)))
 
 
-def page(title: str, path: str, filters: Filters, main: str, left_out: int = 0) -> str:
+def window_words(window: Window) -> str:
+    until = "now" if window.until == END_OF_TIME else "%s UTC" % minute(window.until)
+    words = "From %s UTC until %s" % (minute(window.since), until)
+    if window.github is not None:
+        words += ", sessions %s GitHub" % ("with" if window.github else "without")
+    if window.discovery is not None:
+        words += ", sessions that touched " + fit(visible(window.discovery), 128)
+    return words + "."
+
+
+def words_of(*names: str) -> str:
+    return ('<details class="words"><summary>What the words mean</summary><p>%s</p></details>'
+            % " ".join(WORDS[name] for name in names))
+
+
+def page(title: str, path: str, filters: Filters, main: str, reader: Reader,
+         window: Optional[Window] = None, beside: str = "") -> str:
+    """A page of the viewer: the way to the others, the title with what stands `beside` it, the
+    window in words, and what was left out."""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
-        to, esc(filters.query()), ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
+        to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
+        for to, name in PAGES)
     note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
-        "1 row was" if left_out == 1 else digits(left_out) + " rows were") if left_out else ""
-    header = ('<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
-              '<nav aria-label="Pages">%s</nav></header>' % nav)
-    return document(title + " - sessions", '%s<main id="main">%s%s</main>' % (header, main, note))
+        some(reader.left_out, "row was", "rows were")) if reader.left_out else ""
+    said = '<p class="note">%s</p>' % esc(window_words(window)) if window else ""
+    return document(title + " - sessions", (
+        '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
+        '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
+        '</div>%s%s%s</main>' % (nav, esc(title), beside, said, main, note)))
+
+
+def nothing(reader: Reader, window: Window) -> str:
+    """What a page says of a window without a session."""
+    kind = " of this kind" if window[2:] != (None, None) else ""
+    last = last_event(reader)
+    return '<p class="card empty">No session%s ended in this window. %s</p>' % (
+        kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
+            kind and " of any kind", minute(last)))
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     newest = reader.window(window, DRAWN)
-    body = filter_form("/", filters) + replay(newest[::-1], reader.count(window), window.discovery)
-    return page("Replay", "/", filters, body, reader.left_out)
+    form = filter_form("/", filters)
+    if not newest:
+        return page("Replay", "/", filters, form + nothing(reader, window), reader, window)
+    save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
+        filters.fixed().query())
+    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+                  query=filters.query())
+    return page("Replay", "/", filters, words_of(*WORDS) + form + body, reader, window, save)
+
+
+def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
+    """The replay as a file, with the moment and the discovery that the page's script asks for."""
+    at: Dict[str, str] = {name: query[name] for name in ("t", "d") if name in query}
+    start = urllib.parse.urlencode(at, errors="replace")
+    return replay_file(reader, filters.window(), DRAWN, start)
 
 
 def sessions_page(reader: Reader, filters: Filters) -> str:
-    result = sessions(reader, filters.window(), 200)
+    window = filters.window()
+    result = sessions(reader, window, 200)
     caption = "The newest %s of %s sessions in this window" % (
         digits(len(result["sessions"])), digits(result["total_count_in_window"]))
-    return page("Sessions", "/sessions", filters, filter_form("/sessions", filters)
-                + html_table(caption, HTML_SESSIONS, result["sessions"]), reader.left_out)
+    table = html_table(caption, HTML_SESSIONS, result["sessions"]) if result["sessions"] else (
+        nothing(reader, window))
+    return page("Sessions", "/sessions", filters, words_of("session", "calls", "saved", "developer")
+                + filter_form("/sessions", filters) + table, reader, window)
 
 
 def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
     s = result["session"]
-    facts = [("Developer", '<span class="m">%s</span>' % esc(s["developer"])),
+    facts = [("Developer", '<span class="m">%s</span>' % developer_link(s)),
              ("GitHub", "yes" if s["github_hash_prefix"] else "no"), ("Ended", esc(s["ended_at"])),
-             ("Tool calls", digits(s["tool_count"])), ("Tokens saved", digits(s["tokens_saved"])),
-             ("Branch", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
+             ("Calls of tools", digits(s["tool_count"])),
+             ("Tokens saved", digits(s["tokens_saved"])),
+             ("Commit", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
              ("Discoveries", '<ul class="chips">%s</ul>' % "".join(
-                 "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"]) or "-")]
+                 "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
+              if s["discovery_refs"] else "-")]
     listed = "".join("<dt>%s</dt><dd>%s</dd>" % fact for fact in facts)
-    related = html_table("Other sessions of the same identity, last %d days" % RELATED_DAYS, HTML_SESSIONS,
-                         result["related"]) if result["related"] else (
-        '<p class="note">No other session of this identity in the last %d days.</p>' % RELATED_DAYS)
+    related = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                         HTML_SESSIONS, result["related"]) if result["related"] else (
+        '<p class="note">No other session of this machine in the last %d days.</p>' % RELATED_DAYS)
     return page("Session " + s["session_id_hash"][:12], "/session", Filters(),
-                '<h1 class="m">%s</h1><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
-                    esc(s["session_id_hash"]), listed, related), reader.left_out)
+                '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
+                    esc(s["session_id_hash"]), listed, related), reader)
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
-    result = discoveries(reader, filters.window(), 200, sort)
-    choice = '<label>Sorted by<select name="sort">%s</select></label><button>' % options(
-        zip(SORTS, ("sessions", "identities", "last seen")), sort)
-    form = filter_form("/discoveries", filters, Filters._fields[:4]).replace("<button>", choice)
-    return page("Discoveries", "/discoveries", filters, form + html_table(
-        "%d discoveries touched in this window" % len(result["discoveries"]), HTML_DISCOVERIES,
-        result["discoveries"]), reader.left_out)
+    window, path = filters.window(), "/discoveries"
+    result = discoveries(reader, window, LISTED_ROWS, sort)
+    query = filters.query()
+
+    def by(key: str) -> str:
+        return path + filters.query(sort=key)
+
+    columns = (
+        HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"], query), "", by("name")),
+        HtmlColumn("In the window", lambda d: spark_svg(d["counts"])),
+        HtmlColumn("Developers", lambda d: digits(d["developer_count"]), "n",
+                   by("developer_count")),
+        HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n", by("session_count")),
+        HtmlColumn("To the second developer", lambda d: lasting(d["hours_to_second_developer"]),
+                   "n", by("hours_to_second_developer")),
+        HtmlColumn("Half-life", lambda d: lasting(d["half_life_hours"]), "n", by("half_life")),
+        HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide",
+                   by("first_seen")),
+        HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m", by("recent")))
+    rows, total = result["discoveries"], result["discoveries_in_window"]
+    caption = "%s touched in this window%s; a title sorts by it" % (
+        some(total, "discovery", "discoveries"),
+        ", %s shown" % digits(len(rows)) if total > len(rows) else "")
+    table = html_table(caption, columns, rows, "cards sorts", by(sort)) if rows else (
+        nothing(reader, window))
+    note = ('<p class="note">Developers: how many had a session that touched it. Half-life: until'
+            ' half of its sessions had ended; said of four sessions or more.</p>')
+    form = filter_form(path, filters, Filters._fields[:4], [("sort", sort)])
+    return page("Discoveries", path, filters, words_of("discovery", "developer") + form + table
+                + note, reader, window)
 
 
-def discovery_page(reader: Reader, ref: str) -> str:
-    """One discovery since ever. Raises NotFound."""
-    result = discovery(reader, ref, EVER)
-    newest = reader.window(EVER._replace(discovery=ref), DRAWN)
-    facts = "First seen %s, last %s UTC, in %s sessions of %s developers under %s identities." % (
-        minute(result["first_seen_at"]), minute(result["last_seen_at"]), digits(result["session_count"]),
-        digits(result["developer_count"]), digits(result["distinct_identity_count"]))
-    path = html_table("Its path: the first %s of %s sessions" % (
-        digits(len(result["path"])), digits(result["session_count"])), HTML_PATH, result["path"])
-    return page(fit(visible(ref), 80), "/discovery", Filters(), "<h1>%s</h1><p>%s</p>%s<h2>Path</h2>%s" % (
-        esc(ref), esc(facts), replay(newest[::-1], result["session_count"], ref), path), reader.left_out)
+def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
+    """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
+    window = EVER if all_time else filters.window()
+    title, path = fit(visible(ref), 128), "/discovery"
+    form = filter_form(path, filters, Filters._fields[:4], [("ref", ref)])
+    try:
+        result = discovery(reader, ref, window)
+    except NotFound:
+        last = discovery(reader, ref, EVER, 1)["last_seen_at"]
+        body = ('<p class="card empty">No session of this window touched it; the last one that did'
+                ' ended %s UTC.</p>' % minute(last))
+        return page(title, path, filters, form + body, reader, window)
+    count = result["session_count"]
+    facts = "First seen %s, last %s UTC, in %s of %s." % (
+        minute(result["first_seen_at"]), minute(result["last_seen_at"]),
+        some(count, "session"), some(result["developer_count"], "developer"))
+    newest = reader.window(window._replace(discovery=ref), DRAWN)
+    body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
+    reached = html_table("Whom it reached, and when", HTML_REACHED, result["reached"])
+    steps = html_table("Its path: the first %s of %s" % (
+        digits(len(result["path"])), some(count, "session")), HTML_PATH, result["path"])
+    return page(title, path, filters, form + body + reached + steps, reader,
+                None if all_time else window)
 
 
-def bar(value: int, most: int) -> str:
-    return ('<svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
-            '<rect width="%g" height="10"/></svg>' % round(100 * value / (most or 1), 2))
+def developers_page(reader: Reader, filters: Filters) -> str:
+    window, path = filters.window(), "/developers"
+    result = developers(reader, window)
+    rows = result["developers"]
+    query = filters.query()
+    columns = (HtmlColumn("Developer", lambda d: developer_link(d, query), "m"), *HTML_DEVELOPERS)
+    caption = "%s, who gave most more than they received first%s" % (
+        some(len(rows), "developer"),
+        "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
+    note = ('<p class="note">%s Cold start: of who was not there in as many days before, the own'
+            ' sessions before the first that built on somebody else\'s discovery.</p>'
+            % esc(cold_start_words(result["cold_start"])))
+    return page("Developers", path, filters, words_of("developer", "hand-over", "calls", "saved")
+                + filter_form(path, filters) + (
+                    note + html_table(caption, columns, rows[:LISTED_ROWS])
+                    if rows else nothing(reader, window)), reader, window)
+
+
+LISTED_ROWS = 200  # of a table
+MOST_DAYS = 800  # in a chart
+
+
+def developer_page(reader: Reader, label: str, filters: Filters) -> str:
+    """What one developer did in the window, and learned from whom. Raises NotFound."""
+    window, path = filters.window(), "/developer/" + label
+    form = filter_form(path, filters, Filters._fields[:4])
+    if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
+        raise NotFound("there is no such developer")
+    result = developers(reader, window)
+    rows = [row for row in result["developers"] if row["developer"].startswith(label)]
+    if len(rows) != 1:
+        body = ('<p class="card empty">Nobody of this name had a session in this window. The names'
+                ' change with the quarter.</p>')
+        return page("Developer " + label, path, filters, form + body, reader, window)
+    newest: Deque[Session] = collections.deque(maxlen=LISTED_ROWS)
+    newest.extend(s for s in reader.walk(window) if s.developer.startswith(label))
+    flows = "".join("<h2>%s</h2>%s" % (title, html_table(
+        "The most hand-overs first", (
+            HtmlColumn("Developer", lambda f, whom=whom: developer_link(  # type: ignore[misc]
+                {"developer": f[whom]}, filters.query()), "m"),
+            HtmlColumn("Hand-overs", lambda f: digits(f["hand_overs"]), "n")), found)
+        if found else '<p class="note">Nobody in this window.</p>')
+        for title, whom, found in (
+            ("Learned from", "source", [f for f in result["matrix"] if f["target"] == label]),
+            ("Handed on to", "target", [f for f in result["matrix"] if f["source"] == label])))
+    listed = html_table("The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
+                        HTML_SESSIONS, plain_sessions(list(newest)[::-1]))
+    facts = html_table("In this window", HTML_DEVELOPERS, rows)
+    return page("Developer " + label, path, filters, form + facts + flows + "<h2>Sessions</h2>"
+                + listed, reader, window)
+
+
+def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
+    """A chart of two lists of numbers, one a day: bars, and the period before as a pale line."""
+    most, n = max([1, *now, *before]), max(1, len(now), len(before))
+    bars = "".join("M%g 100V%gh%gV100z" % (
+        round(i * 1000 / n, 1), round(100 - 100 * value / most, 1), round(max(1, 1000 / n - 2), 1))
+        for i, value in enumerate(now) if value)
+    line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
+                                round(100 - 100 * value / most, 1))
+                   for i, value in enumerate(before))
+    words = "%s by day: up to %s; in as many days before up to %s" % (
+        title, digits(max(now, default=0)), digits(max(before, default=0)))
+    return ('<figure class="card"><figcaption>%s</figcaption><svg viewBox="0 0 1000 100"'
+            ' preserveAspectRatio="none" role="img" aria-label="%s"><path d="%s"/>'
+            '<path class="before" d="%s"/></svg><p class="ends">%s</p></figure>' % (
+                esc(words), esc(words), bars, line, ends))
 
 
 def period_table(title: str, rows: Sequence[Plain]) -> str:
-    most = max((row["sessions"] for row in rows), default=0)
     return html_table(title, (
-        HtmlColumn("", lambda p: esc(p["period"]), "m"),
+        HtmlColumn("Period", lambda p: esc(p["period"]), "m"),
         HtmlColumn("Sessions", lambda p: digits(p["sessions"]), "n"),
-        HtmlColumn("", lambda p: bar(p["sessions"], most), "bar"),
         HtmlColumn("Developers", lambda p: digits(p["developers"]), "n"),
-        HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n wide"),
-        HtmlColumn("Tool calls", lambda p: digits(p["tool_count"]), "n wide"),
-        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n wide"),
-    ), rows)
+        HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n"),
+        HtmlColumn("Calls", lambda p: digits(p["tool_count"]), "n"),
+        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n"),
+    ), rows[::-1])
+
+
+def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
+    """A figure of each day since a moment (stored form), 0 on the days that are not listed."""
+    first = midnight(since[:10])
+    if first is None and rows:
+        first = midnight(rows[0]["period"])
+    days = {((midnight(row["period"]) or 0) - (first or 0)) // DAY_MS: row[key] for row in rows}
+    return [days.get(n, 0) for n in range(min(max(days, default=-1) + 1, MOST_DAYS))]
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
-    result = activity(reader, filters.window())
-    counters = tiles(
-        ("Active in %d day%s" % (row["days"], "" if row["days"] == 1 else "s"),
-         '%s <small>%s came back</small>' % (digits(row["developers"]), digits(row["came_back"])), "")
-        for row in result["active"])
-    tables = "".join(period_table("Per " + kind[:-1], result[kind][-400:]) for kind in PERIODS)
-    note = '<p class="note">Came back: developers who were also there in the period before.</p>'
-    main = filter_form("/activity", filters) + counters + note + tables
-    return page("Activity", "/activity", filters, main, reader.left_out)
+    window = filters.window()
+    result = activity(reader, window)
+    before = result["before"] or {"days": [], "since": ""}
+    counters = tiles([("Active in %s" % some(row["days"], "day"),
+                       "%s <small>%s came back</small>" % (
+                           digits(row["developers"]), digits(row["came_back"])), "")
+                      for row in result["active"]], "large")
+    ends = "".join("<span>%s</span>" % esc(text) for text in (
+        window.since[:10], result["days"][-1]["period"] if result["days"] else ""))
+    plots = "".join(plot(title, by_day(result["days"], window.since, key),
+                         by_day(before["days"], before["since"], key), ends) for title, key in (
+        ("Sessions", "sessions"), ("Developers", "developers"), ("Tokens saved", "tokens_saved")))
+    tables = "".join(period_table("Per " + kind[:-1] + ", the newest first", result[kind][-400:])
+                     for kind in PERIODS)
+    note = ('<p class="note">Bars: this window. Pale line: as many days before it. Came back:'
+            ' developers who were also there in the period before. %s</p>' % esc(
+                cold_start_words(developers(reader, window)["cold_start"])))
+    there = any(day["sessions"] for day in result["days"])
+    return page("Activity", "/activity", filters, words_of("session", "developer", "calls", "saved")
+                + filter_form("/activity", filters) + counters + (
+                    '<div class="plots">%s</div>%s%s' % (plots, note, tables)
+                    if there else nothing(reader, window)), reader, window)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The database file
-# ======================================================================================================
+# ==================================================================================================
 
 
 class Refused(Exception):
@@ -2406,12 +2514,14 @@ class Refused(Exception):
 REASONS = (  # what SQLite says, what a person wants to know
     ("file is not a database", "it is not an SQLite database"),
     ("file is encrypted", "it is not an SQLite database"),
-    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
+    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's"
+                  " .recover"),
     ("locked", "another program keeps it locked: try again when that is done"),
-    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while a server's"
-                       " last changes wait in the -wal file (run this as the server's user)"),
-    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run this as"
-                 " the server's user)"),
+    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while"
+                       " a server's last changes wait in the -wal file (run this as the server's"
+                       " user)"),
+    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run"
+                 " this as the server's user)"),
     ("disk i/o error", "the disk answers with errors"),
     ("no such table", "it does not hold the tables of a session-event store"),
     ("no such column", "its tables are not those of a session-event store"),
@@ -2433,8 +2543,9 @@ def connected(path: str) -> sqlite3.Connection:
     try:
         return begun(uri)
     except sqlite3.OperationalError as error:
-        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file and none
-        # can be made. With no changes waiting in a -wal file, the database file alone is the whole truth.
+        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file
+        # and none can be made. With no changes waiting in a -wal file, the database file alone is
+        # the whole truth.
         waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
         if waiting or not re.search("unable to open|readonly", str(error)):
             raise
@@ -2444,8 +2555,9 @@ def connected(path: str) -> sqlite3.Connection:
 def begun(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # a row may hold any bytes
-        for pragma in ("query_only = 1", "trusted_schema = 0"):  # and 2 MB of cache: with 64, steps take twice as long
+        # A row may hold any bytes. The cache stays at 2 MB: with 64, steps take twice as long.
+        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        for pragma in ("query_only = 1", "trusted_schema = 0"):
             connection.execute("PRAGMA " + pragma)
         connection.execute("BEGIN")
         connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # takes the snapshot
@@ -2458,13 +2570,15 @@ def begun(uri: str) -> sqlite3.Connection:
 def check_schema(connection: sqlite3.Connection, path: str) -> None:
     """Raises Refused where a table or column is missing, or the version is not known here."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    tables = {row[0] for row in connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table'")}
     if "session_events" not in tables:
-        raise Refused("%s holds no session events: it is another program's database, or no server has opened"
-                      " it yet" % path)
+        raise Refused("%s holds no session events: it is another program's database, or no server"
+                      " has opened it yet" % path)
     if version > SCHEMA_VERSION:
-        raise Refused("%s has schema version %d and this program knows up to %d: use the session_events.py"
-                      " that came with its server.py" % (path, version, SCHEMA_VERSION))
+        raise Refused("%s has schema version %d and this program knows up to %d: use the"
+                      " session_events.py that came with its server.py" % (
+                          path, version, SCHEMA_VERSION))
     # An older file is read as it is when it has the columns. A column that came after version 1 is
     # not in TABLES: whoever reads it has to do without it in an older file.
     for table, columns in TABLES.items():
@@ -2494,14 +2608,13 @@ def reading(path: str) -> Iterator[Reader]:
         raise explained(error, path) from error
 
 
-# ======================================================================================================
-# Viewer: the pages and CONTRACT §7 over HTTP, for this machine only
-# ======================================================================================================
+# ==================================================================================================
+# Viewer: the pages and the reading endpoints over HTTP, for this machine only
+# ==================================================================================================
 
 LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 PROTECTION = (
     ("Cache-Control", "no-store"),
-    ("Content-Security-Policy", POLICY + "; frame-ancestors 'none'"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "no-referrer"),
@@ -2535,30 +2648,40 @@ def query_of(text: str) -> Query:
 
 
 def message_page(status: int, title: str, text: str) -> Answer:
+    way = '<p><a href="/">To the replay</a></p>' if status == 404 else ""
     return Answer(status, HTML_TYPE, document(
-        title, "<main><h1>%s</h1><p>%s</p></main>" % (esc(title), esc(text))))
+        title, "<main><h1>%s</h1><p>%s</p>%s</main>" % (esc(title), esc(text), way)))
 
 
 def page_answer(db: str, path: str, query: Query) -> Answer:
     """A page for somebody who may see it."""
     filters = filters_of(query)
     sort = query.get("sort", "")
+    all_time = not {"days", "since", "until", "github"} & set(query)
     pages: Dict[str, Callable[[Reader], str]] = {
         "/": lambda reader: replay_page(reader, filters),
-        "/sessions": lambda reader: sessions_page(reader, filters),
-        "/discoveries": lambda reader: discoveries_page(reader, filters, sort if sort in SORTS else SORTS[0]),
-        "/discovery": lambda reader: discovery_page(reader, query.get("ref", "")),
+        "/save": lambda reader: saved_replay(reader, filters, query),
+        "/discoveries": lambda reader: discoveries_page(
+            reader, filters, sort if sort in DISCOVERY_SORTS else "developer_count"),
+        "/discovery": lambda reader: discovery_page(
+            reader, query.get("ref", ""), filters, all_time),
+        "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
+        "/sessions": lambda reader: sessions_page(reader, filters),
     }
     top, _, rest = path[1:].partition("/")
     if top == "session" and rest:
         pages[path] = lambda reader: session_page(reader, rest)
+    if top == "developer" and rest:
+        pages[path] = lambda reader: developer_page(reader, rest, filters)
     show = pages.get(path)
     if show is None:
         return message_page(404, "Not found", "There is no such page.")
     try:
         with reading(db) as reader:
-            return Answer(200, HTML_TYPE, show(reader))
+            name = 'attachment; filename="session-replay.html"'
+            headers = [("Content-Disposition", name)] if path == "/save" else []
+            return Answer(200, HTML_TYPE, show(reader), headers)
     except NotFound as error:
         return message_page(404, "Not found", str(error)[:1].upper() + str(error)[1:] + ".")
     except Refused as error:
@@ -2566,7 +2689,7 @@ def page_answer(db: str, path: str, query: Query) -> Answer:
 
 
 def admin_answer(db: str, path: str, query: Query, authorization: str, secret: str) -> Answer:
-    """CONTRACT §7, to the letter. `secret` "" means that no token is configured."""
+    """The reading endpoints (README, Contract 7). `secret` "" means that no token is configured."""
     request_id = uuid.uuid4().hex
 
     def answer(status: int, headers: Sequence[Tuple[str, str]] = (), **body: Any) -> Answer:
@@ -2590,12 +2713,14 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         github = {"true": True, "false": False}.get(query.get("logged_in", ""))
         window = last_days(number_in(query, "days", 7, 90), github)
         found = reader.window(window, number_in(query, "limit", 50, 200))
-        return {"sessions": list(map(plain_session, found)), "total_count_in_window": reader.count(window)}
+        return {"sessions": list(map(plain_session, found)),
+                "total_count_in_window": reader.count(window)}
     if path == "/admin/discoveries/propagation":
         sort = query.get("sort", "")
         limit = number_in(query, "limit", 50, 500)
         result = discoveries(reader, EVER, limit, sort if sort in SORTS else SORTS[0])
-        return {"discoveries": [{name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
+        return {"discoveries": [
+            {name: d[name] for name in PROPAGATION} for d in result["discoveries"]]}
     match = re.fullmatch(r"/admin/sessions/([0-9a-f]{64})", path)
     if not match:
         return None
@@ -2621,25 +2746,42 @@ class Viewer(http.server.ThreadingHTTPServer):
         self.db, self.admin_token = db, admin_token
         self.ticket: Optional[str] = secrets.token_urlsafe(24)
         self.cookie = secrets.token_urlsafe(24)
-        self.cookie_name = "session_events_%d" % self.server_address[1]  # cookies do not tell ports apart
+        # Cookies do not tell ports apart, so its name does.
+        self.cookie_name = "session_events_%d" % self.server_address[1]
         self.lock = threading.Lock()
+        self.way_in: Optional[Path] = None  # see `write_way_in`
 
     @property
     def address(self) -> str:
         return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
 
     def redeem(self, given: str) -> bool:
+        """True, once, for who brings the ticket."""
         with self.lock:
             good = self.ticket is not None and same(given, self.ticket)
             if good:
                 self.ticket = None
+                if self.way_in:
+                    with contextlib.suppress(FileNotFoundError):
+                        self.way_in.unlink()
             return good
+
+    def write_way_in(self, folder: str, address: str) -> str:
+        """The address of a new file in `folder` that sends a browser on to `address`.
+
+        A browser's command line can be seen by every user of the machine, and its address is the
+        ticket. So the command line names this file (0600), which goes when the ticket is used."""
+        self.way_in = Path(folder, "open.html")
+        with open(os.open(self.way_in, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(forwarding(address))
+        return self.way_in.as_uri()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One line, and nothing of the request: a browser that went away is not worth even that."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
-            print("session_events: a request failed: %s" % type(error).__name__, file=sys.stderr, flush=True)
+            print("session_events: a request failed: %s" % type(error).__name__,
+                  file=sys.stderr, flush=True)
 
 
 class ViewerHandler(http.server.BaseHTTPRequestHandler):
@@ -2655,8 +2797,10 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
         if not host or host.group(1).lower() not in LOCAL_NAMES:
-            # A page elsewhere whose name was made to point here comes with that name (DNS rebinding).
-            self.send(Answer(403, "text/plain", "This server answers to 127.0.0.1 and localhost only.\n"))
+            # A page elsewhere whose name was made to point here comes with that name (DNS
+            # rebinding).
+            self.send(Answer(403, "text/plain",
+                             "This server answers to 127.0.0.1 and localhost only.\n"))
             return
         try:
             answer = self.answer()
@@ -2678,47 +2822,56 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
 
     def answer(self) -> Answer:
-        address = urllib.parse.urlsplit("http://local" + self.path if self.path.startswith("/") else "")
+        address = urllib.parse.urlsplit(
+            "http://local" + self.path if self.path.startswith("/") else "")
         query = query_of(address.query)
         if address.path == "/admin" or address.path.startswith("/admin/"):
-            return admin_answer(self.server.db, address.path, query, self.headers.get("Authorization", ""),
-                                self.server.admin_token)
+            return admin_answer(self.server.db, address.path, query,
+                                self.headers.get("Authorization", ""), self.server.admin_token)
         if "token" in query:
             return self.exchange(query)
         if not self.may_see():
-            return message_page(403, "Closed", "Open the address that the terminal shows; it works once.")
+            return message_page(
+                403, "Closed", "Open the address that the terminal shows; it works once.")
         return page_answer(self.server.db, address.path, query)
 
     def exchange(self, query: Query) -> Answer:
-        """The one-time token for a cookie, and on to the address without the token."""
+        """The one-time token for a cookie, and a page that goes on to the address without it.
+
+        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after
+        one."""
         rest = {name: value for name, value in query.items() if name != "token"}
-        to = [("Location", "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else ""))]
-        if self.server.redeem(query["token"]):
+        to = "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else "")
+        page = Answer(200, HTML_TYPE, forwarding(to))
+        if self.command == "GET" and self.server.redeem(query["token"]):  # HEAD leaves it unused
             cookie = "%s=%s" % (self.server.cookie_name, self.server.cookie)
-            return Answer(303, "text/plain", "", [
-                *to, ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
+            return page._replace(headers=[
+                ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
         if self.may_see():
-            return Answer(303, "text/plain", "", to)
-        return message_page(403, "Closed", "This address was used already, or is not this viewer's. Start it"
-                                           " again for a new one.")
+            return page
+        return message_page(403, "Closed", "This address was used already, or is not this viewer's."
+                                           " Start it again for a new one.")
 
     def may_see(self) -> bool:
-        cookies = [part.strip().partition("=") for part in self.headers.get("Cookie", "").split(";")]
+        cookies = [part.strip().partition("=")
+                   for part in self.headers.get("Cookie", "").split(";")]
         return any(name == self.server.cookie_name and same(value, self.server.cookie)
                    for name, _, value in cookies)
 
     def send(self, answer: Answer) -> None:
         body = answer.body.encode("utf-8", "replace")
         self.send_response(answer.status)
-        for name, value in (("Content-Type", answer.type), ("Content-Length", str(len(body))), *PROTECTION,
-                            *answer.headers):
+        for name, value in (("Content-Type", answer.type), ("Content-Length", str(len(body))),
+                            ("Content-Security-Policy", policy() + "; frame-ancestors 'none'"),
+                            *PROTECTION, *answer.headers):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """What `http.server` itself refuses (a malformed or huge head), without repeating any of it."""
+    def send_error(self, code: int, message: Optional[str] = None,
+                   explain: Optional[str] = None) -> None:
+        """What `http.server` itself refuses (a malformed or huge head), repeating none of it."""
         self.close_connection = True
         self.command = self.command or ""
         self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
@@ -2732,7 +2885,8 @@ def can_open_browser() -> bool:
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is shown."""
+    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is
+    shown."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -2745,14 +2899,25 @@ def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
         raise Refused("cannot listen on port %d: %s" % (
             port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
     signal.signal(signal.SIGTERM, stop)
-    with viewer:
-        print("open %s%s" % (viewer.address, path), flush=True)
-        print("it works once and on this machine only; Ctrl-C ends", flush=True)
+    address = viewer.address + path
+    with tempfile.TemporaryDirectory(prefix="session-events-") as folder, viewer:
+        print("open %s" % address)
+        print("It works once, in a browser on this machine; Ctrl-C ends. From another machine, run")
+        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(viewer.server_address[1]))
+        print("there, with this machine's name for HOST, and open the same address.", flush=True)
         if open_it:
-            webbrowser.open(viewer.address + path)
+            # In a thread: a browser in the foreground returns only when the person leaves it.
+            threading.Thread(target=show_in_browser, daemon=True,
+                             args=[viewer.write_way_in(folder, address)]).start()
         with contextlib.suppress(KeyboardInterrupt):
             viewer.serve_forever()
     return 0
+
+
+def show_in_browser(address: str) -> None:
+    if not webbrowser.open(address):
+        print("session_events: no browser could be started; open the address above yourself",
+              file=sys.stderr, flush=True)
 
 
 # ======================================================================================================
@@ -2785,8 +2950,8 @@ def demo_hash(*words: object) -> str:
 
 
 def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
-    """(minute since the first midnight, developer) of each session's end, in time order. Each developer has
-    hours, a pace, and days off."""
+    """(minute since the first midnight, developer) of each session's end, in time order. Each
+    developer has hours, a pace, and days off."""
     moments = []
     for developer in range(DEMO_DEVELOPERS):
         morning, pace = 60 * (6 + 4 * (developer // DEMO_TEAM) + 2 * chance()), .8 + 2.4 * chance()
@@ -2794,12 +2959,13 @@ def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
             if chance() < (.55 if day % 7 in (5, 6) else .18):
                 continue
             for _ in range(1 + int(pace * chance() + chance())):
-                moments.append((int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440), developer))
+                at = int(day * 1440 + morning + chance() * 540) % (DEMO_DAYS * 1440)
+                moments.append((at, developer))
     return sorted(moments)
 
 
-def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int, chance: Callable[[], float],
-               fresh: List[str]) -> Tuple[List[str], int]:
+def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int,
+               chance: Callable[[], float], fresh: List[str]) -> Tuple[List[str], int]:
     """The discoveries of one session and how many of them it found there. What is recent is likelier, what
     one's own team touched likelier still. `known` {ref: [(minute, developer) ...]} learns them; `fresh` gives
     up new ones."""
@@ -2828,8 +2994,10 @@ def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
         tools = int(math.exp(1.6 + 2.9 * chance()) + 6 * len(refs))
         tokens = int(tools * 40 * chance() + found * (1500 + 6000 * chance()))
         ended = end - DEMO_DAYS * DAY_MS + at * 60_000 + int(chance() * 59_000)
-        yield (demo_hash("identity", developer), demo_hash("login", developer) if developer % 3 else None,
-               demo_hash("session", n), moment_text(ended), tools, tokens, demo_hash("branch", n // 3)[:12],
+        yield (demo_hash("identity", developer),
+               demo_hash("login", developer) if developer % 3 else None,
+               demo_hash("session", n), moment_text(ended), tools, tokens,
+               demo_hash("branch", n // 3)[:12],
                json.dumps(refs, separators=(",", ":")), "1.%d.0" % (28 + at // 10_080),
                moment_text(ended + 700)[:19] + "Z")
 
@@ -2858,14 +3026,15 @@ def write_demo(path: str) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page on it."""
+    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page
+    on it."""
     if options.db:
         print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
         return 0
     with tempfile.TemporaryDirectory(prefix="session-events-") as folder:
         db = os.path.join(folder, "demo.db")
-        print("%d synthetic sessions of %d developers who do not exist" % (write_demo(db), DEMO_DEVELOPERS),
-              flush=True)
+        print("%d synthetic sessions of %d developers who do not exist" % (
+            write_demo(db), DEMO_DEVELOPERS), flush=True)
         return serve(db, options.port, can_open_browser(), "&days=14")
 
 
@@ -4071,9 +4240,8 @@ def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
     window = window_of(options)
     if options.format != "html":
         return graph(reader, window, options.limit or DRAWN)
-    newest = reader.window(window, options.limit or DRAWN)
-    return {"nodes": newest, "html": graph_html(newest[::-1], reader.count(window),
-        window.discovery)}
+    text = replay_file(reader, window, options.limit or DRAWN)
+    return {"nodes": reader.count(window), "html": text}
 
 
 def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
@@ -4326,6 +4494,510 @@ def step_back() -> None:
     this."""
     if hasattr(os, "nice"):
         os.nice(10)
+
+
+# ==================================================================================================
+# Style
+# ==================================================================================================
+
+STYLE = r"""
+:root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430;
+  --soft: #566270; --line: #dfe2e0; --disc: #1f6fb2; --own: #74899d; --cross: #b84c00;
+  --pale: #7b8794; --lit: #1b2430; --h1: #e4eef7; --h2: #b9d5ec; --h3: #2a76b5; --h4: #134a7c }
+@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1;
+  --soft: #a2aebc; --line: #2b3440; --disc: #63b3f4; --own: #68819b; --cross: #ff9a3c;
+  --pale: #6d7b8a; --lit: #ffffff; --h1: #1d3146; --h2: #234a6e; --h3: #6db6f3; --h4: #b4dbff } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui,
+  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif }
+.wrap { max-width: 1680px; margin: 0 auto; padding: 0 clamp(12px, 2vw, 36px) 40px }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 14px 0 8px }
+header b { font-size: 17px; letter-spacing: -.01em }
+nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
+nav a { color: var(--soft); text-decoration: none; padding: 3px 0;
+  border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink); border-color: var(--cross) } a { color: var(--disc) }
+:focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
+h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0;
+  overflow-wrap: anywhere }
+h1.m { font-size: 16px; white-space: normal } h2 { font-size: 16px; margin: 22px 0 6px }
+p { margin: 4px 0 10px; max-width: 80ch } .note { color: var(--soft); font-size: 14px }
+.empty { padding: 22px 18px; font-size: 16px }
+form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 12px;
+  font-size: 13px }
+form label { display: grid; gap: 2px; color: var(--soft) }
+input, select, button, .button { font: inherit; color: inherit; background: var(--card);
+  border: 1px solid var(--pale); border-radius: 7px; padding: 5px 10px; min-height: 34px;
+  max-width: 100% }
+button, .button { cursor: pointer; font-weight: 600; text-decoration: none; color: var(--ink) }
+.top { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: start;
+  gap: 4px 16px }
+.filters { margin: 0 0 4px } .filters > summary { padding: 4px 0 8px; font-weight: 600 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 12px 16px; margin: 0 0 14px }
+.findings { margin: 8px 0 14px; padding: 0; list-style: none; font-size: 16px }
+.findings li { max-width: 100ch; padding: 2px 0 2px 14px; border-left: 3px solid var(--cross) }
+.tiles { display: flex; flex-wrap: wrap; gap: 2px 24px; margin: 4px 0 10px; color: var(--soft);
+  font-size: 14px }
+.tiles div { display: flex; flex-direction: row-reverse; gap: 6px; align-items: baseline }
+.tiles dd { margin: 0; color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
+.tiles dd small { font-weight: 400; color: var(--soft) }
+.tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+  gap: 10px; margin: 12px 0 14px }
+.tiles.large div { display: block; background: var(--card); border: 1px solid var(--line);
+  border-radius: 12px; padding: 8px 14px }
+.tiles.large dd { font-size: 21px } .tiles.large small { font-size: 13px }
+.controls { display: none; align-items: center; flex-wrap: wrap; gap: 6px 12px; position: sticky;
+  top: 0; z-index: 2; background: var(--card); padding: 8px 0 2px;
+  border-bottom: 1px solid var(--line) }
+.live .controls { display: flex }
+#play { min-width: 96px; background: var(--h3); border-color: var(--h3); color: var(--card) }
+.controls input { flex: 1 1 180px; padding: 0; min-width: 100px; accent-color: var(--disc);
+  border: 0 }
+#moment { font-variant-numeric: tabular-nums; min-width: 11em; font-weight: 600 }
+.controls label { color: var(--soft); font-size: 13px }
+#caption { flex: 1 0 100%; margin: 0; height: 26px; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; max-width: none; font-weight: 600; color: var(--cross) }
+.board { display: grid; grid-template-columns: minmax(0, 1fr) minmax(280px, 380px); gap: 0 28px }
+.board.alone { grid-template-columns: minmax(0, 1fr) } .board > div { min-width: 0 }
+.stage { padding: 0 18px 0 86px; overflow-x: clip }
+#chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
+#chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
+  "DejaVu Sans Mono", monospace }
+.lanes line { stroke: var(--line) } .lanes text { text-anchor: end } .lanes a { fill: var(--soft) }
+#ticks line { stroke: var(--line); stroke-dasharray: 2 4 } #ticks text { text-anchor: middle }
+#ticks .q line { stroke: var(--cross); stroke-dasharray: none }
+#ticks .q text { text-anchor: start; fill: var(--ink); transform: translateX(5px) }
+#ticks .end text { text-anchor: end; transform: translateX(-5px) } .cells path { fill: var(--disc) }
+#veil { fill: var(--card); opacity: .84 }
+#now { stroke: var(--cross); stroke-width: 1.5; vector-effect: non-scaling-stroke;
+  pointer-events: none }
+#arcs { fill: none; pointer-events: none }
+#arcs path { stroke: var(--own); stroke-width: 1.3; stroke-dasharray: 3 3;
+  vector-effect: non-scaling-stroke }
+#arcs .x { stroke: var(--cross); stroke-width: 1.6; stroke-dasharray: none }
+.live #arcs path:not(.there), .dense #arcs path { display: none }
+#discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8 }
+#discs .g { fill: var(--disc); stroke: var(--card); stroke-width: 1 } #discs a { outline: none }
+.dense #discs a { opacity: 0 } .dense .lanes line { stroke: none }
+.playing #arcs .old { opacity: .16 } .lit #arcs path { opacity: .06 }
+.lit #discs a, .lit .cells { opacity: .2 } .dense.lit #discs a { opacity: 0 }
+#chart #arcs .on.there { opacity: 1; stroke-width: 2.4; display: inline }
+#chart #discs .on { opacity: 1 } #discs .at circle { stroke: var(--lit); stroke-width: 3 }
+.dense #discs .on circle { r: 4px }
+@keyframes pulse { from { stroke: var(--cross); stroke-width: 6 } }
+#chart #arcs .new { display: inline; opacity: 1; animation: pulse .6s }
+#chart #discs .new { opacity: 1 } #discs .new circle { animation: pulse .6s }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px;
+  margin: 8px 0 }
+.legend span { display: inline-flex; align-items: center; gap: 7px }
+.legend svg { overflow: visible; flex: none }
+.legend circle { fill: none; stroke: var(--disc); stroke-width: 1.8 }
+.legend .g, .legend path { fill: var(--disc) }
+.legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
+.legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
+#panel { display: none; height: 118px; overflow-y: auto; border-top: 1px solid var(--line);
+  padding: 6px 2px 0 }
+.live #panel { display: block }
+#panel p { max-width: none; margin: 2px 0 6px; overflow-wrap: anywhere }
+.chips { display: flex; flex-wrap: wrap; gap: 5px; margin: 0; padding: 0; list-style: none }
+.chips li { max-width: 100% }
+.chips a, .chips span { display: inline-block; border: 1px solid var(--pale); border-radius: 99px;
+  padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
+.ranking { margin: 0; padding: 0; list-style: none; max-height: 660px; overflow-y: auto }
+.board h2 { margin: 10px 0 4px }
+.ranking li { display: grid; grid-template-columns: minmax(0, 1fr) 90px; gap: 0 10px;
+  align-items: center; padding: 3px 6px 4px 0; border-bottom: 1px solid var(--line) }
+.ranking button { border: 0; background: none; padding: 2px 0; text-align: left; min-height: 26px;
+  overflow-wrap: anywhere; font-weight: 500; cursor: default }
+.live .ranking button { color: var(--disc); cursor: pointer; text-decoration: underline }
+.ranking button[aria-pressed=true] { font-weight: 700 }
+.ranking button[aria-pressed=true]::before { content: "\25b8  "; color: var(--cross) }
+.ranking span { grid-column: 1 / -1; color: var(--soft); font-size: 13px }
+.spark { width: 90px; height: 20px } .spark path { fill: var(--disc) }
+.scroll { overflow-x: auto; margin-top: 12px }
+table { border-collapse: collapse; min-width: min(100%, 620px); font-variant-numeric: tabular-nums }
+caption { text-align: left; color: var(--soft); padding: 0 0 6px }
+th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
+th a { color: inherit }
+th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+td { overflow-wrap: anywhere } .n { text-align: right; white-space: nowrap; overflow-wrap: normal }
+.m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: 13px; white-space: nowrap }
+th.m { font-family: inherit } .whole { white-space: normal; overflow-wrap: anywhere }
+.d { min-width: 180px } .matrix table { min-width: 0; font-size: 13px }
+.matrix th, .matrix td { padding: 3px 5px; border: 1px solid var(--line); text-align: center;
+  min-width: 30px }
+.matrix th { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-weight: 400; font-size: 12px }
+.matrix thead th span { writing-mode: vertical-rl } .matrix caption { max-width: 100ch }
+.h1 { background: var(--h1) } .h2 { background: var(--h2) }
+.h3 { background: var(--h3); color: var(--card) } .h4 { background: var(--h4); color: var(--card) }
+.pairs { display: none }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
+.plots figure { margin: 0 }
+.plots svg { display: block; width: 100%; height: 120px; overflow: visible }
+.plots path { fill: var(--disc) }
+.plots .before { fill: none; stroke: var(--pale); stroke-width: 2;
+  vector-effect: non-scaling-stroke }
+.plots figcaption { font-size: 14px; margin-bottom: 8px }
+.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: 13px;
+  margin: 4px 0 0; max-width: none }
+summary { cursor: pointer } .others { margin: 4px 0 } .others summary { color: var(--disc) }
+.words { color: var(--soft); font-size: 14px; margin-bottom: 6px }
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
+dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywhere }
+.skip { position: absolute; left: -999px }
+.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
+@media (max-width: 1020px) {
+  .board { grid-template-columns: 1fr } .ranking { max-height: 340px }
+}
+@media (min-width: 641px) { @supports selector(::details-content) {
+  .filters > summary { display: none }
+  .filters::details-content { content-visibility: visible; block-size: auto }
+} }
+@media (max-width: 640px) {
+  nav { gap: 0 9px; font-size: 14px }
+  nav a, .filters > summary, .others summary, .words summary { padding: 10px 0; min-height: 44px }
+  .filters > summary { padding-top: 12px } form { display: grid; grid-template-columns: 1fr 1fr }
+  form input, form select { width: 100% }
+  input, select, button, .button, .live .ranking button { min-height: 44px }
+  .button { padding-top: 10px } .wide, .matrix { display: none } .pairs { display: block }
+  .card { padding: 8px 10px } .controls { gap: 4px 10px } .controls input { flex: 1 1 60% }
+  #caption { font-size: 14px; height: 40px; line-height: 20px; white-space: normal }
+  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; max-height: 530px; overflow-y: auto;
+    overflow-x: hidden }
+  #discs circle { transform: scale(.65); transform-box: fill-box; transform-origin: center }
+  #chart text { font-size: 10px } .odd text { display: none } #panel { height: 190px }
+  .chips a { padding: 9px 12px } .ranking { max-height: 410px }
+  .cards thead { position: absolute; left: -9999px }
+  .sorts thead { position: static } .sorts thead tr, .sorts th { display: block; border: 0 }
+  .sorts th { display: inline-block; padding: 8px 14px 8px 0 }
+  .sorts th:not(:has(a)) { display: none }
+  .cards, .cards tbody, .cards caption { display: block }
+  .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
+    line-height: 1.9 }
+  .cards td { display: inline; padding: 0 12px 0 0; border: 0 }
+  .cards td.n { display: inline-block; padding-right: 12px }
+  .cards td.n::after { content: " " attr(data-t); color: var(--soft) }
+  .cards td.to::before { content: "\2192 " }
+  .cards td.wide { display: none }
+  .cards td.d:not(:empty)::before { content: "\A"; white-space: pre }
+  dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important;
+  transition: none !important } }
+"""
+
+# ==================================================================================================
+# Script
+# ==================================================================================================
+
+SCRIPT = r"""
+"use strict";
+(() => {
+  const $ = id => document.getElementById(id);
+  const D = JSON.parse($("data").textContent), S = D.sessions, E = D.edges;
+  const chart = $("chart"), slider = $("slider"), play = $("play"), speed = $("speed");
+  const panel = $("panel"), caption = $("caption"), save = $("save"), hint = panel.innerHTML;
+  const links = [...chart.querySelectorAll("#discs a")];
+  const arcs = [...chart.querySelectorAll("#arcs path")];
+  const buttons = [...document.querySelectorAll("[data-ref]")];
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  const number = n => n.toLocaleString("en-US");
+  const some = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
+  const clock = t => new Date(D.start + t).toISOString();
+  const minute = t => clock(t).slice(0, 16).replace("T", " ") + " UTC";
+
+  // What the counters say after the first n sessions, how many arcs there are by then, and each
+  // time that a discovery reaches a developer: [ms, discovery, how many developers by then, who].
+  const totals = [[0, 0, 0, 0, 0]], arcsBy = [0], news = [], reached = D.refs.map(() => new Map());
+  const developers = new Set(), refs = new Set(), arcsOf = D.refs.map(() => []);
+  S.forEach((s, i) => {
+    const last = totals[i];
+    developers.add(s[1]);
+    for (const ref of s[4]) {
+      refs.add(ref);
+      if (reached[ref].has(s[1])) continue;
+      reached[ref].set(s[1], i);
+      news.push([s[0], ref, reached[ref].size]);
+    }
+    totals.push([i + 1, developers.size, last[2] + s[3], refs.size, last[4] + s[5]]);
+    let n = arcsBy[i];
+    while (n < E.length && E[n][1] <= i) n++;
+    arcsBy.push(n);
+  });
+  E.forEach((e, j) => e[2].forEach(ref => arcsOf[ref].push(j)));
+
+  // The caption.
+  const ORDINALS = ["", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
+    "ninth", "tenth"];
+  const ordinal = n => ORDINALS[n] ||
+    n + (n % 100 > 10 && n % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");
+  const sentence = ([, ref, n]) => D.refs[ref] + (n === 1 ? " is met for the first time" :
+    n === D.developers.length ? " has reached everybody" : ` reaches its ${ordinal(n)} developer`);
+  const countUpTo = (rows, t) => {  // how many rows, which are in time order, are not after t
+    let low = 0, high = rows.length;
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (rows[middle][0] <= t) low = middle + 1; else high = middle;
+    }
+    return low;
+  };
+  const perSecond = () => D.span / 40 * Number(speed.value);  // at speed 1 the window takes 40 s
+  const say = () => {
+    const last = countUpTo(heard, moment);
+    let first = countUpTo(heard, moment - perSecond());
+    if (first === last) first = last - 1;  // nothing in the last second: the last thing before
+    const now = heard.slice(Math.max(0, first), last);
+    if (!now.length) return;
+    const far = now.reduce((a, b) => b[2] > a[2] ? b : a);
+    const several = new Set(now.map(n => n[1])).size;
+    const mark = far[2] === 5 || far[2] % 10 === 0 || far[2] === D.developers.length;
+    const text = several === 1 || mark ? sentence(far) :
+      `${several} discoveries reach somebody new`;
+    if (caption.textContent !== text) caption.textContent = text;
+  };
+
+  // The moment.
+  let moment = D.span, sessions = 0, faded = 0, frame = 0, before = 0;
+  let lit = -1, picked = -1, heard = news;  // heard: of the chosen discovery alone, or all
+  const pick = ref => {
+    picked = ref;
+    heard = ref < 0 ? news : news.filter(item => item[1] === ref);
+  };
+  const turn = (items, name, from, to) => {  // the first `to` have the class, where `from` had it
+    for (let i = from; i < to; i++) items[i].classList.add(name);
+    for (let i = to; i < from; i++) items[i].classList.remove(name);
+  };
+  const show = t => {
+    moment = Math.min(D.span, Math.max(0, t));
+    const n = countUpTo(S, moment), x = 1000 * moment / D.span;
+    turn(arcs, "there", arcsBy[sessions], arcsBy[n]);
+    sessions = n;
+    const old = frame ? arcsBy[countUpTo(S, moment - D.span / 10)] : 0;
+    turn(arcs, "old", faded, old);
+    faded = old;
+    totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
+    slider.value = moment;
+    slider.setAttribute("aria-valuetext", `${minute(moment)}, ${some(n, "session")}`);
+    $("moment").textContent = minute(moment);
+    $("veil").setAttribute("x", x);
+    $("veil").setAttribute("width", 1100 - x);
+    $("now").setAttribute("transform", `translate(${x} 0)`);
+    say();
+  };
+  const address = () => "t=" + clock(moment) +
+    (picked < 0 ? "" : "&d=" + encodeURIComponent(nameOf(picked)));
+  const write = () => {
+    history.replaceState(null, "", "#" + address());
+    if (save) save.href = save.href.replace(/(&t=.*)?$/, "&" + address());
+  };
+  const nameOf = ref => D.names[ref] || D.refs[ref];
+  const read = () => {
+    const said = new URLSearchParams(location.hash.slice(1) || D.at);
+    const t = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(said.get("t")) ? Date.parse(said.get("t")) : NaN;
+    const ref = D.refs.findIndex((shown, i) => nameOf(i) === said.get("d"));
+    stop();
+    pick(ref);
+    show(isNaN(t) ? (ref < 0 && S.length > 1 ? 0 : D.span) : t - D.start);
+    paint();
+    return !isNaN(t) || ref >= 0 || S.length === 1;
+  };
+  const stop = () => {
+    if (frame) cancelAnimationFrame(frame);
+    frame = 0;
+    chart.classList.remove("playing");
+    caption.setAttribute("aria-live", "polite");
+    play.textContent = "Play";
+  };
+  const pulse = (from, to) => {
+    if (still.matches || from === to) return;
+    const items = [];
+    for (let j = Math.max(from, to - 12); j < to; j++) {  // more at once cost 20 ms a frame
+      if (!E[j][3] || picked >= 0 && !E[j][2].includes(picked)) continue;
+      items.push(arcs[j], links[E[j][0]], links[E[j][1]]);
+    }
+    items.forEach(item => item.classList.add("new"));
+    setTimeout(() => items.forEach(item => item.classList.remove("new")), 600);
+  };
+  const tick = time => {
+    const passed = Math.min(250, time - before);  // ms; a page out of sight goes on where it was
+    const there = arcsBy[sessions];
+    show(moment + passed / 1000 * perSecond());
+    pulse(there, arcsBy[sessions]);
+    before = time;
+    if (moment < D.span) frame = requestAnimationFrame(tick);
+    else go(D.span);
+  };
+  const toggle = () => {
+    if (frame) { stop(); show(moment); write(); rove(); return; }
+    if (moment >= D.span) show(0);
+    play.textContent = "Pause";
+    caption.setAttribute("aria-live", "off");  // each second would be too much to listen to
+    chart.classList.add("playing");
+    before = performance.now();
+    frame = requestAnimationFrame(tick);
+  };
+  const go = t => { stop(); show(t); write(); rove(); };
+  const step = by => {
+    const n = Math.min(S.length, Math.max(1, by > 0 ? sessions + 1 : countUpTo(S, moment - 1)));
+    go(S[n - 1][0]);
+  };
+  const faster = by => {
+    speed.selectedIndex = Math.min(speed.length - 1, Math.max(0, speed.selectedIndex + by));
+  };
+
+  // What is lit: a session with what it knew and where that went, or else the chosen discovery.
+  const paint = () => {
+    chart.querySelectorAll(".on, .at").forEach(item => item.classList.remove("on", "at"));
+    chart.classList.toggle("lit", lit >= 0 || picked >= 0);
+    buttons.forEach(b => b.setAttribute("aria-pressed", Number(b.dataset.ref) === picked));
+    const into = new Set(), went = new Set(), on = new Set();
+    if (lit >= 0) {
+      S[lit][4].forEach(ref => arcsOf[ref].forEach(j => { if (E[j][0] >= lit) went.add(j); }));
+      E.forEach((e, j) => { if (e[1] === lit) into.add(j); });
+      on.add(lit);
+      links[lit].classList.add("at");
+    } else if (picked >= 0) {
+      arcsOf[picked].forEach(j => went.add(j));
+      S.forEach((s, i) => { if (s[4].includes(picked)) on.add(i); });
+    }
+    for (const j of [...went, ...into]) {
+      arcs[j].classList.add("on");
+      on.add(E[j][0]).add(E[j][1]);
+    }
+    on.forEach(i => links[i].classList.add("on"));
+    panel.textContent = "";
+    if (lit >= 0) describe(lit, went, into);
+    else if (picked >= 0) describePath();
+    else panel.innerHTML = hint;
+  };
+  const light = i => { if (i !== lit) { lit = i; paint(); } };
+  const choose = ref => { pick(ref === picked ? -1 : ref); lit = -1; paint(); say(); write(); };
+  const element = (name, text, parent) => {
+    const made = parent.appendChild(document.createElement(name));
+    made.textContent = text;
+    return made;
+  };
+  const chips = (items, most, rest) => {
+    const list = panel.appendChild(document.createElement("ul"));
+    list.className = "chips";
+    items.slice(0, most).forEach(([text, href]) => {
+      const chip = element(href ? "a" : "span", text, element("li", "", list));
+      if (href) chip.href = href;
+    });
+    if (items.length > most) element("li", `and ${items.length - most} more${rest}`, list);
+  };
+  const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) + D.query : "";
+  const describe = (i, went, into) => {
+    const s = S[i], others = new Set([...went].map(j => S[E[j][1]][1]));
+    others.delete(s[1]);
+    const line = element("p", "", panel);
+    element("strong", D.developers[s[1]], line);
+    line.append(`, ended ${minute(s[0])}: ${some(s[2], "call")}, ${some(s[3], "token")} saved. ` +
+      (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
+      `${some(others.size, "other developer")} built on it.` : "No discoveries."));
+    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6, "");
+  };
+  const describePath = () => {
+    const who = [...reached[picked]], line = element("p", "", panel);
+    const name = element(D.links ? "a" : "strong", D.refs[picked], line);
+    if (D.links) name.href = page(picked);
+    line.append(` reached ${number(who.length)} of ${some(D.developers.length, "developer")}. ` +
+      "Escape, or choosing it again, shows everything.");
+    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10, "");
+  };
+
+  // Pointing, touching, keys.
+  const index = new Map(links.map((a, i) => [a, i]));
+  const places = links.map(a => [a.firstElementChild.cx.baseVal.valueInSpecifiedUnits / 100,
+    a.firstElementChild.cy.baseVal.value]);  // a share of the width, px
+  const nearest = event => {
+    const box = chart.getBoundingClientRect();
+    let best = -1, least = event.pointerType === "touch" ? 28 : 20;
+    for (let i = 0; i < sessions; i++) {
+      const far = Math.hypot(places[i][0] * box.width + box.left - event.clientX,
+        places[i][1] + box.top - event.clientY);
+      if (far < least) { least = far; best = i; }
+    }
+    return best;
+  };
+  let touched = false;
+  const focused = () => index.has(document.activeElement) ? index.get(document.activeElement) : -1;
+  const rove = () => {  // Tab stops at one session: the one in focus, else the last that is there
+    const at = focused(), stop = at >= 0 ? at : Math.max(0, sessions - 1);
+    links.forEach((a, i) => a.setAttribute("tabindex", i === stop ? "0" : "-1"));
+  };
+  const rest = () => light(focused());
+  chart.addEventListener("pointermove", event => {
+    if (event.pointerType === "touch" || frame) return;
+    const i = nearest(event);
+    if (i >= 0) light(i); else rest();
+  });
+  chart.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") rest(); });
+  chart.addEventListener("pointerdown", event => { touched = event.pointerType === "touch"; });
+  chart.addEventListener("click", event => {
+    const link = event.target.closest("a"), own = index.get(link);
+    if (link && own === undefined) return;  // a developer's
+    const i = event.detail || own === undefined ? nearest(event) : own;  // detail 0: by key
+    const first = touched && i !== lit;  // a finger cannot point: its first touch does
+    light(i);
+    if (first || i !== own || !D.links) event.preventDefault();
+    if (!first && i >= 0 && i !== own && D.links) location.href = links[i].href.baseVal;
+  });
+  // On its parent: an svg that listens for focus becomes a Tab stop of its own.
+  chart.parentNode.addEventListener("focusin", event => {
+    const i = index.get(event.target);
+    if (i === undefined) return;
+    rove();
+    if (!touched) light(i);
+  });
+  chart.parentNode.addEventListener("focusout", () => { if (!touched) light(-1); });
+  chart.addEventListener("keydown", event => {
+    touched = false;
+    const i = focused();
+    const lane = by => {
+      for (let k = i + by; k >= 0 && k < sessions; k += by) if (S[k][1] === S[i][1]) return k;
+      return i;
+    };
+    const moves = {ArrowLeft: () => i - 1, ArrowRight: () => i + 1, ArrowUp: () => lane(-1),
+      ArrowDown: () => lane(1)};
+    if (i < 0 || !moves[event.key]) return;
+    event.preventDefault();
+    event.stopPropagation();
+    links[Math.min(sessions - 1, Math.max(0, moves[event.key]()))].focus();
+  });
+  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1),
+    Home: () => go(0), End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1),
+    Escape: () => choose(picked)};
+  document.addEventListener("keydown", event => {
+    const at = event.target, typing = at.closest("select, input:not(#slider)");
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+    if (event.key === " " && at.closest("button, a, summary")) return;
+    if (at === slider && !["+", "-", " ", "Escape"].includes(event.key)) return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+  play.addEventListener("click", toggle);
+  slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+  slider.addEventListener("change", () => { write(); rove(); });
+  buttons.forEach(b => b.addEventListener("click", () => {
+    choose(Number(b.dataset.ref));
+    chart.parentNode.scrollIntoView({block: "nearest"});
+  }));
+  window.addEventListener("hashchange", read);
+
+  document.documentElement.classList.add("live");
+  slider.max = D.span;
+  slider.step = Math.max(1, Math.round(D.span / 500));
+  if (!read()) {
+    caption.textContent = "Press Play to see how the discoveries travel.";
+    play.focus({preventScroll: true});
+  }
+  rove();
+})();
+"""
 
 
 if __name__ == "__main__":
