@@ -84,7 +84,7 @@ __version__ = "1.0.0"
 # ======================================================================================================
 
 ENDPOINT = "/v1/session-events"
-MAX_BODY = 64 * 1024  # bytes, CONTRACT §1
+MAX_BODY = 64 * 1024  # bytes, README, Contract 1
 # The file's tables and indexes. The text of the four parts together is schema.sql, to the letter.
 SCHEMA_START = """\
 -- The session-event store, schema version 1 (README, Contract 3). For SQLite 3.38 or newer, or an

@@ -179,7 +179,7 @@ class Session(NamedTuple):
 
 
 def instant(text: object) -> Optional[int]:
-    """Milliseconds since 1970 of an ISO 8601 date and time (CONTRACT §1), None if it is not one."""
+    """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), None if it is not one."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
@@ -356,7 +356,7 @@ def labels(keys: Iterable[str]) -> Dict[str, str]:
 
 
 def plain_session(s: Session) -> Plain:
-    """S of CONTRACT §7, to the letter."""
+    """S of README, Contract 7, to the letter."""
     return {"session_id_hash": s.session, "identity_hash_prefix": s.identity[:PREFIX],
             "github_hash_prefix": s.github and s.github[:PREFIX], "ended_at": moment_text(s.ended),
             "tool_count": s.tools, "tokens_saved": s.tokens, "branch_sha": s.branch,

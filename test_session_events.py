@@ -681,7 +681,7 @@ def test_emit_finds_discoveries_in_paths():
 
 
 def test_emit_knows_its_events():
-    """CONTRACT §1: what comes from the spool is checked again before it is sent."""
+    """README, Contract 1: what comes from the spool is checked again before it is sent."""
     good = event("knows", github_hash=None, branch_sha=None)
     assert emit.is_event(good) and emit.is_event(event("knows"))
     for changes in (
@@ -2743,7 +2743,7 @@ def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd)
 
 HEX = EVENT["identity_hash"]
 ABSENT = object()
-GOOD = [  # (field, value sent, value stored): CONTRACT §1, each row with its edges
+GOOD = [  # (field, value sent, value stored): README, Contract 1, each row with its edges
     ("identity_hash", HEX, HEX),
     ("github_hash", HEX, HEX),
     ("github_hash", None, None),
@@ -5797,7 +5797,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
         assert post(running, event("after the backup")).status == 202
         running.stop(signal.SIGKILL)
     assert (tmp_path / "events.db-wal").stat().st_size > 0
-    run(["sh", "-ec", fenced("**Restore**")], cwd=str(tmp_path)).check_returncode()
+    run(["sh", "-ec", fenced("To restore: stop")], cwd=str(tmp_path)).check_returncode()
     assert not (tmp_path / "events.db-wal").exists() and db.stat().st_mode & 0o777 == 0o600
     with serving(db) as running:
         assert rows_of(db) == rows
@@ -7719,7 +7719,7 @@ def test_reader_opens_a_browser_that_nobody_can_forestall(tmp_path, chromium):
 
 
 def test_reader_the_endpoints_to_the_letter(tmp_path):
-    """CONTRACT §7, line by line."""
+    """README, Contract 7, line by line."""
     now = datetime.datetime.now(datetime.timezone.utc)
 
     def ago(days, **more):
@@ -7858,7 +7858,7 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
 
 
 def test_reader_no_output_has_a_whole_developer(tmp_path, capfdbinary):
-    """CONTRACT §8 for the reading side: whatever is shown of a developer is a prefix; a log is not written at
+    """README, Contract 8 for the reading side: whatever is shown of a developer is a prefix; a log is not written at
     all."""
     db = stored(tmp_path / "e.db", *STORY)
     whole = [sha(kind, who)[:9] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
@@ -10234,6 +10234,181 @@ def test_ship_in_constant_memory(tmp_path, clickhouse):
 # ==================================================================================================
 
 
+# -- README is the contract ------------------------------------------------------------------------
+
+
+def readme_part(heading):
+    """README's text from a heading's line to the next heading of the same level or a higher one."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = text.index("\n%s\n" % heading) + 1
+    level = heading.split(" ")[0]
+    end = re.compile(r"^#{1,%d} " % len(level), re.MULTILINE).search(text, start + len(heading))
+    return text[start : end.start() if end else len(text)]
+
+
+def readme_table(heading, first_cell):
+    """The rows, without the head, of the table below `heading` whose head begins with this cell."""
+    for block in re.findall(r"(?:^\|.*\n)+", readme_part(heading), re.MULTILINE):
+        rows = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in block.splitlines()
+        ]
+        if rows[0][0] == first_cell:
+            return rows[2:]
+    raise AssertionError("README has no such table: %s, %s" % (heading, first_cell))
+
+
+def ticked(text):
+    """What stands between backticks."""
+    return re.findall(r"`([^`]*)`", text)
+
+
+def rule_in_words(rule):
+    """A rule of FIELDS as README writes it."""
+    if isinstance(rule, str):
+        return rule if rule == "moment" else "`%s`" % rule
+    least, most = rule
+    if isinstance(most, str):
+        return "at most %d of `%s`" % (least, most)
+    return "whole, {:,} to {:,}".format(least, most)
+
+
+def test_house_fields_are_the_same_in_every_program_and_in_the_readme():
+    """One table of fields: emit.py, server.py, session_events.py and README, cell by cell."""
+    assert emit.FIELDS == server.FIELDS == session_events.FIELDS
+    rows = readme_table("### 1. The event", "field")
+    assert [row[:4] for row in rows] == [
+        ["`%s`" % name, kind, "yes" if needed else "no", rule_in_words(rule)]
+        for name, kind, needed, rule in server.FIELDS
+    ]
+    with sqlite3.connect(":memory:") as db:
+        db.executescript((ROOT / "schema.sql").read_text(encoding="utf-8"))
+        types = {row[1]: row[2] for row in db.execute("PRAGMA table_info(session_events)")}
+    whole = [row[0].strip("`") for row in rows if row[4] == "INTEGER"]
+    assert whole == [name for name, kind in types.items() if kind == "INTEGER" and name != "id"]
+
+
+def test_house_flags_and_defaults_of_the_server_are_in_the_readme():
+    """README's table of flags has each flag of server.py, and its default."""
+    rows = readme_table("## On a server: `server.py`", "flag")
+    told = {}
+    for flags, default, _ in rows:
+        names = [name.split(" ")[0] for name in ticked(flags)]
+        defaults = default.split(", ")
+        told.update(zip(names, defaults + defaults[-1:] * len(names)))
+    parser = server.parser()
+    known = {
+        action.option_strings[-1]: action.default
+        for action in parser._actions
+        if action.option_strings[-1] not in ("--help", "--version")
+    }
+    assert set(told) == set(known)
+    for flag, default in known.items():
+        if isinstance(default, server.Rate):
+            assert told[flag] == "%d/min" % default[0] and default[1] == 60
+        elif default and default is not True:
+            assert float(told[flag]) == default if flag != "--host" else told[flag] == default, flag
+        else:
+            assert told[flag] in ("none", "keep all", "off", "required", ""), flag
+
+
+def test_house_statuses_of_the_server_are_in_the_readme():
+    """README, Contract 2 lists the statuses of POST that server.py can give, and no other."""
+    source = (ROOT / "server.py").read_text(encoding="utf-8")
+    given = set(re.findall(r"(?:Answer|failure|Refused)\((\d{3})\b", source)) - {"200"}
+    rows = readme_table("### 2. Sending: `POST /v1/session-events`", "status")
+    assert given == {status for row in rows for status in row[0].split(", ")}
+    for status, _, body in rows:
+        for text in re.findall(r'"error":"([A-Z][^"]*)"', body):
+            assert '%s, "%s"' % (status, text) in source or '"%s"' % text in source
+
+
+def test_house_environment_variables_are_in_the_readme():
+    """README names each variable that a program reads, and no other."""
+    sources = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("emit.py", "session_events.py")
+    }
+    prefixed = set(re.findall(r'PREFIX \+ "([A-Z_]+)"', sources["emit.py"]))
+    read = {emit.PREFIX + name for name in prefixed} | set(emit.SESSION_VARIABLES)
+    read |= set(re.findall(r'"(CLAUDE_P[A-Z_]+|DO_NOT_TRACK)"', sources["emit.py"]))
+    read |= {"http_proxy", "https_proxy", "no_proxy"}  # urllib reads these
+    table = readme_table("## In a coding host: `emit.py`", "environment")
+    assert {name for row in table for name in ticked(row[0])} == read
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in re.findall(r'"((?:ASHLR|CLICKHOUSE)_[A-Z_]+)"', sources["session_events.py"]):
+        assert "`%s`" % name in text, name
+    for name in emit.PASSING_VARIABLES + emit.PASSING_FILES:
+        assert "`%s`" % name in readme_part("## In a coding host: `emit.py`"), name
+
+
+def test_house_flags_of_the_others_are_in_the_readme():
+    """README names each flag of emit.py and of ship, and no flag that no program has."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    helps = {
+        name: run([sys.executable, ROOT / program, *more, "--help"]).stdout
+        for name, program, more in (
+            ("emit", "emit.py", []),
+            ("server", "server.py", []),
+            ("ship", "session_events.py", ["ship"]),
+            ("view", "session_events.py", ["view"]),
+            ("graph", "session_events.py", ["graph"]),
+            ("discoveries", "session_events.py", ["discoveries"]),
+        )
+    }
+    flags = {name: set(re.findall(r"--[a-z][a-z-]+", words)) for name, words in helps.items()}
+    for name in ("emit", "ship"):
+        for flag in flags[name] - {"--help", "--version", "--json"}:
+            assert flag in text, "%s %s" % (name, flag)
+    others = {"--short", "--database", "--strict"}  # of git, clickhouse-client and mypy
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert told <= set().union(*flags.values()) | others
+
+
+def test_house_numbers_of_the_contract_are_the_programs():
+    """Limits that README names are the constants of the programs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for words, value in (
+        ("at most %d KiB", server.MAX_BODY // 1024),
+        ("the head is over %d KiB", server.MAX_HEAD // 1024),
+        ("has over %d fields", server.MAX_HEADERS),
+        ("at most %d and 30 days", emit.WAITING_EVENTS),
+        ("at most 500 and %d days", emit.WAITING_DAYS),
+        ("until %d days after its last line", emit.SESSION_DAYS),
+        ("goes on alone for %d s at most", emit.LIFE_S),
+        ("%d ms at the most", emit.WAIT_S * 1000),
+        ("`--days` (%d where nothing is said)", session_events.DAYS_DEFAULT),
+        ("others of %d days", session_events.RELATED_DAYS),
+        ("shown as its first %d digits", session_events.PREFIX),
+        ("`" + emit.DEFAULT_SERVER + "%s`", emit.ENDPOINT_PATH),
+    ):
+        assert words % value in text, words % value
+    assert emit.EVENT_BYTES == server.MAX_BODY and emit.ENDPOINT_PATH == server.ENDPOINT
+
+
+def test_house_known_answers_of_the_readme():
+    """README, Contract 4: its examples are what emit.py computes."""
+    part = readme_part("### 4. Identity")
+    for known in VECTORS["identity"][:1]:
+        assert known["machine_id"] in part and known["identity_hash"] in part
+    assert VECTORS["github"][0]["github_hash"] in part
+    assert VECTORS["session"][0]["session_id_hash"] in part
+    assert VECTORS["stats_bucket"][0]["bucket"] in part
+    keys = ", ".join("`%s`" % name for name in emit.SESSION_KEYS)
+    assert keys in part.replace("\n", " ")
+    assert all("`%s`" % name in part for name in emit.SESSION_VARIABLES)
+
+
+def test_house_the_code_cites_the_readme():
+    """Each "README, Contract N" has its section, and the contract has no other name."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^### (\d)\. ", text, re.MULTILINE))
+    assert sections == set("12345678") and text.count("\n") <= 400
+    for name in ("emit.py", "server.py", "session_events.py", "schema.sql"):
+        source = (ROOT / name).read_text(encoding="utf-8")
+        cited = set(re.findall(r"README,\s+(?:#\s+|--\s+)?Contract\s+(\d)", source))
+        assert cited and cited <= sections and "CONTRACT" not in source, name
+
+
 def pieces(secret):
     """What of a secret must not be printed: any 7 digits in a row of a hash or UUID, else the whole of it.
 
@@ -10247,7 +10422,7 @@ def pieces(secret):
 
 
 def test_house_nothing_printed_names_anybody():
-    """CONTRACT §8, over all that emit.py and server.py printed in every test before this one."""
+    """README, Contract 8, over all that emit.py and server.py printed in every test before this one."""
     printed = b"\n".join(PRINTED).decode("utf-8", "replace")
     windows = {printed[i : i + 7] for i in range(len(printed) - 6)}
     assert len(SECRETS) > 10 and len(printed) > 1000
