@@ -11,13 +11,15 @@ One file, Python 3.8 or newer, standard library only. In somebody's tests:
 
 What it promises:
 
-- 202 means durable: the row is committed (WAL, synchronous=FULL) before the first byte of the answer leaves.
+- 202 means durable: the row is committed (WAL, synchronous=FULL) before the first byte of the
+  answer leaves.
 - The same event twice is one row, and both get the same bytes for an answer.
 - Nothing it logs or counts names a developer, a session, a discovery or an address.
 - It has no code that reads an event back over HTTP.
 
-One turn of the loop is one transaction: read what has arrived, check it, commit once, then answer. So one fsync
-serves every event of the turn, a slow client costs a buffer and no thread, and there are no locks.
+One turn of the loop is one transaction: read what has arrived, check it, commit once, then answer.
+So one fsync serves every event of the turn, a slow client costs a buffer and no thread, and the
+loop takes no locks. One more thread moves the log into the database (see Checkpoints).
 """
 from __future__ import annotations
 
@@ -79,9 +81,9 @@ except ImportError:  # Windows
 
 __version__ = "1.0.0"
 
-# ======================================================================================================
+# ==================================================================================================
 # The contract's constants
-# ======================================================================================================
+# ==================================================================================================
 
 ENDPOINT = "/v1/session-events"
 MAX_BODY = 64 * 1024  # bytes, README, Contract 1
@@ -945,9 +947,9 @@ class Metrics:
         return ("\n".join(lines) + "\n").encode("ascii")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Retention, the pure part: clocks and stamps in, what may be deleted out
-# ======================================================================================================
+# ==================================================================================================
 
 STEADY_SECONDS = 10.0  # for which the wall clock must agree with the monotonic one
 HOUR, DAY = 3600.0, 86400.0
@@ -1071,9 +1073,9 @@ def stamp_of(seconds: float) -> str:
         return ""
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The store
-# ======================================================================================================
+# ==================================================================================================
 
 class StartError(Exception):
     """The database, or a file beside it, cannot be used. The text is one line for the operator."""
@@ -1229,6 +1231,8 @@ class Store:
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")  # of an attempt that failed
         self.migrate()
+        if self.pepper is not None:
+            note_pepper(self.db, self.pepper)
         self.db.execute("PRAGMA " + SWEEP_SETTING)
         if not self.in_memory:
             if self.checkpoints is None:
@@ -1351,7 +1355,8 @@ class Store:
     def check_rest(self) -> None:
         """Raises StartError unless all is there that keeps events idempotent, and their edges."""
         names = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master")}
-        wanted = re.findall(r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
+        wanted = re.findall(
+            r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
         missing = [name for name in wanted if name not in names]
         if missing or {"identity_hash", "session_id_hash"} not in self.unique_keys():
             raise StartError("%s is not whole: %s is missing" % (
@@ -1820,17 +1825,17 @@ def load_pepper(path: str) -> bytes:
 
 
 def note_pepper(db: sqlite3.Connection, pepper: bytes) -> None:
-    """Write which pepper the hashes are made with, so that `ship` notices nodes with different ones.
+    """Write which pepper hides the hashes, so that `ship` notices nodes with different ones.
 
-    The fingerprint is HMAC-SHA256 of a fixed text under the pepper, 16 digits: it tells nothing about a secret of 32
-    random bytes. Raises StartError."""
+    The fingerprint is 16 digits of the HMAC-SHA256 of a fixed text under the pepper. It tells
+    nothing about a secret of 32 random bytes. Raises sqlite3.Error.
+    """
     fingerprint = hmac.new(pepper, b"session-events pepper", "sha256").hexdigest()[:16]
-    try:
-        db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
-        db.execute("INSERT INTO session_events_pepper SELECT ?1 WHERE ?1 IS NOT (SELECT fingerprint FROM"
-                   " session_events_pepper ORDER BY rowid DESC LIMIT 1)", [fingerprint])
-    except sqlite3.Error as error:
-        raise StartError("cannot write the pepper's fingerprint: %s" % error) from None
+    db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
+    db.execute(
+        "INSERT INTO session_events_pepper SELECT ?1 WHERE ?1 IS NOT"
+        " (SELECT fingerprint FROM session_events_pepper ORDER BY rowid DESC LIMIT 1)",
+        [fingerprint])
 
 
 def passing(error: Exception) -> bool:
@@ -1858,7 +1863,7 @@ DELETE_BATCH = 100  # rows in a transaction, during which the server cannot writ
 READ_BATCH = 20_000  # rows read at a time
 NEIGHBOURS = 50  # rows on either side of a deleted one that are written anew
 BUSY_SECONDS = 30.0  # how long a command tries to get the write lock
-LOG_SECONDS = 60.0  # how long it tries to empty the -wal file, which needs a moment without readers
+EMPTYING_SECONDS = 60.0  # how long it tries to empty the -wal file: no reader may be in it
 CHUNK = 4 << 20  # bytes of a file in memory while it is searched
 FORGOTTEN = ("identity_hash IN (SELECT hash FROM forgotten)"
              " OR github_hash IN (SELECT hash FROM forgotten)")
@@ -2195,7 +2200,7 @@ def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> N
 
 def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> None:
     """Move all of the -wal file into the database and cut it to nothing. Raises CommandError."""
-    end = time.monotonic() + LOG_SECONDS
+    end = time.monotonic() + EMPTYING_SECONDS
     # TRUNCATE holds the write lock while it waits for readers: less than the server waits for it.
     db.execute("PRAGMA busy_timeout = 100")
     while True:
@@ -2206,7 +2211,7 @@ def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> N
         if time.monotonic() > end:
             raise CommandError("the -wal file may hold copies and could not be emptied: another"
                                " process was reading for %d s. End it, and run the command again"
-                               % LOG_SECONDS)
+                               % EMPTYING_SECONDS)
         progress.show("waiting for readers of the database to end")
         time.sleep(0.1)
 
@@ -2269,7 +2274,7 @@ def clickhouse_statement(hashes: Sequence[str]) -> str:
             % (among, among))
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The handler: one whole request in memory, one answer. (The short path does without it.)
 # ==================================================================================================
 
@@ -2818,10 +2823,6 @@ def usable_cpus() -> int:
 # 4,700. With one CPU nobody else could run.
 SPIN_SECONDS = 0.00005 if usable_cpus() > 1 else 0.0
 
-SWEEP_MORE = 1  # old rows that a turn deletes beyond as many as it stores: sweeping is always a little faster
-SWEEP_IDLE = 64  # that a turn deletes when nobody was served for a second: 2 ms, which is what a request may wait
-SWEEP_EVERY = 60.0  # seconds, once all that is due is gone
-
 
 class Limits(NamedTuple):
     """What the server grants: seconds, and counts. `None`: no limit."""
@@ -3312,9 +3313,9 @@ def log_refused(row: Row, error: Exception) -> None:
                reason=str(error) if known else type(error).__name__)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # For test fixtures
-# ======================================================================================================
+# ==================================================================================================
 
 class Running:
     """A server in a background thread. `url` is the endpoint."""
@@ -3323,11 +3324,15 @@ class Running:
         self._store = Store(db)
         self._server = IngestServer(("127.0.0.1", 0), self._store)
         self.url = self._server.url + ENDPOINT
-        self._thread = threading.Thread(target=self._server.serve_forever, name="session-events", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="session-events", daemon=True)
         self._thread.start()
 
     def events(self) -> List[Dict[str, Any]]:
-        """The stored rows, oldest first, as dicts of the table's columns, with `discovery_refs` as a list."""
+        """The stored rows, oldest first: dicts of the table's columns, `discovery_refs` a list.
+
+        Raises RuntimeError when the server was stopped.
+        """
         rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def read() -> None:
@@ -3364,7 +3369,10 @@ class Running:
 
 @contextlib.contextmanager
 def running(db: str = ":memory:") -> Iterator[Running]:
-    """A server on a free loopback port for the length of a `with` block, for other people's test fixtures."""
+    """A server on a free loopback port for the length of a `with` block, for test fixtures.
+
+    `db`: a file, or ":memory:". Yields Running. Raises StartError when the file cannot be used.
+    """
     server = Running(db)
     try:
         yield server
@@ -3372,9 +3380,9 @@ def running(db: str = ":memory:") -> Iterator[Running]:
         server.stop()
 
 
-# ======================================================================================================
+# ==================================================================================================
 # The command line
-# ======================================================================================================
+# ==================================================================================================
 
 GRACE_SECONDS = 2.0  # at the end, for requests that are on their way
 SPARE_DESCRIPTORS = 64  # beside the connections: the database, listeners, the loop's own
@@ -3385,8 +3393,8 @@ example:
   curl http://127.0.0.1:8787/readyz
   python3 server.py --db events.db --backup events-backup.db
 
-SIGTERM and Ctrl-C finish what is under way and exit with 0; SIGHUP reads the TLS files again. Started by a systemd
-socket unit, it takes that socket in place of --host and --port.
+SIGTERM and Ctrl-C finish what is under way and exit with 0. SIGHUP reads the TLS files again. A
+server that a systemd socket unit starts takes that socket in place of --host and --port.
 """
 
 
@@ -3439,11 +3447,14 @@ def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="server.py", description="Take session events over HTTP and keep them in one SQLite file.",
+        prog="server.py",
+        description="Take session events over HTTP and keep them in one SQLite file.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(flag: str, wanted: Callable[[str], Any], kind: str, metavar: str, default: Any, words: str) -> None:
-        p.add_argument(flag, type=checked(wanted, kind), metavar=metavar, default=default, help=words)
+    def add(flag: str, wanted: Callable[[str], Any], kind: str, metavar: str, default: Any,
+            words: str) -> None:
+        p.add_argument(flag, type=checked(wanted, kind), metavar=metavar, default=default,
+                       help=words)
 
     p.add_argument("--db", required=True, metavar="FILE",
                    help="the database; made, with mode 0600, when it is not there")
@@ -3453,14 +3464,17 @@ def parser() -> argparse.ArgumentParser:
         "open connections; beyond that the longest idle make room (4096)")
     add("--request-seconds", seconds, "seconds", "S", DEFAULTS.request_seconds,
         "from a request's first byte to its last (10)")
-    add("--idle-seconds", seconds, "seconds", "S", DEFAULTS.idle_seconds, "between the requests of a connection (30)")
+    add("--idle-seconds", seconds, "seconds", "S", DEFAULTS.idle_seconds,
+        "between the requests of a connection (30)")
     add("--write-seconds", seconds, "seconds", "S", DEFAULTS.write_seconds,
         "that a client may take nothing of its answer (10)")
     add("--rate", rate, "a rate such as 600/min, 10/s, 5000/h, or off", "N/UNIT", Rate(600, 60.0),
         "requests per client address, IPv6 per /64; loopback is not limited (600/min)")
-    p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"), metavar="CIDR",
-                   action="append", default=[], help="believe X-Forwarded-For from there; may be repeated (none)")
-    add("--max-db-bytes", positive, "a positive number", "N", None, "size at which the database takes no more (none)")
+    p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"),
+                   metavar="CIDR", action="append", default=[],
+                   help="believe X-Forwarded-For from there; may be repeated (none)")
+    add("--max-db-bytes", positive, "a positive number", "N", None,
+        "size at which the database takes no more (none)")
     add("--retain-days", positive, "a positive number", "N", 0,
         "delete events received longer ago, in small pieces (keep all)")
     task = p.add_mutually_exclusive_group()
@@ -3472,12 +3486,16 @@ def parser() -> argparse.ArgumentParser:
                            " of them, beside a running server, and exit; - reads hashes from"
                            " standard input; what ClickHouse needs for it goes to standard output")
     p.add_argument("--pepper-file", metavar="FILE",
-                   help="store HMAC-SHA256(pepper, hash) for each hash; made when not there (store what was sent)")
-    p.add_argument("--tls-cert", metavar="FILE", help="serve https with this certificate chain (PEM)")
+                   help="store HMAC-SHA256(pepper, hash) for each hash; the file is made when it"
+                        " is not there (store what was sent)")
+    p.add_argument("--tls-cert", metavar="FILE",
+                   help="serve https with this certificate chain (PEM)")
     p.add_argument("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
-    add("--metrics", host_and_port, "HOST:PORT", "HOST:PORT", None, "serve Prometheus metrics there (nowhere)")
+    add("--metrics", host_and_port, "HOST:PORT", "HOST:PORT", None,
+        "serve Prometheus metrics there (nowhere)")
     p.add_argument("--access-log", action="store_true",
-                   help="a line of JSON on standard output for each request: time, route, status; no address")
+                   help="a line of JSON on standard output for each request: time, route, status;"
+                        " no address")
     p.add_argument("--version", action="version", version="server.py " + __version__)
     return p
 
@@ -3534,20 +3552,22 @@ def build(options: argparse.Namespace) -> IngestServer:
     pepper = load_pepper(options.pepper_file) if options.pepper_file else None
     connections = raise_descriptor_limit(options.max_connections)
     store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
-    if pepper is not None:
-        note_pepper(store.db, pepper)
-    limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds, connections, options.rate)
+    limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds,
+                    connections, options.rate)
     address = options.host, options.port
     try:
-        server = IngestServer(address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
-                              trusted=options.trusted_proxy, tls=tls)
+        server = IngestServer(
+            address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
+            trusted=options.trusted_proxy, tls=tls)
         if options.metrics:
             address = options.metrics
             server.listen_for_operators(address)
     except OSError as error:
         store.close()
-        hint = "; is another server running? --port 0 takes any free one" if error.errno == errno.EADDRINUSE else ""
-        raise StartError("cannot listen on %s port %d: %s%s" % (*address, error.strerror, hint)) from None
+        taken = error.errno == errno.EADDRINUSE
+        raise StartError("cannot listen on %s port %d: %s%s" % (
+            *address, error.strerror,
+            "; is another server running? --port 0 takes any free one" if taken else "")) from None
     return server
 
 
@@ -3583,7 +3603,7 @@ def load_tls(options: argparse.Namespace) -> ssl.SSLContext:
 
 
 def raise_descriptor_limit(connections: int) -> int:
-    """Make room for so many connections among the descriptors; returns how many there is room for."""
+    """Raise the limit of descriptors for so many connections; how many there is room for."""
     if resource is None:
         return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3599,15 +3619,17 @@ def raise_descriptor_limit(connections: int) -> int:
 
 def inherited_socket() -> Optional[socket.socket]:
     """The listening socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdigit():
+    passed_on = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
         return None
-    if os.environ["LISTEN_FDS"] != "1":
-        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % os.environ["LISTEN_FDS"])
+    if passed_on != "1":
+        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
     passed = socket.socket(fileno=3)
     passed.set_inheritable(False)
     if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
             socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise StartError("the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
+        raise StartError(
+            "the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
     return passed
 
 
@@ -3623,9 +3645,11 @@ def notify(state: str) -> None:
     """Tell systemd (sd_notify(3)), where it wants to know."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        address = "\0" + path[1:] if path.startswith("@") else path
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
             notices.setblocking(False)
-            notices.sendto(state.encode("ascii"), "\0" + path[1:] if path.startswith("@") else path)
+            notices.sendto(state.encode("ascii"), address)
 
 
 if __name__ == "__main__":

@@ -6017,7 +6017,7 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     reader = sqlite3.connect(str(db), isolation_level=None)
     reader.execute("BEGIN")
     assert len(reader.execute("SELECT * FROM session_events").fetchall()) == 490
-    done = forget(db, sha("identity", 2), patch="server.LOG_SECONDS = 0.3")
+    done = forget(db, sha("identity", 2), patch="server.EMPTYING_SECONDS = 0.3")
     assert done.returncode == 1 and "deleted 10 events" in done.stderr
     assert "another process was reading" in done.stderr
     assert "events.db" in traces(tmp_path, sha("identity", 2))
@@ -8554,7 +8554,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
     )
 
 
-FRAMES = """new Promise(done => {
+FRAME_TIMES = """new Promise(done => {
   const spent = [], frame = window.requestAnimationFrame;
   window.requestAnimationFrame = f => frame(time => {
     const start = performance.now();
@@ -8597,7 +8597,7 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         assert chromium.js('document.querySelectorAll("#chart .lanes text").length') == 40
         paint = chromium.js('performance.getEntriesByName("first-contentful-paint")[0].startTime')
         assert paint < 20_000  # ms; about 300 on a machine with nothing else to do
-        spent = chromium.js(FRAMES)
+        spent = chromium.js(FRAME_TIMES)
         assert len(spent) > 10 and spent[len(spent) * 9 // 10] < 20, spent[-10:]
         assert chromium.js(SEEN)["counters"][:2] == ["2,000", "300"]
         drawn = """[...document.querySelectorAll("#arcs path")].filter(
