@@ -142,12 +142,16 @@ def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
     return False, "nobody said yes (emit.py on does)"
 
 
-def refused(env: "Dict[str, str]", said: "Any") -> bool:
-    """True if what waits must go: somebody said no, or nobody yes.
+def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
+    """"" with consent, or why it is off.
 
-    A config.json that cannot be read alone says neither.
+    What waits is deleted then, but not because of a config.json alone that cannot be read.
     """
-    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
+    said = telemetry_said(home)
+    allowed, why = consent(env, said)
+    if not allowed and (said is not UNCLEAR or not consent(env, "opt-in")[0]):
+        purge(home)
+    return "" if allowed else "consent is off: " + why
 
 
 def telemetry_said(home: bytes) -> "Any":
@@ -463,13 +467,13 @@ class Record:
             kind, *words = line.split(" ")
             try:
                 if kind == "call":
-                    self.last = moment_ms(words[0])
+                    self.last = digits(words[0], 14)  # until the year 5138
                     self.calls += 1
                 elif kind == "touch":
-                    self.last = moment_ms(words[0])
+                    self.last = digits(words[0], 14)
                     self.refs.append(words[1])
                 elif kind == "end":
-                    self.end(moment_ms(words[0]), *words[1:4])
+                    self.end(digits(words[0], 14), *words[1:4])
                 elif kind == "kept":
                     self.kept.add(words[0])
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
@@ -490,13 +494,6 @@ def digits(text: str, most: int) -> int:
     """The number that 1 to `most` ASCII digits say, or ValueError."""
     if len(text) > most or text.strip("0123456789"):
         raise ValueError("no number")
-    return int(text)
-
-
-def moment_ms(text: str) -> int:
-    """A time in a session's file, in ms since 1970. ValueError if it is none, or after 9999."""
-    if digits(text, 15) >= 253402300800000:
-        raise ValueError("no time")
     return int(text)
 
 
@@ -693,14 +690,12 @@ def name_parts(name: bytes) -> "Optional[Tuple[int, int, str]]":
 
 def is_leftover(name: bytes) -> bool:
     """True for what `write_whole` names a file that is not whole yet."""
-    import re
-    return bool(re.fullmatch(rb"\.[0-9a-f]{16}\.tmp", name))
+    return fits(name.decode("latin-1"), r"\.[0-9a-f]{16}\.tmp")
 
 
 def is_session(name: bytes) -> bool:
     """True for what `session_name` makes."""
-    import re
-    return bool(re.fullmatch(rb"([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}", name))
+    return fits(name.decode("latin-1"), "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}")
 
 
 def session_name(session: str) -> bytes:
@@ -1223,15 +1218,6 @@ def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Opt
     return text, status, after
 
 
-def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
-    """Consent, asked anew: "", or why it is off; what waits is deleted then."""
-    said = telemetry_said(home)
-    allowed, why = consent(env, said)
-    if refused(env, said):
-        purge(home)
-    return "" if allowed else "consent is off: " + why
-
-
 class Sender:
     """Sends what waits, in the process that nobody waits for, and keeps how that went.
 
@@ -1361,15 +1347,9 @@ def hook(argv: "Sequence[str]") -> int:
     try:
         env = environment()
         directory, asked, _, rest = options(argv)
-        home = home_of(env)
-        said = telemetry_said(home)
-        allowed, why = consent(env, said)
-        why = "consent is %s: %s" % ("on" if allowed else "off", why)
-        why += "; arguments ignored: see --help" if rest else ""
-        if refused(env, said):
-            purge(home)
-        if not allowed:
-            return say(env, why)
+        off = withdrawn(home_of(env), env)
+        if off:
+            return say(env, off)
         caller, wait = Caller(env, directory, standard_input()), wait_of(env, asked)
         child, pipe = fork()
         if child > 0:
@@ -1382,7 +1362,7 @@ def hook(argv: "Sequence[str]") -> int:
             return 0
         return say(env, "failed: " + reason(error) + place_of(error))
     try:
-        end(caller, wait, pipe, why)
+        end(caller, wait, pipe, "; arguments ignored: see --help" if rest else "")
     except BaseException as error:
         say(env, "failed: " + reason(error) + place_of(error))
     finally:
@@ -1413,11 +1393,10 @@ def fork() -> "Tuple[int, int]":
     return child, theirs
 
 
-def end(caller: Caller, wait: float, pipe: int, why: str) -> None:
+def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
     """Capture, let the caller go, then all that nobody waits for: the commit, the disk, sending.
 
-    `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it;
-    `why`: consent, in words.
+    `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
     """
     home, env, path = caller.home, caller.env, b""
     machine = machine_id(home)
@@ -1432,7 +1411,8 @@ def end(caller: Caller, wait: float, pipe: int, why: str) -> None:
     if pipe >= 0:
         let_go(pipe, bool(wait), debugging(env))
     leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S))
-    say(env, why)  # not before: a standard error that nobody reads may hold its writer for good
+    # Not before: a standard error that nobody reads may hold its writer for good.
+    say(env, "consent is on" + note)
     say(env, result)
     if part and event:
         event["branch_sha"] = branch_sha(caller.project)
@@ -1473,17 +1453,8 @@ def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1) if keep_errors else (0, 1, 2):
         os.dup2(null, fd)
-    try:
-        open_ones = [int(name) for name in os.listdir(
-            "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")]
-    except OSError:
-        open_ones = list(range(3, 4096))
-    for fd in open_ones:
-        if fd > 2 and not (stays and fd == pipe):
-            try:
-                os.close(fd)
-            except OSError:  # the listing's own
-                pass
+    os.closerange(3, pipe)
+    os.closerange(pipe + stays, 1 << 16)
 
 
 def leave_in(seconds: float) -> None:
