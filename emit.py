@@ -127,18 +127,17 @@ class Told(ValueError):
 def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
     """(may it be sent, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
-    if env.get("DO_NOT_TRACK", "").strip() not in ("", "0"):
-        return False, "DO_NOT_TRACK is set"
-    if asked in ("off", "0"):
-        return False, PREFIX + "TELEMETRY says off"
-    if said == "off":
-        return False, HOME_FOLDER + "/config.json says off"
-    if asked in ("on", "1"):
-        return True, PREFIX + "TELEMETRY says on"
-    if said == "opt-in":
-        return True, HOME_FOLDER + "/config.json says opt-in"
-    if said is UNCLEAR:
-        return False, HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"
+    for decides, allowed, why in (
+        (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
+        (asked in ("off", "0"), False, PREFIX + "TELEMETRY says off"),
+        (said == "off", False, HOME_FOLDER + "/config.json says off"),
+        (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
+        (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
+        (said is UNCLEAR, False,
+         HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"),
+    ):
+        if decides:
+            return allowed, why
     return False, "nobody said yes (emit.py on does)"
 
 
@@ -348,12 +347,10 @@ def seconds_of(ms: str) -> "Optional[float]":
 def wait_of(env: "Dict[str, str]", asked: "Optional[float]",
             exists: "Callable[[str], bool]" = os.path.exists) -> float:
     """How many seconds the hook stays for the answer. `asked`: by --wait, or None."""
-    chosen = env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()
+    if asked is None:
+        asked = seconds_of(env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip())
     if asked is not None:
         return asked
-    seconds = seconds_of(chosen)
-    if seconds is not None:
-        return seconds
     said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
     passing = any(word not in ("", "0", "false") for word in said)
     return WAIT_S if passing or any(map(exists, PASSING_FILES)) else 0.0
@@ -592,7 +589,8 @@ def mentioned_refs(command: str, folder: str) -> "List[str]":
 
 def newest_refs(refs: "Sequence[str]") -> "List[str]":
     """The slugs among them in order of first touch, without repeats, the newest 200."""
-    return [ref for ref in dict.fromkeys(refs) if ref and fits(ref, REF)][-RULES["discovery_refs"][0]:]
+    slugs = [ref for ref in dict.fromkeys(refs) if ref and fits(ref, REF)]
+    return slugs[-RULES["discovery_refs"][0]:]
 
 
 # ==================================================================================================
@@ -673,10 +671,7 @@ def as_sent(event: "Dict[str, Any]") -> bytes:
 
 
 def spool_name(ended: int, session: str, failed: int = 0) -> bytes:
-    """The name of a waiting event: ms, the beginning of the session's hash, failed sendings.
-
-    It is the same, however often a part is captured.
-    """
+    """A waiting event's name, always the same: ms, start of the session's hash, failed sendings."""
     return b"%015d-%s%s.json" % (max(0, ended), session[:12].encode(),
                                  b"-%d" % min(failed, 999) if failed else b"")
 
@@ -935,10 +930,7 @@ def sweep(home: bytes, env: "Dict[str, str]", machine: str) -> None:
 
 
 def settle(home: bytes, env: "Dict[str, str]", machine: str, name: bytes) -> bool:
-    """Capture what a silent session's file holds that no event has told; True if there was any.
-
-    That is an end that never came, at its last call, and ends whose event a kill prevented.
-    """
+    """Capture ends that never came, or whose event a kill prevented; True if there was any."""
     data = session_data(home, name)
     if not data or data.endswith(b"\nsettled\n") or name[:5] == b"long-":
         return False  # each file is read once; and a hash does not tell the id
@@ -1034,11 +1026,9 @@ def plugin_version(env: "Dict[str, str]") -> str:
 
 def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
     """`counts` of the session that a caller ends."""
-    stats = object_at(caller.home + HOME + b"stats.json")
-    if not stats:
-        return None, 0
+    stats, project = (object_at(caller.home + HOME + name)
+                      for name in (b"stats.json", b"last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
-    project = object_at(caller.home + HOME + b"last-project.json")
     return counts(stats, project, [session, bucket], time.time())
 
 
@@ -1193,10 +1183,9 @@ def attempt(post: "Post", data: bytes) -> "Tuple[str, str, int, Optional[str]]":
 def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Optional[str]]":
     """Send one waiting event: (what happened in words, status if it failed, Retry-After).
 
-    The status is 0 if nobody answered, and DONE if nothing failed.
-
-    It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
-    others; one that another version of the program wrote stays. OSError if it is not there.
+    The status is 0 if nobody answered, and DONE if nothing failed. The event goes when it has
+    arrived, is given up on, or is no event. One that fails goes behind the others; one that another
+    version of the program wrote stays. OSError if it is not there.
     """
     path = home + PENDING + name
     data = contents(path, EVENT_BYTES, NO_LINK)
@@ -1219,10 +1208,9 @@ def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Opt
 
 
 class Sender:
-    """Sends what waits, in the process that nobody waits for, and keeps how that went.
+    """Sends what waits, and keeps how that went.
 
-    `stop`: why nothing is sent, or no more; `seen`: beginnings of the names of events that were
-    tried.
+    `stop`: why nothing is sent, or no more; `seen`: how the names of tried events begin.
     """
 
     def __init__(self, home: bytes, env: "Dict[str, str]") -> None:
@@ -1301,10 +1289,7 @@ class Sender:
 
 
 def wishes_at(home: bytes) -> "Dict[str, float]":
-    """When servers want to be asked again (Retry-After), for each endpoint's hash, as it was kept.
-
-    What is over, or was written by a clock that was ahead, does not count.
-    """
+    """When servers want to be asked again, by endpoint; not what a clock that was ahead wrote."""
     kept, now = object_at(home + LAST).get("retry_at"), time.time()
     wishes = kept.items() if isinstance(kept, dict) else ()
     return {key: at for key, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
@@ -1454,17 +1439,15 @@ def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
     for fd in (0, 1) if keep_errors else (0, 1, 2):
         os.dup2(null, fd)
     os.closerange(3, pipe)
-    os.closerange(pipe + stays, 1 << 16)
+    os.closerange(pipe + 1 if stays else pipe, 1 << 16)
 
 
 def leave_in(seconds: float) -> None:
     """End this process when its time is over, wherever it hangs: a name look-up has no limit."""
-    from threading import Thread
-
-    def watch() -> None:
-        time.sleep(max(seconds, 0.0))
-        os._exit(0)
-    Thread(target=watch, daemon=True).start()
+    from threading import Timer
+    timer = Timer(seconds, os._exit, [0])
+    timer.daemon = True
+    timer.start()
 
 
 def debugging(env: "Dict[str, str]") -> bool:
