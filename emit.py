@@ -65,7 +65,7 @@ FIELDS = (
     ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
 )
 RULES: "Dict[str, Any]" = {name: rule for name, _, _, rule in FIELDS}
-HASH, REF = RULES["identity_hash"], RULES["discovery_refs"][1]
+REF = RULES["discovery_refs"][1]
 EVENT_BYTES = 65536
 
 # Where hosts keep what the event needs (measured; README, Contract 4).
@@ -99,7 +99,6 @@ SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 HOME = ("/." + PRODUCT + "/").encode()
 OURS = HOME + b"session-events/"
 PENDING, SESSIONS, LAST = OURS + b"pending/", OURS + b"sessions/", OURS + b"last.json"
-TOUCHED = OURS + b"touched/"  # of versions before 2.0, which kept discoveries there
 MACHINE_ID = HOME + b"machine-id"
 
 # No waiting for a pipe that stands where a file should, no text mode, nothing left to children.
@@ -128,27 +127,30 @@ class Told(ValueError):
 def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
     """(may it be sent, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
-    if env.get("DO_NOT_TRACK", "").strip() not in ("", "0"):
-        return False, "DO_NOT_TRACK is set"
-    if asked in ("off", "0"):
-        return False, PREFIX + "TELEMETRY says off"
-    if said == "off":
-        return False, HOME_FOLDER + "/config.json says off"
-    if asked in ("on", "1"):
-        return True, PREFIX + "TELEMETRY says on"
-    if said == "opt-in":
-        return True, HOME_FOLDER + "/config.json says opt-in"
-    if said is UNCLEAR:
-        return False, HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"
+    for decides, allowed, why in (
+        (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
+        (asked in ("off", "0"), False, PREFIX + "TELEMETRY says off"),
+        (said == "off", False, HOME_FOLDER + "/config.json says off"),
+        (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
+        (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
+        (said is UNCLEAR, False,
+         HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"),
+    ):
+        if decides:
+            return allowed, why
     return False, "nobody said yes (emit.py on does)"
 
 
-def refused(env: "Dict[str, str]", said: "Any") -> bool:
-    """True if what waits must go: somebody said no, or nobody yes.
+def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
+    """"" with consent, or why it is off.
 
-    A config.json that cannot be read alone says neither.
+    What waits is deleted then, but not because of a config.json alone that cannot be read.
     """
-    return not consent(env, said)[0] and (said is not UNCLEAR or not consent(env, "opt-in")[0])
+    said = telemetry_said(home)
+    allowed, why = consent(env, said)
+    if not allowed and (said is not UNCLEAR or not consent(env, "opt-in")[0]):
+        purge(home)
+    return "" if allowed else "consent is off: " + why
 
 
 def telemetry_said(home: bytes) -> "Any":
@@ -327,30 +329,31 @@ def options(argv: "Sequence[str]") -> "Tuple[str, Optional[float], List[str], Li
         elif word == "--discoveries" and left:
             folders.append(left.pop(0))
         elif word == "--wait":
-            wait = WAIT_S
-            if left and fits(left[0], "[0-9]{1,9}"):
-                wait = min(int(left.pop(0)) / 1000, LIFE_S)
+            wait = seconds_of(left[0]) if left else None
+            wait = WAIT_S if wait is None or not left.pop(0) else wait
         else:
             rest.append(word)
     return directory, wait, folders, rest
 
 
+def seconds_of(ms: str) -> "Optional[float]":
+    """Milliseconds as seconds, no more than the sender lives; None if they are no number."""
+    try:
+        return min(digits(ms, 9) / 1000, LIFE_S)
+    except ValueError:
+        return None
+
+
 def wait_of(env: "Dict[str, str]", asked: "Optional[float]",
             exists: "Callable[[str], bool]" = os.path.exists) -> float:
     """How many seconds the hook stays for the answer. `asked`: by --wait, or None."""
-    chosen = env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()
+    if asked is None:
+        asked = seconds_of(env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip())
     if asked is not None:
         return asked
-    if fits(chosen, "[0-9]{1,9}"):
-        return min(int(chosen) / 1000, LIFE_S)
     said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
     passing = any(word not in ("", "0", "false") for word in said)
     return WAIT_S if passing or any(map(exists, PASSING_FILES)) else 0.0
-
-
-def debugging(env: "Dict[str, str]") -> bool:
-    """True if somebody wants to be told what a hook run does."""
-    return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
 
 def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
@@ -393,55 +396,11 @@ class Caller:
 # Identity
 # ==================================================================================================
 
-SHA256_ROUNDS = (  # FIPS 180-4, section 4.2.2
-    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
-    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
-    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
-    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
-    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
-    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
-    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2)
-SHA256_START = (0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19)
-LOW = 0xFFFFFFFF
-
-
-HASHES: "Dict[str, str]" = {}  # a session's end asks for its own four times
-
 
 def sha256_hex(text: str) -> str:
     """64 lowercase hex digits."""
-    if text not in HASHES:
-        data = encoded(text)
-        if len(data) > 500:
-            from hashlib import sha256
-            return sha256(data).hexdigest()
-        HASHES[text] = quick_sha256(data)
-    return HASHES[text]
-
-
-def quick_sha256(data: bytes) -> str:
-    """SHA-256 in plain Python: 0.01 of a bare start for 64 bytes.
-
-    hashlib loads OpenSSL, which costs 0.3 to 0.5. A test compares the two.
-    """
-    state = list(SHA256_START)
-    data += b"\x80" + bytes((55 - len(data)) % 64) + (8 * len(data)).to_bytes(8, "big")
-    for at in range(0, len(data), 64):
-        w = [int.from_bytes(data[i:i + 4], "big") for i in range(at, at + 64, 4)]
-        for i in range(16, 64):  # a word beside itself is rotated by a shift
-            x, y = w[i - 15] * 0x100000001, w[i - 2] * 0x100000001
-            w.append(w[i - 16] + w[i - 7] + ((x >> 7 ^ x >> 18) & LOW ^ w[i - 15] >> 3)
-                     + ((y >> 17 ^ y >> 19) & LOW ^ w[i - 2] >> 10) & LOW)
-        a, b, c, d, e, f, g, h = state
-        for k, word in zip(SHA256_ROUNDS, w):
-            x, y = e * 0x100000001, a * 0x100000001
-            one = h + ((x >> 6 ^ x >> 11 ^ x >> 25) & LOW) + (e & f ^ ~e & g) + k + word
-            two = ((y >> 2 ^ y >> 13 ^ y >> 22) & LOW) + (a & b ^ a & c ^ b & c)
-            a, b, c, d, e, f, g, h = one + two & LOW, a, b, c, d + one & LOW, e, f, g
-        state = [old + new & LOW for old, new in zip(state, (a, b, c, d, e, f, g, h))]
-    return "".join("%08x" % word for word in state)
+    from hashlib import sha256
+    return sha256(encoded(text)).hexdigest()
 
 
 def salt(seconds: float) -> str:
@@ -466,10 +425,9 @@ def github_login(cache: "Dict[str, Any]") -> str:
 # Session: its file, its parts, its counts, its discoveries (pure)
 # ==================================================================================================
 #
-# While a session runs, its file is all the state there is. Every process appends whole lines to it
-# in one write, and nobody rewrites it:
+# While a session runs, its file is all the state there is. Its name is the raw session id in hex.
+# Every process appends whole lines to it in one write, and nobody rewrites it:
 #
-#   id HEX                            the raw session id, UTF-8 in hex
 #   call MS                           a tool call; MS since 1970
 #   touch MS REF                      a discovery that was touched
 #   end MS TOKEN CALLS TOKENS         an end: what stats.json said then (CALLS - without a bucket)
@@ -493,53 +451,47 @@ class Part:
 class Record:
     """What a session's file says. Lines that nobody here writes say nothing.
 
-    `session`: the raw id, "" if none that fits `name` is there; `parts`; `kept`: tokens; since the
-    last end: `calls`, `refs`; `last`: ms of the last call or touch.
+    `parts`; `kept`: tokens; since the last end: `calls`, `refs`; `last`: ms of the last call or
+    touch.
     """
 
-    def __init__(self, data: bytes, name: str) -> None:
-        self.session, self.calls, self.last = "", 0, 0
+    def __init__(self, data: bytes) -> None:
+        self.calls, self.last, self.said = 0, 0, [0, 0]  # said: calls and tokens of all parts
         self.parts: "List[Part]" = []
         self.refs: "List[str]" = []
         self.kept: "Set[str]" = set()
-        self.said = [0, 0]  # calls and tokens that the parts so far reported
         for line in data.decode("latin-1").split("\n"):
             kind, *words = line.split(" ")
             try:
                 if kind == "call":
-                    self.last = moment_ms(words[0])
+                    self.last = digits(words[0], 14)  # until the year 5138
                     self.calls += 1
                 elif kind == "touch":
-                    self.last = moment_ms(words[0])
+                    self.last = digits(words[0], 14)
                     self.refs.append(words[1])
                 elif kind == "end":
-                    self.end(moment_ms(words[0]), *words[1:4])
+                    self.end(digits(words[0], 14), *words[1:4])
                 elif kind == "kept":
                     self.kept.add(words[0])
-                elif kind == "id" and not self.session:
-                    session = decoded(bytes.fromhex(words[0]))
-                    self.session = session if sha256_hex(session) == name else ""
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
                 pass
 
     def end(self, ended: int, token: str, calls: str, tokens: str) -> None:
         """Add a part, unless the end brings nothing new."""
-        if not fits(tokens, "[0-9]{1,10}") or not (calls == "-" or fits(calls, "[0-9]{1,10}")):
-            raise ValueError("no counts")
+        new_tokens = max(0, digits(tokens, 10) - self.said[1])
+        new_calls = self.calls if calls == "-" else max(0, digits(calls, 10) - self.said[0])
         refs = newest_refs(self.refs)
-        new_calls = self.calls if calls == "-" else max(0, int(calls) - self.said[0])
-        new_tokens = max(0, int(tokens) - self.said[1])
         if not self.parts or self.calls or refs or new_calls or new_tokens:
             self.parts.append(Part(token, ended, len(self.parts) + 1, new_calls, new_tokens, refs))
             self.said = [self.said[0] + new_calls, self.said[1] + new_tokens]
             self.calls, self.refs = 0, []
 
 
-def moment_ms(digits: str) -> int:
-    """A time in a session's file, in ms since 1970. ValueError if it is none, or after 9999."""
-    if not fits(digits, "[0-9]{1,15}") or int(digits) >= 253402300800000:
-        raise ValueError("no time")
-    return int(digits)
+def digits(text: str, most: int) -> int:
+    """The number that 1 to `most` ASCII digits say, or ValueError."""
+    if len(text) > most or text.strip("0123456789"):
+        raise ValueError("no number")
+    return int(text)
 
 
 def stats_bucket(ppid: int, home: str) -> str:
@@ -547,7 +499,7 @@ def stats_bucket(ppid: int, home: str) -> str:
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
     h = 0
     for low, high in zip(units[::2], units[1::2]):
-        h = (h * 31 + low + 256 * high) & LOW
+        h = (h * 31 + low + 256 * high) & 0xFFFFFFFF
     return "p%x" % h
 
 
@@ -628,19 +580,17 @@ def mentioned_refs(command: str, folder: str) -> "List[str]":
     """The discoveries that a shell command mentions as `…/sections/discoveries/NAME`."""
     text = command.replace("\\", "/")
     mark = "/".join(folder.replace("\\", "/").strip("/").split("/")[-2:]) + "/"
-    found = []
-    before, *rest = text.split(mark)
-    for piece in rest:
-        name = piece[:leading(piece, "A-Za-z0-9._:/-")]
-        if not leading(before[-1:], "A-Za-z0-9._-"):  # `x-sections/…` is another folder
-            found.append(touched_ref(name, "/x/y", "/x", "y"))
-        before = piece
-    return found
+    if mark not in text:
+        return []
+    import re  # `x-sections/…` is another folder
+    names = re.findall(r"(?<![\w.-])%s([\w.:/-]*)" % re.escape(mark), text, re.ASCII)
+    return [touched_ref(name, "/x/y", "/x", "y") for name in names]
 
 
 def newest_refs(refs: "Sequence[str]") -> "List[str]":
     """The slugs among them in order of first touch, without repeats, the newest 200."""
-    return [ref for ref in dict.fromkeys(refs) if fits(ref, REF)][-RULES["discovery_refs"][0]:]
+    slugs = [ref for ref in dict.fromkeys(refs) if ref and fits(ref, REF)]
+    return slugs[-RULES["discovery_refs"][0]:]
 
 
 # ==================================================================================================
@@ -648,34 +598,10 @@ def newest_refs(refs: "Sequence[str]") -> "List[str]":
 # ==================================================================================================
 
 
-def leading(text: str, characters: str) -> int:
-    """How many characters of a class such as `A-Za-z._-` a text begins with."""
-    letters, at = "", 0
-    while at < len(characters):
-        if characters[at + 1:at + 2] == "-" and at + 2 < len(characters):
-            letters += "".join(map(chr, range(ord(characters[at]), ord(characters[at + 2]) + 1)))
-            at += 2
-        else:
-            letters += characters[at]
-        at += 1
-    return len(text) - len(text.lstrip(letters))
-
-
 def fits(text: "Any", pattern: str) -> bool:
-    """`re.fullmatch` for patterns like those of FIELDS: classes, each with a count.
-
-    `import re` costs 0.7 of a bare start. A test compares the two.
-    """
-    if not isinstance(text, str):
-        return False
-    for piece in pattern.split("[")[1:]:
-        characters, _, count = piece.partition("]")
-        least, _, most = count.strip("{}").partition(",")
-        run = leading(text[:int(most or least or 1)], characters)
-        if run < int(least or 1):
-            return False
-        text = text[run:]
-    return not text
+    """True if all of a text matches. (`re` costs 0.7 of a bare start: not for every call.)"""
+    import re
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
 def iso(seconds: float) -> str:
@@ -700,7 +626,7 @@ def instant(text: "Any") -> float:
     year, month, day, hour, minute, second = (
         int(at[start:start + (2 if start else 4)]) for start in (0, 5, 8, 11, 14, 17))
     moment = datetime(year, month, day, hour, minute, second)
-    if moment.isoformat() != at or (rest and not (rest[0] == "." and fits(rest[1:], "[0-9]{1,9}"))):
+    if moment.isoformat() != at or (rest and (rest[0] != "." or digits(rest[1:], 9) < 0)):
         raise ValueError("no date and time")
     return (moment - datetime(1970, 1, 1)).total_seconds() + float(rest or 0) - east
 
@@ -735,11 +661,7 @@ def is_value(value: "Any", kind: str, rule: "Any") -> bool:
 
 
 def as_sent(event: "Dict[str, Any]") -> bytes:
-    """The JSON of an event, without blanks.
-
-    No rule of FIELDS lets a character through that JSON would have to escape. That an event keeps
-    the rules is asked by whoever sends it, since nobody waits for that.
-    """
+    """The JSON of an event, without blanks. No rule of FIELDS allows what JSON would escape."""
     def text(value: "Any") -> str:
         if isinstance(value, list):
             return "[%s]" % ",".join(map(text, value))
@@ -749,27 +671,32 @@ def as_sent(event: "Dict[str, Any]") -> bytes:
 
 
 def spool_name(ended: int, session: str, failed: int = 0) -> bytes:
-    """The name of a waiting event: ms, the beginning of the session's hash, failed sendings.
-
-    It is the same, however often a part is captured.
-    """
-    name = "%015d-%s" % (max(0, ended), session[:12])
-    return ((name + "-%d" % min(failed, 999) if failed else name) + ".json").encode()
+    """A waiting event's name, always the same: ms, start of the session's hash, failed sendings."""
+    return b"%015d-%s%s.json" % (max(0, ended), session[:12].encode(),
+                                 b"-%d" % min(failed, 999) if failed else b"")
 
 
 def name_parts(name: bytes) -> "Optional[Tuple[int, int, str]]":
     """(failed sendings, ms, chance) of a waiting event's name, as they wait; None if it is none."""
-    stem, ending = name.decode("latin-1")[:-5], name[-5:]
-    ended, chance, failed = [*stem.split("-"), "0", "", ""][:3]
-    good = (ending == b".json" and stem.count("-") <= 2 and fits(ended, "[0-9]{15}")
-            and fits(chance, "[0-9a-f]{12}") and fits(failed, "[0-9]{1,3}"))
-    return (int(failed), int(ended), chance) if good else None
+    import re
+    found = re.fullmatch(rb"([0-9]{15})-([0-9a-f]{12})(?:-([0-9]{1,3}))?\.json", name)
+    return (int(found[3] or 0), int(found[1]), found[2].decode()) if found else None
 
 
 def is_leftover(name: bytes) -> bool:
     """True for what `write_whole` names a file that is not whole yet."""
-    text = name.decode("latin-1")
-    return text[:1] == "." and text[-4:] == ".tmp" and fits(text[1:-4], "[0-9a-f]{16}")
+    return fits(name.decode("latin-1"), r"\.[0-9a-f]{16}\.tmp")
+
+
+def is_session(name: bytes) -> bool:
+    """True for what `session_name` makes."""
+    return fits(name.decode("latin-1"), "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}")
+
+
+def session_name(session: str) -> bytes:
+    """The name of a session's file: the raw id in hex, which spares a hash, where that fits."""
+    data = encoded(session)
+    return (data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)).encode()
 
 
 def verdict(status: int, body: bytes) -> str:
@@ -793,9 +720,8 @@ def retry_at(header: "Optional[str]", now: float) -> float:
 
 def expired(names: "Sequence[bytes]", now: float) -> "Set[bytes]":
     """Of waiting events, those that may wait no longer. A clock that was ahead ages none."""
-    ages = {name: now - int(name[:15]) / 1000 for name in sorted(names)}
-    old = {name for name, age in ages.items() if age > WAITING_DAYS * DAY_S}
-    return old.union([name for name in ages if name not in old][:-WAITING_EVENTS])
+    young = [name for name in sorted(names) if now - int(name[:15]) / 1000 <= WAITING_DAYS * DAY_S]
+    return set(names).difference(young[-WAITING_EVENTS:])
 
 
 # ==================================================================================================
@@ -871,7 +797,7 @@ def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False
 
     `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing stays then.
     """
-    temporary = b"%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex().encode())
+    temporary = temporary_name(os.path.dirname(path))
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
         try:
@@ -887,6 +813,11 @@ def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False
             os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def temporary_name(folder: bytes) -> bytes:
+    """The path of a file that is not whole yet."""
+    return b"%s/.%s.tmp" % (folder, os.urandom(8).hex().encode())
 
 
 def machine_id(home: bytes, make: bool = True) -> str:
@@ -916,35 +847,22 @@ def append(home: bytes, session: str, lines: "Sequence[str]", most: int = SESSIO
     Lines of writers at the same moment do not mix: O_APPEND. The blank line in front keeps what a
     full disk cut short from spoiling the next line. `most`: bytes that the file may have had.
     """
-    path = home + SESSIONS + sha256_hex(session).encode()
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY
+    path = own(home, SESSIONS, make=True) + session_name(session)
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
     try:
-        own(home, SESSIONS)
-        fd = os.open(path, flags, 0o600)
-    except FileNotFoundError:
-        own(home, SESSIONS, make=True)
-        fd = os.open(path, flags, 0o600)
-    try:
-        size = os.fstat(fd).st_size
-        if size > most:
+        if os.fstat(fd).st_size > most:
             raise OSError(27, "the session's file is full")
-        first = [] if size else id_lines(session)
-        data = ("\n%s\n" % "\n".join([*first, *lines])).encode("latin-1")
+        data = ("\n%s\n" % "\n".join(lines)).encode("latin-1")
         if os.write(fd, data) < len(data):
             raise OSError(28, "no room")
     finally:
         os.close(fd)
 
 
-def id_lines(session: str) -> "List[str]":
-    """The line that names a session; none for an id that only a fault would make so long."""
-    return ["id " + encoded(session).hex()] if len(session) <= 1000 else []
-
-
-def session_data(home: bytes, name: str) -> bytes:
+def session_data(home: bytes, name: bytes) -> bytes:
     """A session's file, b"" for whatever else may be there, or not."""
     try:
-        return contents(own(home, SESSIONS) + name.encode(), SESSION_BYTES + 4096, NO_LINK)
+        return contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
     except OSError:
         return b""
 
@@ -956,21 +874,20 @@ def end_session(home: bytes, session: str, ended: int, calls: "Optional[int]",
     `ended`: ms since 1970; `calls`, `tokens`: of stats.json. Where the file cannot be written, the
     end is added to what it holds, and only the claim against others is lost.
     """
-    token, name = os.urandom(4).hex(), sha256_hex(session)
+    token = os.urandom(4).hex()
     line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
     missing = ""
     try:
-        append(home, session, [*id_lines(session), line])
+        append(home, session, [line])
     except OSError:
         missing = "\n" + line
-    record = Record(session_data(home, name) + missing.encode(), name)
+    record = Record(session_data(home, session_name(session)) + missing.encode())
     return next((part for part in record.parts if part.token == token), None)
 
 
 def waiting(home: bytes) -> "List[bytes]":
     """The waiting events' names, in the order in which they are sent. Others are left alone."""
-    found = [(name_parts(name), name) for name in names_in(home, PENDING)]
-    return [name for parts, name in sorted(pair for pair in found if pair[0])]
+    return sorted(filter(name_parts, names_in(home, PENDING)), key=name_parts)  # type: ignore
 
 
 def purge(home: bytes) -> int:
@@ -979,18 +896,13 @@ def purge(home: bytes) -> int:
     Only names that this program makes go, and only in folders that are no symbolic links.
     """
     gone = 0
-    for folder, is_ours in ((PENDING, name_parts), (SESSIONS, is_session), (TOUCHED, is_session)):
+    for folder, is_ours in ((PENDING, name_parts), (SESSIONS, is_session)):
         for name in names_in(home, folder):
             if is_ours(name) or is_leftover(name):
                 gone += remove(home + folder + name)
     if names_in(home, OURS):
         remove(home + LAST)
     return gone
-
-
-def is_session(name: bytes) -> bool:
-    """True for the name of a session's file, or of a list of discoveries before 2.0."""
-    return fits(name.decode("latin-1"), HASH)
 
 
 def expire(home: bytes, now: float) -> None:
@@ -1003,48 +915,44 @@ def expire(home: bytes, now: float) -> None:
 def sweep(home: bytes, env: "Dict[str, str]", machine: str) -> None:
     """Capture the sessions that fell silent without an end; remove what is old or half-written."""
     now = time.time()
-    for folder in (HOME, OURS, PENDING, SESSIONS, TOUCHED):
+    for folder in (HOME, OURS, PENDING, SESSIONS):
         for name in names_in(home, folder):
             path = home + folder + name
             try:
                 age = now - os.lstat(path).st_mtime
-            except OSError:  # gone by itself
-                continue
-            if is_leftover(name) and age > LEFTOVER_S:
-                remove(path)
-            elif folder in (SESSIONS, TOUCHED) and is_session(name) and age > DAY_S:
-                try:
-                    if folder == SESSIONS and settle(home, env, machine, name.decode()):
-                        continue
-                except OSError:  # no room: the next session's end tries again
-                    continue
-                if age > SESSION_DAYS * DAY_S or folder == TOUCHED:
+                over = is_leftover(name) and age > LEFTOVER_S
+                if folder == SESSIONS and is_session(name) and age > DAY_S:
+                    over = not settle(home, env, machine, name) and age > SESSION_DAYS * DAY_S
+                if over:
                     remove(path)
+            except OSError:  # gone by itself, or no room: the next session's end tries again
+                pass
 
 
-def settle(home: bytes, env: "Dict[str, str]", machine: str, name: str) -> bool:
-    """Capture what a silent session's file holds that no event has told; True if there was any.
-
-    That is an end that never came, at its last call, and ends whose event a kill prevented.
-    """
+def settle(home: bytes, env: "Dict[str, str]", machine: str, name: bytes) -> bool:
+    """Capture ends that never came, or whose event a kill prevented; True if there was any."""
     data = session_data(home, name)
-    if data.endswith(b"\nsettled\n"):  # nothing since; so each file is read once
-        return False
-    record = Record(data, name)
-    session = record.session
-    if not session or session.startswith("ppid:"):  # its parent may have been the shell of one call
+    if not data or data.endswith(b"\nsettled\n") or name[:5] == b"long-":
+        return False  # each file is read once; and a hash does not tell the id
+    record, session = Record(data), decoded(bytes.fromhex(name.decode()))
+    if session[:5] == "ppid:":  # its parent may have been the shell of one call
         return False
     if record.calls or record.refs:
         stats = counts(object_at(home + HOME + b"stats.json"), {}, [session], time.time())
         end_session(home, session, record.last, *stats)
-        record = Record(session_data(home, name), name)
+        record = Record(session_data(home, name))
     missing = [part for part in record.parts if part.token not in record.kept]
     for part in missing:
-        event = compose(env, home, machine, session, part)
-        name_there = spool_name(part.ended, event["session_id_hash"])
-        write_whole(own(home, PENDING, make=True) + name_there, as_sent(event))
+        keep(home, part, compose(env, home, machine, session, part))
     append(home, session, ["kept " + part.token for part in missing] + ["settled"])
     return bool(missing)
+
+
+def keep(home: bytes, part: Part, event: "Dict[str, Any]") -> bytes:
+    """Put a part's event into the spool; its path there. OSError if it cannot be kept."""
+    path = own(home, PENDING, make=True) + spool_name(part.ended, event["session_id_hash"])
+    write_whole(path, as_sent(event))
+    return path
 
 
 # ==================================================================================================
@@ -1058,16 +966,16 @@ def track(argv: "Sequence[str]") -> int:
     Or, by hand, the discoveries named.
     """
     env = environment()
-    refs: "List[str]" = []
+    directory, _, folders, named = options(argv)
+    refs = list(named)
     try:
-        directory, _, folders, refs = options(argv)
-        if not all(fits(ref, REF) for ref in refs):
+        if refs and not all(fits(ref, REF) for ref in refs):
             return complain("a discovery's name is a letter or digit, then at most 127 of those "
                             "and . _ : -", 2)
         allowed, why = consent(env, telemetry_said(home_of(env)))
         if not allowed:
             said = "not recorded: consent is off: " + why
-            return complain(said) if refs else tell(env, [said])
+            return complain(said) if refs else say(env, said)
         by_hand = refs and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
         caller = Caller(env, directory, b"" if by_hand else standard_input())
         now = "%d" % (time.time() * 1000)
@@ -1080,11 +988,10 @@ def track(argv: "Sequence[str]") -> int:
         if lines:
             session = caller.session or caller.session_id(machine_id(caller.home))
             append(caller.home, session, lines, SESSION_BYTES // 2)
-        return tell(env, ["consent is on: %s; lines recorded: %d" % (why, len(lines))])
+        return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
     except BaseException as error:
         said = "could not be recorded: " + reason(error)
-        by_hand = options(argv)[3]
-        return complain(said, 1) if by_hand else tell(env, [said + place_of(error)])
+        return complain(said, 1) if named else say(env, said + place_of(error))
 
 
 def compose(env: "Dict[str, str]", home: bytes, machine: str, session: str,
@@ -1099,7 +1006,7 @@ def compose(env: "Dict[str, str]", home: bytes, machine: str, session: str,
         "session_id_hash": sha256_hex(named),
         "ended_at": iso(part.ended / 1000),
         "tool_count": min(part.calls, RULES["tool_count"][1]),
-        "tokens_saved": part.tokens,
+        "tokens_saved": min(part.tokens, RULES["tokens_saved"][1]),
         "branch_sha": None,
         "discovery_refs": part.refs,
         "plugin_version": plugin_version(env),
@@ -1112,62 +1019,16 @@ def plugin_version(env: "Dict[str, str]") -> str:
     for root in (env.get("CLAUDE_PLUGIN_ROOT", "").strip(), beside, os.path.dirname(beside)):
         for name in ("package.json", ".claude-plugin/plugin.json") if root else ():
             version = object_at(encoded(os.path.join(root, name))).get("version")
-            if fits(version, RULES["plugin_version"]):
-                return str(version)
+            if isinstance(version, str) and fits(version, RULES["plugin_version"]):
+                return version
     return "0.0.0"
-
-
-class Ending:
-    """A session's end: `event`, None if it brings nothing new; `path` in the spool, or "not kept".
-
-    `wait`: seconds to stay for the answer; `machine`: its id; `session`: its raw id.
-    """
-
-    def __init__(self, caller: Caller, wait: float) -> None:
-        self.caller, self.wait, self.home = caller, wait, caller.home
-        self.machine = machine_id(self.home)
-        self.session = caller.session_id(self.machine)
-        self.part = end_session(self.home, self.session, int(time.time() * 1000),
-                                *caller_counts(caller, self.session))
-        self.event: "Optional[Dict[str, Any]]" = None
-        self.path = b""
-
-    def capture(self) -> str:
-        """Put the event into the spool; in words, what came of it."""
-        if not self.part:
-            return "nothing new since this session's last end, so no event"
-        self.event = compose(self.caller.env, self.home, self.machine, self.session, self.part)
-        try:
-            path = own(self.home, PENDING, make=True)
-            path += spool_name(self.part.ended, self.event["session_id_hash"])
-            write_whole(path, as_sent(self.event))
-            self.path = path
-            return "captured"
-        except OSError as error:
-            return "captured, but not kept (%s)" % reason(error)
-
-    def complete(self) -> None:
-        """Add the commit to the waiting event, and ask the disk to keep it."""
-        if not self.event or not self.part:
-            return
-        if not is_event(self.event):
-            raise Told("what was built is no event, which is an error in emit.py")
-        self.event["branch_sha"] = branch_sha(self.caller.project)
-        if self.path and self.event["branch_sha"] and os.path.exists(self.path):
-            write_whole(self.path, as_sent(self.event))
-        if self.path:
-            for path in (self.path, os.path.dirname(self.path), self.home + MACHINE_ID):
-                sync(path)
-            append(self.home, self.session, ["kept " + self.part.token])
 
 
 def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
     """`counts` of the session that a caller ends."""
-    stats = object_at(caller.home + HOME + b"stats.json")
-    if not stats:
-        return None, 0
+    stats, project = (object_at(caller.home + HOME + name)
+                      for name in (b"stats.json", b"last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
-    project = object_at(caller.home + HOME + b"last-project.json")
     return counts(stats, project, [session, bucket], time.time())
 
 
@@ -1322,10 +1183,9 @@ def attempt(post: "Post", data: bytes) -> "Tuple[str, str, int, Optional[str]]":
 def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Optional[str]]":
     """Send one waiting event: (what happened in words, status if it failed, Retry-After).
 
-    The status is 0 if nobody answered, and DONE if nothing failed.
-
-    It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
-    others; one that another version of the program wrote stays. OSError if it is not there.
+    The status is 0 if nobody answered, and DONE if nothing failed. The event goes when it has
+    arrived, is given up on, or is no event. One that fails goes behind the others; one that another
+    version of the program wrote stays. OSError if it is not there.
     """
     path = home + PENDING + name
     data = contents(path, EVENT_BYTES, NO_LINK)
@@ -1347,24 +1207,14 @@ def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Opt
     return text, status, after
 
 
-def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
-    """Consent, asked anew: "", or why it is off; what waits is deleted then."""
-    said = telemetry_said(home)
-    allowed, why = consent(env, said)
-    if refused(env, said):
-        purge(home)
-    return "" if allowed else "consent is off: " + why
-
-
 class Sender:
-    """Sends what waits, in the process that nobody waits for, and keeps how that went.
+    """Sends what waits, and keeps how that went.
 
-    `stop`: why nothing is sent, or no more; `log`: for ASHLR_TELEMETRY_DEBUG; `seen`: beginnings of
-    the names of events that were tried.
+    `stop`: why nothing is sent, or no more; `seen`: how the names of tried events begin.
     """
 
-    def __init__(self, home: bytes, env: "Dict[str, str]", log: "List[str]") -> None:
-        self.home, self.env, self.log = home, env, log
+    def __init__(self, home: bytes, env: "Dict[str, str]") -> None:
+        self.home, self.env = home, env
         self.seen: "Set[bytes]" = set()
         url, authorization, shown = checked_url(endpoint(env)[0])
         self.key = sha256_hex(url)[:16]
@@ -1373,10 +1223,9 @@ class Sender:
         if self.key in self.wishes and not self.stop:
             self.stop = "the server asked for nothing before " + iso(self.wishes[self.key])
         if self.stop:
-            log.append("nothing sent; " + self.stop)
+            say(env, "nothing sent; " + self.stop)
             return
-        log.append("sending to %s, for 20 s at most: if no line follows, time ran out" % shown)
-        tell(env, log)
+        say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % shown)
         self.post = poster(url, authorization)
 
     def flush(self, own_name: bytes) -> None:
@@ -1387,7 +1236,8 @@ class Sender:
         while not self.stop:
             # Listed without the lock: whoever did not get it must be seen after it is free again.
             fresh = [name for name in waiting(self.home) if name[:28] not in self.seen]
-            ready = [name for name in fresh if name == own_name or not is_young(name)]
+            ready = [name for name in fresh if name == own_name
+                     or not 0 <= time.time() - int(name[:15]) / 1000 < COMMIT_S]
             if not fresh:
                 return
             if not ready:
@@ -1395,7 +1245,7 @@ class Sender:
                 continue
             fd = lock(self.home)
             if fd is None:
-                self.log.append("another sender is at work, and takes this event along")
+                say(self.env, "another sender is at work, and takes this event along")
                 return
             self.round(ready)
             os.close(fd)
@@ -1423,9 +1273,10 @@ class Sender:
                 self.stop = "stopped until " + iso(retry) if retry else "stopped"
                 break
         counted = ["%d %s" % (n, text) for text, n in tally.items()]
-        self.log.append(", ".join(counted + [self.stop] * bool(self.stop)))
+        result = ", ".join(counted + [self.stop] * bool(self.stop))
         if not withdrawn(self.home, self.env):
-            self.record(self.log[-1])
+            self.record(result)
+        say(self.env, result)
 
     def record(self, result: str) -> None:
         """Keep how the sending went, for `status`, and when servers want to be asked again."""
@@ -1438,19 +1289,10 @@ class Sender:
 
 
 def wishes_at(home: bytes) -> "Dict[str, float]":
-    """When servers want to be asked again (Retry-After), for each endpoint's hash, as it was kept.
-
-    What is over, or was written by a clock that was ahead, does not count.
-    """
+    """When servers want to be asked again, by endpoint; not what a clock that was ahead wrote."""
     kept, now = object_at(home + LAST).get("retry_at"), time.time()
     wishes = kept.items() if isinstance(kept, dict) else ()
     return {key: at for key, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
-
-
-def is_young(name: bytes) -> bool:
-    """True while the child of an event's own session may still add the commit."""
-    ended = (name_parts(name) or (0, 0))[1]
-    return 0 <= time.time() - ended / 1000 < COMMIT_S
 
 
 def lock(home: bytes) -> "Optional[int]":
@@ -1472,159 +1314,150 @@ def lock(home: bytes) -> "Optional[int]":
 
 
 # ==================================================================================================
-# Detach
+# The end of a session
 # ==================================================================================================
 
 
 def hook(argv: "Sequence[str]") -> int:
-    """The end of a session. It returns 0 to the caller, whatever happens."""
-    begun, ending = time.monotonic(), None
-    log: "List[str]" = []
+    """The end of a session. It returns 0 to the caller, whatever happens.
+
+    The process that the caller waits for asks for consent, reads the input and forks. The child
+    captures, says so through a pipe, and goes on alone. So whatever is signalled to the caller's
+    process group, or kills the parent, does not reach what is being written.
+    """
+    # The caller waits for the child's capture too, hashlib included: about one bare start of wall
+    # time. That is the price of an event that is on the disk before anybody is let go.
+    begun, child = time.monotonic(), -1
     env: "Dict[str, str]" = {}
     try:
         env = environment()
         directory, asked, _, rest = options(argv)
-        home = home_of(env)
-        said = telemetry_said(home)
-        allowed, why = consent(env, said)
-        log.append("consent is %s: %s" % ("on" if allowed else "off", why))
-        log.extend(["arguments ignored: see --help"] * bool(rest))
-        if refused(env, said):
-            purge(home)
-        if allowed:
-            ending = Ending(Caller(env, directory, standard_input()), wait_of(env, asked))
-            log.append(ending.capture())
+        off = withdrawn(home_of(env), env)
+        if off:
+            return say(env, off)
+        caller, wait = Caller(env, directory, standard_input()), wait_of(env, asked)
+        child, pipe = fork()
+        if child > 0:
+            if os.read(pipe, 1) and wait:
+                from select import select
+                select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
+            return 0
     except BaseException as error:
-        log.append("failed: " + reason(error) + place_of(error))
+        if child > 0:  # Ctrl-C while it stays for the answer: the child goes on
+            return 0
+        return say(env, "failed: " + reason(error) + place_of(error))
     try:
-        return leave(ending, log, begun) if ending else tell(env, log)
-    except BaseException:  # Ctrl-C while it stays for the answer: the event is safe
-        return 0
-
-
-def leave(ending: Ending, log: "List[str]", begun: float) -> int:
-    """Let the caller go; what goes on in its stead never returns."""
-    wait, child = ending.wait, -1
-    done: "Optional[int]" = None
-    if hasattr(os, "fork"):
-        try:
-            child, done = fork()
-        except OSError:  # no room for another process: do it here
-            pass
-    if child > 0 and done is not None:
-        os.read(done, 1)
-        if wait:
-            from select import select
-            select([done], [], [], max(0.0, wait - (time.monotonic() - begun)))
-        return 0
-    try:
-        if done is not None:
-            detach(done, debugging(ending.caller.env))
-            if not wait:
-                os.close(done)
-        leave_in(LIFE_S if child == 0 else (wait or WAIT_S))
-        send_all(ending, log, done if wait else None)
+        end(caller, wait, pipe, "; arguments ignored: see --help" if rest else "")
     except BaseException as error:
-        log.append("failed: " + reason(error) + place_of(error))
+        say(env, "failed: " + reason(error) + place_of(error))
     finally:
-        tell(ending.caller.env, log)
         os._exit(0)
-    return 0
 
 
 def fork() -> "Tuple[int, int]":
-    """(child's pid or 0, end of a pipe). The child is in a session of its own.
+    """(child's pid, 0 in the child, end of a pipe); (-1, -1) where no process can be had.
 
-    The pipe tells the parent first that this is so: what a host signals to its process group, or a
-    terminal that closes, as soon as the hook has ended, no longer reaches the child. Then, when the
-    child closes it, that the event is answered.
+    The child is in a session of its own: what a host signals to its process group, or a terminal
+    that closes, does not reach it. It writes a byte into the pipe when the event is in the spool,
+    and closes it when the event is answered.
     """
     for fd in (0, 1, 2):  # a number that the caller closed must not become the pipe's
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    ours, theirs = os.pipe()
-    child = os.fork()
+    try:
+        ours, theirs = os.pipe()
+        child = os.fork()
+    except (AttributeError, OSError):
+        return -1, -1
     if child:
         os.close(theirs)
         return child, ours
     os.setsid()
-    os.write(theirs, b".")
     return child, theirs
 
 
-def detach(done: int, keep_errors: bool) -> None:
-    """Let go of all that is the caller's: directory and descriptors."""
-    os.chdir("/")
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1) if keep_errors else (0, 1, 2):
-        os.dup2(null, fd)
-    try:
-        open_ones = [int(name) for name in os.listdir(
-            "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd")]
-    except OSError:
-        open_ones = list(range(3, 4096))
-    for fd in open_ones:
-        if fd > 2 and fd != done:
-            try:
-                os.close(fd)
-            except OSError:  # the listing's own
-                pass
+def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
+    """Capture, let the caller go, then all that nobody waits for: the commit, the disk, sending.
 
-
-def send_all(ending: Ending, log: "List[str]", done: "Optional[int]") -> None:
-    """What nobody waits for: the commit, the disk, silent sessions, the network.
-
-    `done`: the pipe of a caller that stays for the answer to this event, which then goes first.
+    `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
     """
-    home, env, own_name = ending.home, ending.caller.env, os.path.basename(ending.path)
+    home, env, path = caller.home, caller.env, b""
+    machine = machine_id(home)
+    session = caller.session_id(machine)
+    part = end_session(home, session, int(time.time() * 1000), *caller_counts(caller, session))
+    event = compose(env, home, machine, session, part) if part else None
+    result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
-        ending.complete()
-    except OSError as error:  # the event waits as it is
-        log.append("the commit could not be added: " + reason(error))
-    tell(env, log)
-    try:
-        sender = Sender(home, env, log)
-        if ending.event and not ending.path and not sender.stop:
-            result = attempt(sender.post, as_sent(ending.event))[1]
-            log.append("the event that is not kept: 1 " + result)
-        elif own_name and done is not None and not sender.stop:
-            sender.round([own_name])
-    finally:
-        if done is not None:
-            os.close(done)
+        path = keep(home, part, event) if part and event else b""
+    except OSError as error:
+        result += ", but not kept (%s)" % reason(error)
+    if pipe >= 0:
+        let_go(pipe, bool(wait), debugging(env))
+    leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S))
+    # Not before: a standard error that nobody reads may hold its writer for good.
+    say(env, "consent is on" + note)
+    say(env, result)
+    if part and event:
+        event["branch_sha"] = branch_sha(caller.project)
+        try:
+            if path and event["branch_sha"] and os.path.exists(path):
+                write_whole(path, as_sent(event))
+            if path:
+                for kept in (path, os.path.dirname(path), home + MACHINE_ID):
+                    sync(kept)
+                append(home, session, ["kept " + part.token])
+        except OSError as error:  # the event waits as it is
+            say(env, "the commit could not be added: " + reason(error))
+    sender, own_name = Sender(home, env), os.path.basename(path)
+    if event and not path and not sender.stop:
+        say(env, "the event that is not kept: 1 " + attempt(sender.post, as_sent(event))[1])
+    elif path and wait and not sender.stop:  # before what waits
+        sender.round([own_name])
+    if pipe >= 0 and wait:
+        os.close(pipe)
     if not withdrawn(home, env):
         if object_at(home + LAST).get("result") == BEGAN:  # cut off, and so never came to this
             expire(home, 0.0)  # by number alone: a wrong clock must not age what was not tried
-        sweep(home, env, ending.machine)
+        sweep(home, env, machine)
         sender.flush(own_name)
         expire(home, time.time())
 
 
+def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
+    """Let the caller go, and go of all that is its: directory and descriptors.
+
+    `stays`: the caller stays for the answer, until the pipe closes.
+    """
+    try:
+        os.write(pipe, b".")
+    except OSError:  # it was killed
+        pass
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1) if keep_errors else (0, 1, 2):
+        os.dup2(null, fd)
+    os.closerange(3, pipe)
+    os.closerange(pipe + 1 if stays else pipe, 1 << 16)
+
+
 def leave_in(seconds: float) -> None:
     """End this process when its time is over, wherever it hangs: a name look-up has no limit."""
-    from threading import Thread
-
-    def watch() -> None:
-        time.sleep(max(seconds, 0.0))
-        os._exit(0)
-    Thread(target=watch, daemon=True).start()
+    from threading import Timer
+    timer = Timer(seconds, os._exit, [0])
+    timer.daemon = True
+    timer.start()
 
 
-def tell(env: "Dict[str, str]", log: "List[str]") -> int:
-    """Say what a hook run did, if ASHLR_TELEMETRY_DEBUG wants it: no hash, path or credential.
+def debugging(env: "Dict[str, str]") -> bool:
+    """True if somebody wants to be told what a hook run does."""
+    return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
-    A hook's exit status. A standard error that nobody reads may hold its writer for good, so it is
-    written when the event is safe.
-    """
-    if debugging(env):
-        try:
-            os.write(2, "".join("emit.py: %s\n" % line for line in log).encode())
-        except OSError:
-            pass
-    del log[:]
-    return 0
+
+def say(env: "Dict[str, str]", text: str) -> int:
+    """A line for ASHLR_TELEMETRY_DEBUG: no hash, path or credential. A hook's exit status."""
+    return complain(text) if debugging(env) else 0
 
 
 # ==================================================================================================
@@ -1717,9 +1550,9 @@ def show(argv: "Sequence[str]") -> int:
     known = machine_id(caller.home, make=False)
     machine = known or random_uuid()
     session = caller.session_id(machine)
-    name, (calls, tokens) = sha256_hex(session), caller_counts(caller, session)
+    calls, tokens = caller_counts(caller, session)
     line = "\nend %d now %s %d" % (time.time() * 1000, "-" if calls is None else calls, tokens)
-    record = Record(session_data(caller.home, name) + line.encode(), name)
+    record = Record(session_data(caller.home, session_name(session)) + line.encode())
     part = next((part for part in record.parts if part.token == "now"), None)
     if part:
         event = compose(env, caller.home, machine, session, part)
@@ -1750,12 +1583,9 @@ def obstacle(home: bytes, allowed: bool) -> str:
         machine_id(home, make=False)
         if allowed:
             for folder in (HOME, PENDING, SESSIONS):
-                probe = own(home, folder, make=True) + b".%s.tmp" % os.urandom(8).hex().encode()
-                try:
-                    write_whole(probe + b"", b"x" * 4096)
-                    sync(probe)
-                finally:
-                    remove(probe)
+                probe = temporary_name(own(home, folder, make=True)[:-1])
+                write_whole(probe, b"x" * 4096)
+                remove(probe)
     except (OSError, ValueError) as error:
         return "%s cannot be used: %s" % (HOME_FOLDER, reason(error))
     return ""
