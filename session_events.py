@@ -176,7 +176,7 @@ class Session(NamedTuple):
 
 
 def instant(text: object) -> Optional[int]:
-    """Milliseconds since 1970 of an ISO 8601 date and time (CONTRACT §1), None if it is not one."""
+    """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), else None."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
@@ -186,8 +186,8 @@ def instant(text: object) -> Optional[int]:
             int(second))
     except ValueError:
         return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1) + int(((fraction or "")
-        + "000")[:3])
+    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1)
+    ms += int(((fraction or "") + "000")[:3])
     if not sign:
         return ms
     if int(off_hour) > 23 or int(off_minute) > 59:
@@ -264,8 +264,8 @@ def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
         return lambda cell: isinstance(cell, int) and least <= cell <= most
     fits = re.compile(rule).fullmatch
     nullable = kind == "string or null"
-    return lambda cell: nullable if cell is None else isinstance(cell,
-        str) and fits(cell) is not None
+    return lambda cell: (nullable if cell is None
+                         else isinstance(cell, str) and fits(cell) is not None)
 
 
 CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
@@ -373,7 +373,7 @@ def labels(keys: Iterable[str]) -> Dict[str, str]:
 
 
 def plain_session(s: Session) -> Plain:
-    """S of CONTRACT §7, to the letter."""
+    """S of README, Contract 7, to the letter."""
     return {"session_id_hash": s.session, "identity_hash_prefix": s.identity[:PREFIX],
             "github_hash_prefix": s.github and s.github[:PREFIX], "ended_at": moment_text(s.ended),
             "tool_count": s.tools, "tokens_saved": s.tokens, "branch_sha": s.branch,
@@ -410,7 +410,7 @@ EVER = Window("")
 
 
 def last_days(days: float, github: Optional[bool] = None,
-        discovery: Optional[str] = None) -> Window:
+              discovery: Optional[str] = None) -> Window:
     """The window of the last `days` days, open at the end: a clock that runs ahead loses no
     session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
@@ -578,9 +578,12 @@ class Reader:
             ends = [above(match.group()) for match in [DATED.match(first)] if match]
             if stored_instant(first) is not None:
                 ends = [first[:10] + "T24", *(above(first[:length]) for length in PREFIXES)]
-            end = next((end for end in ends if not self.too_many(place, end)), ends[-1])
-            yield max(place, window.since), min(end, window.until)
-            place = end
+            end = next((end for end in ends if not self.too_many(place, end)), None)
+            piece = max(place, window.since), min(end or ends[-1], window.until)
+            if end is None:  # more in one second: their text would take too much memory
+                self.found_sound[piece] = False
+            yield piece
+            place = end or ends[-1]
 
     def too_many(self, since: str, until: str) -> bool:
         """Whether there are more than MOST_TOGETHER rows."""
@@ -602,8 +605,7 @@ class Reader:
         # The first row has a date and an hour that exist; so do all below this bound.
         if not first:
             return True
-        if stored_instant(first[0]) is None or until > first[0][:10] + "T24" or self.too_many(
-                since, until):
+        if stored_instant(first[0]) is None or until > first[0][:10] + "T24":
             return False
         try:
             with self.texts(bytes):

@@ -3606,7 +3606,7 @@ def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **cha
             "tool_count": 10,
             "tokens_saved": 100,
             "branch_sha": "abc123def456",
-            "discovery_refs_json": json.dumps(list(refs)),
+            "discovery_refs_json": json.dumps(list(refs), separators=(",", ":")),
             "plugin_version": "1.31.0",
         },
         **changes,
@@ -4092,6 +4092,70 @@ def plain_check(cells):
         and all(text(ref, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}") for ref in refs)
         and text(version, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
     )
+
+
+def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch):
+    """The same sessions with and without rows beside them that are none, and with nothing sound."""
+    chance = random.Random(3)
+    rows = [
+        row(
+            n,
+            chance.randrange(9),
+            "2026-05-%02dT%02d:00:00.%03dZ"
+            % (chance.randrange(1, 20), chance.randrange(24), chance.randrange(3)),
+            ["r%d" % k for k in range(5) if chance.random() < 0.3],
+            github=chance.random() < 0.5,
+        )
+        for n in range(200)
+    ]
+    clean = stored(tmp_path / "clean.db", *rows)
+    beside = stored(tmp_path / "beside.db", *rows)
+    with contextlib.closing(sqlite3.connect(beside)) as connection, connection:
+        connection.executemany(
+            "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, tool_count,"
+            " plugin_version) VALUES (?, ?, ?, ?, '1')",
+            [
+                ("a" * 64, "%064x" % n, ended, tools)
+                for n, (ended, tools) in enumerate(
+                    (
+                        ("2026-05-03T00:00:00.000Z", 2.5),
+                        ("2026-05-07T10:00:00.000+02:00", 1),
+                        ("2026-05-09T24:00:00.000Z", 1),
+                        ("2026-05-1", 1),
+                        ("2026-05-15T00:00:00.000Z", -1),
+                    )
+                )
+            ],
+        )
+    may = session_events.Window("2026-05-01T00:00:00.000Z", "2026-05-30T00:00:00.000Z")
+    part = session_events.Window("2026-05-03T05:00:00.001Z", "2026-05-15T10:00:00.001Z")
+
+    def answers(path, window):
+        found = []
+        with session_events.reading(path) as reader:
+            for answer in ("sessions", "graph", "activity", "summary", "developers", "exported"):
+                found.append(getattr(session_events, answer)(reader, window))
+            found[-1] = list(found[-1])
+            for sort in session_events.DISCOVERY_SORTS:
+                found.append(session_events.discoveries(reader, window, 50, sort))
+                for one in found[-1]["discoveries"]:
+                    del one["last_aggregated_at"]
+            sound = {reader.sound(*piece) for piece in reader.pieces(window)}
+        return found, sound
+
+    for window in [
+        only._replace(github=github, discovery=discovery)
+        for only in (may, part)
+        for github in (None, True, False)
+        for discovery in (None, "r1")
+    ]:
+        fast, sound = answers(clean, window)
+        assert sound == {True}
+        mixed, sound = answers(beside, window)
+        assert (mixed, sound) == (fast, {True, False})
+        with monkeypatch.context() as patch:
+            patch.setattr(session_events.Reader, "looks_sound", lambda *_: False)
+            assert answers(clean, window) == (fast, {False})
 
 
 def test_reader_moments_without_a_fraction(tmp_path):
