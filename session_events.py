@@ -592,7 +592,7 @@ class Reader:
 
     def sound(self, since: str, until: str) -> bool:
         """True only if every row of this time is a session; False means that each must be looked
-        at. SQLite joins the cells of a column, which takes 1 us a row, where `is_session` takes
+        at. SQLite joins the cells of a column (1 us a row), where `is_session` takes
         6. `since` to `until` is one of `pieces`; remembered."""
         if (since, until) not in self.found_sound:
             self.found_sound[since, until] = self.looks_sound(*whole_seconds(since, until))
@@ -654,7 +654,7 @@ class Reader:
         keep = GITHUB[window.github]
         for since, until in self.pieces(window):
             if window.discovery is None and self.sound(since, until):
-                # 0.6 us a row; in Python, of five columns, 1.3.
+                # 0.6 us a row; only to fetch the five columns takes 0.9.
                 sql, values = bounds(since, until)
                 with self.texts(str):
                     date, *sums, pairs = self.rows(TALLY.format(keep, sql), values).fetchone()
@@ -1091,8 +1091,8 @@ def none_last(value: Optional[float]) -> Tuple[bool, float]:
 
 
 class Touches:
-    """The sessions of a window that touched a discovery, and {discovery: which of these}. (A third
-    of the time and of the memory of a Story.)"""
+    """The sessions of a window that touched a discovery, and {discovery: which of these}. (Of 30
+    days with 333,333 sessions: 80 MB; as a Story 176.)"""
 
     def __init__(self, reader: Reader, window: Window) -> None:
         self.ended: List[str] = []
