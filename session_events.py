@@ -6,11 +6,11 @@ no install.
     python3 session_events.py view --db events.db --open          the page on your own
     python3 session_events.py summary --db events.db --days 7     a digest of the week, to mail
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
-    python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
+    python3 session_events.py ship --db events.db --to URL      rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it: how
-far it got), each command reads one moment of it (one transaction; `ship` one a batch), and a running
-server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
+Promises: the database is opened read-only (`ship` alone writes into it: how far it got), each
+command reads one moment of it (one transaction; `ship` one a batch), and a running server goes
+first. Every row is checked when it is read: what breaks a field's rule is no session;
 it is left out of every number, and counted. A developer appears as the first digits of a hash,
 never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
 leaves out nothing, and moves whole hashes.)
@@ -68,7 +68,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
 import types
 import urllib.parse
 import uuid
@@ -1356,7 +1355,8 @@ DISCOVERY_COLUMNS = (
 DEVELOPER_COLUMNS = (
     DEVELOPER, SESSIONS, CALLS, SAVED, number("Given", "given"), number("Received", "received"),
     Column("Cold start", cold_cell, "n"))
-GIVER, TAKER = Column("From", lambda f: f["source"], "m"), Column("To", lambda f: f["target"], "m to")
+GIVER = Column("From", lambda f: f["source"], "m")
+TAKER = Column("To", lambda f: f["target"], "m to")
 HAND_OVERS = number("Hand-overs", "hand_overs")
 FLOW_COLUMNS = (GIVER, TAKER, number("Discoveries", "discoveries"), number("Sessions", "edges"))
 REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVELOPER,
@@ -1763,18 +1763,6 @@ def day_words(moment: str) -> str:
     return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
 
 
-def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str:
-    """Within a lane a bow over it; from lane to lane a flow that leaves and arrives level."""
-    (x1, y1), (x2, y2) = a, b
-    run = x2 - x1
-    if y1 == y2:
-        bow = round(y1 - min(lane * 1.1, 8 + run / 2), 1)
-        return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
-    bend = max(12, run / 2)
-    return "M%g %gC%g %g %g %g %g %g" % (
-        x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
-
-
 class Picture:
     """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
     discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
@@ -1887,11 +1875,20 @@ class Picture:
                 left, self.y(lane) + self.lane / 2 - 1.5, width, -tall, -width))
         return "".join('<path d="%s"/>' % "".join(parts) for parts in paths.values())
 
+    def arc_path(self, edge: Edge) -> str:
+        """Within a lane a bow above it; between two lanes a curve that starts and ends level."""
+        (x1, y1), (x2, y2) = ((self.x(s.ended), self.y(self.lanes[s.developer])) for s in (
+            self.ordered[edge.source], self.ordered[edge.target]))
+        if y1 == y2:
+            bow = round(y1 - min(self.lane * 1.1, 8 + (x2 - x1) / 2), 1)
+            return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
+        bend = max(12, (x2 - x1) / 2)
+        return "M%g %gC%g %g %g %g %g %g" % (
+            x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
+
     def arc_paths(self) -> str:
-        at = [(self.x(s.ended), self.y(self.lanes[s.developer])) for s in self.ordered]
-        return "".join('<path%s d="%s"/>' % (' class="x"' if self.crosses(e) else "",
-                                             arc_path(at[e.source], at[e.target], self.lane))
-                       for e in self.arcs)
+        return "".join('<path%s d="%s"/>' % (
+            ' class="x"' if self.crosses(e) else "", self.arc_path(e)) for e in self.arcs)
 
     def discs(self) -> str:
         largest = max(s.tools for s in self.ordered) or 1
@@ -2415,7 +2412,8 @@ def activity_page(reader: Reader, filters: Filters) -> str:
             ("Tokens saved", "tokens_saved")))
     body += note_html(
         "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
-        " there in the period before. " + cold_start_words(developers(reader, window)["cold_start"]))
+        " there in the period before. "
+        + cold_start_words(developers(reader, window)["cold_start"]))
     for kind in PERIODS:
         body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
                            result[kind][-400:][::-1])
@@ -2550,8 +2548,8 @@ class Answer(NamedTuple):
     headers: Sequence[Tuple[str, str]] = ()
 
 
-def same(given: str, secret: str) -> bool:
-    """Equal? In a time that tells nothing about the secret, its length neither."""
+def equal_secrets(given: str, secret: str) -> bool:
+    """True if they are equal. The time that it takes tells nothing about the secret."""
     return hmac.compare_digest(hashlib.sha256(given.encode("latin-1", "replace")).digest(),
                                hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest())
 
@@ -2574,27 +2572,25 @@ def message_page(status: int, title: str, text: str) -> Answer:
 
 
 def page_answer(db: str, path: str, query: Query) -> Answer:
-    """A page for somebody who may see it."""
+    """The page at an address, for a browser that has the cookie."""
     filters = filters_of(query)
     sort = query.get("sort", "")
+    sort = sort if sort in DISCOVERY_SORTS else "developer_count"
     all_time = not {"days", "since", "until", "github"} & set(query)
+    top, _, rest = path[1:].partition("/")
     pages: Dict[str, Callable[[Reader], str]] = {
         "/": lambda reader: replay_page(reader, filters),
         "/save": lambda reader: saved_replay(reader, filters, query),
-        "/discoveries": lambda reader: discoveries_page(
-            reader, filters, sort if sort in DISCOVERY_SORTS else "developer_count"),
+        "/discoveries": lambda reader: discoveries_page(reader, filters, sort),
         "/discovery": lambda reader: discovery_page(
             reader, query.get("ref", ""), filters, all_time),
         "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
         "/sessions": lambda reader: sessions_page(reader, filters),
+        "session": lambda reader: session_page(reader, rest),
+        "developer": lambda reader: developer_page(reader, rest, filters),
     }
-    top, _, rest = path[1:].partition("/")
-    if top == "session" and rest:
-        pages[path] = lambda reader: session_page(reader, rest)
-    if top == "developer" and rest:
-        pages[path] = lambda reader: developer_page(reader, rest, filters)
-    show = pages.get(path)
+    show = pages.get(top if rest else path)
     if show is None:
         return message_page(404, "Not found", "There is no such page.")
     try:
@@ -2618,7 +2614,7 @@ def admin_answer(db: str, path: str, query: Query, authorization: str, secret: s
     scheme, _, given = authorization.partition(" ")
     if not secret:
         return answer(503, error="Endpoint disabled (admin trigger token not configured)")
-    if not (same(given.strip(), secret) and scheme.lower() == "bearer"):
+    if not (equal_secrets(given.strip(), secret) and scheme.lower() == "bearer"):
         return answer(401, [("WWW-Authenticate", "Bearer")], error="Unauthorized")
     try:
         with reading(db) as reader:
@@ -2648,12 +2644,9 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         result = session(reader, match.group(1))
     except NotFound:
         return None
-    return {"session": without_developer(result["session"]),
-            "related": list(map(without_developer, result["related"]))}
-
-
-def without_developer(s: Plain) -> Plain:
-    return {name: value for name, value in s.items() if name != "developer"}
+    for s in (result["session"], *result["related"]):
+        del s["developer"]
+    return result
 
 
 class Viewer(http.server.ThreadingHTTPServer):
@@ -2676,9 +2669,9 @@ class Viewer(http.server.ThreadingHTTPServer):
         return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
 
     def redeem(self, given: str) -> bool:
-        """True, once, for who brings the ticket."""
+        """True if `given` is the ticket, which can be used once."""
         with self.lock:
-            good = self.ticket is not None and same(given, self.ticket)
+            good = self.ticket is not None and equal_secrets(given, self.ticket)
             if good:
                 self.ticket = None
                 if self.way_in:
@@ -2697,7 +2690,7 @@ class Viewer(http.server.ThreadingHTTPServer):
         return self.way_in.as_uri()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One line, and nothing of the request: a browser that went away is not worth even that."""
+        """Prints one line, without anything of the request; nothing where a browser went away."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
             print("session_events: a request failed: %s" % type(error).__name__,
@@ -2712,21 +2705,23 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         return "session-events"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: an address line names sessions."""
+        """Logs nothing, because the address of a page names sessions."""
 
     def do_GET(self) -> None:
         host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
         if not host or host.group(1).lower() not in LOCAL_NAMES:
-            # A page elsewhere whose name was made to point here comes with that name (DNS
-            # rebinding).
+            # DNS rebinding: another site's name was made to point to this machine.
             self.send(Answer(403, "text/plain",
                              "This server answers to 127.0.0.1 and localhost only.\n"))
             return
         try:
             answer = self.answer()
         except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            print("session_events: a page failed: %s in line %s" % (type(error).__name__, line),
+            where_from = error.__traceback__
+            while where_from and where_from.tb_next:
+                where_from = where_from.tb_next
+            line = where_from.tb_lineno if where_from else 0
+            print("session_events: a page failed: %s in line %d" % (type(error).__name__, line),
                   file=sys.stderr, flush=True)
             answer = message_page(500, "This page failed", "The terminal shows a line about it.")
         self.send(answer)
@@ -2772,7 +2767,7 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     def may_see(self) -> bool:
         cookies = [part.strip().partition("=")
                    for part in self.headers.get("Cookie", "").split(";")]
-        return any(name == self.server.cookie_name and same(value, self.server.cookie)
+        return any(name == self.server.cookie_name and equal_secrets(value, self.server.cookie)
                    for name, _, value in cookies)
 
     def send(self, answer: Answer) -> None:
@@ -2796,14 +2791,14 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
 
 
 def can_open_browser() -> bool:
-    """Is there a screen? Without one `webbrowser` would start a browser inside the terminal."""
+    """True if there is a screen. Without one `webbrowser` starts a browser inside the terminal."""
     named = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
     return named or sys.platform in ("win32", "darwin")
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is
-    shown."""
+    """Runs the viewer until Ctrl-C or SIGTERM; returns the exit status. `path` is added to the
+    address that is shown."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -4210,7 +4205,8 @@ def flag(name: str, metavar: str, help: str, **more: Any) -> Tuple[str, Plain]:
 
 ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
     "db": flag("--db", "FILE", "the database that server.py writes", required=True),
-    "days": flag("--days", "N", "the last N days (%d)" % DAYS_DEFAULT, type=whole_number(1, 36_500)),
+    "days": flag("--days", "N", "the last N days (%d)" % DAYS_DEFAULT,
+                 type=whole_number(1, 36_500)),
     "since": flag("--since", "TIME", "from this date or moment on (UTC), instead of --days"),
     "until": flag("--until", "TIME", "before this date or moment"),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
@@ -4358,8 +4354,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit
-        # neither.
+        # The reader of the output has closed it (`| head`). The flush at exit must not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -4367,9 +4362,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def step_back() -> None:
-    """Lets a server on the same machine go first. A loop of queries beside one under full load on
-    2 cores took a third of its rate, and takes nothing that can be measured since it does
-    this."""
+    """Lets a server on the same machine go first. A loop of queries took a third of the rate of a
+    server under full load on 2 cores. At this priority it takes nothing that can be measured."""
     if hasattr(os, "nice"):
         os.nice(10)
 
