@@ -6,11 +6,11 @@ no install.
     python3 session_events.py view --db events.db --open          the page on your own
     python3 session_events.py summary --db events.db --days 7     a digest of the week, to mail
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
-    python3 session_events.py ship --db events.db --to URL        rows of many servers into ClickHouse
+    python3 session_events.py ship --db events.db --to URL      rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it: how
-far it got), each command reads one moment of it (one transaction; `ship` one a batch), and a running
-server goes first. Every row is checked when it is read: what breaks a field's rule is no session;
+Promises: the database is opened read-only (`ship` alone writes into it: how far it got), each
+command reads one moment of it (one transaction; `ship` one a batch), and a running server goes
+first. Every row is checked when it is read: what breaks a field's rule is no session;
 it is left out of every number, and counted. A developer appears as the first digits of a hash,
 never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
 leaves out nothing, and moves whole hashes.)
@@ -76,7 +76,6 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
-    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -1423,8 +1422,8 @@ UNSEEN = re.compile(r"[^ -~]")
 
 def visible(text: str) -> str:
     """The text with everything but printable ASCII as \\u escapes. All that the contract allows
-    comes out as it is; what else a stranger's row can hold (terminal commands, right-to-left
-    marks) loses its power."""
+    comes out as it is. What else a row can hold (terminal commands, right-to-left marks) loses its
+    power."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -1436,93 +1435,17 @@ def minute(moment: Optional[str]) -> str:
     return "-" if moment is None else moment[:16].replace("T", " ")
 
 
-def refs_cell(refs: Sequence[str], width: int = 20) -> str:
-    first = fit(visible(refs[0]), width) if refs else "-"
-    return first + (" +%d" % (len(refs) - 1) if len(refs) > 1 else "")
+def digits(value: int) -> str:
+    return "{:,}".format(value)
 
 
-class Column(NamedTuple):
-    """One column of a text table: numbers stand right; the `elastic` one gives way to the line's
-    length."""
-
-    title: str
-    cell: Callable[[Plain], Any]
-    elastic: bool = False
+def said(value: object) -> str:
+    """A number with its thousands parted; any other value as visible text."""
+    return digits(value) if isinstance(value, int) else visible(str(value))
 
 
-def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
-    values = [[column.cell(row) for column in columns] for row in rows]
-    cells = [["{:,}".format(v) if isinstance(v, int) else visible(str(v)) for v in line]
-        for line in values]
-    widths = [max(map(len, column)) for column in zip([c.title for c in columns], *cells)]
-    right = [any(isinstance(line[i], int) for line in values) for i in range(len(columns))]
-    for i, column in enumerate(columns):
-        if column.elastic:
-            others = sum(widths) - widths[i] + 2 * (len(widths) - 1)
-            widths[i] = max(len(column.title), min(widths[i], COLUMNS_OF_A_TERMINAL - others))
-    lines = []
-    for line in [[c.title for c in columns], *cells]:
-        padded = [(fit(cell, w).rjust if r else fit(cell, w).ljust)(w)
-                  for cell, w, r in zip(line, widths, right)]
-        lines.append("  ".join(padded).rstrip() + "\n")
-    return "".join(lines)
-
-
-ENDED = Column("ended (UTC)", lambda row: minute(row["ended_at"]))
-SESSION = Column("session", lambda row: row["session_id_hash"][:12])
-DEVELOPER = Column("developer", lambda row: row["developer"])
-SESSION_COLUMNS = (
-    ENDED, SESSION, DEVELOPER,
-    Column("calls", lambda row: row["tool_count"]),
-    Column("saved", lambda row: row["tokens_saved"]),
-    Column("discoveries", lambda row: refs_cell(row["discovery_refs"], 128), elastic=True),
-)
-DISCOVERY_COLUMNS = (
-    Column("discovery", lambda row: row["discovery_id"], elastic=True),
-    Column("reach", lambda row: row["developer_count"]),
-    Column("sessions", lambda row: row["session_count"]),
-    Column("to 2nd", lambda row: lasting(row["hours_to_second_developer"])),
-    Column("half-life", lambda row: lasting(row["half_life_hours"])),
-    Column("last seen", lambda row: minute(row["last_seen_at"])[:10]),
-    Column("over time", lambda row: sparkline(row["counts"])),
-)
-DEVELOPER_COLUMNS = (
-    DEVELOPER,
-    Column("sessions", lambda row: row["sessions"]),
-    Column("calls", lambda row: row["tool_count"]),
-    Column("saved", lambda row: row["tokens_saved"]),
-    Column("given", lambda row: row["given"]),
-    Column("received", lambda row: row["received"]),
-    Column("alone first", lambda row: (
-        "never built" if row["sessions_before_inherited"] is None
-        else row["sessions_before_inherited"])),
-    Column("new", lambda row: "new" if row["new"] else ""),
-)
-MATRIX_COLUMNS = (
-    Column("from", lambda row: row["source"]),
-    Column("to", lambda row: row["target"]),
-    Column("hand-overs", lambda row: row["hand_overs"]),
-)
-FLOW_COLUMNS = (
-    Column("from", lambda row: row["source"]),
-    Column("to", lambda row: row["target"]),
-    Column("discoveries", lambda row: row["discoveries"]),
-    Column("sessions", lambda row: row["edges"]),
-)
-REACHED_COLUMNS = (Column("reached (UTC)", lambda row: minute(row["at"])), DEVELOPER, SESSION)
-PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
-                Column("", lambda row: "from another developer" if row["crosses"] else ""))
-
-
-SPARK_DIGITS = " .:-=+*#"
-
-
-def sparkline(counts: Sequence[int]) -> str:
-    """Pairs of counts as characters, the darker the more; neighbours are added up to fit a line."""
-    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
-    most = max(pairs) or 1
-    return "".join(SPARK_DIGITS[math.ceil(n * (len(SPARK_DIGITS) - 1) / most)]
-        for n in pairs).rstrip()
+def some(count: int, thing: str, things: str = "") -> str:
+    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
 
 
 def lasting(length: Optional[float]) -> str:
@@ -1534,85 +1457,167 @@ def lasting(length: Optional[float]) -> str:
     return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
 
 
-def period_columns(rows: Sequence[Plain]) -> Tuple[Column, ...]:
-    most = max((row["sessions"] for row in rows), default=0) or 1
-    return (
-        Column("period", lambda row: row["period"]),
-        Column("developers", lambda row: row["developers"]),
-        Column("came back", lambda row: row["came_back"]),
-        Column("sessions", lambda row: row["sessions"]),
-        Column("calls", lambda row: row["tool_count"]),
-        Column("saved", lambda row: row["tokens_saved"]),
-        Column("", lambda row: "#" * math.ceil(16 * row["sessions"] / most), elastic=True),
-    )
+SPARK_DIGITS = " .:-=+*#"
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """Pairs of counts as characters; a larger sum has a darker one."""
+    pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
+    steps = (len(SPARK_DIGITS) - 1) / (max(pairs) or 1)
+    return "".join(SPARK_DIGITS[math.ceil(n * steps - 1e-9)] for n in pairs).rstrip()
+
+
+class Column(NamedTuple):
+    """One column of a table, as text and as HTML.
+
+    `cell`: its value, a number or text. `html`: the cell's HTML where that is more than the value.
+    `kind`: CSS classes: n number (stands right), m hash or time, d discoveries, wide what text and
+    a narrow screen leave out. `sort`: the order that the title links to. `short`: the title in
+    text, where that differs."""
+
+    title: str
+    cell: Callable[[Plain], Any]
+    kind: str = ""
+    html: Optional[Callable[[Plain], str]] = None
+    sort: str = ""
+    short: str = ""
+
+
+def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
+    """A table for a terminal. The widest text gives way where a line would be too long."""
+    columns = [c for c in columns if "wide" not in c.kind]
+    cells = [[c.short or c.title for c in columns]]
+    cells += [[said(c.cell(row)) for c in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    widest = max((w, i) for i, w in enumerate(widths) if columns[i].kind != "n")[1]
+    over = max(0, sum(widths) + 2 * (len(widths) - 1) - COLUMNS_OF_A_TERMINAL)
+    widths[widest] = max(len(cells[0][widest]), widths[widest] - over)
+    return "".join("  ".join(
+        fit(cell, w).rjust(w) if c.kind == "n" else fit(cell, w).ljust(w)
+        for c, cell, w in zip(columns, line, widths)).rstrip() + "\n" for line in cells)
+
+
+def number(title: str, key: str, sort: str = "", short: str = "") -> Column:
+    return Column(title, operator.itemgetter(key), "n", None, sort, short)
+
+
+def refs_cell(s: Plain) -> str:
+    refs = s["discovery_refs"]
+    return (refs[0] if refs else "-") + (" +%d" % (len(refs) - 1) if len(refs) > 1 else "")
+
+
+def cold_cell(d: Plain) -> Any:
+    """Own sessions of a new developer before the first that built on somebody else's discovery."""
+    cold = d["sessions_before_inherited"]
+    return "-" if not d["new"] else "not yet" if cold is None else cold
+
+
+# The columns of all tables. Functions that give HTML stand further down, hence the lambdas.
+ENDED = Column("Ended (UTC)", lambda s: minute(s["ended_at"]), "m")
+SESSION = Column("Session", lambda s: s["session_id_hash"][:12], "m", lambda s: session_link(s))
+DEVELOPER = Column("Developer", lambda s: s["developer"], "m", lambda s: developer_link(s))
+GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
+BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
+SESSIONS = number("Sessions", "sessions")
+CALLS = number("Calls", "tool_count")
+SAVED = number("Tokens saved", "tokens_saved", short="Saved")
+SESSION_COLUMNS = (
+    ENDED, SESSION, DEVELOPER, GITHUB_USED, CALLS, SAVED, BRANCH,
+    Column("Discoveries", refs_cell, "d", lambda s: discovery_links(s["discovery_refs"])))
+DISCOVERY_COLUMNS = (
+    Column("Discovery", lambda d: d["discovery_id"], sort="name"),
+    Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
+           short="Over time"),
+    number("Developers", "developer_count", "developer_count", "Reach"),
+    number("Sessions", "session_count", "session_count"),
+    Column("To the second developer", lambda d: lasting(d["hours_to_second_developer"]), "n",
+           sort="hours_to_second_developer", short="To 2nd"),
+    Column("Half-life", lambda d: lasting(d["half_life_hours"]), "n", sort="half_life"),
+    Column("First seen", lambda d: minute(d["first_seen_at"]), "m wide", sort="first_seen"),
+    Column("Last seen", lambda d: d["last_seen_at"][:10], "m",
+           lambda d: minute(d["last_seen_at"]), "recent"))
+DEVELOPER_COLUMNS = (
+    DEVELOPER, SESSIONS, CALLS, SAVED, number("Given", "given"), number("Received", "received"),
+    Column("Cold start", cold_cell, "n"))
+GIVER = Column("From", lambda f: f["source"], "m")
+TAKER = Column("To", lambda f: f["target"], "m to")
+HAND_OVERS = number("Hand-overs", "hand_overs")
+FLOW_COLUMNS = (GIVER, TAKER, number("Discoveries", "discoveries"), number("Sessions", "edges"))
+REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVELOPER,
+                   SESSION._replace(title="In session"))
+PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
+                Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
+PERIOD_COLUMNS = (
+    Column("Period", lambda p: p["period"], "m"), SESSIONS, number("Developers", "developers"),
+    number("Came back", "came_back"), CALLS, SAVED)
+SESSION_FACTS = (
+    DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
+    CALLS._replace(title="Calls of tools"), SAVED, BRANCH._replace(title="Commit"))
+
+
+def rest(words: str, shown: int, total: int) -> str:
+    """A line about rows that are not shown, if there are any."""
+    return "\n%s\n" % words.format(shown, total) if total > shown else ""
 
 
 def sessions_text(result: Plain) -> str:
-    shown, total = len(result["sessions"]), result["total_count_in_window"]
-    more = "\nthe newest {:,} of {:,}; --limit shows more\n".format(shown,
-        total) if total > shown else ""
-    return text_table(SESSION_COLUMNS, result["sessions"]) + more
+    found = result["sessions"]
+    return text_table(SESSION_COLUMNS, found) + rest(
+        "the newest {:,} of {:,}; --limit shows more", len(found), result["total_count_in_window"])
 
 
 def session_text(result: Plain) -> str:
-    s = result["session"]
-    lines = [("session", s["session_id_hash"]), ("developer", s["developer"]),
-             ("with GitHub", "yes" if s["github_hash_prefix"] else "no"), ("ended", s["ended_at"]),
-             ("tool calls", digits(s["tool_count"])), ("tokens saved", digits(s["tokens_saved"])),
-             ("branch", s["branch_sha"] or "-")]
-    lines += [("" if i else "discoveries", fit(visible(ref), 64))
+    s, related = result["session"], result["related"]
+    facts = [("Session", s["session_id_hash"])]
+    facts += [(c.title, said(c.cell(s))) for c in SESSION_FACTS]
+    facts += [("" if i else "Discoveries", fit(visible(ref), 64))
               for i, ref in enumerate(s["discovery_refs"])]
-    text = "".join("%-13s %s\n" % line for line in lines)
-    if not result["related"]:
+    text = "".join("%-14s %s\n" % fact for fact in facts)
+    if not related:
         return text + "\nno other session of this identity in the last %d days\n" % RELATED_DAYS
-    return text + "\nthe same identity, last %d days\n" % RELATED_DAYS + text_table(SESSION_COLUMNS,
-                                                                                    result["related"])
+    return text + "\nthe same identity, last %d days\n" % RELATED_DAYS + text_table(
+        SESSION_COLUMNS, related)
 
 
 def discovery_text(result: Plain) -> str:
-    text = "%s\n%s to %s: %s sessions, %s developers\n" % (
-        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
-            minute(result["first_seen_at"]),
-        minute(result["last_seen_at"]), digits(result["session_count"]),
-            digits(result["developer_count"]))
     second, half = result["hours_to_second_developer"], result["half_life_hours"]
-    text += "it reached no second developer\n" if second is None else (
-        "it reached a second developer within %s\n" % lasting(second))
-    text += "" if half is None else "half of its sessions ended within %s\n" % lasting(half)
-    text += "\n" + text_table(REACHED_COLUMNS, result["reached"])
-    text += "\n" + text_table(PATH_COLUMNS, result["path"])
-    if result["session_count"] > len(result["path"]):
-        text += "\nthe first {:,} steps of {:,}\n".format(len(result["path"]),
-            result["session_count"])
-    return text
+    return "".join([
+        fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
+        "\n%s to %s: " % (minute(result["first_seen_at"]), minute(result["last_seen_at"])),
+        "%s, " % some(result["session_count"], "session"),
+        "%s\n" % some(result["developer_count"], "developer"),
+        "it reached no second developer\n" if second is None
+        else "it reached a second developer within %s\n" % lasting(second),
+        "" if half is None else "half of its sessions ended within %s\n" % lasting(half),
+        "\n", text_table(REACHED_COLUMNS, result["reached"]),
+        "\n", text_table(PATH_COLUMNS, result["path"]),
+        rest("the first {:,} steps of {:,}", len(result["path"]), result["session_count"])])
 
 
 def discoveries_text(result: Plain) -> str:
-    shown, every = len(result["discoveries"]), result["discoveries_in_window"]
-    text = text_table(DISCOVERY_COLUMNS, result["discoveries"])
-    text += "\nreach: developers with a session that touched it; to 2nd: from its first session\n"
-    text += "to the first of a second developer; half-life: until half of its sessions ended\n"
-    return text + ("\n{:,} of {:,}; --limit shows more\n".format(shown, every) if every > shown
-        else "")
+    return (
+        text_table(DISCOVERY_COLUMNS, result["discoveries"])
+        + "\nReach: developers with a session that touched it. To 2nd: from its first session\n"
+        "to the first of a second developer. Half-life: until half of its sessions ended.\n"
+        + rest("{:,} of {:,}; --limit shows more", len(result["discoveries"]),
+               result["discoveries_in_window"]))
+
+
+def flows_text(title: str, columns: Sequence[Column], flows: Sequence[Plain]) -> str:
+    """From whom to whom, the most first."""
+    if not flows:
+        return "\nno discovery went from one developer to another\n"
+    return "\n%s\n%s" % (title, text_table(columns, flows[:LISTED_FLOWS])) + rest(
+        "the first {:,} of {:,}; --format json has all", LISTED_FLOWS, len(flows))
 
 
 def developers_text(result: Plain) -> str:
-    text = text_table(DEVELOPER_COLUMNS, result["developers"])
-    text += "\ngiven, received: hand-overs of a discovery to and from other developers;\n"
-    text += "alone first: own sessions before the first that built on others;\n"
-    text += "new: not there in as many days before the window\n"
-    flows = result["matrix"]
-    if flows:
-        text += "\nwho hands over to whom\n" + text_table(MATRIX_COLUMNS, flows[:FLOWS_SHOWN])
-    else:
-        text += "\nno discovery went from one developer to another\n"
-    if len(flows) > FLOWS_SHOWN:
-        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
-    return text
-
-
-def some(count: int, thing: str, things: str = "") -> str:
-    return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
+    return (
+        text_table(DEVELOPER_COLUMNS, result["developers"])
+        + "\nGiven, received: hand-overs of a discovery to and from other developers. Cold\n"
+        "start: of who was not there in as many days before, the own sessions before the\n"
+        "first that built on somebody else's discovery.\n"
+        + flows_text("who hands over to whom", (GIVER, TAKER, HAND_OVERS), result["matrix"]))
 
 
 def findings(figures: Plain) -> List[str]:
@@ -1620,54 +1625,42 @@ def findings(figures: Plain) -> List[str]:
     if not figures["sessions"]:
         return ["No session ended in this window."]
     shared, far = figures["shared_discoveries"], figures["furthest"]
-    wait, built = figures["hours_to_second_developer"], figures["built_on_others"]
-    saved, cold = figures["tokens_saved_median"], figures["cold_start"]
+    built, saved = figures["built_on_others"], figures["tokens_saved_median"]
+    cold = figures["cold_start"]
     if not figures["discoveries"]:
         lines = ["No session touched a discovery."]
     elif not shared:
         lines = ["No discovery reached a second developer."]
     else:
-        lines = ["%s of %s reached a second developer, half of them within %s." % (
-                     digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
-                         lasting(wait)),
-                 "%s went furthest: %s of %s in %s." % (
-                     far["discovery_id"], digits(far["developers"]),
-                     some(figures["developers"], "developer"),
-                     lasting(far["hours"]))]
+        lines = [
+            "%s of %s reached a second developer, half of them within %s." % (
+                digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
+                lasting(figures["hours_to_second_developer"])),
+            "%s went furthest: %s of %s in %s." % (
+                far["discovery_id"], digits(far["developers"]),
+                some(figures["developers"], "developer"), lasting(far["hours"]))]
     if not built["sessions"]:
         lines.append("No session built on somebody else's discovery.")
     else:
-        rest = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
-        lines.append("{:.0f} % of sessions built on somebody else's discovery. Together with that they saved"
-                     " {:,.0f} tokens (median){}.".format(100 * built["share"],
-                     saved["built_on_others"], rest))
+        others = "" if saved["others"] is None else ", the others {:,.0f}".format(saved["others"])
+        lines.append(
+            "{:.0f} % of sessions built on somebody else's discovery. Together with that they"
+            " saved {:,.0f} tokens (median){}.".format(
+                100 * built["share"], saved["built_on_others"], others))
     if cold["developers"]:
-        lines.append("%s: %s." % (some(cold["developers"], "new developer"),
-            "none built on others" if (
-            cold["sessions"] is None)
-            else "%g own sessions (median) before the first that built on others%s" % (
-                cold["sessions"], ", %d never did" % cold["never"] if cold["never"] else "")))
+        lines.append(cold_start_words(cold))
     return lines
 
 
-SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], str]], ...] = (
-    ("sessions", lambda f: digits(f["sessions"])),
-    ("developers", lambda f: digits(f["developers"])),
-    ("tool calls", lambda f: digits(f["tool_count"])),
-    ("tokens saved", lambda f: digits(f["tokens_saved"])),
-    ("discoveries", lambda f: digits(f["discoveries"])),
-    ("  that reached a 2nd developer", lambda f: digits(f["shared_discoveries"])),
-    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
-    ("hand-overs", lambda f: digits(f["hand_overs"])),
-    ("sessions built on others", lambda f: digits(f["built_on_others"]["sessions"])),
-    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
-    ("  tokens saved together with that", lambda f: median_text(
-    f["tokens_saved_median"]["built_on_others"])),
-    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
-    ("new developers", lambda f: digits(f["cold_start"]["developers"])),
-    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
-    ("  never built on others", lambda f: digits(f["cold_start"]["never"])),
-)
+def cold_start_words(cold: Plain) -> str:
+    """How long a new developer works before the first inherited discovery."""
+    if not cold["developers"]:
+        return "No developer was new in this window."
+    words = some(cold["developers"], "developer was", "developers were") + " new in this window"
+    if cold["sessions"] is not None:
+        words += (": %g own sessions (median) came before the first that built on somebody else's"
+                  " discovery" % cold["sessions"])
+    return words + "; %s never did." % digits(cold["never"])
 
 
 def percent(share: Optional[float]) -> str:
@@ -1678,51 +1671,70 @@ def median_text(value: Optional[float]) -> str:
     return "-" if value is None else "{:,g}".format(value)
 
 
+SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], object]], ...] = (
+    ("sessions", lambda f: f["sessions"]),
+    ("developers", lambda f: f["developers"]),
+    ("tool calls", lambda f: f["tool_count"]),
+    ("tokens saved", lambda f: f["tokens_saved"]),
+    ("discoveries", lambda f: f["discoveries"]),
+    ("  that reached a 2nd developer", lambda f: f["shared_discoveries"]),
+    ("  time until they did (median)", lambda f: lasting(f["hours_to_second_developer"])),
+    ("hand-overs", lambda f: f["hand_overs"]),
+    ("sessions built on others", lambda f: f["built_on_others"]["sessions"]),
+    ("  share of all sessions", lambda f: percent(f["built_on_others"]["share"])),
+    ("  tokens saved together with that",
+     lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
+    ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
+    ("new developers", lambda f: f["cold_start"]["developers"]),
+    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  never built on others", lambda f: f["cold_start"]["never"]),
+)
+
+
 def summary_text(result: Plain) -> str:
     """The findings in words, then the window and the one before it side by side."""
     before = result["before"]
     until = minute(result["until"]) if result["until"] else "now"
-    text = "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until)
-    text += "\n".join(textwrap.fill(line, COLUMNS_OF_A_TERMINAL)
-        for line in findings(result)) + "\n\n"
-    text += "%-36s %14s %s\n" % ("", "this window", "%14s" % "the one before" if before else "")
-    for name, cell in SUMMARY_ROWS:
-        text += ("%-36s %14s %14s" % (name, cell(result),
-            cell(before) if before else "")).rstrip() + "\n"
-    return text + (
+    lines = ["Sessions from %s to %s (UTC)\n" % (minute(result["since"]) or "the start", until)]
+    lines += [textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)]
+    lines.append("\n%-36s %14s %14s" % ("", "this window", "the one before" if before else ""))
+    lines += ["%-36s %14s %14s" % (name, said(cell(result)), said(cell(before)) if before else "")
+              for name, cell in SUMMARY_ROWS]
+    return "".join(line.rstrip(" ") + "\n" for line in lines) + (
         "\nBuilt on others: a session with a discovery that another developer's session,\n"
         "ended earlier in the window, had touched. The figures say what came together,\n"
         "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
 
 
-FLOWS_SHOWN = 20
+LISTED_FLOWS = 20
+COUNTERS = (("sessions", "sessions"), ("developers", "developers"),
+            ("tokens saved", "tokens_saved"), ("discoveries", "discoveries"),
+            ("hand-overs", "hand_overs"))
 
 
 def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
-    text = "".join("%-16s %12s\n" % (name, "{:,}".format(totals[key])) for name, key in COUNTERS)
-    if result["total_count_in_window"] > totals["sessions"]:
-        text += "\nof the newest {:,} sessions of {:,}; --limit takes more\n".format(
-            totals["sessions"], result["total_count_in_window"])
-    if flows:
-        text += "\nfrom developer to developer\n" + text_table(FLOW_COLUMNS, flows[:FLOWS_SHOWN])
-    if len(flows) > FLOWS_SHOWN:
-        text += "and {:,} more; --format json has all\n".format(len(flows) - FLOWS_SHOWN)
-    return text
+    text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
+    return text + rest("of the newest {:,} sessions of {:,}; --limit takes more",
+                       totals["sessions"], result["total_count_in_window"]) + flows_text(
+        "from developer to developer", FLOW_COLUMNS, flows)
 
 
 def activity_text(result: Plain) -> str:
-    active_lines = ["last %2d days   %9s developers, %9s came back\n" % (
+    text = "".join("last %2d days   %9s developers, %9s came back\n" % (
         row["days"], digits(row["developers"]), digits(row["came_back"]))
-        for row in result["active"]]
-    tables = [text_table(period_columns(result[kind]), result[kind]) for kind in PERIODS]
-    before = result["before"]
-    if before:
-        active_lines.append("in this window %s sessions, in as many days before %s\n" % tuple(
-            digits(sum(day["sessions"] for day in days))
-                for days in (result["days"], before["days"])))
-    return "".join(active_lines) + "\n" + "\n".join(tables)
+        for row in result["active"])
+    if result["before"]:
+        text += "in this window %s sessions, in as many days before %s\n" % tuple(
+            digits(sum(day["sessions"] for day in part["days"]))
+            for part in (result, result["before"]))
+    for kind in PERIODS:
+        most = max((row["sessions"] for row in result[kind]), default=0) or 1
+        bar = Column("", lambda p, most=most: "#" * math.ceil(  # type: ignore[misc]
+            16 * p["sessions"] / most))
+        text += "\n" + text_table((*PERIOD_COLUMNS, bar), result[kind])
+    return text
 
 
 FORMULA = re.compile(r"[=+\-@]")  # what makes a spreadsheet compute a cell
@@ -1737,27 +1749,32 @@ def csv_cell(value: object) -> object:
     return "'" + shown if FORMULA.match(shown) else shown
 
 
-def csv_text(rows: Iterable[Plain], header: bool = True) -> str:
+def csv_lines(rows: Iterable[Plain]) -> Iterator[str]:
     """CSV with a header line; a list is one cell, its items parted by blanks."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    for row in rows:
-        if header:
+    for n, row in enumerate(rows):
+        if n == 0:
             writer.writerow(row)
-            header = False
         writer.writerow(map(csv_cell, row.values()))
-    return out.getvalue()
-
-
-def json_text(result: Plain) -> str:
-    return json.dumps(result, indent=2) + "\n"
+        yield out.getvalue()
+        out.seek(0)
+        out.truncate()
 
 
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
-def jsonl_text(rows: Iterable[Plain]) -> str:
-    return "".join(compact_json(row) + "\n" for row in rows)
+def json_lines(rows: Iterable[Plain]) -> Iterator[str]:
+    return (compact_json(row) + "\n" for row in rows)
+
+
+def json_array(rows: Iterable[Plain]) -> Iterator[str]:
+    before = "[\n"
+    for row in rows:
+        yield before + json.dumps(row)
+        before = ",\n"
+    yield "[]\n" if before == "[\n" else "\n]\n"
 
 
 def dot_string(text: str) -> str:
@@ -1773,18 +1790,16 @@ def dot_text(result: Plain) -> str:
     lines = ["digraph sessions {",
              "  rankdir=LR; node [shape=circle fontsize=9]; edge [fontsize=8 color=gray60]"]
     for developer, nodes in boxes.items():
-        lines.append("  subgraph %s { label=%s" % (dot_string("cluster_" + developer),
-            dot_string(developer)))
-        lines += ["    %s [label=%s]" % (dot_string(n["id"]),
-            dot_string(n["session_id_hash"][:PREFIX]))
-                  for n in nodes]
+        lines.append("  subgraph %s { label=%s" % (
+            dot_string("cluster_" + developer), dot_string(developer)))
+        lines += ["    %s [label=%s]" % (
+            dot_string(n["id"]), dot_string(n["session_id_hash"][:PREFIX])) for n in nodes]
         lines.append("  }")
     for edge in result["edges"]:
         label = ", ".join(edge["discoveries"][:2]) + (", ..." if edge["discoveries"][2:] else "")
         color = ' color="#d55e00" penwidth=2' if edge["crosses"] else ""
-        lines.append("  %s -> %s [label=%s%s]" % (dot_string(edge["source"]),
-            dot_string(edge["target"]),
-                                                  dot_string(label), color))
+        lines.append("  %s -> %s [label=%s%s]" % (
+            *map(dot_string, (edge["source"], edge["target"], label)), color))
     return "\n".join(lines) + "\n}\n"
 
 
@@ -1832,37 +1847,28 @@ def forwarding(address: str) -> str:
     return document("Opening", body, '<meta http-equiv="refresh" content="0;url=%s">' % to)
 
 
-class HtmlColumn(NamedTuple):
-    """One column of an HTML table. `cell` gives HTML; `kind` is a CSS class: n number, m hash or
-    time, d discoveries, wide what a narrow screen leaves out; `sort`: a link that sorts by it."""
-
-    title: str
-    cell: Callable[[Plain], str]
-    kind: str = ""
-    sort: str = ""
+def cell_html(column: Column, row: Plain) -> str:
+    return column.html(row) if column.html else esc(said(column.cell(row)))
 
 
-def html_table(caption: str, columns: Sequence[HtmlColumn], rows: Sequence[Plain],
-               kind: str = "cards", sorted_by: str = "") -> str:
-    """A table; the `cards` become a card for each row where the screen is narrow."""
-    def title(c: HtmlColumn) -> str:
-        if not c.sort:
-            return '<th scope="col" class="%s">%s</th>' % (c.kind, esc(c.title))
-        mark, order = (" &#9662;", ' aria-sort="other"') if c.sort == sorted_by else ("", "")
-        return '<th scope="col" class="%s"%s><a href="%s">%s</a>%s</th>' % (
-            c.kind, order, esc(c.sort), esc(c.title), mark)
-
-    body = "".join(
-        "<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
-            c.kind, esc(c.title.lower()), c.cell(row)) for c in columns)
-        for row in rows)
+def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
+               sort: str = "", by: Optional[Callable[[str], str]] = None) -> str:
+    """A table that becomes a card for each row where the screen is narrow. `by`: the address that
+    sorts by a column; `sort`: the order of these rows."""
+    titles, body = [], []
+    for c in columns:
+        text, order = esc(c.title), ""
+        if by and c.sort:
+            text = '<a href="%s">%s</a>' % (esc(by(c.sort)), text)
+            if c.sort == sort:
+                text, order = text + " &#9662;", ' aria-sort="other"'
+        titles.append('<th scope="col" class="%s"%s>%s</th>' % (c.kind, order, text))
+    for row in rows:
+        body.append("<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
+            c.kind, esc(c.title.lower()), cell_html(c, row)) for c in columns))
     return ('<div class="scroll"><table class="%s"><caption>%s</caption><thead><tr>%s</tr></thead>'
             '<tbody>\n%s</tbody></table></div>' % (
-                kind, esc(caption), "".join(map(title, columns)), body))
-
-
-def digits(value: int) -> str:
-    return "{:,}".format(value)
+                "cards sorts" if by else "cards", esc(caption), "".join(titles), "".join(body)))
 
 
 def session_link(s: Plain) -> str:
@@ -1892,46 +1898,6 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
         "<div><dt>%s</dt><dd%s>%s</dd></div>" % (
             esc(title), ' id="%s"' % name if name else "", value)
         for title, value, name in values))
-
-
-COUNTERS = (("sessions", "sessions"), ("developers", "developers"),
-            ("tokens saved", "tokens_saved"), ("discoveries", "discoveries"),
-            ("hand-overs", "hand_overs"))
-HTML_SESSIONS = (
-    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
-    HtmlColumn("Session", session_link, "m"),
-    HtmlColumn("Developer", developer_link, "m"),
-    HtmlColumn("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide"),
-    HtmlColumn("Calls", lambda s: digits(s["tool_count"]), "n"),
-    HtmlColumn("Tokens saved", lambda s: digits(s["tokens_saved"]), "n"),
-    HtmlColumn("Branch", lambda s: esc(s["branch_sha"] or "-"), "m wide"),
-    HtmlColumn("Discoveries", lambda s: discovery_links(s["discovery_refs"]), "d"),
-)
-HTML_DEVELOPERS = (
-    HtmlColumn("Sessions", lambda d: digits(d["sessions"]), "n"),
-    HtmlColumn("Calls", lambda d: digits(d["tool_count"]), "n"),
-    HtmlColumn("Tokens saved", lambda d: digits(d["tokens_saved"]), "n"),
-    HtmlColumn("Given", lambda d: digits(d["given"]), "n"),
-    HtmlColumn("Received", lambda d: digits(d["received"]), "n"),
-    HtmlColumn("Cold start", lambda d: esc(cold_words(d)), "n"),
-)
-HTML_FLOWS = (
-    HtmlColumn("From", lambda f: esc(f["source"]), "m"),
-    HtmlColumn("To", lambda f: esc(f["target"]), "m to"),
-    HtmlColumn("Discoveries", lambda f: digits(f["discoveries"]), "n"),
-    HtmlColumn("Sessions", lambda f: digits(f["edges"]), "n"),
-)
-HTML_PATH = (
-    HtmlColumn("Ended (UTC)", lambda s: esc(minute(s["ended_at"])), "m"),
-    HtmlColumn("Session", session_link, "m"),
-    HtmlColumn("Developer", developer_link, "m"),
-    HtmlColumn("How", lambda s: "from another developer" if s["crosses"] else "-"),
-)
-HTML_REACHED = (
-    HtmlColumn("Reached (UTC)", lambda r: esc(minute(r["at"])), "m"),
-    HtmlColumn("Developer", developer_link, "m"),
-    HtmlColumn("In session", session_link, "m"),
-)
 
 
 # The picture of the replay. Its height is px; across, a moment is a share of the width, so that
@@ -1979,18 +1945,6 @@ def ticks_of(start: int, span: int) -> List[Tuple[int, str]]:
 
 def day_words(moment: str) -> str:
     return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
-
-
-def arc_path(a: Tuple[float, float], b: Tuple[float, float], lane: float) -> str:
-    """Within a lane a bow over it; from lane to lane a flow that leaves and arrives level."""
-    (x1, y1), (x2, y2) = a, b
-    run = x2 - x1
-    if y1 == y2:
-        bow = round(y1 - min(lane * 1.1, 8 + run / 2), 1)
-        return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
-    bend = max(12, run / 2)
-    return "M%g %gC%g %g %g %g %g %g" % (
-        x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
 
 
 class Picture:
@@ -2105,11 +2059,20 @@ class Picture:
                 left, self.y(lane) + self.lane / 2 - 1.5, width, -tall, -width))
         return "".join('<path d="%s"/>' % "".join(parts) for parts in paths.values())
 
+    def arc_path(self, edge: Edge) -> str:
+        """Within a lane a bow above it; between two lanes a curve that starts and ends level."""
+        (x1, y1), (x2, y2) = ((self.x(s.ended), self.y(self.lanes[s.developer])) for s in (
+            self.ordered[edge.source], self.ordered[edge.target]))
+        if y1 == y2:
+            bow = round(y1 - min(self.lane * 1.1, 8 + (x2 - x1) / 2), 1)
+            return "M%g %gQ%g %g %g %g" % (x1, y1, round((x1 + x2) / 2, 1), bow, x2, y2)
+        bend = max(12, (x2 - x1) / 2)
+        return "M%g %gC%g %g %g %g %g %g" % (
+            x1, y1, round(x1 + bend, 1), y1, round(x2 - bend, 1), y2, x2, y2)
+
     def arc_paths(self) -> str:
-        at = [(self.x(s.ended), self.y(self.lanes[s.developer])) for s in self.ordered]
-        return "".join('<path%s d="%s"/>' % (' class="x"' if self.crosses(e) else "",
-                                             arc_path(at[e.source], at[e.target], self.lane))
-                       for e in self.arcs)
+        return "".join('<path%s d="%s"/>' % (
+            ' class="x"' if self.crosses(e) else "", self.arc_path(e)) for e in self.arcs)
 
     def discs(self) -> str:
         largest = max(s.tools for s in self.ordered) or 1
@@ -2210,7 +2173,7 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
     legend = LEGEND % (CELL_LEGEND if picture.crowded else DISC_LEGEND,
                        QUARTER_LEGEND if picture.quarters else "")
     return "".join([
-        said, '<p class="note">%s</p>' % esc(" ".join(notes)) if notes else "",
+        said, note_html(" ".join(notes)),
         '<div class="card">', CONTROLS,
         tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
               for i, (title, key) in enumerate(COUNTERS)),
@@ -2247,20 +2210,17 @@ def reach_words(d: Plain) -> str:
     return ", ".join(words)
 
 
-def cold_words(d: Plain) -> str:
-    if not d["new"]:
-        return "-"
-    cold = d["sessions_before_inherited"]
-    return "not yet" if cold is None else digits(cold)
+def bars(values: Sequence[int], most: int, width: float, height: int, gap: float) -> str:
+    """The path of a bar for each value. `width`: of one bar and its gap; `height`: of `most`."""
+    return "".join("M%g %dV%gh%gV%dz" % (
+        round(i * width, 1), height, round(height - height * value / most, 1),
+        round(max(gap / 2, width - gap), 1), height) for i, value in enumerate(values) if value)
 
 
 def spark_svg(values: Sequence[int]) -> str:
-    most, n = max(values, default=0) or 1, len(values) or 1
-    bars = "".join("M%g 12V%gh%gV12z" % (
-        round(i * 100 / n, 1), round(12 - 12 * value / most, 1), round(max(100 / n - 1, .8), 1))
-        for i, value in enumerate(values) if value)
     return ('<svg class="spark" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-            '<path d="%s"/></svg>' % bars)
+            '<path d="%s"/></svg>' % bars(
+                values, max(values, default=0) or 1, 100 / (len(values) or 1), 12, 1))
 
 
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
@@ -2287,7 +2247,7 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
                 caption, "; the %d who gave and received most" % IN_MATRIX
                 if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
                 html_table("The %d largest of %s pairs" % (
-                    min(PAIRS, len(flows)), digits(len(flows))), HTML_FLOWS, flows[:PAIRS])))
+                    min(PAIRS, len(flows)), digits(len(flows))), FLOW_COLUMNS, flows[:PAIRS])))
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
@@ -2299,25 +2259,12 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
     body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
                   links=False, at=at) if newest else nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
-    return document("Session replay", (
-        '<main><h1>Session replay</h1><p class="note">%s</p>%s%s</main>' % (
-            esc(window_words(window)), words_of(*WORDS), body)), head)
+    return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
+        note_html(window_words(window)), words_of(*WORDS), body), head)
 
 
 def findings_html(sentences: Sequence[str]) -> str:
     return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
-
-
-def cold_start_words(cold: Plain) -> str:
-    """How long a new developer works before the first inherited discovery."""
-    if not cold["developers"]:
-        return "No developer was new in this window."
-    words = "%s new in this window" % some(
-        cold["developers"], "developer was", "developers were")
-    if cold["sessions"] is not None:
-        words += ": %g own sessions (median) came before the first that built on somebody else's" \
-                 " discovery" % cold["sessions"]
-    return words + "; %s never did." % digits(cold["never"])
 
 
 def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
@@ -2399,28 +2346,25 @@ def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
         esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices)
 
 
-def filter_form(path: str, filters: Filters, names: Sequence[str] = Filters._fields,
-                hidden: Sequence[Tuple[str, str]] = ()) -> str:
-    """The form that chooses the window; on a narrow screen it is folded."""
-    days = sorted({*DAY_CHOICES, filters.days})
-    fields = {
-        "days": '<label>Window<select name="days">%s</select></label>' % options(
-            [(str(n), "last %s" % some(n, "day")) for n in days], str(filters.days)),
-        "since": '<label>or since (UTC)<input type="date" name="since" value="%s"></label>' % (
-            esc(filters.since[:10])),
-        "until": '<label>until before<input type="date" name="until" value="%s"></label>' % (
-            esc(filters.until[:10])),
-        "github": '<label>GitHub<select name="github">%s</select></label>' % options(
-            GITHUB_CHOICES.items(), filters.github),
-        "discovery": '<label>Discovery<input name="discovery" size="22" maxlength="200"'
-                     ' placeholder="any" value="%s"></label>' % html.escape(
-                         filters.discovery, quote=True),
-    }
-    kept = "".join('<input type="hidden" name="%s" value="%s">' % (
-        name, html.escape(value, quote=True)) for name, value in hidden)
+def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
+    """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
+    in the address, where the page takes no discovery."""
+    days = [(str(n), "last %s" % some(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
+    fields = "".join('<input type="hidden" name="%s" value="%s">' % (
+        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
+    fields += '<label>Window<select name="days">%s</select></label>' % options(
+        days, str(filters.days))
+    for name, title, value in (("since", "or since (UTC)", filters.since),
+                               ("until", "until before", filters.until)):
+        fields += '<label>%s<input type="date" name="%s" value="%s"></label>' % (
+            title, name, esc(value[:10]))
+    fields += '<label>GitHub<select name="github">%s</select></label>' % options(
+        GITHUB_CHOICES.items(), filters.github)
+    if kept is None:
+        fields += ('<label>Discovery<input name="discovery" size="22" maxlength="200"'
+                   ' placeholder="any" value="%s"></label>' % html.escape(filters.discovery))
     return ('<details class="filters"><summary>Choose the window</summary><form method="get"'
-            ' action="%s">%s%s<button>Show</button></form></details>' % (
-                esc(path), kept, "".join(fields[name] for name in names)))
+            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), fields))
 
 
 def window_words(window: Window) -> str:
@@ -2438,157 +2382,144 @@ def words_of(*names: str) -> str:
             % " ".join(WORDS[name] for name in names))
 
 
-def page(title: str, path: str, filters: Filters, main: str, reader: Reader,
+def note_html(text: str) -> str:
+    return '<p class="note">%s</p>' % esc(text) if text else ""
+
+
+def page(reader: Reader, path: str, title: str, filters: Filters, main: str,
          window: Optional[Window] = None, beside: str = "") -> str:
-    """A page of the viewer: the way to the others, the title with what stands `beside` it, the
+    """A page of the viewer: links to the others, the title with what stands `beside` it, the
     window in words, and what was left out."""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
         to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
         for to, name in PAGES)
-    note = '<p class="note">%s left out: not sessions as the contract has them.</p>' % (
-        some(reader.left_out, "row was", "rows were")) if reader.left_out else ""
-    said = '<p class="note">%s</p>' % esc(window_words(window)) if window else ""
+    left_out = "%s left out: not sessions as the contract has them." % some(
+        reader.left_out, "row was", "rows were") if reader.left_out else ""
     return document(title + " - sessions", (
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
         '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
-        '</div>%s%s%s</main>' % (nav, esc(title), beside, said, main, note)))
+        '</div>%s%s%s</main>' % (
+            nav, esc(title), beside, note_html(window_words(window) if window else ""), main,
+            note_html(left_out))))
+
+
+def empty(text: str) -> str:
+    return '<p class="card empty">%s</p>' % esc(text)
 
 
 def nothing(reader: Reader, window: Window) -> str:
     """What a page says of a window without a session."""
     kind = " of this kind" if window[2:] != (None, None) else ""
     last = last_event(reader)
-    return '<p class="card empty">No session%s ended in this window. %s</p>' % (
+    return empty("No session%s ended in this window. %s" % (
         kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
-            kind and " of any kind", minute(last)))
+            kind and " of any kind", minute(last))))
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
-    window = filters.window()
+    window, query = filters.window(), filters.query()
     newest = reader.window(window, DRAWN)
     form = filter_form("/", filters)
     if not newest:
-        return page("Replay", "/", filters, form + nothing(reader, window), reader, window)
+        return page(reader, "/", "Replay", filters, form + nothing(reader, window), window)
     save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
         filters.fixed().query())
     body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
-                  query=filters.query())
-    return page("Replay", "/", filters, words_of(*WORDS) + form + body, reader, window, save)
+                  query=query)
+    return page(reader, "/", "Replay", filters, words_of(*WORDS) + form + body, window, save)
 
 
 def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
     """The replay as a file, with the moment and the discovery that the page's script asks for."""
-    at: Dict[str, str] = {name: query[name] for name in ("t", "d") if name in query}
-    start = urllib.parse.urlencode(at, errors="replace")
-    return replay_file(reader, filters.window(), DRAWN, start)
+    at = [(name, query[name]) for name in ("t", "d") if name in query]
+    return replay_file(
+        reader, filters.window(), at=urllib.parse.urlencode(at, errors="replace"))
 
 
 def sessions_page(reader: Reader, filters: Filters) -> str:
-    window = filters.window()
-    result = sessions(reader, window, 200)
+    window, path = filters.window(), "/sessions"
+    result = sessions(reader, window, LISTED_ROWS)
+    rows = result["sessions"]
     caption = "The newest %s of %s sessions in this window" % (
-        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
-    table = html_table(caption, HTML_SESSIONS, result["sessions"]) if result["sessions"] else (
-        nothing(reader, window))
-    return page("Sessions", "/sessions", filters, words_of("session", "calls", "saved", "developer")
-                + filter_form("/sessions", filters) + table, reader, window)
+        digits(len(rows)), digits(result["total_count_in_window"]))
+    table = html_table(caption, SESSION_COLUMNS, rows) if rows else nothing(reader, window)
+    return page(reader, path, "Sessions", filters, words_of(
+        "session", "calls", "saved", "developer") + filter_form(path, filters) + table, window)
 
 
 def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
-    s = result["session"]
-    facts = [("Developer", '<span class="m">%s</span>' % developer_link(s)),
-             ("GitHub", "yes" if s["github_hash_prefix"] else "no"), ("Ended", esc(s["ended_at"])),
-             ("Calls of tools", digits(s["tool_count"])),
-             ("Tokens saved", digits(s["tokens_saved"])),
-             ("Commit", '<span class="m">%s</span>' % esc(s["branch_sha"] or "-")),
-             ("Discoveries", '<ul class="chips">%s</ul>' % "".join(
-                 "<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
-              if s["discovery_refs"] else "-")]
-    listed = "".join("<dt>%s</dt><dd>%s</dd>" % fact for fact in facts)
-    related = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                         HTML_SESSIONS, result["related"]) if result["related"] else (
-        '<p class="note">No other session of this machine in the last %d days.</p>' % RELATED_DAYS)
-    return page("Session " + s["session_id_hash"][:12], "/session", Filters(),
+    s, related = result["session"], result["related"]
+    facts = ["<dt>%s</dt><dd>%s</dd>" % (c.title, '<span class="m">%s</span>' % cell_html(c, s)
+             if "m" in c.kind else cell_html(c, s)) for c in SESSION_FACTS]
+    chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
+    facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
+        '<ul class="chips">%s</ul>' % chips if chips else "-"))
+    table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                       SESSION_COLUMNS, related) if related else note_html(
+        "No other session of this machine in the last %d days." % RELATED_DAYS)
+    return page(reader, "/session", "Session " + s["session_id_hash"][:12], Filters(),
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
-                    esc(s["session_id_hash"]), listed, related), reader)
+                    esc(s["session_id_hash"]), "".join(facts), table))
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
-    window, path = filters.window(), "/discoveries"
+    window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
-    query = filters.query()
-
-    def by(key: str) -> str:
-        return path + filters.query(sort=key)
-
-    columns = (
-        HtmlColumn("Discovery", lambda d: discovery_link(d["discovery_id"], query), "", by("name")),
-        HtmlColumn("In the window", lambda d: spark_svg(d["counts"])),
-        HtmlColumn("Developers", lambda d: digits(d["developer_count"]), "n",
-                   by("developer_count")),
-        HtmlColumn("Sessions", lambda d: digits(d["session_count"]), "n", by("session_count")),
-        HtmlColumn("To the second developer", lambda d: lasting(d["hours_to_second_developer"]),
-                   "n", by("hours_to_second_developer")),
-        HtmlColumn("Half-life", lambda d: lasting(d["half_life_hours"]), "n", by("half_life")),
-        HtmlColumn("First seen", lambda d: esc(minute(d["first_seen_at"])), "m wide",
-                   by("first_seen")),
-        HtmlColumn("Last seen", lambda d: esc(minute(d["last_seen_at"])), "m", by("recent")))
     rows, total = result["discoveries"], result["discoveries_in_window"]
+    name = DISCOVERY_COLUMNS[0]._replace(html=lambda d: discovery_link(d["discovery_id"], query))
     caption = "%s touched in this window%s; a title sorts by it" % (
         some(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    table = html_table(caption, columns, rows, "cards sorts", by(sort)) if rows else (
-        nothing(reader, window))
-    note = ('<p class="note">Developers: how many had a session that touched it. Half-life: until'
-            ' half of its sessions had ended; said of four sessions or more.</p>')
-    form = filter_form(path, filters, Filters._fields[:4], [("sort", sort)])
-    return page("Discoveries", path, filters, words_of("discovery", "developer") + form + table
-                + note, reader, window)
+    table = html_table(
+        caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
+        lambda key: path + filters.query(sort=key)) if rows else nothing(reader, window)
+    return page(reader, path, "Discoveries", filters, words_of("discovery", "developer")
+                + filter_form(path, filters, {"sort": sort}) + table + note_html(
+        "Developers: how many had a session that touched it. Half-life: until half of its sessions"
+        " had ended; said of four sessions or more."), window)
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
     window = EVER if all_time else filters.window()
     title, path = fit(visible(ref), 128), "/discovery"
-    form = filter_form(path, filters, Filters._fields[:4], [("ref", ref)])
+    form = filter_form(path, filters, {"ref": ref})
     try:
         result = discovery(reader, ref, window)
     except NotFound:
         last = discovery(reader, ref, EVER, 1)["last_seen_at"]
-        body = ('<p class="card empty">No session of this window touched it; the last one that did'
-                ' ended %s UTC.</p>' % minute(last))
-        return page(title, path, filters, form + body, reader, window)
+        return page(reader, path, title, filters, form + empty(
+            "No session of this window touched it; the last one that did ended %s UTC."
+            % minute(last)), window)
     count = result["session_count"]
     facts = "First seen %s, last %s UTC, in %s of %s." % (
         minute(result["first_seen_at"]), minute(result["last_seen_at"]),
         some(count, "session"), some(result["developer_count"], "developer"))
     newest = reader.window(window._replace(discovery=ref), DRAWN)
     body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
-    reached = html_table("Whom it reached, and when", HTML_REACHED, result["reached"])
+    reached = html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"])
     steps = html_table("Its path: the first %s of %s" % (
-        digits(len(result["path"])), some(count, "session")), HTML_PATH, result["path"])
-    return page(title, path, filters, form + body + reached + steps, reader,
+        digits(len(result["path"])), some(count, "session")), PATH_COLUMNS, result["path"])
+    return page(reader, path, title, filters, form + body + reached + steps,
                 None if all_time else window)
 
 
 def developers_page(reader: Reader, filters: Filters) -> str:
-    window, path = filters.window(), "/developers"
+    window, query, path = filters.window(), filters.query(), "/developers"
     result = developers(reader, window)
     rows = result["developers"]
-    query = filters.query()
-    columns = (HtmlColumn("Developer", lambda d: developer_link(d, query), "m"), *HTML_DEVELOPERS)
+    name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
     caption = "%s, who gave most more than they received first%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    note = ('<p class="note">%s Cold start: of who was not there in as many days before, the own'
-            ' sessions before the first that built on somebody else\'s discovery.</p>'
-            % esc(cold_start_words(result["cold_start"])))
-    return page("Developers", path, filters, words_of("developer", "hand-over", "calls", "saved")
-                + filter_form(path, filters) + (
-                    note + html_table(caption, columns, rows[:LISTED_ROWS])
-                    if rows else nothing(reader, window)), reader, window)
+    body = nothing(reader, window) if not rows else note_html(
+        cold_start_words(result["cold_start"]) + " Cold start: of who was not there in as many days"
+        " before, the own sessions before the first that built on somebody else's discovery."
+    ) + html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
+    return page(reader, path, "Developers", filters, words_of(
+        "developer", "hand-over", "calls", "saved") + filter_form(path, filters) + body, window)
 
 
 LISTED_ROWS = 200  # of a table
@@ -2597,60 +2528,45 @@ MOST_DAYS = 800  # in a chart
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    window, path = filters.window(), "/developer/" + label
-    form = filter_form(path, filters, Filters._fields[:4])
+    window, query, path = filters.window(), filters.query(), "/developer/" + label
     if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
         raise NotFound("there is no such developer")
     result = developers(reader, window)
     rows = [row for row in result["developers"] if row["developer"].startswith(label)]
+    body = filter_form(path, filters, {})
     if len(rows) != 1:
-        body = ('<p class="card empty">Nobody of this name had a session in this window. The names'
-                ' change with the quarter.</p>')
-        return page("Developer " + label, path, filters, form + body, reader, window)
-    newest: Deque[Session] = collections.deque(maxlen=LISTED_ROWS)
-    newest.extend(s for s in reader.walk(window) if s.developer.startswith(label))
-    flows = "".join("<h2>%s</h2>%s" % (title, html_table(
-        "The most hand-overs first", (
-            HtmlColumn("Developer", lambda f, whom=whom: developer_link(  # type: ignore[misc]
-                {"developer": f[whom]}, filters.query()), "m"),
-            HtmlColumn("Hand-overs", lambda f: digits(f["hand_overs"]), "n")), found)
-        if found else '<p class="note">Nobody in this window.</p>')
-        for title, whom, found in (
-            ("Learned from", "source", [f for f in result["matrix"] if f["target"] == label]),
-            ("Handed on to", "target", [f for f in result["matrix"] if f["source"] == label])))
-    listed = html_table("The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-                        HTML_SESSIONS, plain_sessions(list(newest)[::-1]))
-    facts = html_table("In this window", HTML_DEVELOPERS, rows)
-    return page("Developer " + label, path, filters, form + facts + flows + "<h2>Sessions</h2>"
-                + listed, reader, window)
+        body += empty("Nobody of this name had a session in this window. The names change with the"
+                      " quarter.")
+        return page(reader, path, "Developer " + label, filters, body, window)
+    body += html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
+    for title, own, other in (("Learned from", "target", "source"),
+                              ("Handed on to", "source", "target")):
+        flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
+                 if flow[own] == label]
+        name = DEVELOPER._replace(html=lambda f: developer_link(f, query))
+        body += "<h2>%s</h2>" % title + (
+            html_table("The most hand-overs first", (name, HAND_OVERS), flows) if flows
+            else note_html("Nobody in this window."))
+    newest = collections.deque(
+        (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
+    body += "<h2>Sessions</h2>" + html_table(
+        "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
+        SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
+    return page(reader, path, "Developer " + label, filters, body, window)
 
 
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
     """A chart of two lists of numbers, one a day: bars, and the period before as a pale line."""
     most, n = max([1, *now, *before]), max(1, len(now), len(before))
-    bars = "".join("M%g 100V%gh%gV100z" % (
-        round(i * 1000 / n, 1), round(100 - 100 * value / most, 1), round(max(1, 1000 / n - 2), 1))
-        for i, value in enumerate(now) if value)
     line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
                                 round(100 - 100 * value / most, 1))
                    for i, value in enumerate(before))
-    words = "%s by day: up to %s; in as many days before up to %s" % (
-        title, digits(max(now, default=0)), digits(max(before, default=0)))
+    words = esc("%s by day: up to %s; in as many days before up to %s" % (
+        title, digits(max(now, default=0)), digits(max(before, default=0))))
     return ('<figure class="card"><figcaption>%s</figcaption><svg viewBox="0 0 1000 100"'
             ' preserveAspectRatio="none" role="img" aria-label="%s"><path d="%s"/>'
             '<path class="before" d="%s"/></svg><p class="ends">%s</p></figure>' % (
-                esc(words), esc(words), bars, line, ends))
-
-
-def period_table(title: str, rows: Sequence[Plain]) -> str:
-    return html_table(title, (
-        HtmlColumn("Period", lambda p: esc(p["period"]), "m"),
-        HtmlColumn("Sessions", lambda p: digits(p["sessions"]), "n"),
-        HtmlColumn("Developers", lambda p: digits(p["developers"]), "n"),
-        HtmlColumn("Came back", lambda p: digits(p["came_back"]), "n"),
-        HtmlColumn("Calls", lambda p: digits(p["tool_count"]), "n"),
-        HtmlColumn("Tokens saved", lambda p: digits(p["tokens_saved"]), "n"),
-    ), rows[::-1])
+                words, words, bars(now, most, 1000 / n, 100, 2), line, ends))
 
 
 def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
@@ -2663,28 +2579,29 @@ def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
-    window = filters.window()
+    window, path = filters.window(), "/activity"
     result = activity(reader, window)
-    before = result["before"] or {"days": [], "since": ""}
-    counters = tiles([("Active in %s" % some(row["days"], "day"),
-                       "%s <small>%s came back</small>" % (
-                           digits(row["developers"]), digits(row["came_back"])), "")
-                      for row in result["active"]], "large")
-    ends = "".join("<span>%s</span>" % esc(text) for text in (
-        window.since[:10], result["days"][-1]["period"] if result["days"] else ""))
-    plots = "".join(plot(title, by_day(result["days"], window.since, key),
-                         by_day(before["days"], before["since"], key), ends) for title, key in (
-        ("Sessions", "sessions"), ("Developers", "developers"), ("Tokens saved", "tokens_saved")))
-    tables = "".join(period_table("Per " + kind[:-1] + ", the newest first", result[kind][-400:])
-                     for kind in PERIODS)
-    note = ('<p class="note">Bars: this window. Pale line: as many days before it. Came back:'
-            ' developers who were also there in the period before. %s</p>' % esc(
-                cold_start_words(developers(reader, window)["cold_start"])))
-    there = any(day["sessions"] for day in result["days"])
-    return page("Activity", "/activity", filters, words_of("session", "developer", "calls", "saved")
-                + filter_form("/activity", filters) + counters + (
-                    '<div class="plots">%s</div>%s%s' % (plots, note, tables)
-                    if there else nothing(reader, window)), reader, window)
+    days, before = result["days"], result["before"] or {"days": [], "since": ""}
+    body = words_of("session", "developer", "calls", "saved") + filter_form(path, filters) + tiles(
+        [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
+            digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
+        "large")
+    if not any(day["sessions"] for day in days):
+        return page(reader, path, "Activity", filters, body + nothing(reader, window), window)
+    ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
+    body += '<div class="plots">%s</div>' % "".join(
+        plot(title, by_day(days, window.since, key),
+             by_day(before["days"], before["since"], key), ends) for title, key in (
+            ("Sessions", "sessions"), ("Developers", "developers"),
+            ("Tokens saved", "tokens_saved")))
+    body += note_html(
+        "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
+        " there in the period before. "
+        + cold_start_words(developers(reader, window)["cold_start"]))
+    for kind in PERIODS:
+        body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
+                           result[kind][-400:][::-1])
+    return page(reader, path, "Activity", filters, body, window)
 
 
 # ==================================================================================================
@@ -2815,8 +2732,8 @@ class Answer(NamedTuple):
     headers: Sequence[Tuple[str, str]] = ()
 
 
-def same(given: str, secret: str) -> bool:
-    """Equal? In a time that tells nothing about the secret, its length neither."""
+def equal_secrets(given: str, secret: str) -> bool:
+    """True if they are equal. The time that it takes tells nothing about the secret."""
     return hmac.compare_digest(hashlib.sha256(given.encode("latin-1", "replace")).digest(),
                                hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest())
 
@@ -2839,27 +2756,25 @@ def message_page(status: int, title: str, text: str) -> Answer:
 
 
 def page_answer(db: str, path: str, query: Query) -> Answer:
-    """A page for somebody who may see it."""
+    """The page at an address, for a browser that has the cookie."""
     filters = filters_of(query)
     sort = query.get("sort", "")
+    sort = sort if sort in DISCOVERY_SORTS else "developer_count"
     all_time = not {"days", "since", "until", "github"} & set(query)
+    top, _, rest = path[1:].partition("/")
     pages: Dict[str, Callable[[Reader], str]] = {
         "/": lambda reader: replay_page(reader, filters),
         "/save": lambda reader: saved_replay(reader, filters, query),
-        "/discoveries": lambda reader: discoveries_page(
-            reader, filters, sort if sort in DISCOVERY_SORTS else "developer_count"),
+        "/discoveries": lambda reader: discoveries_page(reader, filters, sort),
         "/discovery": lambda reader: discovery_page(
             reader, query.get("ref", ""), filters, all_time),
         "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
         "/sessions": lambda reader: sessions_page(reader, filters),
+        "session": lambda reader: session_page(reader, rest),
+        "developer": lambda reader: developer_page(reader, rest, filters),
     }
-    top, _, rest = path[1:].partition("/")
-    if top == "session" and rest:
-        pages[path] = lambda reader: session_page(reader, rest)
-    if top == "developer" and rest:
-        pages[path] = lambda reader: developer_page(reader, rest, filters)
-    show = pages.get(path)
+    show = pages.get(top if rest else path)
     if show is None:
         return message_page(404, "Not found", "There is no such page.")
     try:
@@ -2883,7 +2798,7 @@ def admin_answer(db: str, path: str, query: Query, authorization: str, secret: s
     scheme, _, given = authorization.partition(" ")
     if not secret:
         return answer(503, error="Endpoint disabled (admin trigger token not configured)")
-    if not (same(given.strip(), secret) and scheme.lower() == "bearer"):
+    if not (equal_secrets(given.strip(), secret) and scheme.lower() == "bearer"):
         return answer(401, [("WWW-Authenticate", "Bearer")], error="Unauthorized")
     try:
         with reading(db) as reader:
@@ -2913,12 +2828,9 @@ def admin_body(reader: Reader, path: str, query: Query) -> Optional[Plain]:
         result = session(reader, match.group(1))
     except NotFound:
         return None
-    return {"session": without_developer(result["session"]),
-            "related": list(map(without_developer, result["related"]))}
-
-
-def without_developer(s: Plain) -> Plain:
-    return {name: value for name, value in s.items() if name != "developer"}
+    for s in (result["session"], *result["related"]):
+        del s["developer"]
+    return result
 
 
 class Viewer(http.server.ThreadingHTTPServer):
@@ -2941,9 +2853,9 @@ class Viewer(http.server.ThreadingHTTPServer):
         return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
 
     def redeem(self, given: str) -> bool:
-        """True, once, for who brings the ticket."""
+        """True if `given` is the ticket, which can be used once."""
         with self.lock:
-            good = self.ticket is not None and same(given, self.ticket)
+            good = self.ticket is not None and equal_secrets(given, self.ticket)
             if good:
                 self.ticket = None
                 if self.way_in:
@@ -2962,7 +2874,7 @@ class Viewer(http.server.ThreadingHTTPServer):
         return self.way_in.as_uri()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One line, and nothing of the request: a browser that went away is not worth even that."""
+        """Prints one line, without anything of the request; nothing where a browser went away."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, TimeoutError)):
             print("session_events: a request failed: %s" % type(error).__name__,
@@ -2977,13 +2889,12 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         return "session-events"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: an address line names sessions."""
+        """Logs nothing, because the address of a page names sessions."""
 
     def do_GET(self) -> None:
         host = re.fullmatch(r"(.+?)(:\d+)?", self.headers.get("Host", ""))
         if not host or host.group(1).lower() not in LOCAL_NAMES:
-            # A page elsewhere whose name was made to point here comes with that name (DNS
-            # rebinding).
+            # DNS rebinding: another site's name was made to point to this machine.
             self.send(Answer(403, "text/plain",
                              "This server answers to 127.0.0.1 and localhost only.\n"))
             return
@@ -3040,7 +2951,7 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
     def may_see(self) -> bool:
         cookies = [part.strip().partition("=")
                    for part in self.headers.get("Cookie", "").split(";")]
-        return any(name == self.server.cookie_name and same(value, self.server.cookie)
+        return any(name == self.server.cookie_name and equal_secrets(value, self.server.cookie)
                    for name, _, value in cookies)
 
     def send(self, answer: Answer) -> None:
@@ -3064,14 +2975,14 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
 
 
 def can_open_browser() -> bool:
-    """Is there a screen? Without one `webbrowser` would start a browser inside the terminal."""
+    """True if there is a screen. Without one `webbrowser` starts a browser inside the terminal."""
     named = any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")))
     return named or sys.platform in ("win32", "darwin")
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """The viewer until Ctrl-C or SIGTERM; its exit status. `path` is added to the address that is
-    shown."""
+    """Runs the viewer until Ctrl-C or SIGTERM; returns the exit status. `path` is added to the
+    address that is shown."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -3105,9 +3016,9 @@ def show_in_browser(address: str) -> None:
               file=sys.stderr, flush=True)
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Demo: synthetic sessions, the same every time
-# ======================================================================================================
+# ==================================================================================================
 
 # What the commands need, and no more. server.py takes such a file, and adds indexes and triggers.
 DEMO_TABLES = """
@@ -3122,12 +3033,13 @@ DEMO_EDGES = """
 
 DEMO_DAYS, DEMO_DEVELOPERS, DEMO_TEAM = 21, 12, 4
 DEMO_REFS = """
-    auth-jwt-flow rate-limit-buckets sqlite-wal-checkpoint flaky-login-test ci-cache-key retry-with-jitter
-    pagination-cursor n-plus-one-orders timezone-dst-bug webhook-signature s3-multipart-upload grpc-deadlines
-    idempotency-key blue-green-switch css-grid-overflow schema-codegen vector-index-recall utf8-truncation
-    docker-layer-order terraform-state-lock oauth-refresh-race worker-memory-leak trace-context-loss
-    lock-order-deadlock search-ranking-tie email-bounce-loop audit-log-shape mobile-deep-links
-    feature-flag-ramp cold-start-imports backfill-in-batches queue-visibility-timeout""".split()  # noqa: SIM905
+    auth-jwt-flow rate-limit-buckets sqlite-wal-checkpoint flaky-login-test ci-cache-key
+    retry-with-jitter pagination-cursor n-plus-one-orders timezone-dst-bug webhook-signature
+    s3-multipart-upload grpc-deadlines idempotency-key blue-green-switch css-grid-overflow
+    schema-codegen vector-index-recall utf8-truncation docker-layer-order terraform-state-lock
+    oauth-refresh-race worker-memory-leak trace-context-loss lock-order-deadlock search-ranking-tie
+    email-bounce-loop audit-log-shape mobile-deep-links feature-flag-ramp cold-start-imports
+    backfill-in-batches queue-visibility-timeout""".split()  # noqa: SIM905
 
 
 def demo_hash(*words: object) -> str:
@@ -3151,9 +3063,9 @@ def demo_starts(chance: Callable[[], float]) -> List[Tuple[int, int]]:
 
 def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int,
                chance: Callable[[], float], fresh: List[str]) -> Tuple[List[str], int]:
-    """The discoveries of one session and how many of them it found there. What is recent is likelier, what
-    one's own team touched likelier still. `known` {ref: [(minute, developer) ...]} learns them; `fresh` gives
-    up new ones."""
+    """The discoveries of one session, and how many of them others had touched before. A recent one
+    is likelier; one that the same team touched is likelier still. `known` {ref: [(minute,
+    developer) ...]} is added to; `fresh` are names not yet in use."""
     touched = []
     for ref, visits in known.items():
         near = any(developer // DEMO_TEAM == who // DEMO_TEAM for _, who in visits[-3:])
@@ -3169,8 +3081,8 @@ def demo_touch(known: Dict[str, List[Tuple[int, int]]], at: int, developer: int,
 
 
 def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
-    """The rows of session_events without `id`, oldest first, all before `end` (ms). Only `random()` is used:
-    what it gives is the same in every Python."""
+    """The rows of session_events without `id`, oldest first, all before `end` (ms). Only `random()`
+    is used, because it gives the same numbers in every Python."""
     chance = random.Random("session events").random
     known: Dict[str, List[Tuple[int, int]]] = {}
     fresh = list(DEMO_REFS)
@@ -3188,12 +3100,13 @@ def demo_rows(end: int) -> Iterator[Tuple[Any, ...]]:
 
 
 def write_demo(path: str) -> int:
-    """A new database of synthetic sessions, up to the last midnight; returns how many. Refused if the file is
-    there or cannot be made."""
+    """Makes a database of synthetic sessions, up to the last midnight; returns how many. Raises
+    Refused if the file exists or cannot be made."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
-        raise Refused("%s is there already; the synthetic sessions want a new file" % path) from None
+        raise Refused(
+            "%s is there already; the synthetic sessions want a new file" % path) from None
     except OSError as error:
         raise Refused("cannot make %s: %s" % (path, error.strerror)) from error
     rows = list(demo_rows(now_ms() // DAY_MS * DAY_MS))
@@ -4384,6 +4297,9 @@ class Usage(Exception):
     """The command line asks for what cannot be; the text says so."""
 
 
+GITHUB_FLAGS = {"any": None, "with": True, "without": False}
+
+
 def window_of(options: argparse.Namespace) -> Window:
     for name in ("since", "until"):
         if getattr(options, name) is not None and day_start(getattr(options, name)) is None:
@@ -4405,49 +4321,24 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
     return convert
 
 
-def ran_sessions(reader: Reader, options: argparse.Namespace) -> Plain:
-    return sessions(reader, window_of(options), options.limit or 50)
+def asked_graph(reader: Reader, window: Window, options: argparse.Namespace) -> Plain:
+    limit = options.limit or DRAWN
+    if options.format == "html":
+        return {"nodes": reader.count(window), "html": replay_file(reader, window, limit)}
+    return graph(reader, window, limit)
 
 
-def ran_session(reader: Reader, options: argparse.Namespace) -> Plain:
-    return session(reader, options.session)
-
-
-def ran_discoveries(reader: Reader, options: argparse.Namespace) -> Plain:
-    return discoveries(reader, window_of(options), options.limit or 50, options.sort)
-
-
-def ran_discovery(reader: Reader, options: argparse.Namespace) -> Plain:
-    return discovery(reader, options.ref, window_of(options), options.limit or 200)
-
-
-def ran_graph(reader: Reader, options: argparse.Namespace) -> Plain:
-    window = window_of(options)
-    if options.format != "html":
-        return graph(reader, window, options.limit or DRAWN)
-    text = replay_file(reader, window, options.limit or DRAWN)
-    return {"nodes": reader.count(window), "html": text}
-
-
-def ran_activity(reader: Reader, options: argparse.Namespace) -> Plain:
-    return activity(reader, window_of(options))
-
-
-def ran_summary(reader: Reader, options: argparse.Namespace) -> Plain:
-    return summary(reader, window_of(options))
-
-
-def ran_developers(reader: Reader, options: argparse.Namespace) -> Plain:
-    result = developers(reader, window_of(options))
+def asked_developers(reader: Reader, window: Window, options: argparse.Namespace) -> Plain:
+    result = developers(reader, window)
     return dict(result, developers=result["developers"][:options.limit])
 
 
-def ran_export(reader: Reader, options: argparse.Namespace) -> Plain:
-    window = window_of(options)
+def asked_export(reader: Reader, window: Window, options: argparse.Namespace) -> Plain:
     rows = exported(reader, window)
     if sys.stderr.isatty():
         rows = with_progress(rows, reader.count(window), sys.stderr)
-    return {"rows": rows}
+    first = list(itertools.islice(rows, 1))
+    return {"rows": itertools.chain(first, rows), "first": first}
 
 
 def with_progress(rows: Iterator[Plain], total: int, screen: TextIO) -> Iterator[Plain]:
@@ -4460,25 +4351,15 @@ def with_progress(rows: Iterator[Plain], total: int, screen: TextIO) -> Iterator
     screen.write("\r{:,} of {:,} sessions\n".format(n, total))
 
 
-def json_stream(rows: Iterable[Plain]) -> Iterator[str]:
-    before = "[\n"
-    for row in rows:
-        yield before + json.dumps(row)
-        before = ",\n"
-    yield "[]\n" if before == "[\n" else "\n]\n"
-
-
-def csv_stream(rows: Iterable[Plain]) -> Iterator[str]:
-    return (csv_text([row], header=n == 0) for n, row in enumerate(rows))
-
-
 Format = Callable[[Plain], Iterable[str]]  # a command's result to pieces of text
 
 
-def forms(key: str, text: Callable[[Plain], str]) -> Dict[str, Format]:
-    """The forms of a command whose result has a list of rows under `key`."""
-    return {"text": lambda r: [text(r)], "json": lambda r: [json_text(r)],
-            "csv": lambda r: [csv_text(r[key])], "jsonl": lambda r: [jsonl_text(r[key])]}
+def forms(text: Callable[[Plain], str], rows: str = "") -> Dict[str, Format]:
+    """The forms of a command; a result with a list of `rows` has those of a table, too."""
+    every: Dict[str, Format] = {
+        "text": lambda r: [text(r)], "json": lambda r: [json.dumps(r, indent=2), "\n"],
+        "csv": lambda r: csv_lines(r[rows]), "jsonl": lambda r: json_lines(r[rows])}
+    return every if rows else {name: every[name] for name in ("text", "json")}
 
 
 class Question(NamedTuple):
@@ -4488,7 +4369,7 @@ class Question(NamedTuple):
     help: str
     example: str
     arguments: Sequence[str]
-    ask: Callable[[Reader, argparse.Namespace], Plain]
+    ask: Callable[[Reader, Window, argparse.Namespace], Plain]
     forms: Dict[str, Format]
     found: str
 
@@ -4502,101 +4383,98 @@ class Action(NamedTuple):
     run: Callable[[argparse.Namespace], int]
 
 
-def view(options: argparse.Namespace) -> int:
-    return serve(options.db, options.port, options.open)
+def flag(name: str, metavar: str, help: str, **more: Any) -> Tuple[str, Plain]:
+    return name, dict(more, metavar=metavar, help=help)
 
 
-GITHUB_FLAGS = {"any": None, "with": True, "without": False}
 ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
-    "db": ("--db", {"metavar": "FILE", "required": True,
-              "help": "the database that server.py writes"}),
-    "days": ("--days", {"metavar": "N", "type": whole_number(1, 36_500),
-                        "help": "the last N days (%d)" % DAYS_DEFAULT}),
-    "since": ("--since",
-              {"metavar": "TIME", "help": "from this date or moment on (UTC), instead of --days"}),
-    "until": ("--until", {"metavar": "TIME", "help": "before this date or moment"}),
+    "db": flag("--db", "FILE", "the database that server.py writes", required=True),
+    "days": flag("--days", "N", "the last N days (%d)" % DAYS_DEFAULT,
+                 type=whole_number(1, 36_500)),
+    "since": flag("--since", "TIME", "from this date or moment on (UTC), instead of --days"),
+    "until": flag("--until", "TIME", "before this date or moment"),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
                             "help": "only sessions with GitHub, or without"}),
-    "discovery": ("--discovery", {"metavar": "REF",
-              "help": "sessions that touched this discovery"}),
-    "limit": ("--limit", {"metavar": "N", "type": whole_number(1, 999_999_999),
-              "help": "at most N rows"}),
+    "discovery": flag("--discovery", "REF", "sessions that touched this discovery"),
+    "limit": flag("--limit", "N", "at most N rows", type=whole_number(1, 999_999_999)),
     "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0],
-              "help": "what comes first"}),
-    "session": ("session",
-              {"metavar": "HASH", "help": "a session's hash, or its first digits (4 or more)"}),
-    "ref": ("ref", {"metavar": "REF", "help": "the discovery"}),
-    "port": ("--port", {"metavar": "N", "type": whole_number(0, 65_535), "default": 8788,
-                        "help": "the port to listen on (8788); 0 is any free one"}),
+                        "help": "what comes first"}),
+    "session": flag("session", "HASH", "a session's hash, or its first digits (4 or more)"),
+    "ref": flag("ref", "REF", "the discovery"),
+    "port": flag("--port", "N", "the port to listen on (8788); 0 is any free one",
+                 type=whole_number(0, 65_535), default=8788),
     "open": ("--open", {"action": "store_true", "help": "open the page in a browser"}),
-    "ship_db": ("--db", {"metavar": "FILE", "help": "the database that server.py writes"}),
-    "to": ("--to", {"metavar": "URL", "help": "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
-                                              " in the environment say who"}),
-    "follow": ("--follow", {"action": "store_true", "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
-    "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the file in the view?"
-                                                          " Exit with 1 if not"}),
-    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found that some are missing"}),
-    "print_ddl": ("--print-ddl", {"action": "store_true", "help": "only print what makes the table and the views"}),
-    "metrics": ("--metrics", {"metavar": "HOST:PORT", "help": "with --follow: answer GET /metrics here, for"
-                                                              " Prometheus"}),
-    "cluster": ("--cluster", {"metavar": "NAME", "help": "make them on every host of this ClickHouse cluster,"
-                                                         " replicated"}),
-    "demo_db": ("--db", {"metavar": "FILE", "help": "only write them into this new file"}),
+    "ship_db": flag("--db", "FILE", "the database that server.py writes"),
+    "to": flag("--to", "URL", "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
+                              " in the environment say who"),
+    "follow": ("--follow", {"action": "store_true",
+                            "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
+    "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the"
+                          " file in the view? Exit with 1 if not"}),
+    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found"
+                          " that some are missing"}),
+    "print_ddl": ("--print-ddl", {"action": "store_true",
+                                  "help": "only print what makes the table and the views"}),
+    "metrics": flag("--metrics", "HOST:PORT",
+                    "with --follow: answer GET /metrics here, for Prometheus"),
+    "cluster": flag("--cluster", "NAME",
+                    "make them on every host of this ClickHouse cluster, replicated"),
+    "demo_db": flag("--db", "FILE", "only write them into this new file"),
 }
 WINDOWED = ("db", "days", "since", "until", "github")
 QUESTIONS = {
     "sessions": Question(
         "the sessions, newest first", "sessions --db events.db --days 30",
         (*WINDOWED, "discovery", "limit"),
-        ran_sessions, forms("sessions", sessions_text), "sessions"),
+        lambda reader, window, o: sessions(reader, window, o.limit or 50),
+        forms(sessions_text, "sessions"), "sessions"),
     "session": Question(
         "one session, with the same identity's others",
         "session %s --db demo.db" % demo_hash("session", 0)[:8], ("session", "db"),
-        ran_session, {"text": lambda r: [session_text(r)], "json": lambda r: [json_text(r)]},
-        "session"),
+        lambda reader, window, o: session(reader, o.session), forms(session_text), "session"),
     "discoveries": Question(
         "how far discoveries went round", "discoveries --db events.db --days 30 --sort recent",
-        (*WINDOWED, "limit", "sort"), ran_discoveries,
-        forms("discoveries", discoveries_text), "discoveries"),
+        (*WINDOWED, "limit", "sort"),
+        lambda reader, window, o: discoveries(reader, window, o.limit or 50, o.sort),
+        forms(discoveries_text, "discoveries"), "discoveries"),
     "discovery": Question(
         "one discovery: whom it reached, and its path",
-        "discovery rate-limit-buckets --db demo.db --days 30",
-        ("ref", *WINDOWED, "limit"), ran_discovery, forms("path", discovery_text), "path"),
+        "discovery rate-limit-buckets --db demo.db --days 30", ("ref", *WINDOWED, "limit"),
+        lambda reader, window, o: discovery(reader, o.ref, window, o.limit or 200),
+        forms(discovery_text, "path"), "path"),
     "graph": Question(
         "who carried knowledge on to whom", "graph --db events.db --format html > replay.html",
-        (*WINDOWED, "discovery", "limit"), ran_graph,
-        dict(forms("edges", graph_text), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]),
-            "nodes"),
+        (*WINDOWED, "discovery", "limit"), asked_graph,
+        dict(forms(graph_text, "edges"), dot=lambda r: [dot_text(r)], html=lambda r: [r["html"]]),
+        "nodes"),
     "developers": Question(
         "who gives and who receives: sessions, calls, tokens saved, hand-overs",
-        "developers --db events.db --days 30", (*WINDOWED, "limit"), ran_developers,
-        forms("developers", developers_text), "developers"),
+        "developers --db events.db --days 30", (*WINDOWED, "limit"), asked_developers,
+        forms(developers_text, "developers"), "developers"),
     "summary": Question(
         "the findings of a window in words, and the window before it beside them: a digest to mail",
         "summary --db events.db --days 7 | mail -s 'Sessions' team@example.org", WINDOWED,
-        ran_summary,
-        {"text": lambda r: [summary_text(r)], "json": lambda r: [json_text(r)]}, "sessions"),
+        lambda reader, window, o: summary(reader, window), forms(summary_text), "sessions"),
     "activity": Question(
         "developers, sessions, tokens saved by day, week and month",
-        "activity --db events.db --days 90",
-        (*WINDOWED, "discovery"), ran_activity, forms("days", activity_text), "days"),
+        "activity --db events.db --days 90", (*WINDOWED, "discovery"),
+        lambda reader, window, o: activity(reader, window), forms(activity_text, "days"), "days"),
     "export": Question(
         "every session of a window, oldest first",
-        "export --db events.db --days 365 --format csv > sessions.csv",
-        (*WINDOWED, "discovery"), ran_export,
-        {"jsonl": lambda r: (jsonl_text([row]) for row in r["rows"]),
-        "csv": lambda r: csv_stream(r["rows"]),
-         "json": lambda r: json_stream(r["rows"])}, "rows"),
+        "export --db events.db --days 365 --format csv > sessions.csv", (*WINDOWED, "discovery"),
+        asked_export, {"jsonl": lambda r: json_lines(r["rows"]),
+                       "csv": lambda r: csv_lines(r["rows"]),
+                       "json": lambda r: json_array(r["rows"])}, "first"),
 }
 ACTIONS = {
     "view": Action("the replay page and the tables, in a browser", "view --db events.db --open",
-                   ("db", "port", "open"), view),
+                   ("db", "port", "open"), lambda o: serve(o.db, o.port, o.open)),
     "ship": Action("move the rows into a ClickHouse, and on from where it stopped",
                    "ship --db events.db --to 'http://host:8123/?database=analytics' --follow",
-                   ("ship_db", "to", "follow", "metrics", "check", "again", "print_ddl",
-                    "cluster"), ship),
+                   ("ship_db", "to", "follow", "metrics", "check", "again", "print_ddl", "cluster"),
+                   ship),
     "demo": Action("try it: synthetic sessions and the page on them", "demo", ("demo_db", "port"),
-    demo),
+                   demo),
 }
 
 
@@ -4605,20 +4483,21 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "session_events.py", formatter_class=shape,
         description="Shows the sessions that server.py stored.",
-        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there is"
-               " nothing in the window), 1 not found or\nnot readable, 2 the command line is wrong")
+        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there"
+               " is nothing in the window), 1 not found or\nnot readable, 2 the command line is"
+               " wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help,
-            formatter_class=shape,
-                                  epilog="example: python3 session_events.py " + command.example)
+        sub = commands.add_parser(
+            name, help=command.help, description=command.help, formatter_class=shape,
+            epilog="example: python3 session_events.py " + command.example)
         for argument in command.arguments:
-            flag, details = ARGUMENTS[argument]
-            sub.add_argument(flag, **details)
+            spelled, details = ARGUMENTS[argument]
+            sub.add_argument(spelled, **details)
         if isinstance(command, Question):
             sub.add_argument("--format", choices=list(command.forms),
-                default=next(iter(command.forms)),
+                             default=next(iter(command.forms)),
                              help="the form of the answer (%(default)s)")
     return top
 
@@ -4626,26 +4505,20 @@ def parser() -> argparse.ArgumentParser:
 def ask(question: Question, options: argparse.Namespace, out: Callable[[str], Any]) -> None:
     """Prints the answer; what is said about it goes to standard error."""
     with reading(options.db) as reader:
-        result = question.ask(reader, options)
-        written = 0
+        window = window_of(options) if "days" in question.arguments else EVER
+        result = question.ask(reader, window, options)
         for piece in question.forms[options.format](result):
             out(piece)
-            written += 1
-        if question.found == "rows" and options.format != "json":
-            found = written > 0
-        elif question.found == "days":
-            found = any(day["sessions"] for day in result["days"])
-        else:
-            found = bool(result[question.found])
-        left_out = reader.left_out
+        found = result[question.found]
+        if question.found == "days":  # an empty day is listed
+            found = any(day["sessions"] for day in found)
         if not found:
             newest = last_event(reader)
-            print("nothing in this window; %s" % (
+            print("nothing in this window; " + (
                 "the last session ended %s UTC (--days and --since look further back)"
-                % minute(newest)
-                if newest else "there is no session at all"), file=sys.stderr)
-        if left_out:
-            print("left out: %d rows that are no sessions" % left_out, file=sys.stderr)
+                % minute(newest) if newest else "there is no session at all"), file=sys.stderr)
+        if reader.left_out:
+            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -4665,8 +4538,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough (`| head`). Nothing can be written there, at exit
-        # neither.
+        # The reader of the output has closed it (`| head`). The flush at exit must not fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -4674,9 +4546,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 def step_back() -> None:
-    """Lets a server on the same machine go first. A loop of queries beside one under full load on
-    2 cores took a third of its rate, and takes nothing that can be measured since it does
-    this."""
+    """Lets a server on the same machine go first. A loop of queries took a third of the rate of a
+    server under full load on 2 cores. At this priority it takes nothing that can be measured."""
     if hasattr(os, "nice"):
         os.nice(10)
 
