@@ -3079,17 +3079,17 @@ class InsertRefused(Refused):
 
 SHIP_COLUMNS = [name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS]
 # `fits` is 1 where both moments are as server.py stores them. '+0 days' makes SQLite turn
-# 30 February into 2 March, which differs.
-SHIP_SQL = """SELECT id, received, max(0, min(%d, received + %d, max(received - %d, ended))), fits,
-  received_at, %s
+# 30 February into 2 March, which differs. Each use of `received` or `ended` computes it anew, a
+# tenth of the time: so they are used once, and limited in Python.
+SHIP_SQL = """SELECT id, received, ended, fits, received_at, %s
 FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
   CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
   strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at
     AND received_at >= '1970' AND received_at < '2106' AND ended_at >= '0001'
     AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at AS fits
-  FROM session_events) WHERE id """ % (SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, ", ".join(
+  FROM session_events) WHERE id """ % ", ".join(
       "substr(%s, 1, %d)" % (name, SHIP_REFS_TEXT + 1) if name.endswith("_json") else name
-      for name in SHIP_COLUMNS))
+      for name in SHIP_COLUMNS)
 
 
 class Shipped(NamedTuple):
@@ -3169,8 +3169,7 @@ def ship_rows(found: Sequence[Sequence[Any]]) -> List[Shipped]:
             if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
                 raise ValueError
             cells[moment][n] = moment_text(ms)
-            ended[n] = max(0, min(SHIP_SECONDS, received[n] + SHIP_EARLY,
-                                  max(received[n] - SHIP_LATE, ms // 1000)))
+            ended[n] = ms // 1000
         for n, (_, kind, _, rule) in enumerate(FIELDS):
             column = SHIP_COLUMNS[n]
             cells[n] = ship_fitting(kind, rule, cells[n])
@@ -3178,6 +3177,9 @@ def ship_rows(found: Sequence[Sequence[Any]]) -> List[Shipped]:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (ids[0], column)) from None
+    ended = [at if 0 <= at <= SHIP_SECONDS and came - SHIP_LATE <= at <= came + SHIP_EARLY else
+             max(0, min(SHIP_SECONDS, came + SHIP_EARLY, max(came - SHIP_LATE, at)))
+             for came, at in zip(received, ended)]
     return list(map(Shipped._make, zip(ids, received, *cells[:4], ended, *cells[4:])))
 
 
@@ -3361,47 +3363,29 @@ def ship_migration(cluster: Optional[str], database: str) -> str:
         names.replace(" ended,", " %s," % clamped))
 
 
-class House(NamedTuple):
-    """Where ClickHouse is: what --to says, checked."""
-
-    tls: bool
-    host: str
-    port: int
-    path: str
-    parameters: Dict[str, str]
-
-    @property
-    def destination(self) -> str:
-        """The name of its mark: no user, no password (--to cannot hold them)."""
-        return "%s://%s:%d%s/%s.%s" % (
-            "https" if self.tls else "http", self.host, self.port, self.path.rstrip("/"),
-            self.parameters["database"], SHIP_RAW)
-
-
 TO = "http://host:8123/?database=analytics"
 
 
-def house_of(url: str) -> House:
-    """What a URL says. Raises Usage. User and password come from the environment alone: a URL is
-    seen in process lists."""
+def house_of(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
+    """The parts of --to, and its parameters, `database` among them. Raises Usage. User and password
+    come from the environment alone: a URL is seen in process lists."""
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port
+        fits = parts.port is None or parts.port > 0
         parameters = dict(urllib.parse.parse_qsl(
             parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise Usage("--to takes a URL such as %s" % TO) from None
-    tls, database = parts.scheme == "https", parameters.setdefault("database", "default")
-    if not (tls or parts.scheme == "http") or not parts.hostname or parts.fragment or (
-            not re.fullmatch("[!-~]+", url)):
+    if not fits or parts.scheme not in ("http", "https") or not parts.hostname or (
+            parts.fragment or not re.fullmatch("[!-~]+", url)):
         raise Usage("--to takes an http or https URL such as %s" % TO)
     if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
         raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
                     "CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", database):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault(
+            "database", "default")):
         raise Usage("--to names a database of letters, digits and _")
-    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/",
-                 parameters)
+    return parts, parameters
 
 
 def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
@@ -3460,12 +3444,16 @@ FOUND_COLUMNS = (("n", "UInt32"), ("identity_hash", "FixedString(32)"),
 
 class ClickHouse:
     """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
-    gone stale."""
+    gone stale. `destination` is the name of its mark: no user, no password."""
 
-    def __init__(self, house: House, headers: Dict[str, str]) -> None:
-        self.house = house
-        self.headers = headers
-        self.name = "ClickHouse at %s:%d" % (house.host, house.port)
+    def __init__(self, url: str, headers: Dict[str, str]) -> None:
+        """Raises Usage for a URL that --to cannot take. `headers` carry user and password."""
+        parts, self.parameters = house_of(url)
+        self.tls, self.path, self.headers = parts.scheme == "https", parts.path or "/", headers
+        self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
+        self.name = "ClickHouse at %s:%d" % self.place
+        self.destination = "%s://%s:%d%s/%s.%s" % (
+            parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
 
     def select(self, sql: str, body: bytes = b"", headers: Mapping[str, str] = {},
                silence: Optional[float] = None, **parameters: str) -> List[List[str]]:
@@ -3558,16 +3546,15 @@ class ClickHouse:
         """(status, headers, body) of the answer to a POST; `silence`: seconds without a byte until
         the peer is given up. Raises Later, Refused. No redirect, no proxy."""
         silence = silence or SHIP_SILENCE
-        query = urllib.parse.urlencode({**SETTINGS_SENT, **self.house.parameters, **parameters})
-        place = (self.house.host, self.house.port)
+        query = urllib.parse.urlencode({**SETTINGS_SENT, **self.parameters, **parameters})
         connection = http.client.HTTPSConnection(
-            *place, timeout=silence, context=ssl.create_default_context()
-        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=silence)
+            *self.place, timeout=silence, context=ssl.create_default_context()
+        ) if self.tls else http.client.HTTPConnection(*self.place, timeout=silence)
         try:
             connection.connect()
             with contextlib.suppress(ConnectionError):
                 # It may have refused before it read everything, and then says why.
-                connection.request("POST", self.house.path + "?" + query, body,
+                connection.request("POST", self.path + "?" + query, body,
                                    {**self.headers, **headers})
             answer = connection.getresponse()
             said = answer.read(SHIP_ANSWER_BYTES + 1)
@@ -3615,7 +3602,7 @@ class ClickHouse:
         layout = made.get(SHIP_RAW, "")
         if layout.startswith("Distributed"):
             layout = made.get("session_events_local", BY_MONTH)
-        database = self.house.parameters["database"]
+        database = self.parameters["database"]
         if there and BY_MONTH not in layout:
             raise Refused("%s has a table %s of an older layout, without months. These statements "
                           "keep its rows (stop every ship first):\n%s" % (
@@ -3649,6 +3636,7 @@ SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py 
 
 
 def ship_moment(seconds: float) -> str:
+    """A moment as in the table ship_marks."""
     return moment_text(int(seconds) * 1000)[:19] + "Z"
 
 
@@ -3676,7 +3664,7 @@ class Shipment:
     nothing."""
 
     def __init__(self, path: str, house: ClickHouse) -> None:
-        self.path, self.house, self.destination = path, house, house.house.destination
+        self.path, self.house, self.destination = path, house, house.destination
         self.rows_shipped = 0
         self.again = False  # all rows once more
         self.waiting = False  # for ClickHouse or for the file
@@ -4019,7 +4007,7 @@ def ship(options: argparse.Namespace) -> int:
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     if options.print_ddl:
         print(";\n\n".join(ship_ddl(
-            options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
+            options.cluster, house_of(options.to or TO)[1]["database"])) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
@@ -4028,7 +4016,7 @@ def ship(options: argparse.Namespace) -> int:
     if options.metrics and not options.follow:
         raise Usage("--metrics goes with --follow")
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
-    shipment = Shipment(options.db, ClickHouse(house_of(options.to), ship_credentials(os.environ)))
+    shipment = Shipment(options.db, ClickHouse(options.to, ship_credentials(os.environ)))
     if options.check:
         return ship_check(shipment)
     if options.follow:
