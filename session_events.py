@@ -3136,12 +3136,11 @@ def demo(options: argparse.Namespace) -> int:
         return serve(db, options.port, can_open_browser(), "&days=14")
 
 
-# ======================================================================================================
+# ==================================================================================================
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
-# ======================================================================================================
+# ==================================================================================================
 
-# one row: the random name under which the file's rows are shipped
-SHIP_NODE = "session_events_node"
+SHIP_NODE = "session_events_node"  # one row: the file's random name as a node
 SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
 SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
 SHIP_MONTHS = 45  # most spans of 31 days in one batch: ClickHouse takes 100 months in one INSERT
@@ -3150,13 +3149,12 @@ SHIP_ANSWER_BYTES = 64 << 20
 SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
 FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
 SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
-SHIP_SAMPLE = 100  # confirmed rows that are looked for before each batch
+SHIP_SAMPLE = 100  # confirmed rows that are looked for before a batch
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
 SHIP_LATE, SHIP_EARLY = 366 * 86_400, 86_400  # seconds by which `ended` may differ from received_at
 SHIP_SECONDS = (1 << 32) - 1  # the last moment of a DateTime, in 2106
 
 is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
-is_node = re.compile(r"[0-9a-f]{16}").fullmatch
 
 
 class Unfit(Refused):
@@ -3164,8 +3162,7 @@ class Unfit(Refused):
 
 
 class Later(Refused):
-    """It cannot be done now, and that passes; `after`: ClickHouse's Retry-After in seconds, if
-    any."""
+    """It cannot be done now, and that passes; `after`: Retry-After in seconds, if there is one."""
 
     def __init__(self, text: str, after: Optional[float] = None) -> None:
         super().__init__(text)
@@ -3173,34 +3170,28 @@ class Later(Refused):
 
 
 class InsertRefused(Refused):
-    """ClickHouse finds fault with the rows. The text has its error's number, never its words, which
-    may quote a row."""
+    """ClickHouse finds fault with the rows of an INSERT. Its words may quote a row: not here."""
 
 
-# -- A row: the rules of FIELDS in SQL, for a whole batch, and in Python, for an unusual row --
+# -- A batch of rows, by the rules of FIELDS --
 
-
-def ship_column(field: str) -> str:
-    return field + "_json" if field == "discovery_refs" else field
-
-
-SHIP_COLUMNS = ("id", "received_at", *(ship_column(name) for name, *_ in FIELDS))
-# `fits` is 1 where both moments are as server.py stores them; '+0 days' makes
-# SQLite turn 30 February into 2 March, which differs.
-SHIP_SQL = """SELECT id, received, identity_hash, github_hash, session_id_hash, ended_at,
-  max(0, min(%d, received + %d, max(received - %d, ended))), tool_count, tokens_saved, branch_sha,
-  substr(discovery_refs_json, 1, %d), plugin_version, fits
+SHIP_COLUMNS = [name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS]
+# `fits` is 1 where both moments are as server.py stores them. '+0 days' makes SQLite turn
+# 30 February into 2 March, which differs. SQLite computes `received` and `ended` anew at
+# each use: so they are used once, and limited in Python (0.4 s less for a million rows).
+SHIP_SQL = """SELECT id, received, ended, fits, received_at, %s
 FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
   CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
   strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at
-  AND received_at >= '1970'
-  AND received_at < '2106' AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at
-  AND ended_at >= '0001' AS fits
-  FROM session_events) WHERE id """ % (SHIP_SECONDS, SHIP_EARLY, SHIP_LATE, SHIP_REFS_TEXT + 1)
+    AND received_at >= '1970' AND received_at < '2106' AND ended_at >= '0001'
+    AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at AS fits
+  FROM session_events) WHERE id """ % ", ".join(
+      "substr(%s, 1, %d)" % (name, SHIP_REFS_TEXT + 1) if name.endswith("_json") else name
+      for name in SHIP_COLUMNS)
 
 
 class Shipped(NamedTuple):
-    """A row of SHIP_SQL, as it is shipped. Times are seconds since 1970."""
+    """A row in its shipped form, in the order of RAW_COLUMNS. Times are seconds since 1970."""
 
     id: int
     received: int
@@ -3214,94 +3205,80 @@ class Shipped(NamedTuple):
     branch: Optional[str]
     refs: Sequence[str]
     version: str
-    fits: int = 1
+
+
+def month_of(seconds: int) -> int:
+    """The month of a moment as ClickHouse's toYYYYMM has it, such as 202605."""
+    return int(time.strftime("%Y%m", time.gmtime(seconds)))
 
 
 def ship_lists(rule: Tuple[int, str], texts: Sequence[str]) -> List[List[str]]:
-    """JSON arrays, parsed in one call: as there are as many brackets as texts that start and end
-    with one, each text is one array."""
+    """JSON arrays of texts. Parsed in one call where there are as many brackets as texts that
+    start and end with one, so that each text is one array. Raises as ship_fitting does."""
     joined = ",".join(texts)
     lists: List[List[str]] = json.loads("[%s]" % joined)
-    if {text[:1] + text[-1:] for text in texts} - {"[]"} or not (
-            joined.count("[") == joined.count("]") == len(lists) == len(texts)) or max(
-            map(len, texts)) > SHIP_REFS_TEXT or max(map(len, lists)) > rule[0]:
-        raise ValueError
-    if not all(map(re.compile(rule[1]).fullmatch, set(itertools.chain.from_iterable(lists)))):
+    if {text[:1] + text[-1:] for text in texts} != {"[]"} or not (
+            joined.count("[") == joined.count("]") == len(lists) == len(texts)):
+        lists = list(map(json.loads, texts))
+    if set(map(type, lists)) != {list} or max(map(len, lists)) > rule[0] or (
+            max(map(len, texts)) > SHIP_REFS_TEXT
+            or not all(map(re.compile(rule[1]).fullmatch, set(itertools.chain(*lists))))):
         raise ValueError
     return lists
 
 
 def ship_fitting(kind: str, rule: Any, cells: Sequence[Any]) -> Sequence[Any]:
     """A column of a batch in its shipped form. Raises ValueError, TypeError or RecursionError if
-    one of the cells breaks the field's rule, or is unusual: then each row is looked at by
-    ship_exact.
+    one of the cells breaks the field's rule.
 
     Few calls for a column take a tenth of the time of a few for each cell."""
-    there = [cell for cell in cells if cell is not None] if "null" in kind else cells
     if kind == "array":
         return ship_lists(rule, cells)
+    there = [cell for cell in cells if cell is not None] if "null" in kind else cells
     if kind == "number":
-        if set(map(type, cells)) != {int} or min(cells) < rule[0] or max(cells) > rule[1]:
-            raise ValueError
+        fits = set(map(type, cells)) == {int} and rule[0] <= min(cells) and max(cells) <= rule[1]
     elif rule == "[0-9a-f]{64}":
         digits = "".join(there)
-        if set(map(len, there)) - {64} or bytes.fromhex(digits).hex() != digits:
-            raise ValueError
-    elif rule != "moment":  # that is `fits`
+        fits = set(map(len, there)) <= {64} and bytes.fromhex(digits).hex() == digits
+    else:
         few = set(there)
-        if not all(map(re.compile(rule).fullmatch, few)):
-            raise ValueError
+        fits = rule == "moment" or all(map(re.compile(rule).fullmatch, few))  # see ship_rows
         if "A-F" in rule and "".join(few) != "".join(few).lower():
-            return [cell and cell.lower() for cell in cells]
+            cells = [cell and cell.lower() for cell in cells]
+    if not fits:
+        raise ValueError
     return cells
 
 
-def ship_cell(kind: str, rule: Any, cell: Any) -> Any:
-    """The cell as it is shipped. Raises an exception as ship_fitting does."""
-    if cell is None and "null" in kind:
-        return None
-    if kind == "number":
-        if not isinstance(cell, int) or not rule[0] <= cell <= rule[1]:
-            raise ValueError
-        return cell
-    if kind == "array":
-        refs = json.loads(cell) if len(cell) <= SHIP_REFS_TEXT else None
-        if not isinstance(refs, list) or len(refs) > rule[0]:
-            raise ValueError
-        return [ship_cell("string", rule[1], ref) for ref in refs]
-    if rule == "moment":
-        ms = instant(cell)
-        if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
-            raise ValueError
-        return moment_text(ms)
-    if not re.fullmatch(rule, cell):
-        raise ValueError
-    return cell
-
-
-def ship_exact(columns: Mapping[str, Any]) -> Shipped:
-    """A row as it is shipped. Raises Unfit, which names the row and the column, never the value."""
-    column, cells = "received_at", {}
+def ship_rows(found: Sequence[Sequence[Any]]) -> List[Shipped]:
+    """Rows of SHIP_SQL in their shipped form. Raises Unfit if one is no event. Its text names the
+    column and the first row, never a value: so it is right for a single row."""
+    columns: List[Any] = list(map(list, zip(*found)))
+    ids, received, ended, fits, received_at, *cells = columns
+    column, moment = "", SHIP_COLUMNS.index("ended_at")
     try:
-        ms = instant(columns[column])
-        if ms is None or not 0 <= ms // 1000 <= SHIP_SECONDS:
-            raise ValueError
-        for field, kind, _, rule in FIELDS:
-            column = ship_column(field)
-            cells[field] = ship_cell(kind, rule, columns[column])
+        for n in [] if all(fits) else [n for n, usual in enumerate(fits) if not usual]:
+            column = "received_at"
+            ms = instant(received_at[n])
+            if ms is None or not 0 <= ms // 1000 <= SHIP_SECONDS:
+                raise ValueError
+            received[n] = ms // 1000
+            column, ms = "ended_at", instant(cells[moment][n])
+            if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
+                raise ValueError
+            cells[moment][n] = moment_text(ms)
+            ended[n] = ms // 1000
+        for n, (_, kind, _, rule) in enumerate(FIELDS):
+            column = SHIP_COLUMNS[n]
+            cells[n] = ship_fitting(kind, rule, cells[n])
     except (ValueError, TypeError, RecursionError):
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
-                    "from it"
-                    " on is shipped: correct the row, or delete it, and run this again" % (
-                        columns["id"], column)) from None
-    received, ended = ms // 1000, (instant(cells["ended_at"]) or 0) // 1000
-    branch = cells["branch_sha"]
-    return Shipped(
-        columns["id"], received, cells["identity_hash"], cells["github_hash"],
-        cells["session_id_hash"], cells["ended_at"],
-        max(0, min(SHIP_SECONDS, received + SHIP_EARLY, max(received - SHIP_LATE, ended))),
-        cells["tool_count"], cells["tokens_saved"], branch and branch.lower(),
-        cells["discovery_refs"], cells["plugin_version"])
+                    "from it on is shipped: correct the row, or delete it, and run this again"
+                    % (ids[0], column)) from None
+    ended = [at if 0 <= at <= SHIP_SECONDS and came - SHIP_LATE <= at <= came + SHIP_EARLY else
+             max(0, min(SHIP_SECONDS, came + SHIP_EARLY, max(came - SHIP_LATE, at)))
+             for came, at in zip(received, ended)]
+    return list(map(Shipped._make, zip(ids, received, *cells[:4], ended, *cells[4:])))
 
 
 def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[Sequence[Any]]:
@@ -3312,14 +3289,14 @@ def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[
     while size < SHIP_BYTES:
         more = cursor.fetchmany(200)
         rows += more
-        size += 256 * len(more) + sum([len(row[10]) for row in more if isinstance(row[10], str)])
+        size += 256 * len(more) + sum([len(row[-2]) for row in more if isinstance(row[-2], str)])
         if not more:
             break
     return rows
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
-    """At most so many rows of `id` + condition, about SHIP_BYTES and SHIP_MONTHS. The list ends
+    """At most `most` rows of `id` + condition, of about SHIP_BYTES and SHIP_MONTHS. The list ends
     before a row that is no event. Raises Unfit if that is the first one."""
     lenient, reader.connection.text_factory = reader.connection.text_factory, str  # faster
     try:
@@ -3331,46 +3308,25 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
         found = ship_fetched(reader, condition, value, most)
     finally:
         reader.connection.text_factory = lenient
-    if not found:
-        return []
-    try:
-        columns = list(zip(*found))
-        if not all(columns[12]):
-            raise ValueError
-        cells = [ship_fitting(kind, rule, column) for column, (_, kind, _, rule) in zip(
-            [*columns[2:6], *columns[7:12]], FIELDS)]
-        rows = list(map(Shipped._make, zip(
-            *columns[:2], *cells[:4], columns[6], *cells[4:], columns[12])))
-    except (ValueError, TypeError, RecursionError):
-        rows = ship_one_by_one(reader, [row[0] for row in found])
-    # of 31 days, in the rows' order
-    spans = dict.fromkeys([row.ended // 2_678_400 for row in rows])
-    if len(spans) > SHIP_MONTHS:
-        late = set(list(spans)[SHIP_MONTHS:])
-        del rows[next(n for n, row in enumerate(rows) if row.ended // 2_678_400 in late):]
-    return rows
-
-
-def ship_one_by_one(reader: Reader, ids: Sequence[int]) -> List[Shipped]:
-    """The same for a batch with an unusual row."""
     rows: List[Shipped] = []
-    sql = "SELECT %s FROM session_events WHERE id = ?" % ", ".join(SHIP_COLUMNS)
-    for row_id in ids:
+    try:
+        rows = ship_rows(found) if found else []
+    except Unfit:
         try:
-            rows.append(ship_exact(dict(zip(SHIP_COLUMNS, reader.rows(sql, [row_id]).fetchone()))))
+            for row in found:
+                rows += ship_rows([row])
         except Unfit:
             if not rows:
                 raise
-            break
+    spans = set()
+    for n, shipped in enumerate(rows):
+        spans.add(shipped.ended // 2_678_400)
+        if len(spans) > SHIP_MONTHS:
+            return rows[:n]
     return rows
 
 
-# -- ClickHouse: rows in its Native format, tables, statements --
-
-# LEB128
-SHIP_SIZES = [chr(n) if n < 128 else chr(n & 127 | 128) + chr(n >> 7) for n in range(1 << 8)]
-# as struct has them
-SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}
+# -- ClickHouse's Native format, tables, statements --
 
 
 def ship_size(number: int) -> bytes:
@@ -3381,13 +3337,17 @@ def ship_size(number: int) -> bytes:
     return head + bytes([number])
 
 
+SHIP_SIZES = [ship_size(n).decode("latin-1") for n in range(1 << 8)]
+SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}  # as in struct
+
+
 def ship_strings(texts: Iterable[str]) -> bytes:
     """Texts of ASCII, each shorter than 256, with their lengths."""
     return "".join([SHIP_SIZES[len(text)] + text for text in texts]).encode("latin-1")
 
 
 def ship_cells(kind: str, cells: Sequence[Any]) -> bytes:
-    """A column of ClickHouse type `kind` in Native."""
+    """A column of ClickHouse's type `kind` in Native."""
     if kind.startswith("Nullable"):
         empty = "0" * 64 if "Fixed" in kind else ""
         return bytes([cell is None for cell in cells]) + ship_cells(
@@ -3404,15 +3364,21 @@ def ship_cells(kind: str, cells: Sequence[Any]) -> bytes:
     return struct.pack("<%d%s" % (len(cells), SHIP_PACKED[kind]), *cells)
 
 
-def ship_native(columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> bytes:
-    """Columns (name, type, cells) as one block of ClickHouse's Native format.
+def ship_native(columns: Sequence[Tuple[str, str]], cells: Sequence[Sequence[Any]]) -> bytes:
+    """Columns (name, type) and their cells as one block of ClickHouse's Native format.
 
-    Its RowBinary holds the same bytes row by row, without names and types: a few calls a column, in
+    RowBinary holds the same bytes row by row, without names and types. A few calls a column, in
     place of a few a row, take a third of the time, and ClickHouse checks names and types."""
-    block = [ship_size(len(columns)), ship_size(len(columns[0][2]))]
-    for name, kind, cells in columns:
-        block += [ship_strings([name, kind]), ship_cells(kind, cells)]
+    block = [ship_size(len(columns)), ship_size(len(cells[0]))]
+    for (name, kind), column in zip(columns, cells):
+        kind = plain_type(kind)
+        block += [ship_strings([name, kind]), ship_cells(kind, column)]
     return b"".join(block)
+
+
+def plain_type(text: str) -> str:
+    """Types without LowCardinality, which is an experiment in 18.16; Native does not mind."""
+    return re.sub(r"LowCardinality\((\w+)\)", r"\1", text)
 
 
 def seniority(node: str, received: int) -> int:
@@ -3422,42 +3388,35 @@ def seniority(node: str, received: int) -> int:
     return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
 
 
-# The same text for 18.16 and today's. Where they differ:
-# - LowCardinality is an experiment in 18.16: `prepare` leaves it out there. Native does not mind.
-# - ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
-# default
-#   database.
-# - DateTime64 is not in 18.16. It would also end in 2299, and an event may have ended in any year
-# up to
-#   9999: so ended_at is the contract's text (its order is the order of time).
-# `ended` is a DateTime for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY
-# after received_at, so that invented dates do not make a partition each.
+# DateTime64 is not in 18.16, and ends in 2299, where an event may have ended in any year up to
+# 9999: so ended_at is the contract's text (its order is the order of time). `ended` is a DateTime
+# for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY after received_at, so
+# that invented dates do not make a partition each.
 RAW_COLUMNS = (
     ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"),
     ("received_at", "DateTime('UTC')"), ("identity_hash", "FixedString(32)"),
     ("github_hash", "Nullable(FixedString(32))"), ("session_id_hash", "FixedString(32)"),
-    ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"), ("tool_count", "UInt32"),
-    ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"), ("discovery_refs",
-    "Array(String)"),
-    ("plugin_version", "LowCardinality(String)"))
+    ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"),
+    ("tool_count", "UInt32"), ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"),
+    ("discovery_refs", "Array(String)"), ("plugin_version", "LowCardinality(String)"))
 NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
 # A session is kept once, whichever nodes received it: rows of one key are merged, and of these the
 # largest seniority stays (of two that are equal, one row sent twice, the last). Only rows of one
 # partition and one shard are merged, so the shard is the key's; FINAL answers at any moment, across
 # partitions, as if all were merged. In the view it stands below any WHERE, so that no condition can
 # bring back a row that must give way.
-# name, columns, what keeps one row of a key, its keys, what decides about the shard
-SHIP_TABLES = (
-    (SHIP_RAW, RAW_COLUMNS, "seniority", "\nPARTITION BY toYYYYMM(ended)"
-     "\nORDER BY (identity_hash, session_id_hash)", "cityHash64(identity_hash, session_id_hash)"),
-    (SHIP_NODES, NODE_COLUMNS, "seen", "\nORDER BY node", "cityHash64(node)"))
+BY_MONTH = "PARTITION BY toYYYYMM(ended)"
+SHIP_TABLES = (  # name, columns, what decides which row of a key stays, key, the rest
+    (SHIP_RAW, RAW_COLUMNS, "seniority", "identity_hash, session_id_hash", BY_MONTH + "\n"),
+    (SHIP_NODES, NODE_COLUMNS, "seen", "node", ""))
+# ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
+# default database.
 VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
-  r.ended AS ended,
-  r.tool_count AS tool_count, r.tokens_saved AS tokens_saved, r.branch_sha AS branch_sha,
-  arrayDistinct(r.discovery_refs) AS discovery_refs, r.plugin_version AS plugin_version,
-  r.received_at AS received_at, r.node AS node, r.id AS id
+  r.ended AS ended, r.tool_count AS tool_count, r.tokens_saved AS tokens_saved,
+  r.branch_sha AS branch_sha, arrayDistinct(r.discovery_refs) AS discovery_refs,
+  r.plugin_version AS plugin_version, r.received_at AS received_at, r.node AS node, r.id AS id
 FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""",
              """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
@@ -3465,11 +3424,9 @@ SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_
   now() AS last_aggregated_at
 FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
 GROUP BY discovery_id""")
-LOW_CARDINALITY = re.compile(r"LowCardinality\((\w+)\)")
 SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
-    # a replica would drop a block that it remembers, though its rows be lost
-    "insert_deduplicate": "0",
+    "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
 
 
@@ -3478,81 +3435,55 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
     remote_servers) a replicated table on each shard, and one that spreads over them."""
     on = " ON CLUSTER '%s'" % cluster if cluster else ""
     made = []
-    for name, columns, winner, keys, shard in SHIP_TABLES:
-        create = "CREATE TABLE IF NOT EXISTS %s.%%s (\n  %s\n)\nENGINE = %%s" % (
-            database, ",\n  ".join(map(" ".join, columns)))
+    for name, columns, winner, key, rest in SHIP_TABLES:
+        create = "CREATE TABLE IF NOT EXISTS %s.%%s%s (\n  %s\n)\nENGINE = %%s" % (
+            database, on, ",\n  ".join(map(" ".join, columns)))
+        merging = "ReplacingMergeTree(%%s%s)\n%sORDER BY (%s)" % (winner, rest, key)
         if cluster is None:
-            made.append(create % (name, "ReplacingMergeTree(%s)%s" % (winner, keys)))
+            made.append(create % (name, merging % ""))
             continue
         local = name.replace("_raw", "") + "_local"
-        path = "/clickhouse/tables/{shard}/%s/%s_by_month" % (database, local)
-        made.append(create % (local + on,
-                "ReplicatedReplacingMergeTree('%s', '{replica}', %s)%s" % (
-            path, winner, keys)))
-        made.append(create % (name + on, "Distributed('%s', '%s', %s, %s)" % (
-            cluster, database, local, shard)))
+        path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
+        made += [create % (local, "Replicated" + merging % path), create % (
+            name, "Distributed('%s', '%s', %s, cityHash64(%s))" % (cluster, database, local, key))]
     return made + [view.format(database, on) for view in VIEWS_DDL]
 
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
     """The statements that take the rows of an older layout over, on each shard."""
-    on = " ON CLUSTER '%s'" % cluster if cluster else ""
-    table = "%s.session_events_local" % database if cluster else "%s.%s" % (database, SHIP_RAW)
-    names = [name for name, _ in RAW_COLUMNS]
-    cells = [name if name != "ended" else (
-        "toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at)) - %d),"
-        " toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE,
-        SHIP_EARLY)) for name in names]
-    return ";\n".join((
-        "RENAME TABLE {0} TO {0}_old{1}".format(table, on), ship_ddl(cluster, database)[0],
-        "INSERT INTO {0} ({1}) SELECT {2} FROM {0}_old".format(table, ", ".join(names),
-        ", ".join(cells)),
-        "DROP TABLE {0}_old{1}".format(table, on))) + ";"
-
-
-class House(NamedTuple):
-    """Where ClickHouse is: what --to says, checked."""
-
-    tls: bool
-    host: str
-    port: int
-    path: str
-    parameters: Dict[str, str]
-
-    @property
-    def destination(self) -> str:
-        """The name of its mark: no user, no password (--to cannot hold them)."""
-        return "%s://%s:%d%s/%s.%s" % (
-            "https" if self.tls else "http", self.host, self.port, self.path.rstrip("/"),
-            self.parameters["database"], SHIP_RAW)
+    clamped = ("toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at))"
+               " - %d), toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE, SHIP_EARLY))
+    names = ", ".join(name for name, _ in RAW_COLUMNS)
+    return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
+            "\nDROP TABLE {0}_old{1};").format(
+        "%s.%s" % (database, "session_events_local" if cluster else SHIP_RAW),
+        " ON CLUSTER '%s'" % cluster if cluster else "", ship_ddl(cluster, database)[0], names,
+        names.replace(" ended,", " %s," % clamped))
 
 
 TO = "http://host:8123/?database=analytics"
 
 
-def house_of(url: str) -> House:
-    """Raises Usage. User and password come from the environment alone: a URL is seen in process
-    lists."""
+def house_of(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
+    """The parts of --to, and its parameters, `database` among them. Raises Usage. User and password
+    come from the environment alone: a URL is seen in process lists."""
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port
+        fits = parts.port is None or parts.port > 0
         parameters = dict(urllib.parse.parse_qsl(
             parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     except ValueError:
         raise Usage("--to takes a URL such as %s" % TO) from None
-    if parts.scheme not in ("http",
-            "https") or not parts.hostname or parts.fragment or not re.fullmatch(
-            "[!-~]+", url):
+    if not fits or parts.scheme not in ("http", "https") or not parts.hostname or (
+            parts.fragment or not re.fullmatch("[!-~]+", url)):
         raise Usage("--to takes an http or https URL such as %s" % TO)
     if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
         raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
                     "CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault("database",
-            "default")):
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault(
+            "database", "default")):
         raise Usage("--to names a database of letters, digits and _")
-    tls = parts.scheme == "https"
-    return House(tls, parts.hostname, port or (8443 if tls else 8123), parts.path or "/",
-            parameters)
+    return parts, parameters
 
 
 def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
@@ -3592,39 +3523,45 @@ def back_off(failures: int, chance: float) -> float:
 # date or array that it cannot take, a type, a constraint. All others (disk, network, memory,
 # replicas, too many parts or queries, rights, a table that is gone) say nothing about a row.
 SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-        376,
-                    395, 407, 441, 467, 469}
+                    376, 395, 407, 441, 467, 469}
 SAID = {  # number: what it means here; ClickHouse's own words could name the user
-    **dict.fromkeys((192, 193, 194, 516),
-    "does not know this user or password: set CLICKHOUSE_USER and"
-                                          " CLICKHOUSE_PASSWORD"),
+    **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set "
+                                          "CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s here: nothing was shipped to it yet, or it was dropped "
-        "meanwhile" % SHIP_RAW,
+    60: "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW,
     81: "has no such database: make it, or name another in --to (?database=...)",
 }
 SHIP_FOUND = """SELECT n FROM mine WHERE (identity_hash, session_id_hash) GLOBAL IN (
   SELECT identity_hash, session_id_hash FROM {0}
   WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
     SELECT identity_hash, session_id_hash FROM mine))"""
+FOUND_COLUMNS = (("n", "UInt32"), ("identity_hash", "FixedString(32)"),
+                 ("session_id_hash", "FixedString(32)"))
 
 
 class ClickHouse:
     """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
-    gone stale."""
+    gone stale. `destination` is the name of its mark: no user, no password."""
 
-    def __init__(self, house: House, headers: Dict[str, str]) -> None:
-        self.house = house
-        self.headers = headers
-        self.name = "ClickHouse at %s:%d" % (house.host, house.port)
+    def __init__(self, url: str, headers: Dict[str, str]) -> None:
+        """Raises Usage for a URL that --to cannot take. `headers` carry user and password."""
+        parts, self.parameters = house_of(url)
+        self.tls, self.path, self.headers = parts.scheme == "https", parts.path or "/", headers
+        self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
+        self.name = "ClickHouse at %s:%d" % self.place
+        self.destination = "%s://%s:%d%s/%s.%s" % (
+            parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
 
-    def select(self, sql: str, parameters: Mapping[str, str] = {}, body: Optional[bytes] = None,
-               headers: Mapping[str, str] = {}, silence: Optional[float] = None) -> List[List[str]]:
-        """The rows of a statement, or none. Raises Later, Refused."""
-        answer = self.posted(parameters, sql.encode() if body is None else body, headers, silence)
+    def select(self, sql: str, body: bytes = b"", headers: Mapping[str, str] = {},
+               silence: Optional[float] = None, **parameters: str) -> List[List[str]]:
+        """The rows of a statement, or none. With a body the statement goes into the URL. Raises
+        Later, Refused."""
+        if body:
+            parameters["query"] = sql
+        answer = self.posted(parameters, body or sql.encode(), headers, silence)
         if answer[0] != 200:
-            raise self.refusal(*answer, quote=True)
+            raise self.refusal(*answer)
         return [line.split("\t") for line in answer[2].decode("utf-8", "replace").splitlines()]
 
     def numbers(self, *arguments: Any, **options: Any) -> List[int]:
@@ -3642,99 +3579,81 @@ class ClickHouse:
         searched first. A session that is not there may stand in another month, as another node
         received it."""
         found: Set[int] = set()
-        months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in rows}
-        for where in ("toYYYYMM(ended) IN (%s) AND " % ", ".join(sorted(months)), ""):
+        months = ", ".join(map(str, sorted({month_of(row.ended) for row in rows})))
+        structure = ", ".join(map(" ".join, FOUND_COLUMNS))
+        for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
             left = [n for n in range(len(rows)) if n not in found]
-            if left:
-                found |= set(self.beside(SHIP_FOUND.format(SHIP_RAW, where), (
-                    ("n", "UInt32", left),
-                    ("identity_hash", "FixedString(32)", [rows[n].identity for n in left]),
-                    ("session_id_hash", "FixedString(32)", [rows[n].session for n in left]))))
+            if not left:
+                break
+            mark = uuid.uuid4().hex.encode()
+            body = (b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
+                    b'%s\r\n--%s--\r\n' % (mark, ship_native(FOUND_COLUMNS, (
+                        left, [rows[n].identity for n in left],
+                        [rows[n].session for n in left])), mark))
+            found.update(self.numbers(
+                SHIP_FOUND.format(SHIP_RAW, where), body,
+                {"Content-Type": "multipart/form-data; boundary=" + mark.decode()},
+                SHIP_CHECK_SILENCE, mine_structure=structure, mine_format="Native"))
         return found
 
-    def beside(self, sql: str, columns: Sequence[Tuple[str, str, Sequence[Any]]]) -> List[int]:
-        """The numbers that a query answers with these columns as its table `mine`."""
-        mark = uuid.uuid4().hex
-        structure = ", ".join("%s %s" % (name, kind) for name, kind, _ in columns)
-        return self.numbers(
-            "", {"query": sql, "mine_structure": structure, "mine_format": "Native"},
-            b'--%s\r\nContent-Disposition: form-data; name="mine"; '
-            b'filename="mine"\r\n\r\n%s\r\n--%s--\r\n'
-            % (mark.encode(), ship_native(columns), mark.encode()),
-            {"Content-Type": "multipart/form-data; boundary=" + mark}, silence=SHIP_CHECK_SILENCE)
-
-    def months(self, only: Iterable[str] = ()) -> Set[int]:
-        """The months of `ended` that hold a row, of these (or of all)."""
-        chosen = " WHERE toYYYYMM(ended) IN (%s)" % ", ".join(only) if only else ""
-        return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM %s%s" % (SHIP_RAW, chosen)))
+    def months(self) -> Set[int]:
+        """The months of `ended` that hold a row."""
+        return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW))
 
     def insert(self, node: str, rows: Sequence[Shipped]) -> None:
         """One INSERT, of no rows, too. Raises Later, InsertRefused, Refused."""
         if not rows:
             return
         query = str(uuid.uuid4())
-        cells = list(zip(*rows))
-        columns: List[Sequence[Any]] = [
-            [node] * len(rows), [seniority(node, row.received) for row in rows], *cells[:12]]
         answer = self.posted(
             {"query": "INSERT INTO %s (%s) FORMAT Native" % (
                 SHIP_RAW, ", ".join(name for name, _ in RAW_COLUMNS)), "query_id": query},
-            ship_native([(name, LOW_CARDINALITY.sub(r"\1", kind), column)
-                         for (name, kind), column in zip(RAW_COLUMNS, columns)]), {})
+            ship_native(RAW_COLUMNS, [[node] * len(rows), [
+                seniority(node, row.received) for row in rows], *zip(*rows)]))
         if answer[0] != 200 or answer[2]:
-            error = self.refusal(*answer, quote=False)
-            if self.error_number(*answer) in SHIP_DATA_ERRORS:
-                raise InsertRefused("%s; ClickHouse's log has its words under query_id %s" % (error,
-                        query))
-            raise error
-
-    def error_number(self, status: int, headers: http.client.HTTPMessage,
-                     said: bytes) -> Optional[int]:
-        match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
-        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1].decode()) or ""
-        return int(number) if re.fullmatch("[0-9]{1,6}", number) else None
+            raise self.refusal(*answer, insert=query)
 
     def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes,
-                quote: bool) -> Refused:
-        """What to make of an answer that is no success; its words only if they cannot be about a
-        row."""
-        code = self.error_number(status, headers, said)
-        after = retry_after(headers.get("Retry-After"), time.time())
+                insert: Optional[str] = None) -> Refused:
+        """What to make of an answer that is no success. `insert` is the query_id of an INSERT:
+        ClickHouse's words may then quote a row, and are left out."""
+        match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
+        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1].decode()) or ""
+        code = int(number) if re.fullmatch("[0-9]{1,6}", number) else None
         if 300 <= status < 400:
             return Refused("%s sends elsewhere (status %d), which is not followed; name the right "
-                           "place"
-                           " in --to" % (self.name, status))
+                           "place in --to" % (self.name, status))
         if code in SAID:
             return Refused("%s %s (its error %d)" % (self.name, SAID[code], code))
         if code is None and status not in (408, 429, 500, 502, 503, 504):
             return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
-                           "HTTP"
-                           " port?" % (self.name, status))
-        # 62: a statement that it cannot read
-        if code in SHIP_DATA_ERRORS or (code == 62 and quote):
+                           "HTTP port?" % (self.name, status))
+        if insert and code in SHIP_DATA_ERRORS:
+            return InsertRefused("%s refuses: its error %d; ClickHouse's log has its words under "
+                                 "query_id %s" % (self.name, code, insert))
+        if not insert and code in SHIP_DATA_ERRORS | {62}:  # 62: it cannot read the statement
             words = said[:2000].decode("utf-8", "replace").split("\n")[0]
-            cut = re.sub(r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]
-            return Refused("%s refuses: %s" % (self.name, cut if quote else "its error %d" % code))
+            return Refused("%s refuses: %s" % (self.name, re.sub(
+                r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]))
         return Later("%s cannot take it now (status %d%s)" % (
-            self.name, status, "" if code is None else ", its error %d" % code), after)
+            self.name, status, "" if code is None else ", its error %d" % code),
+            retry_after(headers.get("Retry-After"), time.time()))
 
-    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str],
+    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str] = {},
                silence: Optional[float] = None) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """(status, headers, body) of the answer to a POST. Raises Later, Refused. No redirect, no
-        proxy."""
+        """(status, headers, body) of the answer to a POST; `silence`: seconds without a byte until
+        the peer is given up. Raises Later, Refused. No redirect, no proxy."""
         silence = silence or SHIP_SILENCE
-        query = urllib.parse.urlencode({**SETTINGS_SENT, **self.house.parameters, **parameters})
-        place = (self.house.host, self.house.port)
+        query = urllib.parse.urlencode({**SETTINGS_SENT, **self.parameters, **parameters})
         connection = http.client.HTTPSConnection(
-            *place, timeout=silence, context=ssl.create_default_context()
-        ) if self.house.tls else http.client.HTTPConnection(*place, timeout=silence)
+            *self.place, timeout=silence, context=ssl.create_default_context()
+        ) if self.tls else http.client.HTTPConnection(*self.place, timeout=silence)
         try:
             connection.connect()
-            try:
-                connection.request("POST", self.house.path + "?" + query, body,
+            with contextlib.suppress(ConnectionError):
+                # It may have refused before it read everything, and then says why.
+                connection.request("POST", self.path + "?" + query, body,
                                    {**self.headers, **headers})
-            except ConnectionError:
-                pass  # it may have refused before it read everything, and then says why
             answer = connection.getresponse()
             said = answer.read(SHIP_ANSWER_BYTES + 1)
             if answer.length and len(said) <= SHIP_ANSWER_BYTES:
@@ -3762,66 +3681,67 @@ class ClickHouse:
         version = self.select("SELECT version()")
         if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
             raise Refused("%s is no ClickHouse: it does not know its version" % self.name)
+        old = version[0][0].startswith("18.")
         there = {row[0]: row[-1] for row in self.select(
-            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND table = "
-            "'%s'"
-            " FORMAT TabSeparatedRaw" % SHIP_RAW)}
+            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND "
+            "table = '%s' FORMAT TabSeparatedRaw" % SHIP_RAW)}
         for column, kind in RAW_COLUMNS if there else ():
-            if LOW_CARDINALITY.sub(r"\1", there.get(column, "")) != LOW_CARDINALITY.sub(r"\1",
-                    kind):
+            if plain_type(there.get(column, "")) != plain_type(kind):
                 raise Refused("%s has a table %s whose column %s is not %s; rename that table, or "
-                              "see"
-                              " --print-ddl" % (self.name, SHIP_RAW, column, kind))
-        if version[0][0].startswith("18.") and "LowCardinality" in " ".join(there.values()):
+                              "see --print-ddl" % (self.name, SHIP_RAW, column, kind))
+        if old and "LowCardinality" in " ".join(there.values()):
             raise Refused("%s is of 2018, and has a table %s with the type LowCardinality, an "
-                          "experiment"
-                          " then: make it without (drop it while it is empty)" % (self.name,
-                          SHIP_RAW))
+                          "experiment then: make it without (drop it while it is empty)"
+                          % (self.name, SHIP_RAW))
         made = {row[0]: row[-1] for row in self.select(
-            "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database ="
-            " currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events',"
-            " 'discovery_propagation') FORMAT TabSeparatedRaw" % (SHIP_RAW, SHIP_NODES))}
+            "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database = "
+            "currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events', "
+            "'discovery_propagation') FORMAT TabSeparatedRaw" % (SHIP_RAW, SHIP_NODES))}
         layout = made.get(SHIP_RAW, "")
         if layout.startswith("Distributed"):
-            layout = made.get("session_events_local", "PARTITION BY toYYYYMM(ended)")
-        if there and "PARTITION BY toYYYYMM(ended)" not in layout:
+            layout = made.get("session_events_local", BY_MONTH)
+        database = self.parameters["database"]
+        if there and BY_MONTH not in layout:
             raise Refused("%s has a table %s of an older layout, without months. These statements "
-                          "keep"
-                          " its rows (stop every ship first):\n%s" % (
-                              self.name, SHIP_RAW, ship_migration(
-                                  cluster, self.house.parameters["database"])))
+                          "keep its rows (stop every ship first):\n%s" % (
+                              self.name, SHIP_RAW, ship_migration(cluster, database)))
         if not there or not {SHIP_NODES, "session_events", "discovery_propagation"} <= set(made):
-            for statement in ship_ddl(cluster, self.house.parameters["database"]):
-                self.select(LOW_CARDINALITY.sub(r"\1", statement) if version[0][0].startswith("18.")
-                            else statement)
+            for statement in ship_ddl(cluster, database):
+                self.select(plain_type(statement) if old else statement)
 
     def differing_pepper(self, node: str, pepper: str) -> bool:
-        """Writes the fingerprint of this node's pepper; does another node's differ?"""
-        self.posted({"query": "INSERT INTO %s FORMAT Native" % SHIP_NODES}, ship_native((
-            ("node", "String", [node]), ("pepper", "String", [pepper]),
-            ("seen", "UInt32", [int(time.time()) & SHIP_SECONDS]))), {})
-        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM "
-                            "%s GROUP"
-                            " BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
+        """Writes the fingerprint of this node's pepper; True if another node's differs."""
+        self.select("INSERT INTO %s FORMAT Native" % SHIP_NODES, ship_native(
+            NODE_COLUMNS, ([node], [pepper], [int(time.time()) & SHIP_SECONDS])))
+        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM %s"
+                            " GROUP BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
 
 
-# -- The mark, in the file; one step; how it is watched --
+# -- The mark, in the file; one step --
 
+# ship_history: what was confirmed first in each of the last minutes, for a ClickHouse that lost the
+# newest rows.
 SHIP_MARKS = (
-    """CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT
-    NULL)""" % SHIP_NODE,
-    """CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL,
-  last_id INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT
-  ROWID""",
-    # What was confirmed first in each of the last minutes, for a ClickHouse that lost the newest
-    # rows.
-    """CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL,
-  minute TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT
-  ROWID""")
+    "CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT NULL)"
+    % SHIP_NODE,
+    "CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL, last_id "
+    "INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL, minute"
+    " TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT "
+    "ROWID")
+SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), so "
+                "that a developer is somebody else on each of them")
 
 
 def ship_moment(seconds: float) -> str:
+    """A moment as in the table ship_marks."""
     return moment_text(int(seconds) * 1000)[:19] + "Z"
+
+
+def first_row(reader: Reader, table: str, sql: str, values: Sequence[Any] = ()) -> Sequence[Any]:
+    """The first row of a query on this table; empty without one, or without the table."""
+    there = reader.rows("SELECT 1 FROM sqlite_master WHERE name = ?", [table]).fetchone()
+    return (there and reader.rows(sql, values).fetchone()) or ()
 
 
 class Mark(NamedTuple):
@@ -3842,145 +3762,120 @@ class Shipment:
     nothing."""
 
     def __init__(self, path: str, house: ClickHouse) -> None:
-        self.path, self.house, self.destination = path, house, house.house.destination
-        self.key = "destination = ? AND node = ?"
+        self.path, self.house, self.destination = path, house, house.destination
         self.rows_shipped = 0
         self.again = False  # all rows once more
-        self.checked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
+        self.waiting = False  # for ClickHouse or for the file
+        self.looked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
         self.events: List[str] = []  # why rows go once more
 
     def mark(self, reader: Reader) -> Optional[Mark]:
         """The mark, None where there is none. Raises Refused if it is none of ours."""
-        tables = {row[0] for row in reader.rows("SELECT name FROM sqlite_master WHERE type = "
-                                                "'table'")}
-        if not {SHIP_NODE, "ship_marks", "ship_history"} <= tables:
-            return None
-        name = reader.rows("SELECT name FROM " + SHIP_NODE).fetchone()
-        if name is None:
-            return None
-        if not isinstance(name[0], str) or not is_node(name[0]):
+        name = first_row(reader, SHIP_NODE, "SELECT name FROM " + SHIP_NODE)
+        if name and not re.fullmatch("[0-9a-f]{16}", str(name[0])):
             raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one "
-                          "is made"
-                          % (SHIP_NODE, self.path))
-        found = reader.rows("SELECT last_id, confirmed_at FROM ship_marks WHERE " + self.key,
-                            [self.destination, name[0]]).fetchone()
-        if found is None:
+                          "is made" % (SHIP_NODE, self.path))
+        found = name and first_row(
+            reader, "ship_marks", "SELECT last_id, confirmed_at FROM ship_marks WHERE destination "
+            "= ? AND node = ?", [self.destination, name[0]])
+        if not found:
             return None
         at = instant(found[1])
         if not isinstance(found[0], int) or at is None:
             raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows "
-                          "go once"
-                          " more" % self.path)
+                          "go once more" % self.path)
         return Mark(name[0], found[0], at / 1000)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A short write transaction beside a running server. Raises Later, Refused."""
+        """A short write transaction beside a running server, with the tables of the mark. Raises
+        Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
                     Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
-                            timeout=BUSY_SECONDS,
-                    isolation_level=None)) as connection:
-                # a lost mark only sends rows again
-                connection.execute("PRAGMA synchronous = NORMAL")
+                    timeout=BUSY_SECONDS, isolation_level=None)) as connection:
+                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
+                for statement in SHIP_MARKS:
+                    connection.execute(statement)
                 yield connection
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
             why = explained(error, self.path)
             if re.search("readonly|unable to open", str(error)):
                 why = Refused("only a user who may write the file and its folder can (run this as "
-                              "the"
-                              " server's user)")
-            text = "cannot write the mark of what was shipped into %s: %s" % (self.path, why)
-            passing = "locked" in str(error) or "full" in str(error)
-            raise (Later if passing else Refused)(text) from error
+                              "the server's user)")
+            kind = Later if re.search("locked|full", str(error)) else Refused
+            raise kind("cannot write the mark of what was shipped into %s: %s" % (
+                self.path, why)) from error
 
     def begin(self) -> None:
         """Writes a name for the file and a mark below every row, where they are missing."""
         with self.writing() as connection:
-            for statement in SHIP_MARKS:
-                connection.execute(statement)
             connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % SHIP_NODE,
                                [secrets.token_hex(8)])
-            connection.execute("INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM "
-                               "%s" % SHIP_NODE,
-                               [self.destination, SHIP_LEAST, ship_moment(time.time())])
+            connection.execute(
+                "INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM " + SHIP_NODE,
+                [self.destination, SHIP_LEAST, ship_moment(time.time())])
 
-    def confirm(self, mark: Mark, last: Shipped, sent: float) -> None:
-        """Moves the mark up to the row `last`. Only if the file still has the mark that was read
-        and that row: it may have been replaced, and a second ship may have been faster."""
-        names = [self.destination, mark.node]
+    def move(self, mark: Mark, to: int, sent: float, last: Optional[Shipped] = None) -> bool:
+        """Moves the mark, up to the row `last` or down; False if it was not. Only if the file still
+        has the mark that was read, and that row: it may have been replaced, and a second ship may
+        have been faster. `sent`: seconds since 1970."""
+        key = [self.destination, mark.node]
+        mine, now = "destination = ? AND node = ? AND ", time.time()
+        sql = "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE " + mine + "last_id = ?"
+        values = [to, ship_moment(sent), *key, mark.last_id]
+        if last:
+            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? "
+                    "AND session_id_hash = ? AND CAST(strftime('%s', received_at) AS INTEGER) = ?)")
+            values += [last.id, last.identity, last.session, last.received]
         with self.writing() as connection:
-            moved = connection.execute(
-                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = ? AND "
-                "EXISTS ("
-                "SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? AND "
-                "session_id_hash = ?"
-                " AND CAST(strftime('%%s', received_at) AS INTEGER) = ?)" % self.key,
-                [last.id, ship_moment(sent), *names, mark.last_id, last.id, last.identity,
-                last.session,
-                 last.received]).rowcount
-            if moved:
-                now = time.time()
-                connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
-                                   [*names, ship_moment(now)[:16], last.id])
-                connection.execute(
-                    "DELETE FROM ship_history WHERE {0} AND minute < (SELECT max(minute) FROM "
-                    "ship_history"
-                    " WHERE {0} AND minute <= ?)".format(self.key),
-                    [*names, *names, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
-
-    def rewind(self, mark: Mark, to: int, why: str) -> None:
-        """Moves the mark down, so that what stands behind it goes once more."""
-        names = [self.destination, mark.node]
-        with self.writing() as connection:
-            moved = connection.execute(
-                "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE %s AND last_id = "
-                "?" % self.key,
-                [to, ship_moment(time.time()), *names, mark.last_id]).rowcount
-            connection.execute("DELETE FROM ship_history WHERE %s AND last_id > ?" % self.key,
-                               [*names, to])
-        if moved:
-            self.events.append(why)
+            if not connection.execute(sql, values).rowcount:
+                return False
+            delete = "DELETE FROM ship_history WHERE " + mine
+            connection.execute(delete + "last_id > ?", [*key, to])
+            connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
+                               [*key, ship_moment(now)[:16], to])
+            connection.execute(
+                delete + "minute < (SELECT max(minute) FROM ship_history WHERE " + mine +
+                "minute <= ?)", [*key, *key, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
+        return True
 
     def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
         """(the id after which rows go once more, why), None where ClickHouse has what the mark
-        says."""
+        says. Raises Later, Refused."""
         if mark.last_id == SHIP_LEAST:
             return None
         if self.again:
             self.again = False
             return SHIP_LEAST, "--again"
-        highest = reader.rows("SELECT max(id) FROM session_events").fetchone()[0]
-        if reader.rows("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'").fetchone():
-            used = reader.rows("SELECT seq FROM sqlite_sequence WHERE name = "
-                               "'session_events'").fetchone()
-            highest = max((n for n in (highest, used and used[0]) if isinstance(n, int)),
-                    default=None)
-        if highest is None or highest < mark.last_id:
+        used = [*reader.rows("SELECT max(id) FROM session_events").fetchone(), *first_row(
+            reader, "sqlite_sequence",
+            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'")]
+        if mark.last_id > max([n for n in used if isinstance(n, int)], default=SHIP_LEAST):
             return SHIP_LEAST, "the mark is not of this file's rows"
-        if 0 <= time.monotonic() - self.checked < 1:  # before each batch it takes a quarter of the time
+        if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
             return None
         sample = self.confirmed(reader, mark, SHIP_SAMPLE)
         if sample and not self.house.found(sample):
-            months = {time.strftime("%Y%m", time.gmtime(row.ended)) for row in sample}
-            if self.house.months(months) or not self.house.months():
+            there = self.house.months()
+            if not there or there & {month_of(row.ended) for row in sample}:
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
         up = self.house.numbers("SELECT uptime()")
         now = time.time()  # after the answer, so that its start seems late rather than early
         if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
-            self.checked = time.monotonic()
+            self.looked = time.monotonic()
             return None
         if up and up[0] < 2:
             time.sleep(2)  # uptime() counts whole seconds: else the next mark would be doubted, too
-        before = ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]
-        found = reader.rows("SELECT last_id FROM ship_history WHERE %s AND minute <= ? ORDER BY "
-                            "minute"
-                            " DESC LIMIT 1" % self.key, [self.destination, mark.node,
-                            before]).fetchone()
-        return (found[0] if found else SHIP_LEAST), (
+        older = first_row(
+            reader, "ship_history", "SELECT last_id FROM ship_history WHERE destination = ? AND "
+            "node = ? AND minute <= ? ORDER BY minute DESC LIMIT 1", [
+                self.destination, mark.node,
+                ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]])
+        return older[0] if older else SHIP_LEAST, (
             "ClickHouse was started after the last rows were confirmed" if mark.confirmed <= now + 2
             else "the mark lies in the future")
 
@@ -4003,12 +3898,13 @@ class Shipment:
         if mark is None:
             self.begin()
         elif doubt:
-            self.rewind(mark, *doubt)
+            to, why = doubt
+            self.events += [why] * self.move(mark, to, time.time())
         elif rows:
             sent = time.time()
             stored, error = self.insert(mark.node, rows, taken)
             if stored:
-                self.confirm(mark, rows[stored - 1], sent)
+                self.move(mark, rows[stored - 1].id, sent, rows[stored - 1])
                 self.rows_shipped += stored
             if error:
                 raise error
@@ -4018,7 +3914,7 @@ class Shipment:
             int, Optional[Refused]]:
         """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one
         that ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at
-        fault."""
+        fault. Raises Later, Refused."""
         done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
         while done < len(rows):
             try:
@@ -4036,176 +3932,138 @@ class Shipment:
                     rows[done].id, error))
         return done, None
 
-    def status(self) -> Dict[str, Union[int, float]]:
-        """What --metrics shows and the log says once a minute."""
+    def status(self) -> Dict[str, int]:
+        """What --metrics shows and the log says once a minute. Raises Refused."""
         with reading(self.path) as reader:
             mark = self.mark(reader)
             last = mark.last_id if mark else SHIP_LEAST
-            waiting = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
-                    [last]).fetchone()[0]
+            waiting, = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
+                                   [last]).fetchone()
             oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id "
-                                 "LIMIT 1",
-                                 [last]).fetchone()
+                                 "LIMIT 1", [last]).fetchone()
         since = instant(oldest[0]) if oldest else None
-        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": max(
-            0, (now_ms() - since) // 1000) if since is not None else 0}
-
-    def pepper(self) -> str:
-        """The fingerprint of the pepper that server.py noted in the file; empty without one."""
-        with reading(self.path) as reader:
-            if not reader.rows("SELECT 1 FROM sqlite_master WHERE name = "
-                               "'session_events_pepper'").fetchone():
-                return ""
-            found = reader.rows("SELECT fingerprint FROM session_events_pepper ORDER BY rowid "
-                                "DESC").fetchone()
-            return found[0] if found and re.fullmatch("[0-9a-f]{1,64}", str(found[0])) else ""
+        age = 0 if since is None else max(0, (now_ms() - since) // 1000)
+        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": age}
 
     def prepare(self, cluster: Optional[str]) -> bool:
-        """Makes what is missing on both sides; False if another node has another pepper."""
-        self.checked = -1.0
+        """Makes what is missing on both sides; False if another node has another pepper: server.py
+        notes a fingerprint of it in the file. Raises Later, Refused."""
+        self.looked = -1.0
         self.house.prepare(cluster)
         with reading(self.path) as reader:
-            mark = self.mark(reader)
-        if mark is None:
+            known = self.mark(reader)
+        if known is None:
             self.begin()
-            with reading(self.path) as reader:
-                mark = self.mark(reader)
-        return mark is None or not self.house.differing_pepper(mark.node, self.pepper())
+        with reading(self.path) as reader:
+            mark = known or self.mark(reader)
+            pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
+                                "session_events_pepper ORDER BY rowid DESC") or ("",)
+        fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
+        return mark is None or not self.house.differing_pepper(mark.node, fingerprint)
 
 
-SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), "
-                "so that a"
-                " developer is somebody else on each of them")
-
-
-class ShipProgress:
-    """How many rows were shipped; on a terminal, while it goes on."""
-
-    def __init__(self) -> None:
-        self.shown = False
-
-    def __call__(self, rows: int) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write("\r{:,} rows shipped".format(rows))
-            sys.stderr.flush()
-            self.shown = True
-
-    def end(self) -> None:
-        if self.shown:
-            sys.stderr.write("\n")
+# -- The commands: once, --follow, --check --
 
 
 def ship_log(event: str, **details: Any) -> None:
     """One line of JSON on standard error."""
     print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr,
-            flush=True)
+          flush=True)
 
 
-class ShipMetrics(http.server.ThreadingHTTPServer):
-    """--metrics: GET /metrics in Prometheus' text form."""
-
-    daemon_threads = True
-
-    def __init__(self, address: Tuple[str, int], shipment: Shipment) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, ShipMetricsHandler)
-        self.shipment = shipment
-        self.waiting = 0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def text(self) -> str:
-        shipment = self.shipment
-        lines = []
-        for name, kind, value, text in (
-                *((name, "gauge", value, text) for (name, value),
-                text in zip(shipment.status().items(), (
-                    "id of the last row that ClickHouse confirmed",
-                    "rows that are not yet confirmed",
-                    "age of the oldest of them"))),
-                ("waiting", "gauge", self.waiting, "1 while ClickHouse or the file cannot be used"),
-                ("rows_total", "counter", shipment.rows_shipped,
-                "rows confirmed since this started")):
-            name = "session_events_ship_" + name
-            lines += ["# HELP %s %s" % (name, text), "# TYPE %s %s" % (name, kind), "%s %s" % (name,
-                    value)]
-        return "\n".join(lines) + "\n"
+def ship_metrics(shipment: Shipment) -> str:
+    """The metrics in Prometheus' text form. Raises Refused."""
+    values = {**shipment.status(), "waiting": int(shipment.waiting),
+              "rows_total": shipment.rows_shipped}
+    return "".join("# HELP {0} {2}\n# TYPE {0} {3}\n{0} {1}\n".format(
+        "session_events_ship_" + name, value, text, kind) for (name, value), (kind, text) in zip(
+            values.items(), (("gauge", "id of the last row that ClickHouse confirmed"),
+                             ("gauge", "rows that are not yet confirmed"),
+                             ("gauge", "age of the oldest of them"),
+                             ("gauge", "1 while ClickHouse or the file cannot be used"),
+                             ("counter", "rows confirmed since this started"))))
 
 
-class ShipMetricsHandler(http.server.BaseHTTPRequestHandler):
-    timeout = 10
-    server: ShipMetrics
-
-    def do_GET(self) -> None:
-        try:
-            status, text = (200, self.server.text()) if self.path == "/metrics" else (404,
-            "see /metrics\n")
-        except Refused as error:
-            status, text = 503, visible(str(error)) + "\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def ship_address(text: str) -> Tuple[str, int]:
+def serve_metrics(text: str, shipment: Shipment) -> None:
+    """Answers GET /metrics at the address `text`, in a thread. Raises Usage, Refused."""
     match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
     if not match or int(match[2]) > 65_535:
         raise Usage("--metrics takes an address such as 127.0.0.1:9101")
-    return match[1], int(match[2])
+    host, port = match[1], int(match[2])
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        daemon_threads = True
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            try:
+                status, page = (200, ship_metrics(shipment)) if self.path == "/metrics" else (
+                    404, "see /metrics\n")
+            except Refused as error:
+                status, page = 503, visible(str(error)) + "\n"
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(page.encode())))
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        raise Refused("cannot listen on %s: %s" % (text, error.strerror)) from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-def follow(shipment: Shipment, cluster: Optional[str], metrics: Optional[ShipMetrics]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. What cannot be done at the start is an error; later it
-    waits."""
+def follow(shipment: Shipment, cluster: Optional[str]) -> int:
+    """Ships until SIGTERM or Ctrl-C; 0. Raises Refused for what cannot be done at the start, and
+    Unfit; what else cannot be done later is waited for."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ready = started = False
-    failures, why, noted = 0, "", time.monotonic()
+    failures, noted = 0, time.monotonic()
+    why: Dict[str, str] = {}
     try:
         while True:
             try:
                 if not ready and not shipment.prepare(cluster):
                     ship_log("warning", why=SHIP_PEPPERS)
                 ready = True
-                sent = shipment.step()
+                wait = 0.0 if shipment.step() else FOLLOW_SECONDS
                 if not started or failures:
                     ship_log("recovered" if failures else "shipping", to=shipment.destination,
                              **shipment.status())
-                started, failures, why = True, 0, ""
-                wait = 0.0 if sent else FOLLOW_SECONDS
+                started, failures, why = True, 0, {}
             except Refused as error:
                 if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
                     raise
-                ready, failures = False, failures + 1
-                wait = back_off(failures, random.random())
-                if isinstance(error, Later) and error.after is not None:
-                    wait = error.after
-                why = visible(str(error))
+                ready, failures, why = False, failures + 1, {"why": visible(str(error))}
+                after = error.after if isinstance(error, Later) else None
+                wait = back_off(failures, random.random()) if after is None else after
                 if failures == 1:
-                    ship_log("waiting", why=why, again_in_seconds=round(wait, 1))
+                    ship_log("waiting", again_in_seconds=round(wait, 1), **why)
             for reason in shipment.events:
                 ship_log("again", why=reason)
             shipment.events.clear()
-            if metrics:
-                metrics.waiting = int(bool(failures))
+            shipment.waiting = failures > 0
             if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
                 noted = time.monotonic()
                 with contextlib.suppress(Refused):  # the reason is in the line before
-                    ship_log("status", **shipment.status(), **({"why": why} if why else {}))
+                    ship_log("status", **shipment.status(), **why)
             time.sleep(wait)
     except KeyboardInterrupt:
         return 0
 
 
 def ship_check(shipment: Shipment) -> int:
-    """Is every session of the file in the view? 0 or 1. It names, for each day of arrival, how many
-    are not. What waits to be shipped is no fault on the day it came; nor is what lies in a month
-    that ClickHouse no longer has, if it was confirmed."""
-    missing: Dict[Tuple[int, int], int] = {}  # (day since 1970, month): sessions
-    waiting: Dict[int, int] = {}
+    """Prints whether every session of the file is in the view; 0 or 1. For each day of arrival it
+    says how many are not. What waits to be shipped is no fault on the day it came; nor is what lies
+    in a month that ClickHouse no longer has, if it was confirmed. Raises Unfit, Later, Refused."""
+    lacking: Dict[Tuple[int, int, bool], int] = {}  # (day, month, waits): sessions
     total, after = 0, SHIP_LEAST
     while True:
         with reading(shipment.path) as reader:
@@ -4214,47 +4072,40 @@ def ship_check(shipment: Shipment) -> int:
         if not rows:
             break
         total, after = total + len(rows), rows[-1].id
-        found = shipment.house.found(rows)
-        for n, row in enumerate(rows):
-            day = row.received // 86_400
-            if n in found:
-                continue
-            if mark and row.id > mark.last_id:
-                waiting[day] = waiting.get(day, 0) + 1
-            else:
-                key = day, int(time.strftime("%Y%m", time.gmtime(row.ended)))
-                missing[key] = missing.get(key, 0) + 1
-    months = shipment.house.months() if missing else set()
-    dropped = {month for _, month in missing if months and month not in months}
-    gone = {day: sum(n for (d, month), n in missing.items() if d == day and month not in dropped)
-            for day, _ in missing}
-    late = sum(n for day, n in waiting.items() if day < now_ms() // DAY_MS)
-    for day in sorted({*gone, *waiting}):
-        if gone.get(day) or waiting.get(day):
-            print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
-                "{:,} {}".format(n, words) for n, words in (
-                    (gone.get(day, 0), "sessions are missing"), (waiting.get(day, 0),
-                    "wait to be shipped")
-                ) if n)))
-    for month in sorted(dropped):
+        for n in set(range(len(rows))) - shipment.house.found(rows):
+            key = (rows[n].received // 86_400, month_of(rows[n].ended),
+                   bool(mark and rows[n].id > mark.last_id))
+            lacking[key] = lacking.get(key, 0) + 1
+    months = shipment.house.months() if lacking else set()
+    days: Dict[int, List[int]] = {}  # [missing, waiting]
+    dropped: Dict[int, int] = {}  # month: sessions
+    for (day, month, waits), n in sorted(lacking.items()):
+        if months and month not in months and not waits:
+            dropped[month] = dropped.get(month, 0) + n
+        else:
+            days.setdefault(day, [0, 0])[waits] += n
+    for day, counts in days.items():
+        print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
+            "{:,} {}".format(n, words) for n, words in zip(
+                counts, ("sessions are missing", "wait to be shipped")) if n)))
+    for month, n in sorted(dropped.items()):
         print("{:04}-{:02}  {:,} sessions lie in this month, which ClickHouse no longer has".format(
-            month // 100, month % 100, sum(n for (_, m), n in missing.items() if m == month)))
-    lost = sum(gone.values())
+            *divmod(month, 100), n))
+    lost, waiting = (sum(counts[n] for counts in days.values()) for n in (0, 1))
     print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, "
-          "{:,} in"
-          " dropped months{}".format(
-              total, total - sum(missing.values()) - sum(waiting.values()), lost,
-              sum(waiting.values()),
-              sum(missing.values()) - lost, "; ship --again sends all once more" if lost else ""))
-    return 1 if lost or late else 0
+          "{:,} in dropped months{}".format(
+              total, total - sum(lacking.values()), lost, waiting, sum(dropped.values()),
+              "; ship --again sends all once more" if lost else ""))
+    return int(lost > 0 or any(n and day < now_ms() // DAY_MS for day, (_, n) in days.items()))
 
 
 def ship(options: argparse.Namespace) -> int:
+    """The command; returns its exit status. Raises Usage, Refused."""
     if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     if options.print_ddl:
         print(";\n\n".join(ship_ddl(
-            options.cluster, house_of(options.to or TO).parameters["database"])) + ";")
+            options.cluster, house_of(options.to or TO)[1]["database"])) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
@@ -4262,26 +4113,26 @@ def ship(options: argparse.Namespace) -> int:
         raise Usage("--check, --follow and --again are three different things; give one")
     if options.metrics and not options.follow:
         raise Usage("--metrics goes with --follow")
-    address = ship_address(options.metrics) if options.metrics else None
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
-    shipment = Shipment(options.db, ClickHouse(house_of(options.to), ship_credentials(os.environ)))
+    shipment = Shipment(options.db, ClickHouse(options.to, ship_credentials(os.environ)))
     if options.check:
         return ship_check(shipment)
     if options.follow:
-        try:
-            metrics = ShipMetrics(address, shipment) if address else None
-        except OSError as error:
-            raise Refused("cannot listen on %s: %s" % (options.metrics, error.strerror)) from None
-        return follow(shipment, options.cluster, metrics)
-    progress = ShipProgress()
+        if options.metrics:
+            serve_metrics(options.metrics, shipment)
+        return follow(shipment, options.cluster)
     shipment.again = options.again
+    terminal = sys.stderr.isatty()
     try:
         if not shipment.prepare(options.cluster):
             print("session_events: " + SHIP_PEPPERS, file=sys.stderr)
         while shipment.step():
-            progress(shipment.rows_shipped)
+            if terminal:
+                print("\r{:,} rows shipped".format(shipment.rows_shipped), end="", file=sys.stderr,
+                      flush=True)
     finally:
-        progress.end()
+        if terminal:
+            print(file=sys.stderr)
         for why in shipment.events:
             print("session_events: rows go once more: " + why, file=sys.stderr)
     print("{:,} rows shipped".format(shipment.rows_shipped))
