@@ -305,19 +305,15 @@ every_python = pytest.mark.parametrize(
     "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS]
 )
 EDGES = {version: EMIT_PYTHONS[version] for version in (min(EMIT_PYTHONS), max(EMIT_PYTHONS))}
-oldest_and_newest = pytest.mark.parametrize(  # where the time goes into waiting
+# Every Python meets one whole way of each kind. What depends on no version meets these two.
+oldest_and_newest = pytest.mark.parametrize(
     "python", EDGES.values(), ids=["%d.%d" % version for version in EDGES]
 )
 
 
-def share(cases, python, parts):
-    """One interpreter's part of the cases: all of them together meet each case, and one alone meets all."""
-    cases = list(cases)
-    return (
-        cases[list(EMIT_PYTHONS.values()).index(python) % parts :: parts]
-        if len(EMIT_PYTHONS) >= parts
-        else cases
-    )
+def share(cases, python):
+    """The cases of one of the EDGES. Together they meet each case, and one alone meets all."""
+    return list(cases)[list(EDGES.values()).index(python) :: len(EDGES)]
 
 
 def secret_hash(text):
@@ -466,6 +462,7 @@ def until(condition, seconds=60):
 # -- The pure core ---------------------------------------------------------------------------------
 
 
+@quick
 def test_emit_known_hashes():
     """`vectors.json`, of the contract."""
     for case in VECTORS["identity"]:
@@ -482,6 +479,7 @@ def test_emit_known_hashes():
     assert emit.encoded(b"\xff/x".decode("utf-8", "surrogateescape")) == b"\xff/x"
 
 
+@quick
 def test_emit_hashes_like_hashlib():
     """Its own SHA-256, which spares loading OpenSSL, at every length around every block's edge."""
     chance = random.Random(10)
@@ -502,6 +500,7 @@ MOMENTS = (  # as an event may have them, and as they are stored
 )
 
 
+@quick
 def test_emit_reads_and_writes_times():
     for text, canonical in (*MOMENTS, *VECTORS["ended_at"]):
         assert emit.iso(emit.instant(text)) == canonical
@@ -524,6 +523,7 @@ def test_emit_reads_and_writes_times():
             emit.instant(text)
 
 
+@quick
 @pytest.mark.parametrize(
     "allowed, env, said",
     [
@@ -550,6 +550,7 @@ def test_emit_consent(allowed, env, said):
     assert emit.consent(env, said)[0] is allowed
 
 
+@quick
 def test_emit_endpoint():
     for env, url in (
         ({}, "http://127.0.0.1:8787/v1/session-events"),
@@ -587,6 +588,7 @@ def test_emit_endpoint():
         assert len(url) < 8 or url not in str(error.value)
 
 
+@quick
 def test_emit_counts():
     now = emit.instant("2026-11-22T12:00:00Z")
     fresh = {"sessionId": "s2", "updatedAt": "2026-11-22T11:00:00.000Z"}
@@ -627,6 +629,7 @@ def test_emit_counts():
         assert emit.counts(known, project, ["s1", "p1"], now) == expected
 
 
+@quick
 def test_emit_finds_discoveries_in_paths():
     """Of a path, the stem of a file in the project's discoveries, and nothing else."""
     folder = ".ashlrcode/genome/sections/discoveries/"
@@ -685,6 +688,7 @@ def test_emit_finds_discoveries_in_paths():
     assert emit.newest_refs(["b", "a", "b"]) == ["b", "a"]
 
 
+@quick
 def test_emit_knows_its_events():
     """CONTRACT §1: what comes from the spool is checked again before it is sent."""
     good = event("knows", github_hash=None, branch_sha=None)
@@ -726,6 +730,7 @@ def test_emit_knows_its_events():
     assert not emit.is_event({name: good[name] for name in good if name != "tool_count"})
 
 
+@quick
 def test_emit_builds_what_the_server_accepts():
     """At every edge of every field, and on the server's short path."""
     for changes in (
@@ -746,6 +751,7 @@ def test_emit_builds_what_the_server_accepts():
         assert server.canonical_row(emit.as_sent(built)), changes
 
 
+@quick
 def test_emit_reads_json_like_json():
     """The quick reader says what json says, or leaves it to json."""
 
@@ -802,6 +808,7 @@ def test_emit_reads_json_like_json():
     assert emit.quick_json(usual.decode(), 0) == (json.loads(usual.decode()), len(usual))
 
 
+@quick
 def test_emit_matches_like_re():
     """`fits` is re.fullmatch for what FIELDS has, and a few more of the kind."""
     patterns = {emit.HASH, emit.REF, *(r for r in emit.RULES.values() if str(r)[0] == "[")}
@@ -823,6 +830,7 @@ def replayed(*lines, name="s"):
     return [(part.number, part.calls, part.tokens, part.refs) for part in record.parts]
 
 
+@quick
 def test_emit_parts():
     """README, Contract 4, "Parts": what each end of a session's file brings."""
     call, touch = "call 1795468789000", "touch 1795468789001 "
@@ -877,6 +885,7 @@ def test_emit_parts():
     assert (record.session, record.kept) == ("s", {"a"})
 
 
+@quick
 def test_emit_verdicts():
     """README, Contract 6: what an answer means for the event."""
     for status, body, found in (
@@ -900,6 +909,7 @@ def test_emit_verdicts():
         assert emit.verdict(status, body) == found, (status, body)
 
 
+@quick
 def test_emit_knows_where_a_home_passes():
     nowhere, everywhere = (lambda path: False), (lambda path: True)
     for env, exists, seconds in (
@@ -921,6 +931,7 @@ def test_emit_knows_where_a_home_passes():
         assert emit.wait_of(env, 2.0, exists) == 2.0
 
 
+@quick
 def test_emit_small_rules():
     now = emit.instant("2026-11-22T12:00:00Z")
     for header, at in (
@@ -1017,7 +1028,7 @@ def test_emit_is_plain(tmp_path):
             py_compile.compile(str(tmp_path / "emit.py"), cfile=str(tmp_path / "x"), doraise=True)
 
 
-@every_python
+@oldest_and_newest
 def test_emit_starts_from_a_folder_that_cannot_be_written(python, person, tmp_path):
     """`python3 emit.py`, where no compiled program can be kept, and a plugin's own json.py."""
     folder = tmp_path / "plugin"
@@ -1390,7 +1401,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
     assert n == 1
 
 
-@every_python
+@oldest_and_newest
 def test_emit_waits_for_no_input(python, tmp_path):
     """No terminal, rubbish, an object without an end and silence are one event each. None hangs."""
     started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
@@ -1405,7 +1416,7 @@ def test_emit_waits_for_no_input(python, tmp_path):
             assert server.sessions() == [secret_hash(session)]
             del server.requests[:]
 
-        for data in share(rubbish, python, 3):
+        for data in share(rubbish, python):
             ends(parent, input=data)
         ends(parent, preexec_fn=lambda: os.close(0))
         ends("large", input=large)
@@ -1459,15 +1470,13 @@ BREAKAGES = {  # what somebody may have done to the folder: nothing may come of 
 }
 
 
-@every_python
+@oldest_and_newest
 def test_emit_hook_never_fails(python, tmp_path):
     ways = [(), ("--wait", "1"), ("--wait", "400", "--nonsense", "x"), ("track",)]
     for n, (name, breakage) in enumerate(BREAKAGES.items()):
         person = Person(tmp_path / str(n))
         breakage(person)
-        way = ways[
-            (n + list(EMIT_PYTHONS.values()).index(python)) % 4
-        ]  # over all interpreters, each with each
+        way = ways[(n + 2 * list(EDGES.values()).index(python)) % 4]  # two ways for each breakage
         done = person.emit(
             *way, python=python, input=b'{"session_id":"s","tool_input":{"path":"discoveries"}}'
         )
@@ -1478,7 +1487,7 @@ def test_emit_hook_never_fails(python, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@every_python
+@oldest_and_newest
 def test_emit_consent_off_does_nothing(python, person, tmp_path):
     """Without consent there is no file, no git and no request, and what waits is deleted.
 
@@ -1568,7 +1577,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
     """A terminal that closes as the hook ends takes no event with it."""
     with Odd() as server:
         person = Person(tmp_path / "home", server.url)
-        for n in range(8):
+        for n in range(5):
             hook = subprocess.Popen(
                 [python, "-I", "-S", EMIT],
                 env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
@@ -1578,7 +1587,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
-        until(lambda: len(set(server.sessions())) == 8)
+        until(lambda: len(set(server.sessions())) == 5)
 
 
 @oldest_and_newest
@@ -1597,7 +1606,7 @@ def test_emit_finds_its_version_when_named_by_a_relative_path(python, person, tm
         assert json.loads(server.requests[0][2])["plugin_version"] == "7.7.7"
 
 
-@every_python
+@oldest_and_newest
 def test_emit_leaves_its_caller_alone(python, person, tmp_path):
     """The sender waits for a silent server. It holds no pipe, terminal or folder of its caller."""
     with Odd(lambda n, body: None) as server:
@@ -1624,13 +1633,13 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
         os.kill(sender, signal.SIGKILL)
 
 
-@every_python
+@oldest_and_newest
 def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
     with Odd() as elsewhere:
         answers = [(status, b"", 0) for status in (202, 400, 413, 422)]  # how many files stay
         answers += [(200, b'{"ok":true}', 0), (200, b"<html>a captive portal</html>", 1)]
         answers += [(status, b"", 1) for status in (204, 301, 307, 401, 403, 404, 405, 410, 500)]
-        for status, body, stays in share(answers, python, 3):
+        for status, body, stays in share(answers, python):
             with Odd(lambda n, _, a=(status, {"Location": elsewhere.url}, body): a) as server:
                 person = Person(tmp_path / ("%d%d" % (status, stays)), server.url)
                 said = person.hook("answer-%d" % status, "--wait", "20000", python=python)
@@ -1639,7 +1648,7 @@ def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
         assert not elsewhere.requests
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 405, 410, 200])
+@pytest.mark.parametrize("status", [401, 200])
 def test_emit_empties_no_backlog(status, person):
     """A wrong token, address or network says nothing about the events; a portal's page neither."""
     now = int(time.time() * 1000) - 60000
@@ -1708,17 +1717,13 @@ def test_emit_gives_retry_after_to_the_endpoint_that_said_it(person):
         assert "asked again at" not in person.emit("status").stdout
 
 
-@oldest_and_newest
-def test_emit_keeps_away_as_long_as_the_server_asks(python, tmp_path):
+def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
     later = email.utils.formatdate(time.time() + 3600, usegmt=True)
     for n, wish in enumerate(("3600", later)):
         with Odd(lambda n, body, wish=wish: (503, {"Retry-After": wish})) as server:
             person = Person(tmp_path / str(n), server.url)
-            person.hook("retry-1", python=python)
-            assert (
-                "nothing sent" in person.hook("retry-2", python=python)
-                and len(server.requests) == 1
-            )
+            person.hook("retry-1")
+            assert "nothing sent" in person.hook("retry-2") and len(server.requests) == 1
             path = person.ashlr / "session-events" / "last.json"
             state = json.loads(path.read_text())
             [(key, at)] = state["retry_at"].items()
@@ -1727,7 +1732,7 @@ def test_emit_keeps_away_as_long_as_the_server_asks(python, tmp_path):
             year = 365 * 86400
             for n, at in enumerate((time.time() - 1, time.time() + year)):  # over; a clock ahead
                 path.write_text(json.dumps(dict(state, retry_at={key: at})))
-                person.hook("retry-%d" % (3 + n), python=python)
+                person.hook("retry-%d" % (3 + n))
                 assert person.kept() == []
 
 
@@ -1780,7 +1785,7 @@ def test_emit_lets_500_events_wait_for_30_days(person):
     assert kept == [event(n)["session_id_hash"] for n in range(21, 520)] + [secret_hash("dead")]
 
 
-@every_python
+@oldest_and_newest
 def test_emit_without_room_sends_at_once(python, tmp_path):
     """A full disk, and a folder that cannot be written: the event goes without the spool."""
     for n, (before, options) in enumerate(
@@ -1821,7 +1826,7 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
         )
 
 
-@every_python
+@oldest_and_newest
 def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
     """Empty and relative entries of PATH are skipped. Without a PATH no git runs."""
     (tmp_path / "bin").mkdir()
@@ -1850,7 +1855,7 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
     )  # git may take longer than it is given, once
 
 
-@every_python
+@oldest_and_newest
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
     """And no other: on a Mac, urllib would ask the system, which crashes after a fork."""
     with Odd() as proxy:
@@ -1874,7 +1879,7 @@ def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
         assert len(proxy.requests) == 1
 
 
-@every_python
+@oldest_and_newest
 def test_emit_without_what_other_systems_lack(python, person):
     """Without fork the hook sends in the foreground, for 500 ms at most.
 
@@ -1889,7 +1894,7 @@ def test_emit_without_what_other_systems_lack(python, person):
         "del os.killpg; del os.O_NONBLOCK",
     )
     with Odd() as server:
-        for n, before in share(enumerate(lacks), python, 2):
+        for n, before in share(enumerate(lacks), python):
             session = "lacks-%d" % n
             person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
             done = person.emit(
@@ -1941,7 +1946,7 @@ def test_emit_of_a_parent_without_a_start_time(person):
             )
 
 
-def test_emit_survives_200_kills(person):
+def test_emit_survives_kills(person):
     """A captured event survives a kill at a random instant: the next good run delivers it."""
     moments, captured = random.Random(4), []
 
@@ -1972,14 +1977,14 @@ def test_emit_survives_200_kills(person):
         person.emit("--wait", "20000")
         whole = 2 * (time.monotonic() - begun)  # of a run beside the others
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            list(pool.map(kill, range(200)))
+            list(pool.map(kill, range(80)))
         assert all(
             emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*")
         )
         said = person.hook("after the kills")
         assert all(emit.is_event(json.loads(body)) for _, _, body in server.requests)
         assert set(captured) <= set(server.sessions()) and person.kept() == [], said
-        assert len(captured) >= 100
+        assert len(captured) >= 40
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
@@ -2032,7 +2037,7 @@ TOOLS = [  # as real hosts send them after a tool, the project being PROJECT
 ]
 
 
-@every_python
+@oldest_and_newest
 def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
     person.env["CLAUDE_PROJECT_DIR"] = str(tmp_path)
     alias = tmp_path / "alias"
@@ -2097,7 +2102,7 @@ def test_emit_tracks_64_at_once(person):
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """One host does that on `/quit`: one event, with every discovery, however they fall."""
     argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
-    for n in range(60):
+    for n in range(25):
         session = "thrice-%d" % n
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
@@ -2105,7 +2110,7 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
     env = dict(person.env)
     key = emit.sha256_hex(env["ASHLR_SESSION_EVENTS_URL"])[:16]  # the senders have nothing to do
     person.put("session-events/last.json", {"retry_at": {key: time.time() + 3600}})
-    for n in range(60):
+    for n in range(25):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
         ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
@@ -2116,8 +2121,8 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 60
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
+    assert len(person.kept()) == len(found) == 25
+    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(25)}
     for kept in found.values():
         assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
 
@@ -2166,6 +2171,7 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person):
         assert person.emit("status", python=python).returncode == 0
 
 
+@quick
 def test_emit_names_a_part_by_its_own_quarter(person):
     """What ended in one quarter is not sent under the name of the next."""
     november, january = 1795468789000, 1799500000000
@@ -2240,6 +2246,7 @@ def test_emit_sends_sessions_that_never_ended(person):
     assert person.session_file("sid-done").exists()
 
 
+@quick
 def test_emit_loses_no_line_to_one_that_was_cut_short(person):
     """A full disk may leave half a line: the next one is whole all the same."""
     home = os.fsencode(str(person.home))
@@ -2288,7 +2295,7 @@ def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
     assert theirs.read_text() == "untouched"
 
 
-@every_python
+@oldest_and_newest
 def test_emit_whatever_the_locale(python, tmp_path, repository):
     """A project that is not ASCII, in an environment that knows only that: Python 3.6 is strict."""
     project = tmp_path / "zoë ☃"
@@ -2629,7 +2636,7 @@ def test_emit_names_the_line_of_a_fault(person):
 # -- What the person sees --------------------------------------------------------------------------
 
 
-@every_python
+@oldest_and_newest
 def test_emit_commands(python, person, tmp_path):
     person.env.pop("ASHLR_TELEMETRY")
     person.env["ASHLR_SESSION_EVENTS_URL"] = "http://127.0.0.1:9/x?key=hidden-key"
@@ -2893,6 +2900,7 @@ def as_sent(value, **options):
     return json.dumps(value, **options).encode("utf-8", "surrogatepass")
 
 
+@quick
 @pytest.mark.parametrize(("field", "value", "stored"), GOOD)
 def test_server_event_check_takes(field, value, stored):
     stored = (
@@ -2907,6 +2915,7 @@ def test_server_event_check_takes(field, value, stored):
     assert short[column] == stored
 
 
+@quick
 @pytest.mark.parametrize(("field", "value"), BAD)
 def test_server_event_check_refuses(field, value):
     for options in ({"separators": (",", ":")}, {"indent": 1}, {"ensure_ascii": False}):
@@ -2920,6 +2929,7 @@ def test_server_event_check_refuses(field, value):
         assert (told["issues"][0]["message"] == "is required") == (value is ABSENT)
 
 
+@quick
 def test_server_event_check_names_every_fault_and_no_value():
     wrong = dict(
         EVENT, identity_hash="SECRET-1", tool_count="SECRET-2", discovery_refs=["ok", "SECRET 3", 5]
@@ -2942,6 +2952,7 @@ def test_server_event_check_names_every_fault_and_no_value():
     assert len(many.payload) < 16384 and b"8900 more keys" in many.payload
 
 
+@quick
 def test_server_event_check_says_the_rules_of_the_table():
     """Each field's message and column come from its row of FIELDS."""
     told = {name: server.check_body(as_sent(with_field(name, {}))) for name, *_ in server.FIELDS}
@@ -2961,6 +2972,7 @@ def test_server_event_check_says_the_rules_of_the_table():
     ).payload.decode().replace("\\\\", "\\")
 
 
+@quick
 def test_server_event_check_names_a_key_that_stands_twice():
     """Most parsers take the last of two values, some the first. The server stores neither."""
     for name, value in EVENT.items():
@@ -2976,11 +2988,13 @@ def test_server_event_check_names_a_key_that_stands_twice():
     assert len(server.check_body(many).payload) < 32768
 
 
+@quick
 @pytest.mark.parametrize("body", NOT_JSON, ids=lambda body: repr(body[:20]))
 def test_server_event_check_not_json(body):
     assert server.check_body(body)[:2] == (400, b'{"error":"Invalid JSON body"}')
 
 
+@quick
 @pytest.mark.parametrize("body", NO_EVENT, ids=lambda body: repr(body[:20]))
 def test_server_event_check_no_event(body):
     assert json.loads(server.check_body(body).payload)["issues"] == [
@@ -2988,6 +3002,7 @@ def test_server_event_check_no_event(body):
     ]
 
 
+@quick
 def test_server_short_check_is_the_long_one_sooner():
     """Whatever canonical_row takes, check_event makes the same row of it. Seeded mutations."""
     rng, taken = random.Random(5), 0
@@ -3022,6 +3037,8 @@ def same_check(moment):
 
 # -- The store -------------------------------------------------------------------------------------
 
+ITS_UNIQUE_INDEX = """CREATE UNIQUE INDEX idx_session_events_identity_session_unique
+      ON session_events (identity_hash, session_id_hash);"""
 OTHER_PROGRAM = """
     CREATE TABLE session_events (
       received_at TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%SZ', 'now')),
@@ -3029,11 +3046,10 @@ OTHER_PROGRAM = """
       session_id_hash TEXT NOT NULL, ended_at TEXT NOT NULL, tool_count INTEGER NOT NULL DEFAULT 0,
       tokens_saved INTEGER NOT NULL DEFAULT 0, branch_sha TEXT,
       discovery_refs_json TEXT NOT NULL DEFAULT '[]', plugin_version TEXT NOT NULL);
-    CREATE UNIQUE INDEX idx_session_events_identity_session_unique
-      ON session_events (identity_hash, session_id_hash);
+    %s
     CREATE INDEX idx_session_events_identity_ended_at ON session_events (identity_hash, ended_at);
     CREATE INDEX idx_session_events_received_at ON session_events (received_at);
-"""
+""".replace("%s", ITS_UNIQUE_INDEX)
 
 
 def rows_of(db, query="SELECT * FROM session_events ORDER BY id"):
@@ -3060,10 +3076,12 @@ def edges(db):
     ]
 
 
+@quick
 def test_server_schema_file_is_the_servers_to_the_letter():
     assert (ROOT / "schema.sql").read_text(encoding="utf-8") == server.SCHEMA
 
 
+@quick
 def test_server_migration_of_a_file_that_another_program_made(tmp_path):
     db = tmp_path / "other.db"
     with contextlib.closing(sqlite3.connect(str(db))) as connection:
@@ -3079,6 +3097,7 @@ def test_server_migration_of_a_file_that_another_program_made(tmp_path):
     assert {"idx_session_events_ended_at", "session_discoveries"} <= names
 
 
+@quick
 def test_server_migration_of_fresh_older_and_emptied_files(tmp_path):
     """A file of any age ends with the tables, indexes and triggers that a fresh one gets."""
     made = {}
@@ -3173,6 +3192,7 @@ def column_names(db):
     return [row["name"] for row in rows_of(db, "PRAGMA table_info(session_events)")]
 
 
+@quick
 def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
     """A file of version 1, another program's and a fresh one, opened by a pretended version 2."""
     later = version_2(tmp_path)
@@ -3208,6 +3228,7 @@ def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
         later.Store(str(claims))
 
 
+@quick
 def test_server_migration_that_fails_changes_nothing(tmp_path):
     later = edited(
         server,
@@ -3233,6 +3254,7 @@ def by_hand(db, script):
                 connection.execute(statement)
 
 
+@quick
 def test_server_schema_file_by_hand_stamps_no_version_that_the_columns_lack(tmp_path):
     columns = server.MIGRATIONS[0].columns
     fresh = tmp_path / "fresh.db"
@@ -3250,7 +3272,7 @@ def test_server_schema_file_by_hand_stamps_no_version_that_the_columns_lack(tmp_
         by_hand(db, server.SCHEMA)
         assert user_version(db) == 0, missing
         assert rows_of(db, "SELECT * FROM sqlite_master") == before, missing
-    twice = scripted(tmp_path / "twice.db", OTHER_PROGRAM.replace("CREATE UNIQUE INDEX", "-- "))
+    twice = scripted(tmp_path / "twice.db", OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""))
     insert_rows(twice, ["[]", "[]"])
     scripted(twice, "UPDATE session_events SET session_id_hash = 's'")
     by_hand(twice, server.SCHEMA)  # the unique index cannot be made
@@ -3260,6 +3282,7 @@ def test_server_schema_file_by_hand_stamps_no_version_that_the_columns_lack(tmp_
     assert user_version(newer) == 2
 
 
+@quick
 def test_server_takes_the_demos_file(tmp_path):
     """The demo's small table is one more file that another program made."""
     db = tmp_path / "demo.db"
@@ -3270,6 +3293,7 @@ def test_server_takes_the_demos_file(tmp_path):
     assert edges(db) == by_demo != []
 
 
+@quick
 def test_server_edges_follow_the_rows_whoever_writes(tmp_path):
     db = tmp_path / "events.db"
     server.Store(str(db)).close()
@@ -3289,6 +3313,7 @@ def test_server_edges_follow_the_rows_whoever_writes(tmp_path):
     assert edges(db) == [("b", 3), ("x", 9)]
 
 
+@quick
 def test_server_a_row_that_the_database_refuses_takes_no_other_with_it(tmp_path):
     store = server.Store(str(tmp_path / "events.db"))
     rows = [server.check_event(event(n)) for n in range(5)]
@@ -3676,6 +3701,7 @@ def test_server_http_refused_client_that_goes_on_sending_reads_why(one):
             assert not select.select([], [], [], 0.01)[0]
 
 
+@quick
 def test_server_http_hostile_head_takes_no_time():
     """Many blanks with a fault at their end cost no more than their length.
 
@@ -3750,6 +3776,7 @@ FRAMES = {  # name: (bytes, requests found and what is held, or refused, at thei
 }
 
 
+@quick
 @pytest.mark.parametrize("name", FRAMES)
 def test_server_framing_does_not_depend_on_how_bytes_arrive(name):
     """Whole, one by one, cut in two at every place, and with the beginning of another behind."""
@@ -3792,6 +3819,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
     assert outcomes["int", 3] > 300 and outcomes["tuple", 1] > 300, outcomes
 
 
+@quick
 def test_server_framing_holds_no_more_than_a_request():
     """Chunks of a byte with long sizes: 21 bytes each on the wire, one in memory."""
     reader = server.RequestReader()
@@ -3848,6 +3876,7 @@ def check_rules(turned):
     assert crowd.held == sum(c.held for c in listed) and not crowd.answering
 
 
+@quick
 def test_server_connections_keep_the_rules_of_their_table():
     """Seeded clients that send good and bad requests in pieces, stop reading, half-close and go."""
     rng, seen = random.Random(7), set()
@@ -3905,6 +3934,7 @@ def test_server_connections_keep_the_rules_of_their_table():
     assert seen <= ways and len(ways - seen) <= 2, ways - seen
 
 
+@quick
 def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
     """The selector saw it ready before the backlog's turn ended it, and then the turn was full."""
     with turning() as turned, socket.create_connection(turned.server_address) as client:
@@ -3920,6 +3950,7 @@ def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
             assert not turned.connections and not turned.connections.backlog
 
 
+@quick
 def test_server_first_read_of_a_connection_asks_for_the_turns_time():
     """250 that have connected with a costly body: no turn takes much longer than its 20 ms."""
     body = b'{"a":' + b"[" * 500 + b"1," * 32000 + b"1" + b"]" * 500 + b"}"
@@ -3982,7 +4013,7 @@ def test_server_spins_only_where_another_cpu_is_its_own():
 
 # -- The process -----------------------------------------------------------------------------------
 
-PYTHONS = interpreters((3, 8))
+PYTHONS = {version: path for version, path in EMIT_PYTHONS.items() if version >= (3, 8)}
 
 
 @pytest.mark.parametrize("version", PYTHONS, ids="%d.%d".__mod__)
@@ -4037,7 +4068,7 @@ def start_faults(folder):
     with contextlib.closing(sqlite3.connect(str(folder / "half.db"))) as connection:
         connection.executescript(OTHER_PROGRAM + "PRAGMA user_version = 1")
     with contextlib.closing(sqlite3.connect(str(folder / "twice.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM.replace("CREATE UNIQUE INDEX", "-- "))
+        connection.executescript(OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""))
         connection.executescript(
             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
             " VALUES ('i', 's', '', ''), ('i', 's', '', '')"
@@ -4219,9 +4250,9 @@ def p99(seconds):
 
 
 def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
-    """50 times under load: every 202 is a row, the file is whole, and the next start is quick."""
+    """20 times under load: every 202 is a row, the file is whole, and the next start is quick."""
     db, rng, accepted, starts = tmp_path / "events.db", random.Random(50), set(), []
-    for life in range(50):
+    for life in range(20):
         started = time.monotonic()
         running = Server(db)
         starts.append(time.monotonic() - started)
@@ -4234,10 +4265,10 @@ def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
             client.stop()
             accepted.update(client.accepted)
     stored = {row["session_id_hash"] for row in rows_of(db)}
-    assert len(accepted) > 500 and accepted <= stored
+    assert len(accepted) > 200 and accepted <= stored
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert sum(len(json.loads(row["discovery_refs_json"])) for row in rows_of(db)) == len(edges(db))
-    assert sorted(starts)[25] < 5
+    assert sorted(starts)[10] < 5
 
 
 def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
@@ -4291,15 +4322,15 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(30)
-        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="600000")
+        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
         env.pop("WATCHDOG_PID", None)
         with serving(tmp_path / "events.db", env=env) as running:
             assert notices.recv(100) == b"READY=1"
             started = time.monotonic()
             assert [notices.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
-            assert time.monotonic() - started > 0.7  # not at every turn, but at every 0.3 s
+            assert time.monotonic() - started > 0.35  # not at every turn, but at every 0.15 s
             running.process.send_signal(signal.SIGSTOP)
-            notices.settimeout(0.9)
+            notices.settimeout(0.45)
             with pytest.raises(socket.timeout):
                 while notices.recv(100):  # one may have been under way
                     pass
@@ -4310,7 +4341,7 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
         with serving(tmp_path / "events.db", env=env) as running:
             while notices.recv(100) != b"READY=1":
                 pass
-            notices.settimeout(0.5)
+            notices.settimeout(0.4)
             with pytest.raises(socket.timeout):
                 notices.recv(100)
 
@@ -4323,9 +4354,8 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
 
     A connection that takes no answers is closed, too.
     """
-    with serving(
-        tmp_path / "events.db", "--request-seconds", 1, "--idle-seconds", 2, "--write-seconds", 1
-    ) as running:
+    flags = ("--request-seconds", 1, "--idle-seconds", 1.5, "--write-seconds", 0.5)
+    with serving(tmp_path / "events.db", *flags) as running:
         with Wire(running) as dribbling, Wire(running) as idle, Wire(running) as deaf:
             started = time.monotonic()
             idle.send(HEALTH)
@@ -4343,7 +4373,7 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
                     break
             assert dribbling.reply().status == 408 and dribbling.reply() is None
             assert time.monotonic() - started >= 1
-            assert idle.reply() is None and time.monotonic() - started >= 2
+            assert idle.reply() is None and time.monotonic() - started >= 1.5
             deaf.sock.settimeout(30)
             with contextlib.suppress(ConnectionError):
                 while deaf.sock.recv(65536):
@@ -4427,7 +4457,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
     with serving(
         tmp_path / "events.db", "--max-connections", 4400
     ) as running, contextlib.ExitStack() as stack:
-        alone = p99(loaded(running, "alone", 2500).seconds)
+        alone = p99(loaded(running, "alone", 1000).seconds)
         crowd = [
             stack.enter_context(socket.create_connection((running.host, running.port)))
             for _ in range(4200)
@@ -4444,7 +4474,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
 
         dribbler = threading.Thread(target=dribble)
         dribbler.start()
-        beside = p99(loaded(running, "beside", 2500).seconds)
+        beside = p99(loaded(running, "beside", 1000).seconds)
         stopped.set()
         dribbler.join()
         peak = peak_megabytes(running.process.pid)
@@ -4736,6 +4766,7 @@ def test_server_file_taken_away_from_under_it(tmp_path, how):
 TRUSTED = [ipaddress.ip_network(net) for net in ("10.0.0.0/8", "::1/128", "127.0.0.0/8")]
 
 
+@quick
 @pytest.mark.parametrize(
     ("peer", "forwarded", "client"),
     [
@@ -4763,6 +4794,7 @@ def test_server_client_address(peer, forwarded, client):
     assert server.client_address(peer, forwarded, TRUSTED) == ipaddress.ip_address(client)
 
 
+@quick
 def test_server_rate_limit_is_a_token_bucket():
     limit = server.RateLimit(server.Rate(10, 60.0))
     one, other = (limit.bucket(ipaddress.ip_address(a)) for a in ("192.0.2.1", "192.0.2.2"))
@@ -4940,6 +4972,7 @@ def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, st
     process.stderr.close()
 
 
+@quick
 def test_server_store_that_fails_in_changing_ways_is_a_line_a_second():
     """And the last word is said, at the latest when the server ends."""
     said = []
@@ -5011,7 +5044,7 @@ def test_server_no_address_survives_its_request():
             ]
             assert len(turned.connections) == 1 and len(turned.rate_limit.full_at) == 250
             assert any(b"localhost" in t for t in texts), "the search finds what is kept"
-            left = [t for t in texts for a in addresses if a.encode() in t and t is not a]
+            left = [t for t in texts if b"198.18." in t and any(a.encode() in t for a in addresses)]
             assert not left
             packed = {ipaddress.ip_address(a).packed for a in addresses}
             assert not [t for t in texts if t in packed]
@@ -5320,6 +5353,7 @@ DAYS = 86400.0
 HEALTHY = [(0, 0, "steady for 10"), (5, 5, "steady for 10"), (10, 10, ""), (11, 11, "")]
 
 
+@quick
 @pytest.mark.parametrize(
     ("newest", "clocks"),
     [
@@ -5371,6 +5405,7 @@ def test_server_retention_doubts_its_clock(newest, clocks):
         assert reason in said and bool(reason) == bool(said), (wall, monotonic, said)
 
 
+@quick
 def test_server_retention_knows_what_it_received_itself():
     """Whatever the stamps say: its monotonic clock knows that a row is younger than the process."""
     retention = server.Retention(10 * DAYS, None, 7, NOON, 0.0)
@@ -5383,6 +5418,7 @@ def test_server_retention_knows_what_it_received_itself():
     assert len(retention.marks) < 1010  # however long it runs
 
 
+@quick
 @pytest.mark.parametrize(
     ("stamps", "old"),
     [
@@ -5570,6 +5606,7 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
     assert [json.loads(line)["event"] for line in running.errors] == ["sweep_waits", "sweep_begins"]
 
 
+@quick
 def test_server_sweep_gains_on_what_comes_in(tmp_path):
     """In each turn more rows go than come, also in a turn of one row."""
     db = tmp_path / "events.db"
@@ -5595,6 +5632,7 @@ MARKS = """
 """
 
 
+@quick
 @pytest.mark.parametrize(
     ("marks", "left", "unshipped"),
     [
@@ -5625,6 +5663,7 @@ def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshi
     assert len(waits) == (left > 10)
 
 
+@quick
 def test_server_retention_heeds_a_new_destination_at_once(tmp_path):
     db = tmp_path / "events.db"
     old_and_new(db, (400, "-40 days"), (10, "-1 hour"))
@@ -5665,6 +5704,7 @@ def test_server_retention_goes_on_when_ship_has_confirmed(tmp_path):
         assert waiting() == 5
 
 
+@quick
 def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
     """A refused row rolls the turn back, and with it the deletion."""
     db = tmp_path / "events.db"
@@ -5864,7 +5904,7 @@ def test_server_backup_holds_nothing_of_deleted_rows(tmp_path):
 
 
 def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
-    db = crowded(tmp_path / "events.db", 20000)
+    db = crowded(tmp_path / "events.db", 5000)
     taken, kill = tmp_path / "taken.db", "os.kill(os.getpid(), signal.%s)"
     taken.write_text("mine")
     (tmp_path / "text.db").write_bytes(b"not a database, but long enough to look like one" * 40)
@@ -5895,7 +5935,7 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
             (tmp_path / "copy.db").unlink()  # the one that appeared meanwhile
         assert {p.name for p in tmp_path.iterdir()} == before
     assert taken.read_text() == "mine"
-    assert len(rows_of(db)) == 20000
+    assert len(rows_of(db)) == 5000
 
 
 @needs_linux
@@ -5972,10 +6012,10 @@ def traces(folder, text):
 @pytest.mark.parametrize("how", ["alone", "beside a server"])
 def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
     """Also none in free pages of earlier deletions, in index pages that were split, in the log."""
-    db = crowded(tmp_path / "events.db", 10000, secure=secure)
+    db = crowded(tmp_path / "events.db", 5000, secure=secure)
     scripted(
         db,  # a sweep of old, whose pages stay full of them where SQLite does not overwrite
-        "PRAGMA secure_delete = %d; DELETE FROM session_events WHERE id <= 2000" % secure,
+        "PRAGMA secure_delete = %d; DELETE FROM session_events WHERE id <= 1000" % secure,
     )
     before = [row for row in rows_of(db) if row["id"] % 50 not in (1, 2, 19)]
     with contextlib.ExitStack() as stack:
@@ -5987,13 +6027,13 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
         named = sha("identity", 1), sha("login", 2), sha("identity", 999)
         done = forget(db, *named[:2], "--forget", named[2])
         assert (done.returncode, done.stdout) == (0, forgotten(*named)), done.stderr
-        assert "deleted 320 events\n" in done.stderr  # 8000 / 50 of each
+        assert "deleted 160 events\n" in done.stderr  # 4000 / 50 of each
         if how == "alone":
             assert ("written anew" in done.stderr) == (not secure)
         assert traces(tmp_path, named[0]) == traces(tmp_path, named[1]) == []
         done = forget(db, "-", input=("%s\n %s" % (sha("identity", 19), named[0])).encode())
         assert (done.returncode, done.stdout) == (0, forgotten(sha("identity", 19), named[0]))
-        assert "deleted 160 events\n" in done.stderr and "--pepper-file" not in done.stderr
+        assert "deleted 80 events\n" in done.stderr and "--pepper-file" not in done.stderr
         assert traces(tmp_path, sha("identity", 19)) == []
         if how == "alone":
             # SQLite leaves a copy of 19 beside its place when a page is split. A file in which
@@ -6014,6 +6054,7 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
     )
 
 
+@quick
 def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "CHUNK", 32)
     quiet = argparse.Namespace(show=lambda text: None, check=lambda: None)
@@ -6382,6 +6423,7 @@ def story_session(n):
     }
 
 
+@quick
 def test_reader_moments():
     """Every form that an event may have, read back as the stored form; what is none is no time."""
     for text, stored_form in (
@@ -6402,6 +6444,7 @@ def test_reader_moments():
         assert session_events.moment_or_none(text) == stored_form, text
 
 
+@quick
 def test_reader_answers_worked_out_by_hand(tmp_path):
     db = stored(tmp_path / "e.db", *STORY)
     window = session_events.Window(**MAY)
@@ -6550,6 +6593,7 @@ def reference_edges(rows):
     return edges
 
 
+@quick
 def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
     """Random sessions, some ended in the same moment, give the answers of a plain reference.
 
@@ -6638,6 +6682,7 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
                 session_events.find_session(reader, "0" * 64)
 
 
+@quick
 def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
     """Another program's rows of the same session hide no good row, whatever their order."""
     good = row(1, "dev", "2026-05-01T00:00:00.000Z", ["r"])
@@ -6663,6 +6708,7 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 )
 
 
+@quick
 def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
     """Hostile and mutated cells are judged alike one by one, in chunks and by the database.
 
@@ -6794,6 +6840,7 @@ def plain_check(cells):
     )
 
 
+@quick
 def test_reader_moments_without_a_fraction(tmp_path):
     """They sort by their instant in lists, cuts, first and last seen, and at a window's edges."""
     ended = [
@@ -7022,6 +7069,7 @@ STRANGE = (b"x", -1, "zz", "2026-05-02T10:00:00+02:00", "2026-02-30T00:00:00.000
 STRANGE += ("A" * 64, b"0" * 64, '["a b"]', '{"a": "b"}', "2026-05-02t10:00:00z", "5", 10**12)
 
 
+@quick
 def test_reader_databases_of_other_programs(tmp_path):
     """Every figure of random small ones against the reference, which sees the sessions alone."""
     for seed in range(15):
@@ -7046,6 +7094,7 @@ def test_reader_databases_of_other_programs(tmp_path):
                 check_figures(reader, window, rows, inside, who)
 
 
+@quick
 def test_reader_prefixes_that_look_alike():
     keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
     assert session_events.labels(keys) == {
@@ -7172,6 +7221,7 @@ def answered(capfdbinary, argv):
     return status, out.decode(), err.decode()
 
 
+@quick
 def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
     """Every command leaves out what is no session, and counts it. It shows no hostile cell."""
     db = looser(tmp_path / "hostile.db")
@@ -7216,6 +7266,7 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
     assert "left out: %d rows" % (len(hostile_rows()) - len(KEPT) - 3) in err
 
 
+@quick
 def test_reader_what_it_refuses(tmp_path, capfdbinary):
     """For each file that is no session-event store: one line that says why, exit status 1."""
     good = stored(tmp_path / "good.db", *STORY)
@@ -7291,6 +7342,7 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
         assert stopped.value.code == 2
 
 
+@quick
 def test_reader_an_ambiguous_prefix_says_which(tmp_path, capfdbinary):
     hashes = ["abcd1" + "0" * 59, "abcd2" + "0" * 59, "abcd2" + "1" * 59]
     db = stored(tmp_path / "e.db", *[row(n, session_id_hash=h) for n, h in enumerate(hashes)])
@@ -7300,6 +7352,7 @@ def test_reader_an_ambiguous_prefix_says_which(tmp_path, capfdbinary):
     assert status == 0 and hashes[0] in out
 
 
+@quick
 def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
     rows = [
         *STORY,
@@ -7341,7 +7394,7 @@ def test_reader_as_a_program(tmp_path):
     A reader of its output may leave early.
     """
     shutil.copy(str(ROOT / "session_events.py"), str(tmp_path))
-    for python in interpreters((3, 8)).values():
+    for python in (PYTHONS[min(PYTHONS)], PYTHONS[max(PYTHONS)]):
         done = subprocess.run(
             [
                 python,
@@ -7363,7 +7416,7 @@ def test_reader_as_a_program(tmp_path):
     ]
     assert len(first) > 50_000 and all(
         other == first for other in others
-    )  # the same in every Python
+    )  # the same in each Python
     for command in [[], *[[name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS)]]:
         assert "example: python3 session_events.py" in read(*command, "--help").stdout
     db = next(iter(tmp_path.glob("*.db")))
@@ -7401,7 +7454,7 @@ except SystemExit as end:
 def test_reader_export_in_constant_memory(tmp_path):
     """Ten times the rows may not need noticeably more memory; and a terminal sees how far it is."""
     peaks = []
-    for count in (5_000, 50_000):
+    for count in (2_500, 25_000):
         db = stored(
             tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count))
         )
@@ -7425,8 +7478,8 @@ def test_reader_export_in_constant_memory(tmp_path):
             assert status == b"0" and done.stdout.count(b"\n") == count
             peaks.append(int(peak))
     assert (
-        not peaks or peaks[1] < peaks[0] + 16_000
-    )  # KiB; 45,000 rows as Python objects would be 60,000
+        not peaks or peaks[1] < peaks[0] + 12_000
+    )  # KiB; 22,500 rows as Python objects would be 30,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
         subprocess.run(
@@ -7437,8 +7490,8 @@ def test_reader_export_in_constant_memory(tmp_path):
         )
         os.close(theirs)
         shown = os.read(ours, 1 << 16)
-        assert b"\r5,000 of 50,000 sessions\r10,000 of" in shown
-        assert shown.endswith(b"\r50,000 of 50,000 sessions\r\n")
+        assert b"\r5,000 of 25,000 sessions\r10,000 of" in shown
+        assert shown.endswith(b"\r25,000 of 25,000 sessions\r\n")
         os.close(ours)
 
 
@@ -7510,6 +7563,7 @@ def forked_count(folder):
     return said
 
 
+@quick
 def test_reader_queries_use_the_indexes(tmp_path):
     """No plan reads the whole table or sorts a window: so answers stay fast at a million rows."""
     db = stored(tmp_path / "e.db", *STORY)
@@ -8441,9 +8495,12 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
         chromium.events = []
         chromium.enter(view.url)
         for path in EVERY_PAGE:
+            seen = None
             for width, scheme in ((390, "dark"), (1024, "dark"), (1440, "light"), (390, "light")):
                 chromium.screen(width, 900, scheme)
-                chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
+                if scheme != seen:  # the other width is a window that is resized
+                    chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
+                seen = scheme
                 where = (path, width, scheme)
                 assert chromium.js("document.documentElement.scrollWidth") == width, where
                 paper = chromium.js("getComputedStyle(document.body).backgroundColor")
@@ -10051,6 +10108,7 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
         assert urllib.parse.quote_from_bytes(bytes.fromhex(digest)).encode() not in head
 
 
+@quick
 def test_ship_seniority():
     """Sooner comes before later, then the node whose name is less; all moments and names fit into 64 bits."""
     moments, names = (
