@@ -2624,6 +2624,16 @@ def test_emit_takes_other_folders_for_discoveries(person):
         assert record.refs == refs
 
 
+def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
+    """A hook that fails before it knows anything returns 0 and prints nothing."""
+    done = person.emit(
+        before="import os; os.environb = None",
+        env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert person.kept() == []
+
+
 def test_emit_names_the_line_of_a_fault(person):
     """Under ASHLR_TELEMETRY_DEBUG, and not what the error says, which may hold a path."""
     broken = "import os; os.urandom = lambda n: {}['/secret/path']"
@@ -7386,6 +7396,16 @@ def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
     assert (
         "default-src 'none'" in texts["graph", "html"] and 'href="/' not in texts["graph", "html"]
     )
+
+
+@quick
+def test_reader_dot_of_a_graph_without_nodes(tmp_path, capfdbinary):
+    """Graphviz can read it: an empty drawing, not an error and not an empty file."""
+    db = stored(tmp_path / "e.db")
+    status, out, err = answered(capfdbinary, ["graph", "--db", db, "--format", "dot"])
+    first, settings, last = out.splitlines()
+    assert (status, first, last) == (0, "digraph sessions {", "}"), err
+    assert settings.endswith("]")
 
 
 def test_reader_as_a_program(tmp_path):
