@@ -8705,7 +8705,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
     )
 
 
-SCRIPT_TIME = """new Promise(done => {
+FRAME_TIMES = """new Promise(done => {
   const spent = [], frame = window.requestAnimationFrame;
   window.requestAnimationFrame = f => frame(time => {
     const start = performance.now();
@@ -8750,7 +8750,7 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         assert chromium.js('document.querySelectorAll("#chart .lanes text").length') == 40
         paint = chromium.js('performance.getEntriesByName("first-contentful-paint")[0].startTime')
         assert paint < 20_000  # ms; about 300 on a machine with nothing else to do
-        spent = chromium.js(SCRIPT_TIME)
+        spent = chromium.js(FRAME_TIMES)
         assert len(spent) > 10 and spent[len(spent) * 9 // 10] < 20, spent[-10:]
         assert chromium.js(SEEN)["counters"][:2] == ["2,000", "300"]
         drawn = """[...document.querySelectorAll("#arcs path")].filter(
