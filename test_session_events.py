@@ -10011,7 +10011,8 @@ def test_ship_months(tmp_path, clickhouse):
     assert status == 1 and "older layout" in err
     clickhouse.ask(
         "INSERT INTO session_events_raw (seniority, id, received_at, identity_hash,"
-        " session_id_hash, ended_at, ended) SELECT 1, number, toDateTime('2026-05-01 00:00:00', 'UTC'),"
+        " session_id_hash, ended_at, ended)"
+        " SELECT 1, number, toDateTime('2026-05-01 00:00:00', 'UTC'),"
         " toFixedString(toString(number), 32), toFixedString('s', 32),"
         " toFixedString('2200-01-01T00:00:00.000Z', 24), toDateTime("
         "number * 4000000) FROM system.numbers LIMIT 1000",
