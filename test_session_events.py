@@ -2087,7 +2087,7 @@ def test_emit_tracks_64_at_once(person):
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """One host does that on `/quit`: one event, with every discovery, however they fall."""
     argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
-    for n in range(25):
+    for n in range(60):
         session = "thrice-%d" % n
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
@@ -2095,7 +2095,7 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
     env = dict(person.env)
     key = emit.sha256_hex(env["ASHLR_SESSION_EVENTS_URL"])[:16]  # the senders have nothing to do
     person.put("session-events/last.json", {"retry_at": {key: time.time() + 3600}})
-    for n in range(25):
+    for n in range(60):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
         ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
@@ -2106,8 +2106,8 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 25
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(25)}
+    assert len(person.kept()) == len(found) == 60
+    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
     for kept in found.values():
         assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
 
