@@ -142,7 +142,6 @@ Plain = Dict[str, Any]  # what json.dumps takes
 # ==================================================================================================
 
 is_hash = re.compile(RULES["identity_hash"]).fullmatch
-is_version = re.compile(RULES["plugin_version"]).fullmatch
 # few are many
 is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)
 # What server.py stores, and the same without the fraction. Text order is the order of time, but

@@ -10676,6 +10676,16 @@ def test_house_known_answers_of_the_readme():
     assert all("`%s`" % name in part for name in emit.SESSION_VARIABLES)
 
 
+def test_house_tests_that_the_readme_names_are_there():
+    """README sends whoever changes something to tests by name, and each of them exists."""
+    named = {name for name in ticked(readme_part("## Changing it")) if name.startswith("test_")}
+    rooms = {"test_%s_" % room for room in ("emit", "server", "reader", "ship", "house")}
+    assert len(named - rooms) >= 8
+    assert [
+        name for name in named - rooms - {"test_session_events.py"} if name not in globals()
+    ] == []
+
+
 def test_house_the_code_cites_the_readme():
     """Each "README, Contract N" has its section, and the contract has no other name."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
