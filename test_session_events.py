@@ -75,9 +75,8 @@ ROOT = Path(__file__).resolve().parent
 # ==================================================================================================
 
 PRINTED = []  # bytes: all that the programs printed
-SECRETS = (
-    set()
-)  # text that must not be found there, in pieces of 7 or more digits for hashes, whole otherwise
+# Texts that must not be found there: of a hash no 7 digits in a row, of any other text the whole.
+SECRETS = set()
 
 EVENT = {
     "identity_hash": hashlib.sha256(b"identity").hexdigest(),
