@@ -200,11 +200,12 @@ def quick_json(text: str) -> "Any":
     """
     if text.count('"') > 5000 or len(text) > 1 << 20 or not text.replace("\n", "").isprintable():
         raise ValueError("for json")
-    for number, escape in enumerate(ESCAPES):
-        text = text.replace(escape, chr(number))
+    for code, escape in enumerate(ESCAPES):
+        text = text.replace(escape, chr(code))
     tokens: "List[str]" = []  # marks, words, and strings, which begin with a quote
-    for number, piece in enumerate(text.split('"')):
-        if number % 2 == 0:
+    within = False
+    for piece in text.split('"'):
+        if not within:
             for mark in "{}[],:":
                 piece = piece.replace(mark, " %s " % mark)
             tokens += piece.split()
@@ -212,9 +213,10 @@ def quick_json(text: str) -> "Any":
             raise ValueError("for json")
         else:
             tokens.append('"' + piece.translate(MEANINGS))
+        within = not within
     tokens.reverse()
     value = next_value(tokens)
-    if tokens or number % 2:
+    if tokens or not within:
         raise ValueError("for json")
     return value
 
@@ -302,10 +304,10 @@ def encoded(text: str) -> bytes:
 
 
 def home_of(env: "Dict[str, str]") -> str:
-    """The person's folder. OSError without one: a project's folder must not speak for a person."""
+    """The person's folder. Told without one: a project's folder must not speak for a person."""
     path = os.path.expanduser("~")
     if env.get("HOME") == "" or not os.path.isabs(path):
-        raise FileNotFoundError(2, "no home folder")
+        raise Told("there is no home folder: set HOME")
     return path
 
 
@@ -316,7 +318,7 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
     while left:
         word, value = left.pop(0), ""
         if word == "--wait":
-            value = left.pop(0) if left and left[0].isdigit() else "%d" % (1000 * WAIT_S)
+            value = left.pop(0) if left and left[0].isdecimal() else "%d" % (1000 * WAIT_S)
         elif word in ("--dir", "--discoveries", "--folder") and left:
             value = left.pop(0)
         elif word != "--json":
@@ -329,7 +331,7 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
 def wait_of(env: "Dict[str, str]", given: "Words") -> float:
     """How many seconds the hook stays for the answer: as asked, or for a home that passes."""
     asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
-    if asked.isdigit():
+    if asked.isdecimal():
         return min(int(asked[:9]) / 1000, LIFE_S)
     said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
     passing = any(word not in ("", "0", "false") for word in said)
@@ -468,7 +470,7 @@ class Record:
 
 def number(text: str) -> int:
     """The number that 1 to 14 digits say (ms until the year 5138), or ValueError."""
-    if len(text) > 14 or not text.isdigit():
+    if len(text) > 14 or not text.isdecimal():
         raise ValueError("no number")
     return int(text)
 
@@ -748,7 +750,7 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
             file.write(data)
         if mode != 0o600:
             os.chmod(temporary, mode)
-        if fresh and hasattr(os, "link"):
+        if fresh:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
@@ -989,13 +991,7 @@ def parent_started(ppid: int) -> str:
 
 def branch_sha(project: str) -> "Optional[str]":
     """The commit of a folder. A hostile repository runs nothing: no hooks, fetching, prompts."""
-    folder = encoded(project)
-    up, last = folder, b""
-    while not any(os.path.exists(os.path.join(up, name)) for name in (b".git", b"HEAD")):
-        up, last = os.path.dirname(up), up
-        if up == last:  # not in a repository: git costs more than all else
-            return None
-    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], folder, {
+    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], encoded(project), {
         "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
         "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
     return sha if fits(sha, RULES["branch_sha"]) else None
@@ -1216,11 +1212,14 @@ class Sender:
             remove(path)
             return "removed, being no event", False, False, 0.0
         outcome = attempt(self.post, event)
-        if outcome[1]:
-            later = "%s-%d.json" % (name[:28], min(failures(name) + 1, 999))
-            os.rename(path, self.home + PENDING + later)
-        else:
-            remove(path)
+        later = "%s-%d.json" % (name[:28], min(failures(name) + 1, 999))
+        try:
+            if outcome[1]:
+                os.rename(path, self.home + PENDING + later)
+            else:
+                os.unlink(path)
+        except OSError:  # another sender was quicker
+            pass
         return outcome
 
     def record(self, result: str, again: float) -> None:
@@ -1382,8 +1381,10 @@ def leave_in(seconds: float, home: str) -> None:
     from threading import Timer
 
     def leave() -> None:
-        expire(home, time.time())
-        os._exit(0)
+        try:
+            expire(home, time.time())
+        finally:
+            os._exit(0)
 
     timer = Timer(seconds, leave)
     timer.daemon = True
@@ -1538,7 +1539,7 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
     else:
         for name, value in report.items():
             if value is not None:
-                print("%-11s%s" % (name.replace("_", " "), ascii(value).strip("'")))
+                print("%-11s%s" % (name.replace("_", " "), ascii(str(value))[1:-1]))
     return 1 if fault else 0
 
 

@@ -783,6 +783,7 @@ def test_emit_reads_json_like_json():
         b"\x0b{}",
         b"\xc2\xa0{}",
         b"123456789012345678901",
+        b'"no end',
         b'{"a": "' + b'\\"' * 9000 + b'"}',
         '{"a": "\u2028\xa0é", "b": "\\\\n\\\\\\" \\/ \\b\\f\\n\\r\\t"}'.encode(),
     ]
@@ -911,6 +912,7 @@ def test_emit_knows_where_a_home_passes(monkeypatch):
         ({"ASHLR_SESSION_EVENTS_WAIT": " 1200 "}, nowhere, 1.2),
         ({"ASHLR_SESSION_EVENTS_WAIT": "99999999"}, nowhere, 20.0),
         ({"ASHLR_SESSION_EVENTS_WAIT": "soon"}, nowhere, 0.0),
+        ({"ASHLR_SESSION_EVENTS_WAIT": "\u00b2"}, nowhere, 0.0),
         ({"ASHLR_SESSION_EVENTS_WAIT": "-1"}, everywhere, 0.5),
     ):
         with monkeypatch.context() as patch:
@@ -1166,6 +1168,38 @@ def test_emit_of_50_sessions_at_once_leaves_its_callers(crowd):
     assert printed == [b""] * 51 and len(people[0].kept()) == 50
 
 
+def test_emit_sends_from_one_process_at_a_time(person):
+    """Eight sessions that end at once: each event is sent once, and never two beside each other."""
+    inside, most, gate = [], [], threading.Lock()
+
+    def answer(n, body):
+        with gate:
+            inside.append(n)
+            most.append(len(inside))
+        time.sleep(0.05)  # so long it takes
+        with gate:
+            inside.remove(n)
+        return 202, {}
+
+    with Odd(answer) as server:
+        hooks = [
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", str(EMIT)],
+                stdin=subprocess.DEVNULL,
+                env={
+                    **person.env,
+                    "ASHLR_SESSION_EVENTS_URL": server.url,
+                    "CLAUDE_SESSION_ID": "turn-%d" % n,
+                },
+            )
+            for n in range(8)
+        ]
+        assert [process.wait(60) for process in hooks] == [0] * 8
+        until(lambda: not person.senders())
+        assert sorted(server.sessions()) == sorted(secret_hash("turn-%d" % n) for n in range(8))
+    assert max(most) == 1 and person.kept() == []
+
+
 @every_python
 def test_emit_whole_path(python, tmp_path, repository, ingest):
     """Hook JSON in, row out; a home that is not ASCII, in an environment without a locale."""
@@ -1413,6 +1447,20 @@ def test_emit_waits_for_no_input(python, tmp_path):
             ends(session, stdin=read)
             os.close(write)
             os.close(read)
+        read, write = os.pipe()  # the rest may come later than the first byte must
+        os.write(write, b'{"session_id": ')
+        rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
+        rest.start()
+        ends("in two", stdin=read)
+        rest.join()
+        os.close(read)
+        with open("/dev/zero", "rb") as endless:
+            memory = 1 << 29, 1 << 29
+            ends(
+                parent,
+                stdin=endless,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, memory),
+            )
 
 
 BREAKAGES = {  # what somebody may have done to the folder: nothing may come of it but silence
@@ -1731,7 +1779,9 @@ def test_emit_sends_all_that_is_good(person):
     year = 365 * 86400 * 1000
     times = [now - year, *range(now - 998, now), now + year]
     for n, at in enumerate(times):
-        person.put("session-events/pending/%015d-%012x.json" % (at, n), event(n))
+        path = person.put("session-events/pending/%015d-%012x.json" % (at, n), event(n))
+    # A key that stands twice is read once, and what was read is sent.
+    path.write_text('{"plugin_version": "a secret", ' + path.read_text()[1:])
     bad = {
         "%015d-%012x.json" % (now, 5000): "",
         "%015d-%012x.json" % (now, 5001): '{"half": ',
@@ -1753,6 +1803,7 @@ def test_emit_sends_all_that_is_good(person):
         assert "1001 answered 202" in said and "5 removed" in said
         expected = [event(n)["session_id_hash"] for n in range(1000)]
         assert server.sessions() == [*expected[:-1], secret_hash("thousand"), expected[-1]]
+        assert "secret" not in str(server.requests)
     assert {path.name for path in person.pending.iterdir()} == {
         *foreign,
         "%015d-%012x.json" % (now, 5005),
@@ -1815,10 +1866,12 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
 @oldest_and_newest
 def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
     """Empty and relative entries of PATH are skipped. Without a PATH no git runs."""
-    (tmp_path / "bin").mkdir()
+    project = tmp_path / "project"
+    shutil.copytree(str(repository[0]), str(project))
+    (project / "bin").mkdir()
     for name in ("git", "bin/git"):
-        (tmp_path / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
-        (tmp_path / name).chmod(0o755)
+        (project / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
+        (project / name).chmod(0o755)
     real, found = os.environ["PATH"], []
     with Odd() as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
@@ -1827,9 +1880,9 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
                 "--wait",
                 "20000",
                 "--dir",
-                str(repository[0]),
+                str(project),
                 python=python,
-                cwd=str(tmp_path),
+                cwd=str(project),
                 env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
                 before="import os; del os.fork",  # a sender of its own is in another folder
                 stdin=subprocess.DEVNULL,
@@ -2041,6 +2094,9 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
     assert str(tmp_path) not in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     done = person.emit("track", "by-hand", "rate", python=python, input=b'{"session_id": "tool"}')
     assert done.returncode == 0
+    other = b'{"session_id": "of whoever owns the input"}'
+    by_hand = {"CLAUDE_SESSION_ID": "tool"}
+    person.emit("track", "by-variable", python=python, input=other, env=by_hand)
     bad = person.emit("track", "ok", "not a slug", python=python)
     assert (bad.returncode, bad.stdout, len(bad.stderr.splitlines())) == (2, "", 1)
     assert "not a slug" not in bad.stderr
@@ -2050,7 +2106,8 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
     with Odd() as server:
         person.hook("tool", python=python, env={"ASHLR_SESSION_EVENTS_URL": server.url})
         sent = json.loads(server.requests[0][2])
-        assert sent["discovery_refs"] == ["auth-jwt-flow", "rate", "other-way", "by-hand"]
+        named = ["by-hand", "by-variable"]
+        assert sent["discovery_refs"] == ["auth-jwt-flow", "rate", "other-way", *named]
         assert sent["tool_count"] == len(TOOLS)
     person.put("machine-id", "")
     for refs, code, said in (
@@ -2227,6 +2284,29 @@ def test_emit_sends_sessions_that_never_ended(person):
         and person.session_file("sid-old").exists()
     )
     assert person.session_file("sid-done").exists()
+    # What is settled is not read again, and so grows no younger.
+    file = person.session_file("sid-lost")
+    text = file.read_text()
+    assert emit.Record(text.encode()).kept == {"b"} and text.count("settled") == 1
+    os.utime(str(file), (now - 2 * day,) * 2)
+    person.hook("sid-third")
+    assert file.read_text() == text
+
+
+@quick
+def test_emit_expires_by_age_and_overwrites_no_name(person):
+    home, day, now = str(person.home), 86400, time.time()
+    young, old, ahead = (
+        person.put("session-events/pending/%015d-%012x.json" % (1000 * (now - age * day), n), "{}")
+        for n, age in enumerate((29, 31, -400))
+    )
+    emit.expire(home, now - 400 * day)
+    assert young.exists() and old.exists() and ahead.exists()
+    emit.expire(home, now)
+    assert young.exists() and not old.exists() and ahead.exists()
+    with pytest.raises(FileExistsError):
+        emit.write_whole(str(young), b"another's", fresh=True)
+    assert young.read_text() == "{}" and len(list(young.parent.iterdir())) == 2
 
 
 @quick
