@@ -27,8 +27,8 @@ ASHLR_TELEMETRY_DEBUG=1 says on standard error what a hook run did.
 Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
 # A host waits for each start, so a start imports no more than its path needs. Of a bare start
-# (-I -S) json costs 0.9, re 0.7, hashlib 0.4, subprocess and urllib.request more than 1. So imports
-# stand in functions, and leaving by os._exit, which wins 0.15, is worth a line.
+# (-I -S) os costs 0.2 to 0.3, json 0.9, re 0.7, hashlib 0.4, subprocess and urllib.request more
+# than 1. So imports stand in functions, and leaving by os._exit, which wins 0.15, is worth a line.
 import os
 import sys
 import time
@@ -37,8 +37,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
-    # One event's JSON to (status, Retry-After, body of a 2xx).
-    Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]
+    Words = Dict[str, List[str]]  # the values of each flag of a command line
+    Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]  # to status, Retry-After, body
 
 # The one line that another plugin changes. The folder in the home, the prefix of the variables and
 # the default place of discoveries follow it.
@@ -86,7 +86,6 @@ INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to 
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
 COMMIT_S = 1.0  # that other senders leave to a session's own child to add the commit
-DONE = -1
 FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
@@ -95,18 +94,21 @@ LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
 SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 
-# Paths are bytes, made from UTF-8, so that the locale, which hosts often drop, decides nothing.
-HOME = ("/." + PRODUCT + "/").encode()
-OURS = HOME + b"session-events/"
-PENDING, SESSIONS, LAST = OURS + b"pending/", OURS + b"sessions/", OURS + b"last.json"
-MACHINE_ID = HOME + b"machine-id"
+HOME = "/." + PRODUCT + "/"
+OURS = HOME + "session-events/"
+PENDING, SESSIONS, LAST = OURS + "pending/", OURS + "sessions/", OURS + "last.json"
 
 # No waiting for a pipe that stands where a file should, no text mode, nothing left to children.
 SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
-BEGAN = "began, and did not finish (yet)"
+# What this program names its files: those that wait, those of sessions, those not whole yet.
+EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
+SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
+LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
+
 UNCLEAR = object()  # what a config.json says that cannot be read
+UNREADABLE = HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"
 
 COLLECTED = """\
 Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
@@ -133,34 +135,34 @@ def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
         (said == "off", False, HOME_FOLDER + "/config.json says off"),
         (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
         (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
-        (said is UNCLEAR, False,
-         HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"),
+        (said is UNCLEAR, False, UNREADABLE),
     ):
         if decides:
             return allowed, why
     return False, "nobody said yes (emit.py on does)"
 
 
-def withdrawn(home: bytes, env: "Dict[str, str]") -> str:
-    """"" with consent, or why it is off.
-
-    What waits is deleted then, but not because of a config.json alone that cannot be read.
-    """
-    said = telemetry_said(home)
-    allowed, why = consent(env, said)
-    if not allowed and (said is not UNCLEAR or not consent(env, "opt-in")[0]):
-        purge(home)
-    return "" if allowed else "consent is off: " + why
-
-
-def telemetry_said(home: bytes) -> "Any":
+def telemetry_said(home: str) -> "Any":
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
     try:
-        return loads(contents(home + HOME + b"config.json")).get("telemetry")
+        return loads(contents(home + HOME + "config.json")).get("telemetry")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError):
         return UNCLEAR
+
+
+def withdrawn(home: str, env: "Dict[str, str]") -> str:
+    """"" with consent, or why it is off. What waits is deleted then.
+
+    A config.json that cannot be read is no reason to delete anything.
+    """
+    allowed, why = consent(env, telemetry_said(home))
+    if allowed:
+        return ""
+    if why != UNREADABLE:
+        purge(home)
+    return "consent is off: " + why
 
 
 # ==================================================================================================
@@ -168,8 +170,9 @@ def telemetry_said(home: bytes) -> "Any":
 # ==================================================================================================
 
 BLANKS = " \t\n\r"
-ESCAPES = (('\\"', '"'), ("\\/", "/"), ("\\n", "\n"), ("\\t", "\t"), ("\\r", "\r"), ("\\b", "\b"),
-           ("\\f", "\f"))
+ESCAPES = ("\\\\", '\\"', "\\n", "\\t", "\\r", "\\/")
+MEANINGS = dict(enumerate('\\"\n\t\r/'))
+CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def loads(data: bytes) -> "Any":
@@ -180,69 +183,68 @@ def loads(data: bytes) -> "Any":
     """
     text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode().strip(BLANKS)
     try:
-        if text.count('"') * len(text) < 1 << 27 and text.count(",") <= 5000:
-            value, end = quick_json(text, 0)
-            if end == len(text):
-                return value
+        return quick_json(text)
     except (ValueError, IndexError, RecursionError):
-        pass
-    import json
+        import json
     try:
         return json.loads(text, parse_constant=short_int, parse_int=short_int)
     except RecursionError:
         raise ValueError("not JSON") from None
 
 
-def quick_json(text: str, at: int) -> "Tuple[Any, int]":
-    """(value, where it ends) of the JSON at text[at:], 0.9 of a bare start cheaper than json.
+def quick_json(text: str) -> "Any":
+    """The value of a JSON text, 0.9 of a bare start cheaper than with json.
 
-    It knows the usual: objects, arrays, whole numbers, printable text without \\u. A ValueError or
-    IndexError means that json must decide; a test holds the two to the same values.
+    It knows the usual: objects, arrays, whole numbers, printable text without \\u. Any error means
+    that json must decide. A test holds the two to the same values.
     """
-    at = after_blanks(text, at)
-    first = text[at]
-    if first == '"':
-        end = text.index('"', at + 1)
-        while (end - len(text[at + 1:end].rstrip("\\")) - at) % 2 == 0:  # this quote is escaped
-            end = text.index('"', end + 1)
-        inside = text[at + 1:end].replace("\\\\", "\0")
-        if not text[at:end].isprintable():
-            raise ValueError("for json")
-        for escape, character in ESCAPES:
-            inside = inside.replace(escape, character)
-        if "\\" in inside:
-            raise ValueError("for json")
-        return inside.replace("\0", "\\"), end + 1
-    if first in "{[":
-        values: "List[Any]" = []
-        at = after_blanks(text, at + 1)
-        while text[at] != ("}" if first == "{" else "]"):
-            if values and text[at] != ",":
-                raise ValueError("for json")
-            value, at = quick_json(text, at + bool(values))
-            at = after_blanks(text, at)
-            if first == "{":
-                if text[at] != ":" or not isinstance(value, str):
-                    raise ValueError("for json")
-                member, at = quick_json(text, at + 1)
-                at = after_blanks(text, at)
-                value = value, member
-            values.append(value)
-        return (dict(values) if first == "{" else values), at + 1
-    for word, constant in (("true", True), ("false", False), ("null", None)):
-        if text.startswith(word, at):
-            return constant, at + len(word)
-    end = at + len(text[at:at + 16]) - len(text[at:at + 16].lstrip("-0123456789"))
-    if text[at:end] != str(int(text[at:end])) or text[end:end + 1] in tuple("-0123456789.eE"):
+    if text.count('"') > 5000 or len(text) > 1 << 20 or not text.replace("\n", "").isprintable():
         raise ValueError("for json")
-    return int(text[at:end]), end
+    for code, escape in enumerate(ESCAPES):
+        text = text.replace(escape, chr(code))
+    tokens: "List[str]" = []  # marks, words, and strings, which begin with a quote
+    within = False
+    for piece in text.split('"'):
+        if not within:
+            for mark in "{}[],:":
+                piece = piece.replace(mark, " %s " % mark)
+            tokens += piece.split()
+        elif "\n" in piece or "\\" in piece:
+            raise ValueError("for json")
+        else:
+            tokens.append('"' + piece.translate(MEANINGS))
+        within = not within
+    tokens.reverse()
+    value = next_value(tokens)
+    if tokens or not within:
+        raise ValueError("for json")
+    return value
 
 
-def after_blanks(text: str, at: int) -> int:
-    """The next place that holds no blank. IndexError at the end of the text."""
-    while text[at] in BLANKS:
-        at += 1
-    return at
+def next_value(tokens: "List[str]") -> "Any":
+    """Take the tokens of one JSON value off the end of a list. Any error: json must decide."""
+    token = tokens.pop()
+    if token[0] == '"':
+        return token[1:]
+    if token in CONSTANTS:
+        return CONSTANTS[token]
+    if token not in "{[":
+        if len(token) > 16 or token != str(int(token)):
+            raise ValueError("for json")
+        return int(token)
+    close = "}" if token == "{" else "]"
+    values: "List[Any]" = []
+    while tokens[-1] != close:
+        if values and tokens.pop() != ",":
+            raise ValueError("for json")
+        value = next_value(tokens)
+        if close == "}":
+            if not isinstance(value, str) or tokens.pop() != ":":
+                raise ValueError("for json")
+            value = value, next_value(tokens)
+        values.append(value)
+    tokens.pop()
+    return dict(values) if close == "}" else values
 
 
 def short_int(digits: str) -> int:
@@ -262,28 +264,20 @@ def loads_object(data: bytes) -> "Dict[str, Any]":
 
 
 def standard_input() -> bytes:
-    """What the host wrote on standard input; b"" for a terminal or nothing.
-
-    It waits 0.25 s for the first byte and 1 s for the rest, and is content with an object without
-    the end of the input: hosts that never close the pipe exist.
-    """
+    """What the host wrote on standard input, as far as it came in time; b"" for a terminal."""
     from select import select
     data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
     try:
         while not os.isatty(0) and len(data) <= FILE_BYTES:
-            left, may_be_all = until - time.monotonic(), data[-64:].rstrip()[-1:] == b"}"
             try:
-                ready = select([0], [], [], max(0, min(left, 0.02) if may_be_all else left))[0]
+                ready = select([0], [], [], max(0.0, until - time.monotonic()))[0]
             except OSError:  # Windows knows sockets only; the read waits there
                 ready = [0]
-            if ready:
-                piece = os.read(0, 65536)
-                until = until if data else time.monotonic() + INPUT_REST_S
-                data += piece
-                if not piece:
-                    break
-            elif left <= 0 or (may_be_all and loads_object(bytes(data))):
+            piece = os.read(0, 65536) if ready else b""
+            if not piece:
                 break
+            until = until if data else time.monotonic() + INPUT_REST_S
+            data += piece
     except OSError:  # closed
         pass
     return bytes(data)
@@ -302,58 +296,46 @@ def decoded(data: bytes) -> str:
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, whatever the text. Undecodable bytes come out as they went in."""
+    """UTF-8, whatever the text. As a path it does not depend on the locale, which hosts drop."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return text.encode("utf-8", "surrogatepass")
 
 
-def home_of(env: "Dict[str, str]") -> bytes:
-    """The person's folder. OSError without one: a project's folder must not speak for a person."""
-    home = env.get("HOME", env.get("USERPROFILE"))
-    path = encoded(os.path.expanduser("~") if home is None else home)
-    if path[:1] not in (b"/", b"\\") and path[1:2] != b":":
-        raise FileNotFoundError(2, "no home folder")
+def home_of(env: "Dict[str, str]") -> str:
+    """The person's folder. Told without one: a project's folder must not speak for a person."""
+    path = os.path.expanduser("~")
+    if env.get("HOME") == "" or not os.path.isabs(path):
+        raise Told("there is no home folder: set HOME")
     return path
 
 
-def options(argv: "Sequence[str]") -> "Tuple[str, Optional[float], List[str], List[str]]":
-    """(--dir or "", --wait in seconds or None, --discoveries, what is none of these)."""
-    directory, folders, rest, left = "", [], [], list(argv)
-    wait: "Optional[float]" = None
+def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
+    """({flag: its values}, the other words). A flag whose value is missing is such a word."""
+    given: "Words" = {}
+    words, left = [], list(argv)
     while left:
-        word = left.pop(0)
-        if word == "--dir" and left:
-            directory = left.pop(0)
-        elif word == "--discoveries" and left:
-            folders.append(left.pop(0))
-        elif word == "--wait":
-            wait = seconds_of(left[0]) if left else None
-            wait = WAIT_S if wait is None or not left.pop(0) else wait
-        else:
-            rest.append(word)
-    return directory, wait, folders, rest
+        word, value = left.pop(0), ""
+        if word == "--wait":
+            value = left.pop(0) if left and left[0].isdecimal() else "%d" % (1000 * WAIT_S)
+        elif word in ("--dir", "--discoveries", "--folder") and left:
+            value = left.pop(0)
+        elif word != "--json":
+            words.append(word)
+            continue
+        given.setdefault(word, []).append(value)
+    return given, words
 
 
-def seconds_of(ms: str) -> "Optional[float]":
-    """Milliseconds as seconds, no more than the sender lives; None if they are no number."""
-    try:
-        return min(digits(ms, 9) / 1000, LIFE_S)
-    except ValueError:
-        return None
-
-
-def wait_of(env: "Dict[str, str]", asked: "Optional[float]",
-            exists: "Callable[[str], bool]" = os.path.exists) -> float:
-    """How many seconds the hook stays for the answer. `asked`: by --wait, or None."""
-    if asked is None:
-        asked = seconds_of(env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip())
-    if asked is not None:
-        return asked
+def wait_of(env: "Dict[str, str]", given: "Words") -> float:
+    """How many seconds the hook stays for the answer: as asked, or for a home that passes."""
+    asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
+    if asked.isdecimal():
+        return min(int(asked[:9]) / 1000, LIFE_S)
     said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
     passing = any(word not in ("", "0", "false") for word in said)
-    return WAIT_S if passing or any(map(exists, PASSING_FILES)) else 0.0
+    return WAIT_S if passing or any(map(os.path.exists, PASSING_FILES)) else 0.0
 
 
 def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
@@ -370,22 +352,22 @@ class Caller:
     absolute.
     """
 
-    def __init__(self, env: "Dict[str, str]", directory: str = "", data: bytes = b"") -> None:
-        """`directory`: from --dir; `data`: from standard input. Asks the process for the rest."""
+    def __init__(self, env: "Dict[str, str]", given: "Words", data: bytes) -> None:
+        """`given`: with --dir or without; `data`: from standard input."""
         self.env, self.home, self.hook = env, home_of(env), loads_object(data)
-        named = (env.get(name, "").strip() for name in SESSION_VARIABLES)
-        self.session = first_text(self.hook, SESSION_KEYS) or next(filter(None, named), "")
-        self.ppid = os.getppid() if hasattr(os, "getppid") else 0
+        named = {name: env.get(name, "").strip() for name in SESSION_VARIABLES}
+        self.session = first_text(self.hook, SESSION_KEYS) or first_text(named, SESSION_VARIABLES)
+        self.ppid = os.getppid()
+        roots = self.hook.get("workspace_roots")
+        told = first_text(self.hook, PROJECT_KEYS)
+        if not told and isinstance(roots, list) and roots and isinstance(roots[0], str):
+            told = roots[0]
         try:
             here = decoded(os.getcwdb())
         except OSError:  # deleted
             here = "/"
-        given = first_text(self.hook, PROJECT_KEYS)
-        roots = self.hook.get("workspace_roots")
-        if not given and isinstance(roots, list) and roots and isinstance(roots[0], str):
-            given = roots[0]
-        wanted = directory or env.get("CLAUDE_PROJECT_DIR", "").strip() or given
-        self.base, self.project = os.path.join(here, given), os.path.join(here, wanted)
+        wanted = given.get("--dir", [env.get("CLAUDE_PROJECT_DIR", "").strip()])[-1] or told
+        self.base, self.project = os.path.join(here, told), os.path.join(here, wanted)
 
     def session_id(self, machine: str) -> str:
         """The host's, or one made of the parent process (README, Contract 4)."""
@@ -411,9 +393,8 @@ def salt(seconds: float) -> str:
 
 def random_uuid() -> str:
     """RFC 4122, version 4, lower case. (Importing `uuid` starts programs on old Pythons.)"""
-    h = os.urandom(16).hex()
-    return "%s-%s-4%s-%s%s-%s" % (
-        h[:8], h[8:12], h[13:16], "89ab"[int(h[16], 16) % 4], h[17:20], h[20:])
+    text = os.urandom(16).hex()
+    return "-".join((text[:8], text[8:12], "4" + text[13:16], "8" + text[17:20], text[20:]))
 
 
 def github_login(cache: "Dict[str, Any]") -> str:
@@ -464,13 +445,13 @@ class Record:
             kind, *words = line.split(" ")
             try:
                 if kind == "call":
-                    self.last = digits(words[0], 14)  # until the year 5138
+                    self.last = number(words[0])
                     self.calls += 1
                 elif kind == "touch":
-                    self.last = digits(words[0], 14)
+                    self.last = number(words[0])
                     self.refs.append(words[1])
                 elif kind == "end":
-                    self.end(digits(words[0], 14), *words[1:4])
+                    self.end(number(words[0]), *words[1:4])
                 elif kind == "kept":
                     self.kept.add(words[0])
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
@@ -478,8 +459,8 @@ class Record:
 
     def end(self, ended: int, token: str, calls: str, tokens: str) -> None:
         """Add a part, unless the end brings nothing new."""
-        new_tokens = max(0, digits(tokens, 10) - self.said[1])
-        new_calls = self.calls if calls == "-" else max(0, digits(calls, 10) - self.said[0])
+        new_tokens = max(0, number(tokens) - self.said[1])
+        new_calls = self.calls if calls == "-" else max(0, number(calls) - self.said[0])
         refs = newest_refs(self.refs)
         if not self.parts or self.calls or refs or new_calls or new_tokens:
             self.parts.append(Part(token, ended, len(self.parts) + 1, new_calls, new_tokens, refs))
@@ -487,11 +468,21 @@ class Record:
             self.calls, self.refs = 0, []
 
 
-def digits(text: str, most: int) -> int:
-    """The number that 1 to `most` ASCII digits say, or ValueError."""
-    if len(text) > most or text.strip("0123456789"):
+def number(text: str) -> int:
+    """The number that 1 to 14 digits say (ms until the year 5138), or ValueError."""
+    if len(text) > 14 or not text.isdecimal():
         raise ValueError("no number")
     return int(text)
+
+
+def end_line(ended: int, token: str, calls: "Optional[int]", tokens: int) -> str:
+    """The line that an end appends."""
+    return "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
+
+
+def part_of(token: str, data: bytes) -> "Optional[Part]":
+    """The part of an end in a session's file; None if that end brought nothing new."""
+    return next((part for part in Record(data).parts if part.token == token), None)
 
 
 def stats_bucket(ppid: int, home: str) -> str:
@@ -510,23 +501,23 @@ def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[st
     Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id, its
     parent's bucket; `now`: seconds since 1970 (README, Contract 4).
     """
-    mine = list(dict.fromkeys(ids))
+    mine = set(ids)
     try:
         if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
-            mine += {first_text(project, ["sessionId"]).strip()}.difference(mine)
+            mine.add(first_text(project, ["sessionId"]).strip())
     except ValueError:
         pass
     sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
     found = [sessions.get(name) for name in mine if name] if isinstance(sessions, dict) else []
     buckets = [bucket for bucket in found if isinstance(bucket, dict)]
-    calls, tokens = (min(RULES[field][1], sum(whole(bucket.get(name)) for bucket in buckets))
-                     for field, name in (("tool_count", "calls"), ("tokens_saved", "tokensSaved")))
+    calls, tokens = (sum(whole(bucket.get(name)) for bucket in buckets)
+                     for name in ("calls", "tokensSaved"))
     return calls if buckets else None, tokens
 
 
 def whole(value: "Any") -> int:
-    """A number of a bucket, floored; 0 for one below 0, and for whatever is none."""
-    return int(value) if type(value) in (int, float) and 0 <= value < float("inf") else 0
+    """A number of a bucket, floored, 10**9 at most; 0 for one below 0, and for what is none."""
+    return int(min(value, 1e9)) if type(value) in (int, float) and value >= 0 else 0
 
 
 def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]") -> "List[str]":
@@ -537,15 +528,13 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
     """
     if isinstance(tool, str):  # one host hands over the input as JSON text
         tool = loads_object(encoded(tool))
-    found: "List[str]" = []
     tool = tool if isinstance(tool, dict) else {}
-    paths = [path for path in map(tool.get, PATH_KEYS)
-             if isinstance(path, str) and "\0" not in path]
     command = tool.get("command")
-    if isinstance(command, list):
-        command = " ".join(word for word in command if isinstance(word, str))
+    found: "List[str]" = []
     for folder in folders:
-        for path in paths:
+        for path in map(tool.get, PATH_KEYS):
+            if not isinstance(path, str) or "\0" in path:
+                continue
             ref = touched_ref(path, base, project, folder)
             if not ref and os.path.basename(folder.rstrip("/")) in path:
                 # The same folder by another way: on a Mac, /tmp is /private/tmp.
@@ -557,23 +546,20 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
 
 
 def real_path(base: str, path: str) -> str:
-    """A path without the disk's symbolic links, whatever the locale."""
+    """A path without the disk's symbolic links."""
     return decoded(os.path.realpath(encoded(os.path.join(base, path))))
 
 
 def touched_ref(path: str, base: str, project: str, folder: str) -> str:
     """The discovery that a path stands for, "" if it lies elsewhere. No disk is asked.
 
-    `base`: the absolute folder that a relative path starts from. Windows paths have no case.
+    `base`: the absolute folder that a relative path starts from. On Windows case is no difference.
     """
-    if project[1:2] == ":" or project[:2] == "\\\\":
-        import ntpath as rules
-    else:
-        import posixpath as rules  # type: ignore[no-redef]
-    inside = rules.normcase(rules.normpath(rules.join(project, folder))) + rules.sep
-    path = rules.normpath(rules.join(base, path))
-    stem = rules.splitext(rules.basename(path))[0]
-    return stem if rules.normcase(path).startswith(inside) and fits(stem, REF) else ""
+    at = os.path
+    inside = at.normcase(at.normpath(at.join(project, folder))) + os.sep
+    path = at.normpath(at.join(base, path))
+    stem = at.splitext(at.basename(path))[0]
+    return stem if at.normcase(path).startswith(inside) and fits(stem, REF) else ""
 
 
 def mentioned_refs(command: str, folder: str) -> "List[str]":
@@ -610,25 +596,24 @@ def iso(seconds: float) -> str:
     return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(ms // 1000)[:6] + ".%03dZ" % (ms % 1000)
 
 
+MOMENT = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})([.][0-9]{1,9})?"
+          r"(?:Z|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))?")
+
+
 def instant(text: "Any") -> float:
     """Seconds since 1970 of an ISO 8601 date and time (README, Contract 1), or ValueError."""
     if not isinstance(text, str):
         raise ValueError("no text")
+    import re
     from datetime import datetime
-    at, rest, east = text[:19], text[19:], 0
-    if rest[-1:] == "Z":
-        rest = rest[:-1]
-    elif rest[-6:-5] in ("+", "-"):
-        hours, minutes = int(rest[-5:-3]), int(rest[-2:])
-        if rest[-5:] != "%02d:%02d" % (hours, minutes) or hours > 23 or minutes > 59:
-            raise ValueError("no zone")
-        east, rest = int(rest[-6] + "60") * (60 * hours + minutes), rest[:-6]
-    year, month, day, hour, minute, second = (
-        int(at[start:start + (2 if start else 4)]) for start in (0, 5, 8, 11, 14, 17))
-    moment = datetime(year, month, day, hour, minute, second)
-    if moment.isoformat() != at or (rest and (rest[0] != "." or digits(rest[1:], 9) < 0)):
+    found = re.fullmatch(MOMENT, text)
+    if not found:
         raise ValueError("no date and time")
-    return (moment - datetime(1970, 1, 1)).total_seconds() + float(rest or 0) - east
+    *date, fraction, sign, hours, minutes = found.groups("0")
+    year, month, day, hour, minute, second = map(int, date)
+    moment = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
+    east = int(sign + "60") * (60 * int(hours) + int(minutes))
+    return moment.total_seconds() + float(fraction) - east
 
 
 def is_event(event: "Any") -> bool:
@@ -652,12 +637,7 @@ def is_value(value: "Any", kind: str, rule: "Any") -> bool:
     if kind == "array":
         return (isinstance(value, list) and len(value) <= rule[0]
                 and all(fits(item, rule[1]) for item in value))
-    if rule != "moment":
-        return fits(value, rule)
-    try:
-        return bool(instant(value)) or True
-    except ValueError:
-        return False
+    return fits(value, MOMENT if rule == "moment" else rule)
 
 
 def as_sent(event: "Dict[str, Any]") -> bytes:
@@ -670,40 +650,21 @@ def as_sent(event: "Dict[str, Any]") -> bytes:
     return ("{%s}" % ",".join('"%s":%s' % (name, text(event[name])) for name in event)).encode()
 
 
-def spool_name(ended: int, session: str, failed: int = 0) -> bytes:
-    """A waiting event's name, always the same: ms, start of the session's hash, failed sendings."""
-    return b"%015d-%s%s.json" % (max(0, ended), session[:12].encode(),
-                                 b"-%d" % min(failed, 999) if failed else b"")
+def failures(name: str) -> int:
+    """How often a waiting event was sent in vain: what follows that in its name."""
+    return int(name[29:-5] or 0)
 
 
-def name_parts(name: bytes) -> "Optional[Tuple[int, int, str]]":
-    """(failed sendings, ms, chance) of a waiting event's name, as they wait; None if it is none."""
-    import re
-    found = re.fullmatch(rb"([0-9]{15})-([0-9a-f]{12})(?:-([0-9]{1,3}))?\.json", name)
-    return (int(found[3] or 0), int(found[1]), found[2].decode()) if found else None
-
-
-def is_leftover(name: bytes) -> bool:
-    """True for what `write_whole` names a file that is not whole yet."""
-    return fits(name.decode("latin-1"), r"\.[0-9a-f]{16}\.tmp")
-
-
-def is_session(name: bytes) -> bool:
-    """True for what `session_name` makes."""
-    return fits(name.decode("latin-1"), "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}")
-
-
-def session_name(session: str) -> bytes:
+def session_name(session: str) -> str:
     """The name of a session's file: the raw id in hex, which spares a hash, where that fits."""
     data = encoded(session)
-    return (data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)).encode()
+    return data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)
 
 
-def verdict(status: int, body: bytes) -> str:
-    """What an answer says of an event: "arrived", "given up" or "waits" (README, Contract 6)."""
-    if status == 202 or (200 <= status < 300 and loads_object(body).get("ok") is True):
-        return "arrived"
-    return "given up" if status in (400, 413, 422) else "waits"
+def is_settled(status: int, body: bytes) -> bool:
+    """True if an answer is the last word on an event (README, Contract 6): arrived or given up."""
+    arrived = status == 202 or (200 <= status < 300 and loads_object(body).get("ok") is True)
+    return arrived or status in (400, 413, 422)
 
 
 def retry_at(header: "Optional[str]", now: float) -> float:
@@ -718,31 +679,18 @@ def retry_at(header: "Optional[str]", now: float) -> float:
     return min(at, now + DAY_S) if at > now else 0.0
 
 
-def expired(names: "Sequence[bytes]", now: float) -> "Set[bytes]":
-    """Of waiting events, those that may wait no longer. A clock that was ahead ages none."""
-    young = [name for name in sorted(names) if now - int(name[:15]) / 1000 <= WAITING_DAYS * DAY_S]
-    return set(names).difference(young[-WAITING_EVENTS:])
-
-
 # ==================================================================================================
 # Spool: files in the home
 # ==================================================================================================
 
 
-def contents(path: bytes, most: int = FILE_BYTES, flags: int = 0) -> bytes:
-    """A file's bytes, as far as one more than `most`. OSError if it cannot be read."""
-    fd = os.open(path, os.O_RDONLY | SAFELY | flags)
-    try:
-        found = piece = os.read(fd, most + 1)
-        while piece and len(found) <= most:
-            piece = os.read(fd, most + 1 - len(found))
-            found += piece
-        return found
-    finally:
-        os.close(fd)
+def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
+    """The bytes of a file, but at most one more than `most`. OSError if it cannot be read."""
+    with open(os.open(path, os.O_RDONLY | SAFELY | flags), "rb") as file:
+        return file.read(most + 1) or b""
 
 
-def object_at(path: bytes) -> "Dict[str, Any]":
+def object_at(path: "Any") -> "Dict[str, Any]":
     """The JSON object in a file; {} for whatever else may be there, or not."""
     try:
         return loads_object(contents(path))
@@ -750,15 +698,15 @@ def object_at(path: bytes) -> "Dict[str, Any]":
         return {}
 
 
-def names_in(home: bytes, folder: bytes) -> "List[bytes]":
-    """The sorted names in one of our folders; [] if it is not there, or a symbolic link."""
+def names_in(home: str, folder: str, pattern: str) -> "List[str]":
+    """The sorted names of a pattern in one of our folders; [] if it is none, or a symbolic link."""
     try:
-        return sorted(os.listdir(own(home, folder)))
+        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
     except OSError:
         return []
 
 
-def own(home: bytes, folder: bytes, make: bool = False) -> bytes:
+def own(home: str, folder: str, make: bool = False) -> str:
     """The path of one of our folders. OSError if it, or what it is in, is a symbolic link.
 
     Only the product's own folder may be one: that is how a person keeps it elsewhere.
@@ -771,7 +719,7 @@ def own(home: bytes, folder: bytes, make: bool = False) -> bytes:
     return home + folder
 
 
-def remove(path: bytes) -> bool:
+def remove(path: str) -> bool:
     """Delete; True if it existed."""
     try:
         os.unlink(path)
@@ -780,34 +728,29 @@ def remove(path: bytes) -> bool:
         return False
 
 
-def sync(path: bytes) -> None:
+def sync(path: str) -> None:
     """Ask the disk to keep a file or folder through a power cut; some systems cannot be asked."""
     try:
         fd = os.open(path, os.O_RDONLY | SAFELY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.fsync(fd)
+        os.close(fd)
     except OSError:
         pass
 
 
-def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
+def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
     """Whoever looks finds at `path` what was there before, or all of `data`.
 
     `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing stays then.
     """
-    temporary = temporary_name(os.path.dirname(path))
+    temporary = "%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex())
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, mode)
-        try:
-            if os.write(fd, data) < len(data):
-                raise OSError(28, "no room")
-            if mode != 0o600:
-                os.chmod(temporary, mode)  # whatever the umask
-        finally:
-            os.close(fd)
-        if fresh and hasattr(os, "link"):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, 0o600)
+        with open(fd, "wb") as file:
+            file.write(data)
+        if mode != 0o600:
+            os.chmod(temporary, mode)
+        if fresh:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
@@ -815,17 +758,12 @@ def write_whole(path: bytes, data: bytes, mode: int = 0o600, fresh: bool = False
         remove(temporary)
 
 
-def temporary_name(folder: bytes) -> bytes:
-    """The path of a file that is not whole yet."""
-    return b"%s/.%s.tmp" % (folder, os.urandom(8).hex().encode())
-
-
-def machine_id(home: bytes, make: bool = True) -> str:
+def machine_id(home: str, make: bool = True) -> str:
     """The machine's random name, made on first use; "" if there is none and none is to be made.
 
     OSError if it cannot be kept, Told if its file is empty.
     """
-    path = home + MACHINE_ID
+    path = home + HOME + "machine-id"
     if make and not os.path.lexists(path):
         try:
             own(home, HOME, make=True)
@@ -841,7 +779,7 @@ def machine_id(home: bytes, make: bool = True) -> str:
     return name
 
 
-def append(home: bytes, session: str, lines: "Sequence[str]", most: int = SESSION_BYTES) -> None:
+def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_BYTES) -> None:
     """Add whole lines to a session's file, in one write. OSError if they cannot be kept.
 
     Lines of writers at the same moment do not mix: O_APPEND. The blank line in front keeps what a
@@ -849,17 +787,15 @@ def append(home: bytes, session: str, lines: "Sequence[str]", most: int = SESSIO
     """
     path = own(home, SESSIONS, make=True) + session_name(session)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
-    try:
+    with open(fd, "wb", 0) as file:
         if os.fstat(fd).st_size > most:
             raise OSError(27, "the session's file is full")
         data = ("\n%s\n" % "\n".join(lines)).encode("latin-1")
-        if os.write(fd, data) < len(data):
+        if file.write(data) < len(data):
             raise OSError(28, "no room")
-    finally:
-        os.close(fd)
 
 
-def session_data(home: bytes, name: bytes) -> bytes:
+def session_data(home: str, name: str) -> bytes:
     """A session's file, b"" for whatever else may be there, or not."""
     try:
         return contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
@@ -867,7 +803,7 @@ def session_data(home: bytes, name: bytes) -> bytes:
         return b""
 
 
-def end_session(home: bytes, session: str, ended: int, calls: "Optional[int]",
+def end_session(home: str, session: str, ended: int, calls: "Optional[int]",
                 tokens: int) -> "Optional[Part]":
     """Append an end, and return the part that is this end's; None if it brings nothing new.
 
@@ -875,70 +811,72 @@ def end_session(home: bytes, session: str, ended: int, calls: "Optional[int]",
     end is added to what it holds, and only the claim against others is lost.
     """
     token = os.urandom(4).hex()
-    line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
+    line = end_line(ended, token, calls, tokens)
     missing = ""
     try:
         append(home, session, [line])
     except OSError:
         missing = "\n" + line
-    record = Record(session_data(home, session_name(session)) + missing.encode())
-    return next((part for part in record.parts if part.token == token), None)
+    return part_of(token, session_data(home, session_name(session)) + missing.encode())
 
 
-def waiting(home: bytes) -> "List[bytes]":
+def waiting(home: str) -> "List[str]":
     """The waiting events' names, in the order in which they are sent. Others are left alone."""
-    return sorted(filter(name_parts, names_in(home, PENDING)), key=name_parts)  # type: ignore
+    return sorted(names_in(home, PENDING, EVENT_NAME), key=lambda name: (failures(name), name))
 
 
-def purge(home: bytes) -> int:
+def purge(home: str) -> int:
     """Delete what waits and what was noted, for a person who said no; how many files that was.
 
     Only names that this program makes go, and only in folders that are no symbolic links.
     """
     gone = 0
-    for folder, is_ours in ((PENDING, name_parts), (SESSIONS, is_session)):
-        for name in names_in(home, folder):
-            if is_ours(name) or is_leftover(name):
-                gone += remove(home + folder + name)
-    if names_in(home, OURS):
-        remove(home + LAST)
-    return gone
+    for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME)):
+        for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME):
+            gone += remove(home + folder + name)
+    try:
+        return gone + remove(own(home, OURS) + "last.json")
+    except OSError:
+        return gone
 
 
-def expire(home: bytes, now: float) -> None:
-    """Remove what may wait no longer, but nothing that another version of the program wrote."""
-    for name in expired(waiting(home), now):
-        if not unknown_keys(object_at(home + PENDING + name)):
+def expire(home: str, now: float) -> None:
+    """Remove the oldest of too many events, and those that are too old at `now`.
+
+    A clock that was ahead ages none. What another version of the program wrote stays.
+    """
+    oldest = (now - WAITING_DAYS * DAY_S) * 1000
+    for later, name in enumerate(reversed(names_in(home, PENDING, EVENT_NAME))):
+        over = later >= WAITING_EVENTS or int(name[:15]) < oldest
+        if over and not unknown_keys(object_at(home + PENDING + name)):
             remove(home + PENDING + name)
 
 
-def sweep(home: bytes, env: "Dict[str, str]", machine: str) -> None:
+def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
     """Capture the sessions that fell silent without an end; remove what is old or half-written."""
-    now = time.time()
-    for folder in (HOME, OURS, PENDING, SESSIONS):
-        for name in names_in(home, folder):
+    leftovers = [(folder, LEFTOVER_NAME, LEFTOVER_S) for folder in (HOME, OURS, PENDING, SESSIONS)]
+    for folder, pattern, most in [*leftovers, (SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S)]:
+        for name in names_in(home, folder, pattern):
             path = home + folder + name
             try:
-                age = now - os.lstat(path).st_mtime
-                over = is_leftover(name) and age > LEFTOVER_S
-                if folder == SESSIONS and is_session(name) and age > DAY_S:
-                    over = not settle(home, env, machine, name) and age > SESSION_DAYS * DAY_S
-                if over:
+                age = time.time() - os.lstat(path).st_mtime
+                silent = pattern == SESSION_NAME and age > DAY_S
+                if not (silent and settle(home, env, machine, name)) and age > most:
                     remove(path)
             except OSError:  # gone by itself, or no room: the next session's end tries again
                 pass
 
 
-def settle(home: bytes, env: "Dict[str, str]", machine: str, name: bytes) -> bool:
+def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
     """Capture ends that never came, or whose event a kill prevented; True if there was any."""
     data = session_data(home, name)
-    if not data or data.endswith(b"\nsettled\n") or name[:5] == b"long-":
+    if not data or data.endswith(b"\nsettled\n") or name[:5] == "long-":
         return False  # each file is read once; and a hash does not tell the id
-    record, session = Record(data), decoded(bytes.fromhex(name.decode()))
+    record, session = Record(data), decoded(bytes.fromhex(name))
     if session[:5] == "ppid:":  # its parent may have been the shell of one call
         return False
     if record.calls or record.refs:
-        stats = counts(object_at(home + HOME + b"stats.json"), {}, [session], time.time())
+        stats = counts(object_at(home + HOME + "stats.json"), {}, [session], time.time())
         end_session(home, session, record.last, *stats)
         record = Record(session_data(home, name))
     missing = [part for part in record.parts if part.token not in record.kept]
@@ -948,9 +886,13 @@ def settle(home: bytes, env: "Dict[str, str]", machine: str, name: bytes) -> boo
     return bool(missing)
 
 
-def keep(home: bytes, part: Part, event: "Dict[str, Any]") -> bytes:
-    """Put a part's event into the spool; its path there. OSError if it cannot be kept."""
-    path = own(home, PENDING, make=True) + spool_name(part.ended, event["session_id_hash"])
+def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
+    """Put a part's event into the spool; its path there. OSError if it cannot be kept.
+
+    Its name is always the same: ms since 1970, start of the session's hash.
+    """
+    name = "%015d-%s.json" % (part.ended, event["session_id_hash"][:12])
+    path = own(home, PENDING, make=True) + name
     write_whole(path, as_sent(event))
     return path
 
@@ -965,26 +907,20 @@ def track(argv: "Sequence[str]") -> int:
 
     Or, by hand, the discoveries named.
     """
-    env = environment()
-    directory, _, folders, named = options(argv)
-    refs = list(named)
+    env: "Dict[str, str]" = {}
+    given, named = parsed(argv)
     try:
-        if refs and not all(fits(ref, REF) for ref in refs):
+        env = environment()
+        if not all(fits(ref, REF) for ref in named):
             return complain("a discovery's name is a letter or digit, then at most 127 of those "
                             "and . _ : -", 2)
         allowed, why = consent(env, telemetry_said(home_of(env)))
         if not allowed:
             said = "not recorded: consent is off: " + why
-            return complain(said) if refs else say(env, said)
-        by_hand = refs and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
-        caller = Caller(env, directory, b"" if by_hand else standard_input())
-        now = "%d" % (time.time() * 1000)
-        # Without an id each call would look like a session of its own.
-        lines = ["call " + now] if caller.session and caller.hook and not refs else []
-        if not refs:
-            tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
-            refs = touched_refs(tool, caller.base, caller.project, folders or [DISCOVERIES])
-        lines += ["touch %s %s" % (now, ref) for ref in refs]
+            return complain(said) if named else say(env, said)
+        by_hand = named and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
+        caller = Caller(env, given, b"" if by_hand else standard_input())
+        lines = touched_lines(caller, named, given.get("--discoveries", [DISCOVERIES]))
         if lines:
             session = caller.session or caller.session_id(machine_id(caller.home))
             append(caller.home, session, lines, SESSION_BYTES // 2)
@@ -994,10 +930,22 @@ def track(argv: "Sequence[str]") -> int:
         return complain(said, 1) if named else say(env, said + place_of(error))
 
 
-def compose(env: "Dict[str, str]", home: bytes, machine: str, session: str,
+def touched_lines(caller: Caller, named: "Sequence[str]", folders: "Sequence[str]") -> "List[str]":
+    """What a call adds to its session's file, or (`named`) a person by hand."""
+    now = "%d" % (time.time() * 1000)
+    if named:
+        return ["touch %s %s" % (now, ref) for ref in named]
+    tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
+    refs = touched_refs(tool, caller.base, caller.project, folders)
+    # Without an id each call would look like a session of its own.
+    calls = ["call " + now] if caller.session and caller.hook else []
+    return calls + ["touch %s %s" % (now, ref) for ref in refs]
+
+
+def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
             part: Part) -> "Dict[str, Any]":
     """The event of a part (README, Contract 1 and 4), without the commit."""
-    login = github_login(object_at(home + HOME + b"pro-token-cache.json"))
+    login = github_login(object_at(home + HOME + "pro-token-cache.json"))
     quarter = salt(part.ended / 1000)
     named = session if part.number == 1 else "%s:part:%d" % (session, part.number)
     return {
@@ -1027,7 +975,7 @@ def plugin_version(env: "Dict[str, str]") -> str:
 def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
     """`counts` of the session that a caller ends."""
     stats, project = (object_at(caller.home + HOME + name)
-                      for name in (b"stats.json", b"last-project.json"))
+                      for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
     return counts(stats, project, [session, bucket], time.time())
 
@@ -1035,7 +983,7 @@ def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
 def parent_started(ppid: int) -> str:
     """When a process started, in its system's own words; "" where nobody can tell."""
     try:
-        fields = contents(b"/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
+        fields = contents("/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
         return fields[19].decode()  # the 22nd of all, in ticks since the system started
     except (OSError, IndexError):
         return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
@@ -1043,13 +991,7 @@ def parent_started(ppid: int) -> str:
 
 def branch_sha(project: str) -> "Optional[str]":
     """The commit of a folder. A hostile repository runs nothing: no hooks, fetching, prompts."""
-    folder = encoded(project)
-    up, last = folder, b""
-    while not any(os.path.exists(os.path.join(up, name)) for name in (b".git", b"HEAD")):
-        up, last = os.path.dirname(up), up
-        if up == last:  # not in a repository: git costs more than all else
-            return None
-    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], folder, {
+    sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], encoded(project), {
         "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
         "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
     return sha if fits(sha, RULES["branch_sha"]) else None
@@ -1112,11 +1054,19 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
         good = False
     if not good:
         raise Told("the endpoint is not a http:// or https:// URL")
-    userinfo, _, host = parts.netloc.rpartition("@")
+    login, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
-    return (bare + "?" + parts.query if parts.query else bare,
-            "Basic " + b64encode(unquote_to_bytes(userinfo)).decode() if userinfo else "",
-            bare + "?..." if parts.query else bare)
+    return (bare + "?" * bool(parts.query) + parts.query,
+            "Basic " + b64encode(unquote_to_bytes(login)).decode() if login else "",
+            bare + "?..." * bool(parts.query))
+
+
+def shown_endpoint(env: "Dict[str, str]") -> str:
+    """Where it goes, without credentials."""
+    try:
+        return checked_url(endpoint(env)[0])[2]
+    except ValueError as error:
+        return "nowhere: " + str(error)
 
 
 def reason(error: BaseException) -> str:
@@ -1132,13 +1082,10 @@ def reason(error: BaseException) -> str:
 
 def place_of(error: BaseException) -> str:
     """` (in FUNCTION, line N)`: where in this file an error came up."""
-    trace, found = error.__traceback__, ""
-    while trace:
-        code = trace.tb_frame.f_code
-        if code.co_filename == poster.__code__.co_filename:
-            found = " (in %s, line %d)" % (code.co_name, trace.tb_lineno)
-        trace = trace.tb_next
-    return found
+    from traceback import extract_tb
+    own_file = place_of.__code__.co_filename
+    found = [frame for frame in extract_tb(error.__traceback__) if frame.filename == own_file]
+    return " (in %s, line %d)" % (found[-1].name, found[-1].lineno or 0) if found else ""
 
 
 def poster(url: str, authorization: str) -> "Post":
@@ -1152,8 +1099,7 @@ def poster(url: str, authorization: str) -> "Post":
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
     opener = u.OpenerDirector()
-    proxies = u.ProxyHandler(u.getproxies_environment())
-    for way in (proxies, u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
+    for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler()):
         opener.add_handler(way)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
@@ -1170,147 +1116,131 @@ def poster(url: str, authorization: str) -> "Post":
     return post
 
 
-def attempt(post: "Post", data: bytes) -> "Tuple[str, str, int, Optional[str]]":
-    """(verdict, in words, status or 0, Retry-After) of one event that is sent."""
+def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, float]":
+    """Send one event: (what happened, it must wait, the server wants peace, until when or 0.0)."""
     from http.client import HTTPException
     try:
-        status, after, body = post(data)
+        status, after, body = post(as_sent(event))
     except (OSError, ValueError, HTTPException) as error:
-        return "waits", "without an answer (%s)" % reason(error), 0, None
-    return verdict(status, body), "answered %d" % status, status, after
-
-
-def attempt_file(post: "Post", home: bytes, name: bytes) -> "Tuple[str, int, Optional[str]]":
-    """Send one waiting event: (what happened in words, status if it failed, Retry-After).
-
-    The status is 0 if nobody answered, and DONE if nothing failed. The event goes when it has
-    arrived, is given up on, or is no event. One that fails goes behind the others; one that another
-    version of the program wrote stays. OSError if it is not there.
-    """
-    path = home + PENDING + name
-    data = contents(path, EVENT_BYTES, NO_LINK)
-    event = loads_object(data) if len(data) <= EVENT_BYTES else {}
-    if unknown_keys(event):
-        return "left to another version of emit.py", DONE, None
-    if not is_event(event):
-        remove(path)
-        return "removed, being no event", DONE, None
-    result, text, status, after = attempt(post, data)
-    if result != "waits":
-        remove(path)
-        return text, DONE, None
-    failed, ended, chance = name_parts(name) or (0, 0, "")
-    try:
-        os.rename(path, home + PENDING + spool_name(ended, chance, failed + 1))
-    except OSError:  # answered by another sender
-        pass
-    return text, status, after
+        return "without an answer (%s)" % reason(error), True, True, 0.0
+    again = retry_at(after, time.time())
+    peace = again > 0 or status in (429, 503)
+    return "answered %d" % status, not is_settled(status, body), peace, again
 
 
 class Sender:
-    """Sends what waits, and keeps how that went.
+    """Sends what waits to the endpoint `shown`, and keeps how that went.
 
-    `stop`: why nothing is sent, or no more; `seen`: how the names of tried events begin.
+    `stop`: why no more is sent, or ""; `tried`: how the names of the events begin that were sent.
     """
 
-    def __init__(self, home: bytes, env: "Dict[str, str]") -> None:
-        self.home, self.env = home, env
-        self.seen: "Set[bytes]" = set()
-        url, authorization, shown = checked_url(endpoint(env)[0])
-        self.key = sha256_hex(url)[:16]
-        self.wishes = wishes_at(home)
-        self.stop = withdrawn(home, env)
-        if self.key in self.wishes and not self.stop:
-            self.stop = "the server asked for nothing before " + iso(self.wishes[self.key])
-        if self.stop:
-            say(env, "nothing sent; " + self.stop)
-            return
-        say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % shown)
+    def __init__(self, home: str, env: "Dict[str, str]") -> None:
+        self.home, self.env, self.stop = home, env, ""
+        self.tried: "Set[str]" = set()
+        url, authorization, self.shown = checked_url(endpoint(env)[0])
         self.post = poster(url, authorization)
+        say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
 
-    def flush(self, own_name: bytes) -> None:
-        """Send what waits, until there is no more, or the server or the person says stop.
+    def barred(self) -> str:
+        """Why nothing may be sent now, or ""."""
+        again = wishes_at(self.home).get(self.shown)
+        return withdrawn(self.home, self.env) or (
+            "the server asked for nothing before " + iso(again) if again else "")
 
-        Other sessions' events are left alone while their own child may still add the commit.
+    def flush(self, own_name: str) -> None:
+        """Send what waits. One sender works at a time, and the others wait for their turn.
+
+        A new event of another session is left alone while its own child may still add the commit.
         """
+        path = own(self.home, OURS, make=True) + "flush.lock"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
+        try:
+            import fcntl
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # no locks here: the server takes an event only once
+            pass
         while not self.stop:
-            # Listed without the lock: whoever did not get it must be seen after it is free again.
-            fresh = [name for name in waiting(self.home) if name[:28] not in self.seen]
-            ready = [name for name in fresh if name == own_name
-                     or not 0 <= time.time() - int(name[:15]) / 1000 < COMMIT_S]
-            if not fresh:
-                return
-            if not ready:
+            now = time.time()
+            left = [name for name in waiting(self.home) if name[:28] not in self.tried]
+            ready = [name for name in left if name == own_name or failures(name)
+                     or not 0 <= now - int(name[:15]) / 1000 < COMMIT_S]
+            if ready:
+                self.round(ready)
+            elif left:
                 time.sleep(0.05)
-                continue
-            fd = lock(self.home)
-            if fd is None:
-                say(self.env, "another sender is at work, and takes this event along")
-                return
-            self.round(ready)
-            os.close(fd)
+            else:
+                break
+        os.close(fd)
 
-    def round(self, names: "Sequence[bytes]") -> None:
-        """Send these, in this order, and keep how it went."""
-        self.record(BEGAN)
+    def round(self, names: "Sequence[str]") -> None:
+        """Send these, in this order, until the server or the person says stop."""
         tally: "Dict[str, int]" = {}
-        failures = 0
+        failed, again = 0, 0.0
         for name in names:
-            self.stop = withdrawn(self.home, self.env)
+            self.stop = self.stop or self.barred()
             if self.stop:
                 break
-            self.seen.add(name[:28])
+            self.tried.add(name[:28])
+            if not tally:
+                self.record("began, and did not finish (yet)", 0.0)
             try:
-                text, status, after = attempt_file(self.post, self.home, name)
+                words, fails, peace, again = self.send(name)
             except OSError:  # another sender was quicker, or it cannot be read
                 continue
-            tally[text] = tally.get(text, 0) + 1
-            retry = retry_at(after, time.time())
-            failures += status != DONE
-            if retry:
-                self.wishes[self.key] = retry
-            if retry or status in (0, 429, 503) or failures == FAILED_ANSWERS:
-                self.stop = "stopped until " + iso(retry) if retry else "stopped"
+            tally[words] = tally.get(words, 0) + 1
+            failed += fails
+            if peace or failed == FAILED_ANSWERS:
+                self.stop = "stopped" + (" until " + iso(again) if again else "")
                 break
-        counted = ["%d %s" % (n, text) for text, n in tally.items()]
+        counted = ["%d %s" % (n, words) for words, n in tally.items()]
         result = ", ".join(counted + [self.stop] * bool(self.stop))
-        if not withdrawn(self.home, self.env):
-            self.record(result)
-        say(self.env, result)
+        if result and not withdrawn(self.home, self.env):
+            self.record(result, again)
+        say(self.env, result or "nothing waits")
 
-    def record(self, result: str) -> None:
-        """Keep how the sending went, for `status`, and when servers want to be asked again."""
-        import json
-        last = {"at": iso(time.time()), "result": result, "retry_at": self.wishes}
+    def send(self, name: str) -> "Tuple[str, bool, bool, float]":
+        """`attempt` one waiting event. OSError if it is not there.
+
+        It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
+        others; one that another version of the program wrote stays.
+        """
+        path = self.home + PENDING + name
+        event = loads_object(contents(path, EVENT_BYTES, NO_LINK))
+        if unknown_keys(event):
+            return "left to another version of emit.py", False, False, 0.0
+        if not is_event(event):
+            remove(path)
+            return "removed, being no event", False, False, 0.0
+        outcome = attempt(self.post, event)
+        later = "%s-%d.json" % (name[:28], min(failures(name) + 1, 999))
         try:
-            write_whole(own(self.home, OURS, make=True) + b"last.json", json.dumps(last).encode())
+            if outcome[1]:
+                os.rename(path, self.home + PENDING + later)
+            else:
+                os.unlink(path)
+        except OSError:  # another sender was quicker
+            pass
+        return outcome
+
+    def record(self, result: str, again: float) -> None:
+        """Keep how the sending went, for `status`, and when the server wants to be asked again."""
+        import json
+        wishes = wishes_at(self.home)
+        if again:
+            wishes[self.shown] = again
+        last = {"at": iso(time.time()), "result": result, "retry_at": wishes}
+        try:
+            own(self.home, OURS, make=True)
+            write_whole(self.home + LAST, json.dumps(last).encode())
         except OSError:  # a full disk must not keep from sending
             pass
 
 
-def wishes_at(home: bytes) -> "Dict[str, float]":
+def wishes_at(home: str) -> "Dict[str, float]":
     """When servers want to be asked again, by endpoint; not what a clock that was ahead wrote."""
     kept, now = object_at(home + LAST).get("retry_at"), time.time()
     wishes = kept.items() if isinstance(kept, dict) else ()
-    return {key: at for key, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
-
-
-def lock(home: bytes) -> "Optional[int]":
-    """A descriptor that holds a lock until it is closed or its process dies; None: others have it.
-
-    Where a system has no locks everybody gets it. That is safe: the server takes an event once.
-    """
-    path = own(home, OURS, make=True) + b"flush.lock"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
-    try:
-        import fcntl
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.close(fd)
-        return None
-    except (ImportError, OSError):
-        pass
-    return fd
+    return {shown: at for shown, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
 
 
 # ==================================================================================================
@@ -1331,11 +1261,11 @@ def hook(argv: "Sequence[str]") -> int:
     env: "Dict[str, str]" = {}
     try:
         env = environment()
-        directory, asked, _, rest = options(argv)
+        given, ignored = parsed(argv)
         off = withdrawn(home_of(env), env)
         if off:
             return say(env, off)
-        caller, wait = Caller(env, directory, standard_input()), wait_of(env, asked)
+        caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
         child, pipe = fork()
         if child > 0:
             if os.read(pipe, 1) and wait:
@@ -1347,7 +1277,7 @@ def hook(argv: "Sequence[str]") -> int:
             return 0
         return say(env, "failed: " + reason(error) + place_of(error))
     try:
-        end(caller, wait, pipe, "; arguments ignored: see --help" if rest else "")
+        end(caller, wait, pipe, "; arguments ignored: see --help" if ignored else "")
     except BaseException as error:
         say(env, "failed: " + reason(error) + place_of(error))
     finally:
@@ -1383,46 +1313,50 @@ def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
 
     `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
     """
-    home, env, path = caller.home, caller.env, b""
+    home, env, path = caller.home, caller.env, ""
     machine = machine_id(home)
     session = caller.session_id(machine)
     part = end_session(home, session, int(time.time() * 1000), *caller_counts(caller, session))
-    event = compose(env, home, machine, session, part) if part else None
+    event = compose(env, home, machine, session, part) if part else {}
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
-        path = keep(home, part, event) if part and event else b""
+        path = keep(home, part, event) if part else ""
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
     if pipe >= 0:
         let_go(pipe, bool(wait), debugging(env))
-    leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S))
+    leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S), home)
     # Not before: a standard error that nobody reads may hold its writer for good.
     say(env, "consent is on" + note)
     say(env, result)
-    if part and event:
+    if part:
         event["branch_sha"] = branch_sha(caller.project)
-        try:
-            if path and event["branch_sha"] and os.path.exists(path):
-                write_whole(path, as_sent(event))
-            if path:
-                for kept in (path, os.path.dirname(path), home + MACHINE_ID):
-                    sync(kept)
-                append(home, session, ["kept " + part.token])
-        except OSError as error:  # the event waits as it is
-            say(env, "the commit could not be added: " + reason(error))
+    if part and path:
+        secure(home, session, part, event, path)
     sender, own_name = Sender(home, env), os.path.basename(path)
-    if event and not path and not sender.stop:
-        say(env, "the event that is not kept: 1 " + attempt(sender.post, as_sent(event))[1])
-    elif path and wait and not sender.stop:  # before what waits
+    if part and not path:
+        said = sender.barred() or "1 " + attempt(sender.post, event)[0]
+        say(env, "the event that is not kept: " + said)
+    elif path and wait:  # before what waits
         sender.round([own_name])
     if pipe >= 0 and wait:
         os.close(pipe)
     if not withdrawn(home, env):
-        if object_at(home + LAST).get("result") == BEGAN:  # cut off, and so never came to this
-            expire(home, 0.0)  # by number alone: a wrong clock must not age what was not tried
         sweep(home, env, machine)
         sender.flush(own_name)
         expire(home, time.time())
+
+
+def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:
+    """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
+    try:
+        if event["branch_sha"] and os.path.exists(path):
+            write_whole(path, as_sent(event))
+        for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
+            sync(kept)
+        append(home, session, ["kept " + part.token])
+    except OSError:  # no room: the event waits without its commit
+        pass
 
 
 def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
@@ -1442,10 +1376,17 @@ def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
     os.closerange(pipe + 1 if stays else pipe, 1 << 16)
 
 
-def leave_in(seconds: float) -> None:
+def leave_in(seconds: float, home: str) -> None:
     """End this process when its time is over, wherever it hangs: a name look-up has no limit."""
     from threading import Timer
-    timer = Timer(seconds, os._exit, [0])
+
+    def leave() -> None:
+        try:
+            expire(home, time.time())
+        finally:
+            os._exit(0)
+
+    timer = Timer(seconds, leave)
     timer.daemon = True
     timer.start()
 
@@ -1510,26 +1451,26 @@ export const SessionEvents = async ({ directory }) => {
 """
 
 
-def hooks(argv: "Sequence[str]") -> int:
+def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     """Print the configuration of a host; on standard error where it goes."""
     import json
     from shlex import quote
-    if not argv or argv[0] not in HOSTS or (argv[1:] and (argv[1] != "--folder" or len(argv) != 3)):
-        return complain("hooks takes %s; then --folder TEXT or nothing" % " or ".join(HOSTS), 2)
+    if words[0] not in HOSTS:
+        return complain("no such host; there are " + ", ".join(HOSTS), 2)
+    events, where = HOSTS[words[0]]
     folder, name = os.path.split(os.path.abspath(__file__))
-    module = os.path.splitext(name)[0]
-    start = [sys.executable or "python3", "-I", "-S", "-c", START % (module, module), folder]
-    if len(argv) == 3:
-        start[0], start[-1] = "python3", argv[2]
-    events, where = HOSTS[argv[0]]
-    words = [quote(start[0]), *start[1:4], '"%s"' % start[4], quote(folder)]
-    if len(argv) == 3:  # as it stands: the host or its shell puts the folder in
-        words[-1] = argv[2] if '"' in argv[2] or "'" in argv[2] else '"%s"' % argv[2]
-    command = " ".join(words)
-    entries = {event: [{"hooks": [{"type": "command", "command": command + more}]}]
-               for event, more in events}
-    print(json.dumps({"hooks": entries}, indent=2) if events
-          else OPENCODE % json.dumps(start, indent=2), end="\n" if events else "")
+    code = START % ((os.path.splitext(name)[0],) * 2)
+    python, shell_folder = sys.executable or "python3", quote(folder)
+    if "--folder" in given:  # as it stands: the host or its shell puts the folder in
+        python, folder = "python3", given["--folder"][-1]
+        shell_folder = folder if '"' in folder or "'" in folder else '"%s"' % folder
+    if not events:
+        print(OPENCODE % json.dumps([python, "-I", "-S", "-c", code, folder], indent=2), end="")
+    else:
+        start = '%s -I -S -c "%s" %s' % (quote(python), code, shell_folder)
+        entries = {event: [{"hooks": [{"type": "command", "command": start + more}]}]
+                   for event, more in events}
+        print(json.dumps({"hooks": entries}, indent=2))
     complain("goes to %s Keep what is there already. Set no `timeout`: its unit differs." % where)
     return 0
 
@@ -1539,28 +1480,22 @@ def hooks(argv: "Sequence[str]") -> int:
 # ==================================================================================================
 
 
-def show(argv: "Sequence[str]") -> int:
+def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     """Print the event as it would be sent now; where to, and what is made up, on standard error."""
-    directory, wait, folders, rest = options(argv)
-    if rest or folders or wait is not None:
-        return complain("show takes --dir DIR and nothing else; see emit.py --help", 2)
-    env = environment()
     allowed, why = consent(env, telemetry_said(home_of(env)))
-    caller = Caller(env, directory, standard_input())
+    caller = Caller(env, given, standard_input())
     known = machine_id(caller.home, make=False)
     machine = known or random_uuid()
     session = caller.session_id(machine)
-    calls, tokens = caller_counts(caller, session)
-    line = "\nend %d now %s %d" % (time.time() * 1000, "-" if calls is None else calls, tokens)
-    record = Record(session_data(caller.home, session_name(session)) + line.encode())
-    part = next((part for part in record.parts if part.token == "now"), None)
+    line = end_line(int(time.time() * 1000), "now", *caller_counts(caller, session))
+    data = session_data(caller.home, session_name(session))
+    part = part_of("now", data + b"\n" + line.encode())
     if part:
         event = compose(env, caller.home, machine, session, part)
         event["branch_sha"] = branch_sha(caller.project) if allowed else None
         print(as_sent(event).decode())
     else:
-        complain("no event: this session has ended %d times, and nothing is new since the last"
-                 % len(record.parts))
+        complain("no event: nothing is new since this session's last end")
     complain("goes to: " + shown_endpoint(env))
     if not allowed:
         complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)
@@ -1569,74 +1504,54 @@ def show(argv: "Sequence[str]") -> int:
     return 0
 
 
-def shown_endpoint(env: "Dict[str, str]") -> str:
-    """Where it goes, without credentials."""
-    try:
-        return checked_url(endpoint(env)[0])[2]
-    except ValueError as error:
-        return "nowhere: " + str(error)
-
-
-def obstacle(home: bytes, allowed: bool) -> str:
-    """Why nothing can be captured, or "". It tries to write, but not without consent."""
+def obstacle(home: str, allowed: bool) -> "Optional[str]":
+    """Why nothing can be captured, or None. It tries to write, but not without consent."""
     try:
         machine_id(home, make=False)
-        if allowed:
-            for folder in (HOME, PENDING, SESSIONS):
-                probe = temporary_name(own(home, folder, make=True)[:-1])
-                write_whole(probe, b"x" * 4096)
-                remove(probe)
+        for folder in (HOME, PENDING, SESSIONS) if allowed else ():
+            probe = "%s.%s.tmp" % (own(home, folder, make=True), os.urandom(8).hex())
+            write_whole(probe, b"x" * 4096)
+            remove(probe)
     except (OSError, ValueError) as error:
         return "%s cannot be used: %s" % (HOME_FOLDER, reason(error))
-    return ""
+    return None
 
 
-def status(argv: "Sequence[str]") -> int:
+def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     """Print consent, endpoint, what waits, the last result, for people or (--json) programs."""
     import json
-    if argv and list(argv) != ["--json"]:
-        return complain("status takes --json and nothing else; see emit.py --help", 2)
-    env = environment()
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
     names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
-    at, result = last.get("at"), last.get("result")
     since = iso(int(min(names)[:15]) / 1000) if names else None
-    set_url, chosen_by = endpoint(env)
-    url, again = shown_endpoint(env), 0.0
-    if url[:7] != "nowhere":
-        again = wishes_at(home).get(sha256_hex(checked_url(set_url)[0])[:16], 0.0)
-    until = iso(again) if again else None
-    if argv:
-        print(json.dumps({
-            "consent": {"on": allowed, "decided_by": why},
-            "capture": {"possible": not fault, "fault": fault or None},
-            "endpoint": {"url": url, "decided_by": chosen_by},
-            "waiting": {"events": len(names), "since": since},
-            "last_flush": {"at": at, "result": result, "retry_at": until} if last else None,
-        }))
+    url, chosen_by = shown_endpoint(env), endpoint(env)[1]
+    again = wishes_at(home).get(url)
+    report: "Dict[str, Any]" = {
+        "consent": "on" if allowed else "off", "decided_by": why,
+        "capture": "impossible: " + fault if fault else "possible",
+        "endpoint": url, "chosen_by": chosen_by,
+        "waiting": len(names), "since": since,
+        "last_run": last.get("at"), "result": last.get("result"),
+        "retry_at": iso(again) if again else None,
+    }
+    if "--json" in given:
+        print(json.dumps(report))
     else:
-        print("consent   %s: %s" % ("on" if allowed else "off", why))
-        print("capture   " + ("impossible: " + fault if fault else "possible"))
-        print("endpoint  %s (%s)" % (url, chosen_by))
-        print("waiting   events: %d%s" % (len(names), ", since " + since if since else ""))
-        print("last run  %s" % (ascii("%s: %s" % (at, result))[1:-1] if last else "none yet"))
-        if until:
-            print("retry     the server wants to be asked again at " + until)
+        for name, value in report.items():
+            if value is not None:
+                print("%-11s%s" % (name.replace("_", " "), ascii(str(value))[1:-1]))
     return 1 if fault else 0
 
 
-def mine(argv: "Sequence[str]") -> int:
+def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     """Print what this machine is called in each quarter, newest last, since machine-id was made."""
-    if argv:
-        return complain("mine takes nothing; see emit.py --help", 2)
-    home = home_of(environment())
+    home = home_of(env)
     machine = machine_id(home, make=False)
     if not machine:
         return complain("there is no machine-id, so nothing was ever captured here", 1)
-    login = github_login(object_at(home + HOME + b"pro-token-cache.json"))
+    login = github_login(object_at(home + HOME + "pro-token-cache.json"))
     now = time.time()
-    made = min(now, max(os.stat(home + MACHINE_ID).st_mtime, instant("2020-01-01T00:00:00Z")))
+    made = min(now, max(os.stat(home + HOME + "machine-id").st_mtime, 1577836800.0))  # from 2020 on
     days = range(int(made // DAY_S), int(now // DAY_S) + 1)
     for quarter in dict.fromkeys(salt(day * DAY_S) for day in days):
         print("%s identity_hash %s%s" % (quarter[5:], sha256_hex(machine + quarter),
@@ -1644,16 +1559,29 @@ def mine(argv: "Sequence[str]") -> int:
     return 0
 
 
-def switch(argv: "Sequence[str]", value: str) -> int:
-    """Write the person's word into config.json, all else in it kept."""
-    import json
-    if argv:
-        return complain("on and off take nothing; see emit.py --help", 2)
-    env = environment()
+def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+    """Say yes."""
+    changed = switch(home_of(env), "opt-in")
+    print(COLLECTED % shown_endpoint(env) if changed else "on, as before")
+    allowed, why = consent(env, "opt-in")
+    return 0 if allowed else complain("but still off here: " + why)
+
+
+def off(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+    """Say no, and delete what waits."""
     home = home_of(env)
-    path, mode = os.path.realpath(home + HOME + b"config.json"), 0o600
+    gone = purge(home)
+    switch(home, "off")
+    gone += purge(home)  # of a session that ended meanwhile
+    print("off: nothing is collected or sent any more; files deleted: %d" % gone)
+    return 0
+
+
+def switch(home: str, value: str) -> bool:
+    """Write the person's word into config.json, all else in it kept; True if it was another."""
+    import json
+    path, mode = os.path.realpath(home + HOME + "config.json"), 0o600
     config: "Dict[str, Any]" = {}
-    gone = purge(home) if value == "off" else 0
     try:
         if os.path.lexists(path):
             config, mode = dict(loads(contents(path)).items()), os.stat(path).st_mode & 0o777
@@ -1661,49 +1589,37 @@ def switch(argv: "Sequence[str]", value: str) -> int:
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
     except (ValueError, AttributeError, RecursionError):
         word = "off" if value == "off" else "on"
-        return complain("%s/config.json is not a JSON object, and is left alone: mend it, or set "
-                        "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word), 1)
-    if before != value:
-        own(home, HOME, make=True)
-        write_whole(path, data, mode)
-        sync(path)
-    if value == "off":
-        gone += purge(home)  # of a session that ended meanwhile
-        print("off: nothing is collected or sent any more; files deleted: %d" % gone)
-    else:
-        print(COLLECTED % shown_endpoint(env) if before != value else "on, as before")
-    allowed, why = consent(env, value)
-    if allowed != (value == "opt-in"):
-        complain("but still off here: " + why)
-    return 0
+        raise Told("%s/config.json is not a JSON object, and is left alone: mend it, or set "
+                   "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word)) from None
+    if before == value:
+        return False
+    own(home, HOME, make=True)
+    write_whole(path, data, mode)
+    sync(path)
+    return True
 
 
-COMMANDS: "Dict[str, Callable[[Sequence[str]], int]]" = {
-    "show": show,
-    "status": status,
-    "mine": mine,
-    "hooks": hooks,
-    "on": lambda argv: switch(argv, "opt-in"),
-    "off": lambda argv: switch(argv, "off"),
+# Of each command: its function, the flags that it takes, and how many other words.
+COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
+    "show": (show, "--dir DIR", 0),
+    "status": (status, "--json", 0),
+    "mine": (mine, "", 0),
+    "hooks": (hooks, "HOST --folder TEXT", 1),
+    "on": (on, "", 0),
+    "off": (off, "", 0),
 }
 
 
 def command(argv: "Sequence[str]") -> int:
     """The exit status of a command other than the hooks."""
+    if argv[0] not in COMMANDS:
+        return complain("no such command; see emit.py --help", 2)
+    function, takes, number_of_words = COMMANDS[argv[0]]
+    given, words = parsed(argv[1:])
+    if len(words) != number_of_words or not set(given).issubset(takes.split()):
+        return complain("%s takes %s; see emit.py --help" % (argv[0], takes or "nothing"), 2)
     try:
-        if "--help" in argv or "-h" in argv:
-            print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
-            code = 0
-        elif argv[0] == "--version":
-            print("emit.py " + VERSION)
-            code = 0
-        elif argv[0] in COMMANDS:
-            code = COMMANDS[argv[0]](argv[1:])
-        else:
-            code = complain("no such command; see emit.py --help", 2)
-        if sys.stdout:
-            sys.stdout.flush()  # before `run` leaves
-        return code
+        return function(environment(), given, words)
     except (OSError, ValueError) as error:
         return complain("could not be done: " + reason(error), 1)
 
@@ -1721,12 +1637,17 @@ def complain(text: str, code: int = 0) -> int:
 def main(argv: "Sequence[str]") -> int:
     """The exit status of a command line. A hook run's sender does not come back from here."""
     os.umask(0o077)
-    if not {"--help", "-h", "--version"}.intersection(argv):
-        if not argv or argv[0][:1] == "-":
-            return hook(argv)
-        if argv[0] == "track":
-            return track(argv[1:])
-    return command(argv)
+    if "--help" in argv or "-h" in argv:
+        print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
+    elif "--version" in argv:
+        print("emit.py " + VERSION)
+    elif not argv or argv[0][:1] == "-":
+        return hook(argv)
+    elif argv[0] == "track":
+        return track(argv[1:])
+    else:
+        return command(argv)
+    return 0
 
 
 def run() -> None:
@@ -1734,7 +1655,12 @@ def run() -> None:
     folder = os.path.dirname(os.path.abspath(__file__))
     if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file is not Python's
         del sys.path[0]
-    os._exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError):  # closed by whoever called
+        pass
+    os._exit(code)
 
 
 if __name__ == "__main__":
