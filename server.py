@@ -46,7 +46,6 @@ import select
 import selectors
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import sys
@@ -71,6 +70,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
     Union,
 )
 
@@ -1038,17 +1038,20 @@ class Looked(NamedTuple):
     young: bool = False  # a young row ended the search
 
 
-def old_rows(rows: Iterable[Tuple[int, Any]], before: Looked, cutoff: str, now: str) -> Looked:
-    """How far `rows`, pairs of id and `received_at`, are older than `cutoff`.
+def old_rows(rows: Iterable[Tuple[int, Any, Any]], before: Looked, cutoff: str,
+             now: str) -> Looked:
+    """How far `rows`, triples of id, `received_at` and `ended_at`, are older than `cutoff`.
 
     Rows arrive in the order of their ids. So a row is at least as young as each row before it, and
     at least as old as each row behind it. A stamp that is lower than the highest before it says
-    nothing, nor does one from the future, from before FIRST_STAMP or that is no text. Such a row is
-    taken for as young as the next row whose stamp says something.
+    nothing, nor does one from the future, from before FIRST_STAMP, from a day before the session
+    ended, or that is no text. Such a row is taken for as young as the next row whose stamp says
+    something.
     """
     old, seen, highest, _young = before
-    for number, stamp in rows:
-        if isinstance(stamp, str) and highest <= stamp <= now:
+    for number, stamp, ended in rows:
+        if (isinstance(stamp, str) and highest <= stamp <= now
+                and not (isinstance(ended, str) and stamp < ended[:10])):
             if stamp >= cutoff:
                 return Looked(old, seen, highest, True)
             old, highest = number, stamp
@@ -1065,6 +1068,7 @@ def unix_seconds(stamp: Any) -> float:
         return math.nan
 
 
+@functools.lru_cache(maxsize=1)
 def stamp_of(seconds: float) -> str:
     """Seconds since 1970 in the form of `received_at`."""
     try:
@@ -1097,11 +1101,6 @@ SETTINGS = (
     # A commit is on the disk when it returns: 202 means that. WAL's usual NORMAL loses the last
     # ones with the power.
     "synchronous = FULL",
-    # 4 MB of pages: what a turn writes. No more, for after a commit in which a leaf was split, and
-    # that is nearly each, SQLite walks through its whole cache: 64 MB of it cost 4% of the rate, at
-    # a million rows 18%. Leaves that are not in it come from the system's own cache, at 1 us. (With
-    # 2 MB, turns of 200 rows spill.)
-    "cache_size = -4096",
     # Pages in the log from which a commit moves them itself, and nobody is answered meanwhile. That
     # is the last resort: `Checkpoints` begins at CHECKPOINT_PAGES.
     "wal_autocheckpoint = 32000",
@@ -1110,6 +1109,15 @@ SETTINGS = (
     # Bytes: after somebody's long read, which keeps the log growing, it shrinks again.
     "journal_size_limit = 201326592",
 )
+
+# KiB of pages in SQLite's cache. 4 MB hold what a turn writes; with 2 MB, turns of 200 rows spill.
+# No more in a file under 1 GB. After a commit in which a leaf was split, and that is nearly each,
+# SQLite walks through its whole cache there, since it gives such leaves the number of the page at
+# 1 GB for a moment: 64 MB cost 18% of the rate at a million rows. In a larger file there is no such
+# walk, and an event needs 8 pages that 4 MB no longer hold: at ten million rows inserting takes 62
+# us a row with 4 MB, 40 with 64.
+SMALL_CACHE, LARGE_CACHE = 4 << 10, 64 << 10
+LARGE_FILE = 1 << 30  # bytes
 
 # For the time after the migration, which sorts whole indexes and needs a file for that. Deleting
 # a row copies its pages first, since the schema's trigger calls a function. In a file that takes 29
@@ -1125,20 +1133,6 @@ INSERT = (
 INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
 
-
-NEXT_ROWS = ("SELECT id, received_at FROM session_events"
-             " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
-NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
-
-# Rows are deleted in the turns that store rows: a quarter more than those, so that a sweep always
-# gains. With that a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
-SWEEP_SHARE = 1.25
-SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
-SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
-SWEEP_IDLE = 64  # rows a turn when there was no request for a second
-SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
-SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
-CLOCK_EVERY = 1.0  # seconds between looks at the clocks
 
 LITTLE_ROOM = 1 << 20  # bytes free; with less, a fault in opening the database is the disk's
 REOPEN_SECONDS = 1.0  # between attempts to open a database for which the disk had no room
@@ -1201,15 +1195,12 @@ class Store:
         self.path = path if self.in_memory else os.path.realpath(path)
         self.max_bytes, self.pepper, self.retain_days = max_bytes, pepper, retain_days
         self.moved = False
+        self.cache = 0  # KiB of pages, as SQLite was told
         self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
-        self.retention: Optional[Retention] = None
+        self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
-        self.files: List[Tuple[str, Optional[Tuple[int, int]]]] = []
-        self.sweep_at = self.clock_at = 0.0  # when to delete again, and to look at the clocks again
-        self.sweep_waits: Optional[str] = None  # why nothing is deleted now
-        self.sweep_said: Set[str] = set()  # the reasons that are in the log already
-        self.cutoff = self.present = ""  # stamps: rows before are old, rows behind from the future
-        self.looked, self.old_to = Looked(), LEAST_ID
+        self.paths: List[str] = []  # of the open files, and what they were when they were opened
+        self.identities: List[Optional[Tuple[int, int]]] = []
         self.fault, self.reopen_at = "", 0.0
         try:
             self.db = self.connect()
@@ -1234,16 +1225,14 @@ class Store:
         if self.pepper is not None:
             note_pepper(self.db, self.pepper)
         self.db.execute("PRAGMA " + SWEEP_SETTING)
+        self.fit_cache()
         if not self.in_memory:
             if self.checkpoints is None:
                 self.checkpoints = Checkpoints(self.path)
-            names = self.path, self.path + "-wal"
-            self.files = [(name, file_identity(name)) for name in names]
+            self.paths = [self.path, self.path + "-wal"]
+            self.identities = [file_identity(name) for name in self.paths]
         if self.retain_days:
-            newest = self.db.execute("SELECT max(received_at) FROM session_events").fetchone()[0]
-            self.retention = Retention(
-                self.retain_days * DAY, None if newest is None else unix_seconds(newest),
-                self.last_id(), time.time(), steady_clock())
+            self.sweep = Sweep(self.db, self.retain_days)
         self.fault = ""
 
     def lacks_room(self, error: sqlite3.Error) -> bool:
@@ -1368,7 +1357,7 @@ class Store:
 
         What is written into a deleted file is lost.
         """
-        self.moved = any(file_identity(name) != identity for name, identity in self.files)
+        self.moved = [file_identity(name) for name in self.paths] != self.identities
         if self.moved:
             raise Unavailable("the database or its -wal file was deleted, replaced or emptied while"
                               " in use: put it back, or restart the server")
@@ -1400,16 +1389,17 @@ class Store:
         Raises Unavailable when none is stored. In the same transaction up to `sweep` of the rows
         that are older than `retain_days` are deleted: that costs no fsync of its own.
         """
-        received_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        received_at = stamp_of(int(time.time()))
         hidden = [self.hide(row) for row in rows] if self.pepper else rows
         try:
             with self.transaction():
                 self.room_missed = self.room()  # and so it stays when the rows do not fit
                 # The deletion comes first: at the size limit, it makes the room.
-                swept = self.delete_old(sweep) if sweep else 0
+                swept = self.sweep.delete(sweep) if self.sweep and sweep else 0
                 stored, refused, undone = self.insert([(*row, received_at) for row in hidden])
         except Unavailable:
-            self.sweep_at = max(self.sweep_at, time.monotonic() + TICK)
+            if self.sweep:
+                self.sweep.pause(TICK)
             raise
         self.room_missed = -1
         if self.checkpoints:
@@ -1462,148 +1452,29 @@ class Store:
         return (  # type: ignore[return-value]
             hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)
 
-    def old_rows_due(self, now: float, rows: int, quiet: float) -> int:
-        """How many old rows a turn that stores `rows` is to delete.
-
-        `now` is monotonic; for `quiet` seconds nobody was answered.
-        """
-        if self.retention is None:
-            return 0
-        if now >= self.clock_at:
-            self.clock_at = now + CLOCK_EVERY
-            try:
-                self.look_at_clocks(self.retention)
-            except sqlite3.Error:  # a write will say it
-                self.sweep_waits = None
-        if self.sweep_waits != "" or now < self.sweep_at:
-            return 0
-        if rows:
-            return int(rows * SWEEP_SHARE) + 1
-        return 0 if quiet < SWEEP_QUIET else SWEEP_PIECE if quiet < 1 else SWEEP_IDLE
-
-    def last_id(self) -> int:
-        """The highest id of the table, 0 for an empty one."""
-        return self.db.execute("SELECT max(id) FROM session_events").fetchone()[0] or 0
-
-    def patience(self, now: float, most: float, quiet: float) -> float:
-        """For how many seconds, `most` at the most, the loop may wait for requests."""
-        if self.retention is None:
-            return most
-        due = self.clock_at if self.sweep_waits != "" else self.sweep_at
-        return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
-
-    def look_at_clocks(self, retention: Retention) -> None:
-        """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
-        wall, steady = time.time(), steady_clock()
-        reason = retention.wait(wall, steady)
-        self.cutoff, self.present = stamp_of(wall - retention.seconds), stamp_of(wall)
-        retention.received(self.last_id(), steady)
-        if not reason and self.sweep_waits != "":
-            self.sweep_said.clear()
-            log("sweep_begins")
-        self.sweep_waits = reason
-        if reason:
-            self.say_why_sweep_waits(reason)
-
-    def say_why_sweep_waits(self, reason: str) -> None:
-        if reason not in self.sweep_said:
-            self.sweep_said.add(reason)
-            log("sweep_waits", reason=reason)
-
-    def delete_old(self, most: int) -> int:
-        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
-        try:
-            return self.delete_next(most)
-        except sqlite3.Error as error:
-            if passing(error):
-                raise
-            # Another program's trigger, say: the turn's rows are not to blame.
-            if "failed" not in self.sweep_said:
-                self.sweep_said.add("failed")
-                log("sweep_failed", reason=type(error).__name__)
-            self.sweep_at = time.monotonic() + SWEEP_EVERY
-            if not self.db.in_transaction:
-                self.db.execute("BEGIN IMMEDIATE")
-            return 0
-
-    def delete_next(self, most: int) -> int:
-        """Delete up to `most` rows that are known to be old, and look for more when there are few.
-
-        Rows go in the order of their ids, and so do their pages: only the two indexes that start
-        with an identity have to be searched.
-        """
-        shipped, fault = self.shipped_to()  # each time: a new destination's mark begins at 0
-        ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
-        if len(ids) < most:
-            ended = self.look_for_old(max(most, SWEEP_LOOK), shipped, fault)
-            ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
-            if ended and len(ids) < most:
-                self.sweep_at = time.monotonic() + SWEEP_EVERY
-        if not ids:
-            return 0
-        return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
-
-    def look_for_old(self, most: int, shipped: int, fault: str) -> bool:
-        """Look at the stamps of up to `most` further rows; True when there are no more."""
-        assert self.retention
-        last = min(self.retention.oldest_young_id() - 1, shipped)
-        rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
-        looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
-        ended = looked.young or len(rows) < most
-        # The last old row stays while rows whose stamps say nothing follow: it shows, also after
-        # a restart, that they are younger than it is.
-        if looked.old > LEAST_ID:
-            self.old_to = looked.old if ended and looked.seen == looked.old else looked.old - 1
-        if not looked.young and last == shipped:
-            following = self.db.execute(NEXT_ROWS, (shipped, MOST_ID, 1)).fetchall()
-            if old_rows(following, Looked(), self.cutoff, self.present).old > shipped:
-                self.say_why_sweep_waits(fault or "old rows are not shipped yet (table ship_marks)")
-        return ended
-
-    def shipped_to(self) -> Tuple[int, str]:
-        """The last id that every destination has confirmed, and what is wrong with the marks.
-
-        Without a table of marks, or in an empty one, that is MOST_ID: nobody ships. Where the marks
-        cannot be understood it is LEAST_ID, so that nothing is deleted.
-        """
-        try:
-            count, whole, least = self.db.execute(
-                "SELECT count(*), total(typeof(last_id) = 'integer'), min(last_id)"
-                " FROM ship_marks").fetchone()
-        except sqlite3.OperationalError as error:
-            if str(error) == "no such table: ship_marks":
-                return MOST_ID, ""
-            if passing(error):
-                raise
-            return LEAST_ID, "the table ship_marks cannot be read"
-        if not count:
-            return MOST_ID, ""
-        return (least, "") if whole == count else (LEAST_ID, "a mark in ship_marks is no number")
-
-    def unshipped(self) -> Optional[int]:
-        """How many ids wait to be shipped; None where nobody ships or nothing can be read."""
-        try:
-            shipped, _fault = self.shipped_to()
-            first, last = self.db.execute(
-                "SELECT (SELECT min(id) FROM session_events), (SELECT max(id) FROM session_events)"
-            ).fetchone()
-        except sqlite3.Error:
-            return None
-        if shipped == MOST_ID:
-            return None
-        return 0 if last is None else max(0, last - max(shipped, first - 1))
-
     def after_turn(self) -> None:
         """What can wait until the answers of a turn have left."""
-        if self.checkpoints and not self.moved:
-            self.checkpoints.go_on(self.db)
+        if self.checkpoints and not self.moved and self.checkpoints.go_on(self.db):
+            self.fit_cache()
+
+    def fit_cache(self) -> None:
+        """Have as many pages in memory as suits the file, which may have grown."""
+        cache = LARGE_CACHE if self.pages_size() > LARGE_FILE else SMALL_CACHE
+        if cache != self.cache:
+            self.cache = cache
+            self.db.execute("PRAGMA cache_size = -%d" % cache)
+
+    def pages_size(self) -> int:
+        """Bytes of the database without its log; 0 when it cannot be read."""
+        with contextlib.suppress(sqlite3.Error):
+            pages, page_size = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
+                "page_count", "page_size"))
+            return int(pages * page_size)
+        return 0
 
     def size(self) -> int:
         """Bytes of the database and its log."""
-        total = 0
-        with contextlib.suppress(sqlite3.Error):  # a database that cannot be read yet
-            pages = self.db.execute("PRAGMA page_count").fetchone()[0]
-            total = pages * self.db.execute("PRAGMA page_size").fetchone()[0]
+        total = self.pages_size()
         with contextlib.suppress(OSError):
             total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
         return total
@@ -1633,6 +1504,176 @@ class Store:
         self.db.close()
         if self.checkpoints:
             self.checkpoints.let_go()
+
+
+NEXT_ROWS = ("SELECT id, received_at, ended_at FROM session_events"
+             " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
+NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
+
+# Rows are deleted in the turns that store rows: a quarter more than those, so that a sweep always
+# gains. With that a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
+SWEEP_SHARE = 1.25
+SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
+SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
+SWEEP_IDLE = 64  # rows a turn when there was no request for a second
+SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
+SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
+CLOCK_EVERY = 1.0  # seconds between looks at the clocks
+
+
+class Sweep:
+    """Deletes what was received over `days` ago, some rows in each turn.
+
+    `db` is the store's connection, and the turn's transaction is open when rows are deleted.
+    """
+
+    def __init__(self, db: sqlite3.Connection, days: int) -> None:
+        self.db = db
+        newest = db.execute("SELECT max(received_at) FROM session_events").fetchone()[0]
+        self.retention = Retention(
+            days * DAY, None if newest is None else unix_seconds(newest), last_id(db),
+            time.time(), steady_clock())
+        self.next_at = self.clock_at = 0.0  # when to delete again, and to look at the clocks again
+        self.waits: Optional[str] = None  # why nothing is deleted now; None: not known yet
+        self.said: Set[str] = set()  # the reasons that are in the log already
+        self.cutoff = self.present = ""  # stamps: rows before are old, rows behind from the future
+        self.looked, self.old_to = Looked(), LEAST_ID
+        self.owed = 0.0  # rows: what is left of SWEEP_SHARE of those that were stored
+
+    def due(self, now: float, rows: int, quiet: float) -> int:
+        """How many old rows a turn that stores `rows` is to delete.
+
+        `now` is monotonic; for `quiet` seconds nobody was answered.
+        """
+        if now >= self.clock_at:
+            self.clock_at = now + CLOCK_EVERY
+            try:
+                self.look_at_clocks()
+            except sqlite3.Error:  # a write will say it
+                self.waits = None
+        if self.waits != "" or now < self.next_at:
+            return 0
+        if rows:
+            self.owed += rows * SWEEP_SHARE
+            whole = int(self.owed)
+            self.owed -= whole
+            return whole
+        return 0 if quiet < SWEEP_QUIET else SWEEP_PIECE if quiet < 1 else SWEEP_IDLE
+
+    def patience(self, now: float, most: float, quiet: float) -> float:
+        """For how many seconds, `most` at the most, the loop may wait for requests."""
+        due = self.clock_at if self.waits != "" else self.next_at
+        return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
+
+    def pause(self, seconds: float) -> None:
+        """Delete nothing for so long."""
+        self.next_at = max(self.next_at, time.monotonic() + seconds)
+
+    def look_at_clocks(self) -> None:
+        """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
+        wall, steady = time.time(), steady_clock()
+        reason = self.retention.wait(wall, steady)
+        self.cutoff, self.present = stamp_of(wall - self.retention.seconds), stamp_of(wall)
+        self.retention.received(last_id(self.db), steady)
+        if not reason and self.waits != "":
+            self.said.clear()
+            log("sweep_begins")
+        self.waits = reason
+        if reason:
+            self.say("sweep_waits", reason)
+
+    def say(self, event: str, reason: str) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            log(event, reason=reason)
+
+    def delete(self, most: int) -> int:
+        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
+        try:
+            return self.delete_next(most)
+        except sqlite3.Error as error:
+            if passing(error):
+                raise
+            # Another program's trigger, say: the turn's rows are not to blame.
+            self.say("sweep_failed", type(error).__name__)
+            self.pause(SWEEP_EVERY)
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            return 0
+
+    def delete_next(self, most: int) -> int:
+        """Delete up to `most` rows that are known to be old, and look for more when there are few.
+
+        Rows go in the order of their ids, and so do their pages: only the two indexes that start
+        with an identity have to be searched.
+        """
+        shipped, fault = shipped_to(self.db)  # each time: a new destination's mark begins at 0
+        ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
+        if len(ids) < most:
+            ended = self.look_for_old(max(most, SWEEP_LOOK), shipped, fault)
+            ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
+            if ended and len(ids) < most:
+                self.pause(SWEEP_EVERY)
+        if not ids:
+            return 0
+        return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
+
+    def look_for_old(self, most: int, shipped: int, fault: str) -> bool:
+        """Look at the stamps of up to `most` further rows; True when there are no more."""
+        last = min(self.retention.oldest_young_id() - 1, shipped)
+        rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
+        looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
+        ended = looked.young or len(rows) < most
+        # The last old row stays while rows whose stamps say nothing follow: it shows, also after
+        # a restart, that they are younger than it is.
+        if looked.old > LEAST_ID:
+            self.old_to = looked.old if ended and looked.seen == looked.old else looked.old - 1
+        if not looked.young and last == shipped:
+            following = self.db.execute(NEXT_ROWS, (shipped, MOST_ID, 1)).fetchall()
+            if old_rows(following, Looked(), self.cutoff, self.present).old > shipped:
+                self.say("sweep_waits",
+                         fault or "old rows are not shipped yet (table ship_marks)")
+        return ended
+
+
+def last_id(db: sqlite3.Connection) -> int:
+    """The highest id of the table, 0 for an empty one."""
+    return db.execute("SELECT max(id) FROM session_events").fetchone()[0] or 0
+
+
+def shipped_to(db: sqlite3.Connection) -> Tuple[int, str]:
+    """The last id that every destination has confirmed, and what is wrong with the marks.
+
+    Without a table of marks, or in an empty one, that is MOST_ID: nobody ships. Where the marks
+    cannot be understood it is LEAST_ID, so that nothing is deleted.
+    """
+    try:
+        count, whole, least = db.execute(
+            "SELECT count(*), total(typeof(last_id) = 'integer'), min(last_id)"
+            " FROM ship_marks").fetchone()
+    except sqlite3.OperationalError as error:
+        if str(error) == "no such table: ship_marks":
+            return MOST_ID, ""
+        if passing(error):
+            raise
+        return LEAST_ID, "the table ship_marks cannot be read"
+    if not count:
+        return MOST_ID, ""
+    return (least, "") if whole == count else (LEAST_ID, "a mark in ship_marks is no number")
+
+
+def unshipped(db: sqlite3.Connection) -> Optional[int]:
+    """How many ids wait to be shipped; None where nobody ships or nothing can be read."""
+    try:
+        shipped, _fault = shipped_to(db)
+        first, last = db.execute(
+            "SELECT (SELECT min(id) FROM session_events), (SELECT max(id) FROM session_events)"
+        ).fetchone()
+    except sqlite3.Error:
+        return None
+    if shipped == MOST_ID:
+        return None
+    return 0 if last is None else max(0, last - max(shipped, first - 1))
 
 
 CHECKPOINT_PAGES = 12_000  # in the log (47 MB) when it is moved into the database
@@ -1690,20 +1731,25 @@ class Checkpoints:
         if rows:
             self.pages += COMMIT_PAGES + ROW_PAGES * rows
 
-    def go_on(self, writer: sqlite3.Connection) -> None:
-        """Begin a checkpoint when it is time, or finish the one that the thread has done."""
+    def go_on(self, writer: sqlite3.Connection) -> bool:
+        """Begin a checkpoint when it is time, or finish the one that the thread has done.
+
+        True when one was finished.
+        """
         if self.under_way:
             if not self.reports.empty():
                 self.finish(writer, self.reports.get())
+                return True
         elif self.pages >= self.due:
             self.asked, self.pages = self.pages, 0
             try:
                 self.start()
             except RuntimeError as error:  # no more threads: the commits do it, at their 32,000
                 self.note(str(error))
-                return
+                return False
             self.under_way = True
             self.wanted.put(True)
+        return False
 
     def start(self) -> None:
         """Have a thread. Raises RuntimeError when the system gives none."""
@@ -2355,7 +2401,7 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
 
     def get_metrics(self) -> Answer:
         server = self.server
-        server.metrics.unshipped = server.store.unshipped()
+        server.metrics.unshipped = unshipped(server.store.db)
         text = server.metrics.text(server.connections.by_phase(), server.store.size())
         return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -2483,6 +2529,8 @@ class Connection:
                  "phase", "proxy", "queued", "reader", "routes", "server", "since", "sock",
                  "unsent", "unused_handshake")
 
+    not_yet: Tuple[Type[OSError], ...] = (BlockingIOError,)  # what the socket says for that
+
     def __init__(self, server: IngestServer, sock: socket.socket, routes: Routes,
                  bucket: Optional[bytes], proxy: str) -> None:
         self.server, self.sock, self.routes = server, sock, routes
@@ -2592,18 +2640,18 @@ class Connection:
         """What has arrived; None when that is nothing yet, no bytes when the connection is over."""
         try:
             return self.sock.recv(READ_SIZE)
-        except BlockingIOError:
+        except self.not_yet:
             return None
-        except OSError:
+        except (OSError, ValueError):  # ValueError: from OpenSSL
             return b""
 
     def transmit(self, data: bytes) -> Optional[int]:
         """How much of `data` was taken; None when the connection is over."""
         try:
             return self.sock.send(data)
-        except BlockingIOError:
+        except self.not_yet:
             return 0
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     def receive_requests(self) -> None:
@@ -2716,10 +2764,15 @@ class Connection:
 
 
 class TLSConnection(Connection):
-    """The same over TLS. A handshake is done in pieces, and holds up nobody."""
+    """The same over TLS. A handshake is done in pieces, and holds up nobody.
+
+    A TLS record is at most 16 KiB. So one call of recv() leaves nothing in OpenSSL's buffer, where
+    no selector looks.
+    """
 
     __slots__ = ("context", "shaken")
     sock: ssl.SSLSocket
+    not_yet = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def __init__(self, server: IngestServer, sock: socket.socket, routes: Routes,
                  bucket: Optional[bytes], proxy: str, context: ssl.SSLContext) -> None:
@@ -2779,23 +2832,76 @@ class TLSConnection(Connection):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
 
-    def receive(self) -> Optional[bytes]:
-        # A TLS record is at most 16 KiB, so that one call leaves nothing in OpenSSL's buffer, where
-        # no selector looks.
-        try:
-            return self.sock.recv(READ_SIZE)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-        except (OSError, ValueError):
-            return b""
 
-    def transmit(self, data: bytes) -> Optional[int]:
-        try:
-            return self.sock.send(data)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
-        except (OSError, ValueError):
-            return None
+# ==================================================================================================
+# Listeners: what the command line says becomes a socket, and a socket what is shown. Nothing else
+# in this file knows what kinds of addresses there are.
+# ==================================================================================================
+
+QUEUE = 1024  # connections: a burst of them waits here while a turn commits
+
+Place = Tuple[str, int]  # where to listen: an address or a host's name, and a port
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
+
+
+def host_and_port(text: str) -> Place:
+    host, _, number = text.rpartition(":")
+    if not host:
+        raise ValueError
+    return host.strip("[]"), port(number)
+
+
+def open_listener(place: Place) -> socket.socket:
+    """A socket that listens at `place`. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
+    try:
+        if os.name == "posix":  # on Windows it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(QUEUE)
+        return prepared(listener)
+    except BaseException:
+        listener.close()
+        raise
+
+
+def prepared(listener: socket.socket) -> socket.socket:
+    """`listener` with the options that accepted connections inherit. Raises OSError."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def inherited_listener() -> Optional[socket.socket]:
+    """The socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
+    passed_on = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
+        return None
+    if passed_on != "1":
+        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
+    passed = socket.socket(fileno=3)
+    passed.set_inheritable(False)
+    if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise StartError(
+            "the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
+    return prepared(passed)
+
+
+def url_of(scheme: str, listener: socket.socket) -> str:
+    """What a client would call the place at which `listener` listens."""
+    host, number = listener.getsockname()[:2]
+    return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, number)
+
+
+def peer_of(address: Any) -> str:
+    """Who connects, in text, from what accept() says."""
+    return str(address[0])
 
 
 # ==================================================================================================
@@ -2807,7 +2913,8 @@ BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), 
 READING_SECONDS = 0.02  # spent on them: who waits for a turn waits for all of it
 ACCEPTS_A_TURN = 256
 NO_DESCRIPTORS = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
-TICK = 0.25  # seconds: how late a deadline may be noticed
+TICK = 0.25  # seconds that the loop sleeps at most
+EXPIRE_EVERY = 0.05  # seconds between looks at the deadlines, which take 5 us
 LOG_SECONDS = 1.0  # between two lines about the store
 
 
@@ -2843,10 +2950,6 @@ class IngestServer(http.server.HTTPServer):
     too: connections that nobody has accepted are left to that one.
     """
 
-    request_queue_size = 1024  # a burst of connections waits here while a turn commits
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port,
-    allow_reuse_port = False  # as this would
-
     def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = DEFAULTS, *,
                  inherited: Optional[socket.socket] = None, access_log: bool = False,
                  trusted: Sequence[Network] = (), tls: Optional[ssl.SSLContext] = None) -> None:
@@ -2859,6 +2962,7 @@ class IngestServer(http.server.HTTPServer):
         self.taken, self.reading_until = 0, 0.0  # bytes of this turn's requests; when it is full
         self.rows: List[Row] = []  # of this turn
         self.answered_at = self.now  # when somebody was
+        self.expire_at = self.now
         # From other threads and signal handlers.
         self.calls: Deque[Callable[[], None]] = collections.deque()
         self.feed_watchdog: Callable[[], None] = lambda: None
@@ -2869,8 +2973,8 @@ class IngestServer(http.server.HTTPServer):
         if store.fault:
             self.note_store(store.fault)
         self.inherited = inherited is not None
-        self.address_family = inherited.family if inherited else family_of(address[0])
         super().__init__(address, IngestHandler, bind_and_activate=False)
+        self.socket.close()  # HTTPServer's own, for one address family only
         self.listeners: Dict[socket.socket, Routes] = {}
         self.muted_until = 0.0  # no descriptor is left for who connects
         self.selector = selectors.DefaultSelector()
@@ -2879,55 +2983,25 @@ class IngestServer(http.server.HTTPServer):
         self.bell.setblocking(False)
         self.selector.register(self.alarm, READ, self.make_calls)
         try:
-            if inherited:
-                self.socket.close()
-                self.socket = inherited
-                self.name_address()
-            else:
-                self.server_bind()
-                self.server_activate()
+            self.socket = inherited or open_listener(address)
+            self.server_address = self.socket.getsockname()
             self.listen(self.socket, PUBLIC)
         except BaseException:
             self.server_close()
             raise
 
-    def server_bind(self) -> None:
-        # HTTPServer's own looks the host's name up: seconds, at worst.
-        socketserver.TCPServer.server_bind(self)
-        self.name_address()
-
-    def name_address(self) -> None:
-        self.server_address = self.socket.getsockname()
-        self.server_name = str(self.server_address[0])
-        self.server_port = int(self.server_address[1])
-
     def listen(self, listener: socket.socket, routes: Routes) -> None:
         """Serve `routes` to whoever connects to `listener`."""
         listener.setblocking(False)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
         self.listeners[listener] = routes
         self.watch_listener(listener)
 
     def watch_listener(self, listener: socket.socket) -> None:
         self.selector.register(listener, READ, functools.partial(self.on_connecting, listener))
 
-    def listen_for_operators(self, address: Tuple[str, int]) -> None:
-        """Serve the metrics on an address of their own. Raises OSError."""
-        listener = socket.socket(family_of(address[0]))
-        try:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
-            listener.bind(address)
-            listener.listen()
-            self.listen(listener, OPERATORS)
-        except BaseException:
-            listener.close()
-            raise
-
     @property
     def url(self) -> str:
-        name = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
-        return "%s://%s:%d" % ("https" if self.tls else "http", name, self.server_port)
+        return url_of("https" if self.tls else "http", self.socket)
 
     # -- called from any thread, or a signal handler -----------------------------------------------
 
@@ -2954,7 +3028,9 @@ class IngestServer(http.server.HTTPServer):
         self.report()
 
     def turn(self, timeout: float) -> None:
-        ready = self.wait(self.store.patience(self.now, timeout, self.now - self.answered_at))
+        if self.store.sweep:
+            timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
+        ready = self.wait(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         self.taken, self.reading_until = 0, time.perf_counter() + READING_SECONDS
         backlog = self.connections.backlog
@@ -2970,7 +3046,9 @@ class IngestServer(http.server.HTTPServer):
             # events/s at 32 clients).
             again = len(self.rows) > before + 1 and not self.turn_is_full()
             ready = self.selector.select(0) if again else []
-        self.expire()
+        if self.now >= self.expire_at or self.connections.held >= MAX_HELD:
+            self.expire_at = self.now + EXPIRE_EVERY
+            self.expire()
         self.answer(self.commit())
         self.store.after_turn()
         self.report()
@@ -3031,7 +3109,7 @@ class IngestServer(http.server.HTTPServer):
                 return
             if len(self.connections) >= self.limits.max_connections:
                 self.connections.close_longest_waiting()
-            self.open_connection(sock, str(address[0]), self.listeners[listener])
+            self.open_connection(sock, peer_of(address), self.listeners[listener])
 
     def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
         sock.setblocking(False)
@@ -3129,12 +3207,13 @@ class IngestServer(http.server.HTTPServer):
     def commit(self) -> List[Answer]:
         """Store the turn's rows; the answer to each, in order."""
         rows, self.rows = self.rows, []
-        sweep = self.store.old_rows_due(self.now, len(rows), self.now - self.answered_at)
-        if not rows and not sweep:
+        sweep = self.store.sweep
+        old = sweep.due(self.now, len(rows), self.now - self.answered_at) if sweep else 0
+        if not rows and not old:
             return []
         started = time.perf_counter()
         try:
-            written = self.store.write(rows, sweep)
+            written = self.store.write(rows, old)
         except Unavailable as reason:
             self.note_store(str(reason))
             return [UNAVAILABLE] * len(rows)
@@ -3209,10 +3288,6 @@ class IngestServer(http.server.HTTPServer):
         self.selector.close()
         self.alarm.close()
         self.bell.close()
-
-
-def family_of(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # ==================================================================================================
@@ -3398,20 +3473,6 @@ server that a systemd socket unit starts takes that socket in place of --host an
 """
 
 
-def port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError
-    return number
-
-
-def host_and_port(text: str) -> Tuple[str, int]:
-    host, _, number = text.rpartition(":")
-    if not host:
-        raise ValueError
-    return host.strip("[]"), port(number)
-
-
 def rate(text: str) -> Optional[Rate]:
     if text == "off":
         return None
@@ -3557,11 +3618,11 @@ def build(options: argparse.Namespace) -> IngestServer:
     address = options.host, options.port
     try:
         server = IngestServer(
-            address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
+            address, store, limits, inherited=inherited_listener(), access_log=options.access_log,
             trusted=options.trusted_proxy, tls=tls)
         if options.metrics:
             address = options.metrics
-            server.listen_for_operators(address)
+            server.listen(open_listener(address), OPERATORS)
     except OSError as error:
         store.close()
         taken = error.errno == errno.EADDRINUSE
@@ -3615,22 +3676,6 @@ def raise_descriptor_limit(connections: int) -> int:
     if soft < wanted:
         log("descriptor_limit", descriptors=soft, connections=max(1, soft - SPARE_DESCRIPTORS))
     return max(1, soft - SPARE_DESCRIPTORS)
-
-
-def inherited_socket() -> Optional[socket.socket]:
-    """The listening socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
-    passed_on = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
-        return None
-    if passed_on != "1":
-        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
-    passed = socket.socket(fileno=3)
-    passed.set_inheritable(False)
-    if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise StartError(
-            "the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
-    return passed
 
 
 def watchdog_seconds() -> float:

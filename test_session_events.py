@@ -4675,7 +4675,7 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
         rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
         with pytest.raises(server.Unavailable):
             store.write(rows)
-        store.look_at_clocks(store.retention)
+        store.sweep.look_at_clocks()
         assert store.write(rows, 2).stored == 1
 
 
@@ -5411,6 +5411,11 @@ def test_server_retention_knows_what_it_received_itself():
     assert len(retention.marks) < 1010  # however long it runs
 
 
+def day_in(year):
+    """A day in a year, in the form of a stamp; what is no year stays as it is."""
+    return "%d-05-22T12:00:00Z" % year if type(year) is int and year > 7 else year
+
+
 @quick
 @pytest.mark.parametrize(
     ("stamps", "old"),
@@ -5434,13 +5439,18 @@ def test_server_retention_knows_what_it_received_itself():
         ([2038, 2038], 0),
         ([None, 7, b"2024", "", "no date", 2024, 2026], 6),
         ([2024, None], 0),
+        # Pairs of the year in which a row was received and the one in which its session ended.
+        ([(2022, 2026), (2022, 2026), (2026, 2026)], 0),  # the first rows, of a clock gone wrong
+        ([(2022, 2026), (2023, 2023), (2026, 2026)], 2),
+        ([(2023, 2022), (2024, 2099), (2024, 2024), (2026, 2026)], 3),  # a client's clock
+        ([(2023, None), (2024, 7), (2026, b"2026")], 2),  # no date says nothing
     ],
 )
 @pytest.mark.parametrize("most", [1, 2, 256])
 def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, most):
     """In pieces of any size, and with a restart after each piece, the same rows go."""
     rows = [
-        (n, "%d-05-22T12:00:00Z" % stamp if type(stamp) is int and stamp > 7 else stamp)
+        (n, *(day_in(stamp) for stamp in (stamp if type(stamp) is tuple else (stamp, "2020"))))
         for n, stamp in enumerate(stamps, 1)
     ]
     for restarts in (False, True):
@@ -5448,16 +5458,17 @@ def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, mo
         for _ in range(30):
             if store is None or restarts:
                 store = server.Store(":memory:", retain_days=1)
-                store.cutoff, store.present = "2025-01-01T00:00:00Z", "2026-11-22T12:00:00Z"
-                store.retention.marks[0] = (0.0, 1000)
+                sweep = store.sweep
+                sweep.cutoff, sweep.present = "2025-01-01T00:00:00Z", "2026-11-22T12:00:00Z"
+                sweep.retention.marks[0] = (0.0, 1000)
                 store.db.execute("DROP TABLE session_events")
                 store.db.execute(
-                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at)"
+                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at, ended_at)"
                 )
-                store.db.executemany("INSERT INTO session_events VALUES (?, ?)", left)
-            store.delete_old(most)
+                store.db.executemany("INSERT INTO session_events VALUES (?, ?, ?)", left)
+            store.sweep.delete(most)
             left = store.db.execute("SELECT * FROM session_events ORDER BY id").fetchall()
-        assert [number for number, _ in left] == [number for number, _ in rows if number > old]
+        assert [number for number, *_ in left] == [number for number, *_ in rows if number > old]
 
 
 FAKETIME = "".join(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1")[:1])
@@ -5485,7 +5496,7 @@ def old_and_new(db, *rows):
                         "%064x" % (n % 999),
                         None,
                         "%064x" % n,
-                        "2026-01-01T00:00:00.000Z",
+                        "2019-01-01T00:00:00.000Z",
                         1,
                         1,
                         None,
@@ -5605,17 +5616,21 @@ def test_server_sweep_gains_on_what_comes_in(tmp_path):
     db = tmp_path / "events.db"
     old_and_new(db, (3000, "-40 days"), (1, "-1 hour"))
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
-        now = time.monotonic()
-        store.retention.wait(time.time() + 0, server.steady_clock())
-        store.retention.steady_since -= 60
-        for rows in (1, 4, 32, 256):
-            due = store.old_rows_due(now, rows, 0.0)
-            assert rows < due <= 2 * rows
-            written = store.write([server.check_event(event((rows, n))) for n in range(rows)], due)
-            assert (written.stored, written.swept) == (rows, due)
-        assert store.old_rows_due(now, 0, 0.0) == 0  # somebody may be about to send
-        assert store.patience(now, 0.25, 0.0) <= server.SWEEP_QUIET
-        assert 0 < store.old_rows_due(now, 0, 0.05) < store.old_rows_due(now, 0, 5.0)
+        now, sweep = time.monotonic(), store.sweep
+        sweep.retention.wait(time.time() + 0, server.steady_clock())
+        sweep.retention.steady_since -= 60
+        for rows, turns in ((1, 100), (4, 20), (32, 1), (256, 1)):
+            gone = 0
+            for turn in range(turns):
+                due = sweep.due(now, rows, 0.0)
+                new = [server.check_event(event((rows, turn, n))) for n in range(rows)]
+                written = store.write(new, due)
+                assert (written.stored, written.swept) == (rows, due)
+                gone += due
+            assert 1.2 * rows * turns <= gone <= 1.3 * rows * turns
+        assert sweep.due(now, 0, 0.0) == 0  # somebody may be about to send
+        assert sweep.patience(now, 0.25, 0.0) <= server.SWEEP_QUIET
+        assert 0 < sweep.due(now, 0, 0.05) < sweep.due(now, 0, 5.0)
 
 
 MARKS = """
@@ -5646,11 +5661,11 @@ def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshi
     with contextlib.closing(sqlite3.connect(str(db))) as connection:
         connection.executescript(marks)
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
-        store.look_at_clocks(store.retention)
+        store.sweep.look_at_clocks()
         for _ in range(3):
             store.write([], 64)
-            store.sweep_at = 0.0
-        assert store.unshipped() == unshipped
+            store.sweep.next_at = 0.0
+        assert server.unshipped(store.db) == unshipped
     assert ids_of(db) == list(range(51 - left, 51))
     waits = [line for line in capfd.readouterr().err.splitlines() if "ship" in line]
     assert len(waits) == (left > 10)
@@ -5661,13 +5676,13 @@ def test_server_retention_heeds_a_new_destination_at_once(tmp_path):
     db = tmp_path / "events.db"
     old_and_new(db, (400, "-40 days"), (10, "-1 hour"))
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
-        store.look_at_clocks(store.retention)
+        store.sweep.look_at_clocks()
         store.db.executescript(MARKS + "INSERT INTO ship_marks VALUES ('a', 'n', 400, '')")
         assert store.write([], 10).swept == 10  # and it knows of 246 more that are old
         store.db.execute("INSERT INTO ship_marks VALUES ('b', 'n', 15, '')")
         assert [store.write([], 10).swept for _ in range(2)] == [5, 0]
         store.db.execute("DROP TABLE ship_marks")
-        store.sweep_at = 0.0
+        store.sweep.next_at = 0.0
         assert store.write([], 1000).swept == 385
 
 
@@ -5705,7 +5720,7 @@ def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
     rows = [server.check_event(event(n)) for n in range(3)]
     rows[1] = (*rows[1][:3], None, *rows[1][4:])  # NOT NULL
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
-        store.look_at_clocks(store.retention)
+        store.sweep.look_at_clocks()
         written = store.write(rows, 5)
         assert (written.stored, sorted(written.refused), written.swept) == (2, [1], 0)
         assert len(ids_of(db)) == 43
