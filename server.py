@@ -1114,8 +1114,8 @@ SETTINGS = (
 # No more in a file under 1 GB. After a commit in which a leaf was split, and that is nearly each,
 # SQLite walks through its whole cache there, since it gives such leaves the number of the page at
 # 1 GB for a moment: 64 MB cost 18% of the rate at a million rows. In a larger file there is no such
-# walk, and an event needs 8 pages that 4 MB no longer hold: at ten million rows inserting takes 62
-# us a row with 4 MB, 40 with 64.
+# walk, and an event needs 8 pages that 4 MB no longer hold. With ten million rows in memory, 64 MB
+# made 10,100 events/s of 7,800. Where the disk is the limit it makes no difference.
 SMALL_CACHE, LARGE_CACHE = 4 << 10, 64 << 10
 LARGE_FILE = 1 << 30  # bytes
 
@@ -1317,22 +1317,18 @@ class Store:
             raise StartError(
                 "%s has no table session_events with a column %s: it is not this program's"
                 % (self.path, min(missing)))
-        keys = [(column.name, column.kind) for column in columns if column.key]
-        if keys != [("id", "INTEGER")]:
-            raise StartError("%s has a table session_events in which id is not INTEGER PRIMARY KEY:"
-                             " no event can be stored in it" % self.path)
-        for column in columns:
-            if column.not_null and (column.name in NULLABLE
-                                    or (column.name not in wanted and not column.has_default)):
-                raise StartError("%s has a table session_events in which column %s is NOT NULL:"
-                                 " not every event can be stored in it"
-                                 % (self.path, shown(column.name)))
-        for key in self.unique_keys():
-            if not key >= {"identity_hash", "session_id_hash"}:
-                # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
-                raise StartError("%s has a table session_events with a unique index on (%s): not"
-                                 " every event can be stored in it"
-                                 % (self.path, ", ".join(map(shown, sorted(key)))))
+        faults = []
+        if [(column.name, column.kind) for column in columns if column.key] != [("id", "INTEGER")]:
+            faults.append("in which id is not INTEGER PRIMARY KEY")
+        faults += ["in which column %s is NOT NULL" % shown(column.name) for column in columns
+                   if column.not_null and (column.name in NULLABLE or (
+                       column.name not in wanted and not column.has_default))]
+        # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
+        faults += ["with a unique index on (%s)" % ", ".join(map(shown, sorted(key)))
+                   for key in self.unique_keys() if not key >= {"identity_hash", "session_id_hash"}]
+        if faults:
+            raise StartError("%s has a table session_events %s: not every event can be stored in it"
+                             % (self.path, faults[0]))
 
     def unique_keys(self) -> List[Set[str]]:
         """The columns of each unique index of session_events, apart from partial ones."""
@@ -1515,7 +1511,6 @@ NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 SWEEP_SHARE = 1.25
 SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
 SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
-SWEEP_IDLE = 64  # rows a turn when there was no request for a second
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
 CLOCK_EVERY = 1.0  # seconds between looks at the clocks
@@ -1558,7 +1553,7 @@ class Sweep:
             whole = int(self.owed)
             self.owed -= whole
             return whole
-        return 0 if quiet < SWEEP_QUIET else SWEEP_PIECE if quiet < 1 else SWEEP_IDLE
+        return SWEEP_PIECE if quiet >= SWEEP_QUIET else 0
 
     def patience(self, now: float, most: float, quiet: float) -> float:
         """For how many seconds, `most` at the most, the loop may wait for requests."""
@@ -1923,11 +1918,17 @@ class Interrupted(Exception):
     """A signal ended the command. Its argument is the signal's number."""
 
 
-class Signals:
-    """Remembers the signal that asks this process to end, so that a command can end in order."""
+class Command:
+    """A command on the file while it runs: it shows how far it is, and can be ended in order."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = 0  # the number of the signal that asks this process to end
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()  # there, one line that changes
+        self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
+        self.due = time.monotonic() + self.every
+
+    def heed_signals(self) -> None:
+        """From now on signals do not end the process; check() does that."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
@@ -1941,17 +1942,8 @@ class Signals:
         if self.received:
             raise Interrupted(self.received)
 
-
-class Progress:
-    """How far a command is, on standard error: on a terminal one line that changes."""
-
-    def __init__(self) -> None:
-        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
-        self.due = time.monotonic() + self.every
-
     def show(self, text: str) -> None:
-        """Print `text` if the last line is long enough ago."""
+        """Print `text` on standard error if the last line is long enough ago."""
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + self.every
             self.write("\r\x1b[K" + text if self.terminal else text + "\n")
@@ -1994,7 +1986,7 @@ def open_existing(path: str) -> sqlite3.Connection:
     return db
 
 
-def back_up(path: str, target: str, progress: Progress, signals: Signals) -> None:
+def back_up(path: str, target: str, command: Command) -> None:
     """Write a copy of the database at `path` to `target`, which must not exist.
 
     The copy holds one moment: every event that was answered 202 before the call. It appears under
@@ -2017,24 +2009,24 @@ def back_up(path: str, target: str, progress: Progress, signals: Signals) -> Non
             copy = os.path.join(partial, "copy")
             try:
                 os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                vacuum_into(db, copy, progress, signals)
+                vacuum_into(db, copy, command)
                 sync(copy, os.O_RDWR)
-                signals.check()
+                command.check()
                 take_name(copy, target)
             except FileExistsError:
                 raise CommandError("%s appeared meanwhile: it was left as it is" % target) from None
             except (OSError, sqlite3.Error) as error:
-                signals.check()  # an interrupted statement is an error too
+                command.check()  # an interrupted statement is an error too
                 raise CommandError("cannot copy %s to %s: %s" % (
                     path, target, getattr(error, "strerror", None) or error)) from None
     with contextlib.suppress(OSError):  # not every system can do that to a folder
         sync(folder, os.O_RDONLY)
-    progress.clear()
+    command.clear()
     print_line("%s: %d MB in %.1f s" % (
         target, os.path.getsize(target) >> 20, time.monotonic() - started))
 
 
-def vacuum_into(db: sqlite3.Connection, copy: str, progress: Progress, signals: Signals) -> None:
+def vacuum_into(db: sqlite3.Connection, copy: str, command: Command) -> None:
     """Copy the database of `db` into the empty file `copy`, from one read transaction.
 
     Connection.backup copies pages, and with them what is left of deleted rows in free pages and in
@@ -2049,8 +2041,8 @@ def vacuum_into(db: sqlite3.Connection, copy: str, progress: Progress, signals: 
 
     def step() -> int:
         done = min(os.path.getsize(copy) >> 20, megabytes)
-        progress.show("backup: %d of %d MB (%d%%)" % (done, megabytes, 100 * done // megabytes))
-        return signals.received  # not 0 ends the statement
+        command.show("backup: %d of %d MB (%d%%)" % (done, megabytes, 100 * done // megabytes))
+        return command.received  # not 0 ends the statement
 
     db.set_progress_handler(step, 20_000)  # steps of SQLite's machine: about 2 ms
     db.execute("VACUUM INTO ?", (copy,))
@@ -2102,8 +2094,7 @@ def read_hashes(words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
     return list(dict.fromkeys(hashes))
 
 
-def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
-           signals: Signals) -> None:
+def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -> None:
     """Delete every event whose identity or GitHub hash is one of `hashes`, and all copies of them.
 
     `hashes` are as the database has them. Standard output gets the statement that does the same in
@@ -2114,28 +2105,28 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
     for rewrite in (False, True):
         with contextlib.closing(open_existing(path)) as db:
             try:
-                deleted = delete_events(db, hashes, progress, signals)
+                deleted = delete_events(db, hashes, command)
                 if deleted or not rewrite:
-                    progress.say("deleted %s" % counted(deleted, "event"))
+                    command.say("deleted %s" % counted(deleted, "event"))
                 if not rewrite:
                     unprinted = print_line(clickhouse_statement(hashes))
                     if not deleted and not peppered:
-                        progress.say("(if the server runs with --pepper-file, give it here too)")
+                        command.say("(if the server runs with --pepper-file, give it here too)")
                 else:
-                    rewrite_file(db, folder, signals)
-                empty_log(db, progress, signals)
+                    rewrite_file(db, folder, command)
+                empty_log(db, command)
             except sqlite3.Error as error:
-                signals.check()  # an interrupted statement is an error too
+                command.check()  # an interrupted statement is an error too
                 raise CommandError(
                     "cannot write %s: %s; run the command again%s" % (
                         path, error, " (this takes twice the file's size in free disk space)"
                         if rewrite else "")) from None
         # Only now: a process that closes any descriptor of the file loses SQLite's locks on it.
-        left = files_with(folder, hashes, progress, signals)
+        left = files_with(folder, hashes, command)
         if not any(name + suffix in left for suffix in SIDE_FILES):
             break
         if not rewrite:
-            progress.say("copies are left in unused parts of the file: all of it is written anew,"
+            command.say("copies are left in unused parts of the file: all of it is written anew,"
                          " and meanwhile the server answers 503")
     if left:
         raise CommandError(
@@ -2161,26 +2152,25 @@ def counted(count: int, word: str) -> str:
     return "%d %s%s" % (count, word, "" if count == 1 else "s")
 
 
-def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progress,
-                  signals: Signals) -> int:
+def delete_events(db: sqlite3.Connection, hashes: Sequence[str], command: Command) -> int:
     """Delete the events of `hashes` in short transactions; returns how many there were."""
     for setting in ("temp_store = MEMORY", "secure_delete = ON"):
         db.execute("PRAGMA " + setting)
     db.execute("CREATE TEMP TABLE forgotten (hash TEXT PRIMARY KEY) WITHOUT ROWID")
     db.executemany("INSERT INTO forgotten VALUES (?)", [(text,) for text in hashes])
-    found, deleted = find_events(db, progress, signals), 0
+    found, deleted = find_events(db, command), 0
     for start in range(0, len(found), DELETE_BATCH):
-        progress.show("deleted %d of %d events" % (deleted, len(found)))
-        with write_lock(db, signals):
+        command.show("deleted %d of %d events" % (deleted, len(found)))
+        with write_lock(db, command):
             deleted += db.executemany(
                 "DELETE FROM session_events WHERE id = ? AND (%s)" % FORGOTTEN,
                 [(event_id,) for event_id in found[start:start + DELETE_BATCH]]).rowcount
     for text in hashes:
-        rewrite_neighbours(db, text, signals)
+        rewrite_neighbours(db, text, command)
     return deleted
 
 
-def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) -> List[int]:
+def find_events(db: sqlite3.Connection, command: Command) -> List[int]:
     """The ids of the events whose hashes are in the table `forgotten`.
 
     No index has the GitHub hash, so all rows are read. That goes in many short reads, since the
@@ -2190,8 +2180,8 @@ def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) ->
     found: List[int] = []
     last, looked = -1 << 63, 0
     while True:
-        signals.check()
-        progress.show("looked at %d events" % looked)
+        command.check()
+        command.show("looked at %d events" % looked)
         rows = db.execute(query, (last, READ_BATCH)).fetchall()
         if not rows:
             return found
@@ -2200,11 +2190,11 @@ def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) ->
 
 
 @contextlib.contextmanager
-def write_lock(db: sqlite3.Connection, signals: Signals) -> Iterator[None]:
+def write_lock(db: sqlite3.Connection, command: Command) -> Iterator[None]:
     """One short transaction. Afterwards it waits, since SQLite's lock is not given out in order."""
     end = time.monotonic() + BUSY_SECONDS
     while not db.in_transaction:
-        signals.check()
+        command.check()
         try:
             db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
@@ -2221,7 +2211,7 @@ def write_lock(db: sqlite3.Connection, signals: Signals) -> Iterator[None]:
     time.sleep(max(0.03, time.monotonic() - started))
 
 
-def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> None:
+def rewrite_neighbours(db: sqlite3.Connection, text: str, command: Command) -> None:
     """Write the index entries around a deleted hash anew.
 
     When SQLite splits a full page, the entries that move to the new page can stay in the unused
@@ -2234,7 +2224,7 @@ def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> N
     around = ("SELECT id FROM session_events WHERE identity_hash %s ?"
               " ORDER BY identity_hash %s LIMIT ?")
     try:
-        with write_lock(db, signals):
+        with write_lock(db, command):
             near = [row for side in (("<", "DESC"), (">", "ASC"))
                     for row in db.execute(around % side, (text, NEIGHBOURS)).fetchall()]
             for value in ("'~' || identity_hash", "substr(identity_hash, 2)"):
@@ -2244,7 +2234,7 @@ def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> N
         pass  # a foreign table's rule forbids such a value: the whole file is written anew instead
 
 
-def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> None:
+def empty_log(db: sqlite3.Connection, command: Command) -> None:
     """Move all of the -wal file into the database and cut it to nothing. Raises CommandError."""
     end = time.monotonic() + EMPTYING_SECONDS
     # TRUNCATE holds the write lock while it waits for readers: less than the server waits for it.
@@ -2253,28 +2243,27 @@ def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> N
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # most of the work, and no lock
         if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             return
-        signals.check()
+        command.check()
         if time.monotonic() > end:
             raise CommandError("the -wal file may hold copies and could not be emptied: another"
                                " process was reading for %d s. End it, and run the command again"
                                % EMPTYING_SECONDS)
-        progress.show("waiting for readers of the database to end")
+        command.show("waiting for readers of the database to end")
         time.sleep(0.1)
 
 
-def rewrite_file(db: sqlite3.Connection, folder: str, signals: Signals) -> None:
+def rewrite_file(db: sqlite3.Connection, folder: str, command: Command) -> None:
     """VACUUM: every page is written anew, and no free page is left. Raises sqlite3.Error."""
     # Its temporary file is as large as the database, and as private: not in memory, not in /tmp.
     db.execute("PRAGMA temp_store = FILE")
     db.execute("PRAGMA temp_store_directory = '%s'" % folder.replace("'", "''"))
     db.execute("PRAGMA busy_timeout = %d" % (BUSY_SECONDS * 1000))
-    db.set_progress_handler(lambda: signals.received, 20_000)
+    db.set_progress_handler(lambda: command.received, 20_000)
     db.execute("VACUUM")
     db.set_progress_handler(None, 0)
 
 
-def files_with(folder: str, hashes: Sequence[str], progress: Progress,
-               signals: Signals) -> List[str]:
+def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str]:
     """The names of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
 
     Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
@@ -2286,19 +2275,19 @@ def files_with(folder: str, hashes: Sequence[str], progress: Progress,
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if entry.is_file() and holds(entry.path, pieces, progress, signals):
+                if entry.is_file() and holds(entry.path, pieces, command):
                     found.append(entry.name)
     return found
 
 
-def holds(path: str, pieces: Sequence[bytes], progress: Progress, signals: Signals) -> bool:
+def holds(path: str, pieces: Sequence[bytes], command: Command) -> bool:
     """True if one of `pieces`, each of PIECE bytes, is in the file, or nobody can tell."""
     try:
         with open(path, "rb", buffering=0) as file:
             kept = b""
             while True:
-                signals.check()
-                progress.show("searching %s: %d MB" % (
+                command.check()
+                command.show("searching %s: %d MB" % (
                     shown(os.path.basename(path)), file.tell() >> 20))
                 data = file.read(CHUNK)
                 if not data:
@@ -3587,15 +3576,17 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def run_command(options: argparse.Namespace) -> int:
     """--backup or --forget. Returns the exit status: 0 done, 1 not completed, 2 not begun."""
-    progress = Progress()
+    command = Command()
     try:
         if options.backup is not None:
             if hasattr(os, "nice"):
                 os.nice(10)  # the server goes first
-            back_up(options.db, options.backup, progress, Signals())
+            command.heed_signals()
+            back_up(options.db, options.backup, command)
         else:
             hashes = read_hashes(options.forget, options.pepper_file)  # Ctrl-C ends the reading
-            forget(options.db, hashes, bool(options.pepper_file), progress, Signals())
+            command.heed_signals()
+            forget(options.db, hashes, bool(options.pepper_file), command)
         return 0
     except (KeyboardInterrupt, Interrupted) as error:
         status, words = 128 + (error.args[0] if error.args else signal.SIGINT), "interrupted"
@@ -3603,7 +3594,7 @@ def run_command(options: argparse.Namespace) -> int:
         status, words = 2, str(error)
     except CommandError as error:
         status, words = 1, str(error)
-    progress.say("server.py: " + words)
+    command.say("server.py: " + words)
     return status
 
 

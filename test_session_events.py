@@ -3984,6 +3984,28 @@ def test_server_drains_its_own_listener_and_leaves_an_inherited_one():
                         listener.accept()[0].close()  # the next process gets it
 
 
+@quick
+@pytest.mark.parametrize(
+    ("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("localhost", "127.0.0.1"), ("::1", "[::1]")]
+)
+def test_server_listens_and_says_where(host, shown):
+    with contextlib.ExitStack() as stack:
+        try:
+            turned = stack.enter_context(turning((host, 0)))
+        except OSError as error:
+            assert ":" in host and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+            pytest.skip("this machine has no IPv6")
+        number = turned.socket.getsockname()[1]
+        assert turned.url == "http://%s:%d" % (shown, number)
+        # Without it a client with a small answer waits for the acknowledgement of the one before.
+        assert turned.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        crowd = [
+            stack.enter_context(socket.create_connection((host, number), timeout=30))
+            for _ in range(200)
+        ]
+        assert len(crowd) == 200  # they wait in the system's queue: nobody has accepted one
+
+
 @needs_linux
 def test_server_that_cannot_bind_leaves_no_descriptor():
     with socket.create_server(("127.0.0.1", 0)) as taken, contextlib.closing(
@@ -4100,39 +4122,40 @@ def start_faults(folder):
     }
 
 
+def at_once(function, cases):
+    """What `function` returns for each case, in order. As many run at once as there are CPUs."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, cases))
+
+
 def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
+    def start(flags):
+        return run([sys.executable, ROOT / "server.py", "--port", 0, *flags])
+
     taken, cases = start_faults(tmp_path)
     other, twice = (
         (tmp_path / "other.db").read_bytes(),
         rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"),
     )
     with taken:
-        for name, (flags, words) in cases.items():
-            done = run([sys.executable, ROOT / "server.py", "--port", 0, *flags])
-            assert (done.returncode, done.stdout) == (2, ""), name
-            assert (
-                done.stderr.count("\n") == 1
-                and done.stderr.startswith("server.py: ")
-                and words in done.stderr
-            ), name
+        starts = at_once(start, [flags for flags, _words in cases.values()])
+    for (name, (_flags, words)), done in zip(cases.items(), starts):
+        assert (done.returncode, done.stdout) == (2, ""), name
+        assert (
+            done.stderr.count("\n") == 1
+            and done.stderr.startswith("server.py: ")
+            and words in done.stderr
+        ), name
     assert (tmp_path / "other.db").read_bytes() == other, "what is refused is left as it was"
     assert rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master") == twice
-    for flags in (
+    wrong = (
         ["--port", "70000"],
         ["--rate", "5/week"],
         ["--rate", "9" * 400 + "/s"],
         ["--retain-days", "0"],
         ["--trusted-proxy", "10.0.0.0/99"],
-        [],
-    ):
-        done = run(
-            [
-                sys.executable,
-                ROOT / "server.py",
-                *(["--db", tmp_path / "x.db"] if flags else []),
-                *flags,
-            ]
-        )
+    )
+    for done in at_once(start, [[], *(["--db", tmp_path / "x.db", *flags] for flags in wrong)]):
         assert (
             done.returncode == 2
             and "Traceback" not in done.stderr
@@ -4666,7 +4689,9 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
         ):
             pass
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-        connection.execute("UPDATE session_events SET received_at = '2020-01-01T00:00:00Z'")
+        connection.execute(
+            "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'"
+        )
         connection.execute(
             "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
             " WHERE id = (SELECT max(id) FROM session_events)"
@@ -5630,7 +5655,7 @@ def test_server_sweep_gains_on_what_comes_in(tmp_path):
             assert 1.2 * rows * turns <= gone <= 1.3 * rows * turns
         assert sweep.due(now, 0, 0.0) == 0  # somebody may be about to send
         assert sweep.patience(now, 0.25, 0.0) <= server.SWEEP_QUIET
-        assert 0 < sweep.due(now, 0, 0.05) < sweep.due(now, 0, 5.0)
+        assert sweep.due(now, 0, 0.05) > 0
 
 
 MARKS = """
@@ -5766,6 +5791,32 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
     assert len(rows_of(db)) == next(serial)
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert not (tmp_path / "events.db-wal").exists()
+
+
+@quick
+def test_server_cache_suits_the_files_size(tmp_path, monkeypatch):
+    """A large cache would cost a small file time, and spares a large one reads."""
+    monkeypatch.setattr(server, "LARGE_FILE", 1 << 20)
+    monkeypatch.setattr(server, "CHECKPOINT_PAGES", 100)
+    db = tmp_path / "events.db"
+
+    def cache(store):
+        return -store.db.execute("PRAGMA cache_size").fetchone()[0]
+
+    with contextlib.closing(server.Store(str(db))) as store:
+        assert cache(store) == server.SMALL_CACHE
+        serial = itertools.count()
+
+        def grown():
+            rows = [server.check_event(event(next(serial))) for _ in range(100)]
+            store.write(rows)
+            store.after_turn()
+            return cache(store) == server.LARGE_CACHE
+
+        until(grown)
+        assert 1 << 20 < store.pages_size() < 20 << 20
+    with contextlib.closing(server.Store(str(db))) as store:
+        assert cache(store) == server.LARGE_CACHE
 
 
 def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch, capfd):
@@ -5918,7 +5969,7 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     (tmp_path / "text.db").write_bytes(b"not a database, but long enough to look like one" * 40)
     scripted(tmp_path / "other.db", "CREATE TABLE t (x)")
     # Ctrl-C in the middle of the copy: from the function that shows the progress.
-    stop = "server.Progress.show = lambda *_: " + kill
+    stop = "server.Command.show = lambda *_: " + kill
     late = "take = server.take_name\nserver.take_name = lambda a, b: (open(b, 'x'), take(a, b))"
     for source, target, patch, status, words in (
         (db, "taken.db", "", 2, "is there already"),
@@ -5965,9 +6016,9 @@ def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
     """Lines on a file, one line that changes on a terminal; never a line for each step."""
     db = crowded(tmp_path / "events.db", 20000)
     often = (
-        "\ninit = server.Progress.__init__\ndef eager(self): init(self); self.every = self.due = 0"
+        "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0"
     )
-    often += "\nserver.Progress.__init__ = eager"
+    often += "\nserver.Command.__init__ = eager"
     done = command(db, "--backup", tmp_path / "one.db", patch=often)
     lines = done.stderr.splitlines()
     assert len(lines) > 2 and all(re.fullmatch(r"backup: \d+ of \d+ MB \(\d+%\)", x) for x in lines)
@@ -6069,9 +6120,9 @@ def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypa
     for place in range(70):
         for start in (0, 16, 48):
             (tmp_path / "page").write_bytes(b"f" * place + sha(1)[start : start + 16].encode())
-            assert server.files_with(str(tmp_path), [sha(2), sha(1)], quiet, quiet) == ["page"]
+            assert server.files_with(str(tmp_path), [sha(2), sha(1)], quiet) == ["page"]
     (tmp_path / "page").write_bytes(sha(1)[1:16].encode() + sha(1)[17:32].encode())
-    assert server.files_with(str(tmp_path), [sha(1)], quiet, quiet) == []
+    assert server.files_with(str(tmp_path), [sha(1)], quiet) == []
 
 
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
@@ -6137,25 +6188,26 @@ def test_server_forget_hides_with_the_pepper(tmp_path):
 
 def test_server_forget_refuses_what_it_cannot_do(tmp_path):
     db, good = crowded(tmp_path / "events.db", 100), sha("identity", 1)
-    locked = "server.BUSY_SECONDS = 0.2"
+    cases = (
+        (db, ["abc"], "number 1 is none"),
+        (db, [good, good.upper()], "number 2 is none"),
+        (db, [good + "\n"], "number 1 is none"),
+        (db, ["-"], "no hash on standard input"),
+        (db, [], "expected at least one argument"),
+        (db, [good, "--backup", "x.db"], "not allowed with"),
+        (db, [good, "--pepper-file", "none"], "there is no pepper file none"),
+        (":memory:", [good], "is no file"),
+        ("none.db", [good], "there is no file none.db"),
+    )
+    results = at_once(lambda case: forget(case[0], *case[1], cwd=str(tmp_path)), cases)
+    for (_source, words, says), done in zip(cases, results):
+        assert (done.returncode, done.stdout) == (2, ""), (words, done.stderr)
+        assert says in done.stderr and good[:8] not in done.stderr
     with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as other:
-        for source, words, patch, status, says in (
-            (db, ["abc"], "", 2, "number 1 is none"),
-            (db, [good, good.upper()], "", 2, "number 2 is none"),
-            (db, [good + "\n"], "", 2, "number 1 is none"),
-            (db, ["-"], "", 2, "no hash on standard input"),
-            (db, [], "", 2, "expected at least one argument"),
-            (db, [good, "--backup", "x.db"], "", 2, "not allowed with"),
-            (db, [good, "--pepper-file", "none"], "", 2, "there is no pepper file none"),
-            (":memory:", [good], "", 2, "is no file"),
-            ("none.db", [good], "", 2, "there is no file none.db"),
-            (db, [good], locked, 1, "database is locked; run the command again"),
-        ):
-            if patch:
-                other.execute("BEGIN IMMEDIATE")
-            done = forget(source, *words, patch=patch, cwd=str(tmp_path))
-            assert (done.returncode, done.stdout) == (status, ""), (words, done.stderr)
-            assert says in done.stderr and good[:8] not in done.stderr
+        other.execute("BEGIN IMMEDIATE")
+        done = forget(db, good, patch="server.BUSY_SECONDS = 0.2", cwd=str(tmp_path))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "database is locked; run the command again" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["events.db"]
     assert len(rows_of(db)) == 100
 
@@ -6210,7 +6262,7 @@ def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
     db = crowded(tmp_path / "events.db", 4000, who=lambda n: n % 4)
     stop = (
         "def stop(self, text):\n  if text.startswith(%r): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "server.Progress.show = stop"
+        "server.Command.show = stop"
     )
     for where, left in (("deleted 300 ", 700), ("searching", 0)):
         done = forget(db, sha("identity", 1), patch=stop % where)
