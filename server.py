@@ -1225,7 +1225,6 @@ class Store:
         if self.pepper is not None:
             note_pepper(self.db, self.pepper)
         self.db.execute("PRAGMA " + SWEEP_SETTING)
-        self.fit_cache()
         if not self.in_memory:
             if self.checkpoints is None:
                 self.checkpoints = Checkpoints(self.path)
@@ -1275,6 +1274,7 @@ class Store:
             self.check_table(version)  # before anything in the file is changed
         for setting in SETTINGS:
             self.db.execute("PRAGMA " + setting)
+        self.fit_cache()
         if self.max_bytes is not None:
             page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
             self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
@@ -1455,22 +1455,23 @@ class Store:
 
     def fit_cache(self) -> None:
         """Have as many pages in memory as suits the file, which may have grown."""
-        cache = LARGE_CACHE if self.pages_size() > LARGE_FILE else SMALL_CACHE
-        if cache != self.cache:
-            self.cache = cache
-            self.db.execute("PRAGMA cache_size = -%d" % cache)
+        with contextlib.suppress(sqlite3.Error):  # a write will say it
+            cache = LARGE_CACHE if self.pages_size() > LARGE_FILE else SMALL_CACHE
+            if cache != self.cache:
+                self.db.execute("PRAGMA cache_size = -%d" % cache)
+                self.cache = cache
 
     def pages_size(self) -> int:
-        """Bytes of the database without its log; 0 when it cannot be read."""
-        with contextlib.suppress(sqlite3.Error):
-            pages, page_size = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
-                "page_count", "page_size"))
-            return int(pages * page_size)
-        return 0
+        """Bytes of the database without its log. Raises sqlite3.Error."""
+        pages, page_size = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
+            "page_count", "page_size"))
+        return int(pages * page_size)
 
     def size(self) -> int:
         """Bytes of the database and its log."""
-        total = self.pages_size()
+        total = 0
+        with contextlib.suppress(sqlite3.Error):  # a database that cannot be read yet
+            total = self.pages_size()
         with contextlib.suppress(OSError):
             total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
         return total
@@ -2823,8 +2824,8 @@ class TLSConnection(Connection):
 
 
 # ==================================================================================================
-# Listeners: what the command line says becomes a socket, and a socket what is shown. Nothing else
-# in this file knows what kinds of addresses there are.
+# Listeners: what the command line says becomes a socket, and a socket what is shown. How a kind of
+# address is read, bound, inherited and named stands here and nowhere else.
 # ==================================================================================================
 
 QUEUE = 1024  # connections: a burst of them waits here while a turn commits

@@ -4313,6 +4313,7 @@ def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
 
         running = start()
         assert running.port == listener.getsockname()[1]
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         clients = [Load(n, running, kept=n % 2 == 0) for n in range(4)]
         for client in clients:
             client.start()
@@ -4698,8 +4699,10 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
         )
     with contextlib.closing(server.Store(str(db), 200_000, retain_days=1)) as store:
         rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
+        started = time.monotonic()
         with pytest.raises(server.Unavailable):
             store.write(rows)
+        assert store.sweep.next_at > started  # a store at its limit is not asked in each turn
         store.sweep.look_at_clocks()
         assert store.write(rows, 2).stored == 1
 
@@ -5750,12 +5753,15 @@ def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
         assert (written.stored, sorted(written.refused), written.swept) == (2, [1], 0)
         assert len(ids_of(db)) == 43
         assert store.write([], 5) == (0, {}, 5) and len(ids_of(db)) == 38
+        store.sweep.retention.steady_since -= 60
+        assert store.sweep.due(time.monotonic(), 4, 0.0) == 5  # more are due, so there is no pause
         store.db.execute(
             "CREATE TRIGGER other BEFORE DELETE ON session_events"
             " BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
         )
         new = [server.check_event(event(n)) for n in range(7, 9)]
         assert store.write(new, 5) == (2, {}, 0)  # another program's trigger costs no event
+        assert store.sweep.due(time.monotonic(), 4, 0.0) == 0  # and is not asked in each turn
 
 
 # -- Checkpoints -----------------------------------------------------------------------------------
