@@ -46,7 +46,6 @@ import select
 import selectors
 import signal
 import socket
-import socketserver
 import sqlite3
 import ssl
 import sys
@@ -71,6 +70,7 @@ from typing import (
     Sequence,
     Set,
     Tuple,
+    Type,
     Union,
 )
 
@@ -1038,17 +1038,20 @@ class Looked(NamedTuple):
     young: bool = False  # a young row ended the search
 
 
-def old_rows(rows: Iterable[Tuple[int, Any]], before: Looked, cutoff: str, now: str) -> Looked:
-    """How far `rows`, pairs of id and `received_at`, are older than `cutoff`.
+def old_rows(rows: Iterable[Tuple[int, Any, Any]], before: Looked, cutoff: str,
+             now: str) -> Looked:
+    """How far `rows`, triples of id, `received_at` and `ended_at`, are older than `cutoff`.
 
     Rows arrive in the order of their ids. So a row is at least as young as each row before it, and
     at least as old as each row behind it. A stamp that is lower than the highest before it says
-    nothing, nor does one from the future, from before FIRST_STAMP or that is no text. Such a row is
-    taken for as young as the next row whose stamp says something.
+    nothing, nor does one from the future, from before FIRST_STAMP, from a day before the session
+    ended, or that is no text. Such a row is taken for as young as the next row whose stamp says
+    something.
     """
     old, seen, highest, _young = before
-    for number, stamp in rows:
-        if isinstance(stamp, str) and highest <= stamp <= now:
+    for number, stamp, ended in rows:
+        if (isinstance(stamp, str) and highest <= stamp <= now
+                and not (isinstance(ended, str) and stamp < ended[:10])):
             if stamp >= cutoff:
                 return Looked(old, seen, highest, True)
             old, highest = number, stamp
@@ -1065,6 +1068,7 @@ def unix_seconds(stamp: Any) -> float:
         return math.nan
 
 
+@functools.lru_cache(maxsize=1)
 def stamp_of(seconds: float) -> str:
     """Seconds since 1970 in the form of `received_at`."""
     try:
@@ -1097,11 +1101,6 @@ SETTINGS = (
     # A commit is on the disk when it returns: 202 means that. WAL's usual NORMAL loses the last
     # ones with the power.
     "synchronous = FULL",
-    # 4 MB of pages: what a turn writes. No more, for after a commit in which a leaf was split, and
-    # that is nearly each, SQLite walks through its whole cache: 64 MB of it cost 4% of the rate, at
-    # a million rows 18%. Leaves that are not in it come from the system's own cache, at 1 us. (With
-    # 2 MB, turns of 200 rows spill.)
-    "cache_size = -4096",
     # Pages in the log from which a commit moves them itself, and nobody is answered meanwhile. That
     # is the last resort: `Checkpoints` begins at CHECKPOINT_PAGES.
     "wal_autocheckpoint = 32000",
@@ -1110,6 +1109,15 @@ SETTINGS = (
     # Bytes: after somebody's long read, which keeps the log growing, it shrinks again.
     "journal_size_limit = 201326592",
 )
+
+# KiB of pages in SQLite's cache. 4 MB hold what a turn writes; with 2 MB, turns of 200 rows spill.
+# No more in a file under 1 GB. After a commit in which a leaf was split, and that is nearly each,
+# SQLite walks through its whole cache there, since it gives such leaves the number of the page at
+# 1 GB for a moment: 64 MB cost 18% of the rate at a million rows. In a larger file there is no such
+# walk, and an event needs 8 pages that 4 MB no longer hold. With ten million rows in memory, 64 MB
+# made 10,100 events/s of 7,800. Where the disk is the limit it makes no difference.
+SMALL_CACHE, LARGE_CACHE = 4 << 10, 64 << 10
+LARGE_FILE = 1 << 30  # bytes
 
 # For the time after the migration, which sorts whole indexes and needs a file for that. Deleting
 # a row copies its pages first, since the schema's trigger calls a function. In a file that takes 29
@@ -1125,20 +1133,6 @@ INSERT = (
 INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
 
-
-NEXT_ROWS = ("SELECT id, received_at FROM session_events"
-             " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
-NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
-
-# Rows are deleted in the turns that store rows: a quarter more than those, so that a sweep always
-# gains. With that a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
-SWEEP_SHARE = 1.25
-SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
-SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
-SWEEP_IDLE = 64  # rows a turn when there was no request for a second
-SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
-SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
-CLOCK_EVERY = 1.0  # seconds between looks at the clocks
 
 LITTLE_ROOM = 1 << 20  # bytes free; with less, a fault in opening the database is the disk's
 REOPEN_SECONDS = 1.0  # between attempts to open a database for which the disk had no room
@@ -1201,15 +1195,12 @@ class Store:
         self.path = path if self.in_memory else os.path.realpath(path)
         self.max_bytes, self.pepper, self.retain_days = max_bytes, pepper, retain_days
         self.moved = False
+        self.cache = 0  # KiB of pages, as SQLite was told
         self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
-        self.retention: Optional[Retention] = None
+        self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
-        self.files: List[Tuple[str, Optional[Tuple[int, int]]]] = []
-        self.sweep_at = self.clock_at = 0.0  # when to delete again, and to look at the clocks again
-        self.sweep_waits: Optional[str] = None  # why nothing is deleted now
-        self.sweep_said: Set[str] = set()  # the reasons that are in the log already
-        self.cutoff = self.present = ""  # stamps: rows before are old, rows behind from the future
-        self.looked, self.old_to = Looked(), LEAST_ID
+        self.paths: List[str] = []  # of the open files, and what they were when they were opened
+        self.identities: List[Optional[Tuple[int, int]]] = []
         self.fault, self.reopen_at = "", 0.0
         try:
             self.db = self.connect()
@@ -1237,13 +1228,10 @@ class Store:
         if not self.in_memory:
             if self.checkpoints is None:
                 self.checkpoints = Checkpoints(self.path)
-            names = self.path, self.path + "-wal"
-            self.files = [(name, file_identity(name)) for name in names]
+            self.paths = [self.path, self.path + "-wal"]
+            self.identities = [file_identity(name) for name in self.paths]
         if self.retain_days:
-            newest = self.db.execute("SELECT max(received_at) FROM session_events").fetchone()[0]
-            self.retention = Retention(
-                self.retain_days * DAY, None if newest is None else unix_seconds(newest),
-                self.last_id(), time.time(), steady_clock())
+            self.sweep = Sweep(self.db, self.retain_days)
         self.fault = ""
 
     def lacks_room(self, error: sqlite3.Error) -> bool:
@@ -1286,6 +1274,7 @@ class Store:
             self.check_table(version)  # before anything in the file is changed
         for setting in SETTINGS:
             self.db.execute("PRAGMA " + setting)
+        self.fit_cache()
         if self.max_bytes is not None:
             page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
             self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
@@ -1328,22 +1317,18 @@ class Store:
             raise StartError(
                 "%s has no table session_events with a column %s: it is not this program's"
                 % (self.path, min(missing)))
-        keys = [(column.name, column.kind) for column in columns if column.key]
-        if keys != [("id", "INTEGER")]:
-            raise StartError("%s has a table session_events in which id is not INTEGER PRIMARY KEY:"
-                             " no event can be stored in it" % self.path)
-        for column in columns:
-            if column.not_null and (column.name in NULLABLE
-                                    or (column.name not in wanted and not column.has_default)):
-                raise StartError("%s has a table session_events in which column %s is NOT NULL:"
-                                 " not every event can be stored in it"
-                                 % (self.path, shown(column.name)))
-        for key in self.unique_keys():
-            if not key >= {"identity_hash", "session_id_hash"}:
-                # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
-                raise StartError("%s has a table session_events with a unique index on (%s): not"
-                                 " every event can be stored in it"
-                                 % (self.path, ", ".join(map(shown, sorted(key)))))
+        faults = []
+        if [(column.name, column.kind) for column in columns if column.key] != [("id", "INTEGER")]:
+            faults.append("in which id is not INTEGER PRIMARY KEY")
+        faults += ["in which column %s is NOT NULL" % shown(column.name) for column in columns
+                   if column.not_null and (column.name in NULLABLE or (
+                       column.name not in wanted and not column.has_default))]
+        # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
+        faults += ["with a unique index on (%s)" % ", ".join(map(shown, sorted(key)))
+                   for key in self.unique_keys() if not key >= {"identity_hash", "session_id_hash"}]
+        if faults:
+            raise StartError("%s has a table session_events %s: not every event can be stored in it"
+                             % (self.path, faults[0]))
 
     def unique_keys(self) -> List[Set[str]]:
         """The columns of each unique index of session_events, apart from partial ones."""
@@ -1368,7 +1353,7 @@ class Store:
 
         What is written into a deleted file is lost.
         """
-        self.moved = any(file_identity(name) != identity for name, identity in self.files)
+        self.moved = [file_identity(name) for name in self.paths] != self.identities
         if self.moved:
             raise Unavailable("the database or its -wal file was deleted, replaced or emptied while"
                               " in use: put it back, or restart the server")
@@ -1400,16 +1385,17 @@ class Store:
         Raises Unavailable when none is stored. In the same transaction up to `sweep` of the rows
         that are older than `retain_days` are deleted: that costs no fsync of its own.
         """
-        received_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        received_at = stamp_of(int(time.time()))
         hidden = [self.hide(row) for row in rows] if self.pepper else rows
         try:
             with self.transaction():
                 self.room_missed = self.room()  # and so it stays when the rows do not fit
                 # The deletion comes first: at the size limit, it makes the room.
-                swept = self.delete_old(sweep) if sweep else 0
+                swept = self.sweep.delete(sweep) if self.sweep and sweep else 0
                 stored, refused, undone = self.insert([(*row, received_at) for row in hidden])
         except Unavailable:
-            self.sweep_at = max(self.sweep_at, time.monotonic() + TICK)
+            if self.sweep:
+                self.sweep.pause(TICK)
             raise
         self.room_missed = -1
         if self.checkpoints:
@@ -1462,148 +1448,30 @@ class Store:
         return (  # type: ignore[return-value]
             hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)
 
-    def old_rows_due(self, now: float, rows: int, quiet: float) -> int:
-        """How many old rows a turn that stores `rows` is to delete.
-
-        `now` is monotonic; for `quiet` seconds nobody was answered.
-        """
-        if self.retention is None:
-            return 0
-        if now >= self.clock_at:
-            self.clock_at = now + CLOCK_EVERY
-            try:
-                self.look_at_clocks(self.retention)
-            except sqlite3.Error:  # a write will say it
-                self.sweep_waits = None
-        if self.sweep_waits != "" or now < self.sweep_at:
-            return 0
-        if rows:
-            return int(rows * SWEEP_SHARE) + 1
-        return 0 if quiet < SWEEP_QUIET else SWEEP_PIECE if quiet < 1 else SWEEP_IDLE
-
-    def last_id(self) -> int:
-        """The highest id of the table, 0 for an empty one."""
-        return self.db.execute("SELECT max(id) FROM session_events").fetchone()[0] or 0
-
-    def patience(self, now: float, most: float, quiet: float) -> float:
-        """For how many seconds, `most` at the most, the loop may wait for requests."""
-        if self.retention is None:
-            return most
-        due = self.clock_at if self.sweep_waits != "" else self.sweep_at
-        return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
-
-    def look_at_clocks(self, retention: Retention) -> None:
-        """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
-        wall, steady = time.time(), steady_clock()
-        reason = retention.wait(wall, steady)
-        self.cutoff, self.present = stamp_of(wall - retention.seconds), stamp_of(wall)
-        retention.received(self.last_id(), steady)
-        if not reason and self.sweep_waits != "":
-            self.sweep_said.clear()
-            log("sweep_begins")
-        self.sweep_waits = reason
-        if reason:
-            self.say_why_sweep_waits(reason)
-
-    def say_why_sweep_waits(self, reason: str) -> None:
-        if reason not in self.sweep_said:
-            self.sweep_said.add(reason)
-            log("sweep_waits", reason=reason)
-
-    def delete_old(self, most: int) -> int:
-        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
-        try:
-            return self.delete_next(most)
-        except sqlite3.Error as error:
-            if passing(error):
-                raise
-            # Another program's trigger, say: the turn's rows are not to blame.
-            if "failed" not in self.sweep_said:
-                self.sweep_said.add("failed")
-                log("sweep_failed", reason=type(error).__name__)
-            self.sweep_at = time.monotonic() + SWEEP_EVERY
-            if not self.db.in_transaction:
-                self.db.execute("BEGIN IMMEDIATE")
-            return 0
-
-    def delete_next(self, most: int) -> int:
-        """Delete up to `most` rows that are known to be old, and look for more when there are few.
-
-        Rows go in the order of their ids, and so do their pages: only the two indexes that start
-        with an identity have to be searched.
-        """
-        shipped, fault = self.shipped_to()  # each time: a new destination's mark begins at 0
-        ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
-        if len(ids) < most:
-            ended = self.look_for_old(max(most, SWEEP_LOOK), shipped, fault)
-            ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
-            if ended and len(ids) < most:
-                self.sweep_at = time.monotonic() + SWEEP_EVERY
-        if not ids:
-            return 0
-        return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
-
-    def look_for_old(self, most: int, shipped: int, fault: str) -> bool:
-        """Look at the stamps of up to `most` further rows; True when there are no more."""
-        assert self.retention
-        last = min(self.retention.oldest_young_id() - 1, shipped)
-        rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
-        looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
-        ended = looked.young or len(rows) < most
-        # The last old row stays while rows whose stamps say nothing follow: it shows, also after
-        # a restart, that they are younger than it is.
-        if looked.old > LEAST_ID:
-            self.old_to = looked.old if ended and looked.seen == looked.old else looked.old - 1
-        if not looked.young and last == shipped:
-            following = self.db.execute(NEXT_ROWS, (shipped, MOST_ID, 1)).fetchall()
-            if old_rows(following, Looked(), self.cutoff, self.present).old > shipped:
-                self.say_why_sweep_waits(fault or "old rows are not shipped yet (table ship_marks)")
-        return ended
-
-    def shipped_to(self) -> Tuple[int, str]:
-        """The last id that every destination has confirmed, and what is wrong with the marks.
-
-        Without a table of marks, or in an empty one, that is MOST_ID: nobody ships. Where the marks
-        cannot be understood it is LEAST_ID, so that nothing is deleted.
-        """
-        try:
-            count, whole, least = self.db.execute(
-                "SELECT count(*), total(typeof(last_id) = 'integer'), min(last_id)"
-                " FROM ship_marks").fetchone()
-        except sqlite3.OperationalError as error:
-            if str(error) == "no such table: ship_marks":
-                return MOST_ID, ""
-            if passing(error):
-                raise
-            return LEAST_ID, "the table ship_marks cannot be read"
-        if not count:
-            return MOST_ID, ""
-        return (least, "") if whole == count else (LEAST_ID, "a mark in ship_marks is no number")
-
-    def unshipped(self) -> Optional[int]:
-        """How many ids wait to be shipped; None where nobody ships or nothing can be read."""
-        try:
-            shipped, _fault = self.shipped_to()
-            first, last = self.db.execute(
-                "SELECT (SELECT min(id) FROM session_events), (SELECT max(id) FROM session_events)"
-            ).fetchone()
-        except sqlite3.Error:
-            return None
-        if shipped == MOST_ID:
-            return None
-        return 0 if last is None else max(0, last - max(shipped, first - 1))
-
     def after_turn(self) -> None:
         """What can wait until the answers of a turn have left."""
-        if self.checkpoints and not self.moved:
-            self.checkpoints.go_on(self.db)
+        if self.checkpoints and not self.moved and self.checkpoints.go_on(self.db):
+            self.fit_cache()
+
+    def fit_cache(self) -> None:
+        """Have as many pages in memory as suits the file, which may have grown."""
+        with contextlib.suppress(sqlite3.Error):  # a write will say it
+            cache = LARGE_CACHE if self.pages_size() > LARGE_FILE else SMALL_CACHE
+            if cache != self.cache:
+                self.db.execute("PRAGMA cache_size = -%d" % cache)
+                self.cache = cache
+
+    def pages_size(self) -> int:
+        """Bytes of the database without its log. Raises sqlite3.Error."""
+        pages, page_size = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
+            "page_count", "page_size"))
+        return int(pages * page_size)
 
     def size(self) -> int:
         """Bytes of the database and its log."""
         total = 0
         with contextlib.suppress(sqlite3.Error):  # a database that cannot be read yet
-            pages = self.db.execute("PRAGMA page_count").fetchone()[0]
-            total = pages * self.db.execute("PRAGMA page_size").fetchone()[0]
+            total = self.pages_size()
         with contextlib.suppress(OSError):
             total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
         return total
@@ -1633,6 +1501,175 @@ class Store:
         self.db.close()
         if self.checkpoints:
             self.checkpoints.let_go()
+
+
+NEXT_ROWS = ("SELECT id, received_at, ended_at FROM session_events"
+             " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
+NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
+
+# Rows are deleted in the turns that store rows: a quarter more than those, so that a sweep always
+# gains. With that a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
+SWEEP_SHARE = 1.25
+SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
+SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
+SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
+SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
+CLOCK_EVERY = 1.0  # seconds between looks at the clocks
+
+
+class Sweep:
+    """Deletes what was received over `days` ago, some rows in each turn.
+
+    `db` is the store's connection, and the turn's transaction is open when rows are deleted.
+    """
+
+    def __init__(self, db: sqlite3.Connection, days: int) -> None:
+        self.db = db
+        newest = db.execute("SELECT max(received_at) FROM session_events").fetchone()[0]
+        self.retention = Retention(
+            days * DAY, None if newest is None else unix_seconds(newest), last_id(db),
+            time.time(), steady_clock())
+        self.next_at = self.clock_at = 0.0  # when to delete again, and to look at the clocks again
+        self.waits: Optional[str] = None  # why nothing is deleted now; None: not known yet
+        self.said: Set[str] = set()  # the reasons that are in the log already
+        self.cutoff = self.present = ""  # stamps: rows before are old, rows behind from the future
+        self.looked, self.old_to = Looked(), LEAST_ID
+        self.owed = 0.0  # rows: what is left of SWEEP_SHARE of those that were stored
+
+    def due(self, now: float, rows: int, quiet: float) -> int:
+        """How many old rows a turn that stores `rows` is to delete.
+
+        `now` is monotonic; for `quiet` seconds nobody was answered.
+        """
+        if now >= self.clock_at:
+            self.clock_at = now + CLOCK_EVERY
+            try:
+                self.look_at_clocks()
+            except sqlite3.Error:  # a write will say it
+                self.waits = None
+        if self.waits != "" or now < self.next_at:
+            return 0
+        if rows:
+            self.owed += rows * SWEEP_SHARE
+            whole = int(self.owed)
+            self.owed -= whole
+            return whole
+        return SWEEP_PIECE if quiet >= SWEEP_QUIET else 0
+
+    def patience(self, now: float, most: float, quiet: float) -> float:
+        """For how many seconds, `most` at the most, the loop may wait for requests."""
+        due = self.clock_at if self.waits != "" else self.next_at
+        return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
+
+    def pause(self, seconds: float) -> None:
+        """Delete nothing for so long."""
+        self.next_at = max(self.next_at, time.monotonic() + seconds)
+
+    def look_at_clocks(self) -> None:
+        """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
+        wall, steady = time.time(), steady_clock()
+        reason = self.retention.wait(wall, steady)
+        self.cutoff, self.present = stamp_of(wall - self.retention.seconds), stamp_of(wall)
+        self.retention.received(last_id(self.db), steady)
+        if not reason and self.waits != "":
+            self.said.clear()
+            log("sweep_begins")
+        self.waits = reason
+        if reason:
+            self.say("sweep_waits", reason)
+
+    def say(self, event: str, reason: str) -> None:
+        if reason not in self.said:
+            self.said.add(reason)
+            log(event, reason=reason)
+
+    def delete(self, most: int) -> int:
+        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
+        try:
+            return self.delete_next(most)
+        except sqlite3.Error as error:
+            if passing(error):
+                raise
+            # Another program's trigger, say: the turn's rows are not to blame.
+            self.say("sweep_failed", type(error).__name__)
+            self.pause(SWEEP_EVERY)
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            return 0
+
+    def delete_next(self, most: int) -> int:
+        """Delete up to `most` rows that are known to be old, and look for more when there are few.
+
+        Rows go in the order of their ids, and so do their pages: only the two indexes that start
+        with an identity have to be searched.
+        """
+        shipped, fault = shipped_to(self.db)  # each time: a new destination's mark begins at 0
+        ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
+        if len(ids) < most:
+            ended = self.look_for_old(max(most, SWEEP_LOOK), shipped, fault)
+            ids = self.db.execute(NEXT_OLD_IDS, (min(self.old_to, shipped), most)).fetchall()
+            if ended and len(ids) < most:
+                self.pause(SWEEP_EVERY)
+        if not ids:
+            return 0
+        return self.db.execute("DELETE FROM session_events WHERE id <= ?", ids[-1]).rowcount
+
+    def look_for_old(self, most: int, shipped: int, fault: str) -> bool:
+        """Look at the stamps of up to `most` further rows; True when there are no more."""
+        last = min(self.retention.oldest_young_id() - 1, shipped)
+        rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
+        looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
+        ended = looked.young or len(rows) < most
+        # The last old row stays while rows whose stamps say nothing follow: it shows, also after
+        # a restart, that they are younger than it is.
+        if looked.old > LEAST_ID:
+            self.old_to = looked.old if ended and looked.seen == looked.old else looked.old - 1
+        if not looked.young and last == shipped:
+            following = self.db.execute(NEXT_ROWS, (shipped, MOST_ID, 1)).fetchall()
+            if old_rows(following, Looked(), self.cutoff, self.present).old > shipped:
+                self.say("sweep_waits",
+                         fault or "old rows are not shipped yet (table ship_marks)")
+        return ended
+
+
+def last_id(db: sqlite3.Connection) -> int:
+    """The highest id of the table, 0 for an empty one."""
+    return db.execute("SELECT max(id) FROM session_events").fetchone()[0] or 0
+
+
+def shipped_to(db: sqlite3.Connection) -> Tuple[int, str]:
+    """The last id that every destination has confirmed, and what is wrong with the marks.
+
+    Without a table of marks, or in an empty one, that is MOST_ID: nobody ships. Where the marks
+    cannot be understood it is LEAST_ID, so that nothing is deleted.
+    """
+    try:
+        count, whole, least = db.execute(
+            "SELECT count(*), total(typeof(last_id) = 'integer'), min(last_id)"
+            " FROM ship_marks").fetchone()
+    except sqlite3.OperationalError as error:
+        if str(error) == "no such table: ship_marks":
+            return MOST_ID, ""
+        if passing(error):
+            raise
+        return LEAST_ID, "the table ship_marks cannot be read"
+    if not count:
+        return MOST_ID, ""
+    return (least, "") if whole == count else (LEAST_ID, "a mark in ship_marks is no number")
+
+
+def unshipped(db: sqlite3.Connection) -> Optional[int]:
+    """How many ids wait to be shipped; None where nobody ships or nothing can be read."""
+    try:
+        shipped, _fault = shipped_to(db)
+        first, last = db.execute(
+            "SELECT (SELECT min(id) FROM session_events), (SELECT max(id) FROM session_events)"
+        ).fetchone()
+    except sqlite3.Error:
+        return None
+    if shipped == MOST_ID:
+        return None
+    return 0 if last is None else max(0, last - max(shipped, first - 1))
 
 
 CHECKPOINT_PAGES = 12_000  # in the log (47 MB) when it is moved into the database
@@ -1690,20 +1727,25 @@ class Checkpoints:
         if rows:
             self.pages += COMMIT_PAGES + ROW_PAGES * rows
 
-    def go_on(self, writer: sqlite3.Connection) -> None:
-        """Begin a checkpoint when it is time, or finish the one that the thread has done."""
+    def go_on(self, writer: sqlite3.Connection) -> bool:
+        """Begin a checkpoint when it is time, or finish the one that the thread has done.
+
+        True when one was finished.
+        """
         if self.under_way:
             if not self.reports.empty():
                 self.finish(writer, self.reports.get())
+                return True
         elif self.pages >= self.due:
             self.asked, self.pages = self.pages, 0
             try:
                 self.start()
             except RuntimeError as error:  # no more threads: the commits do it, at their 32,000
                 self.note(str(error))
-                return
+                return False
             self.under_way = True
             self.wanted.put(True)
+        return False
 
     def start(self) -> None:
         """Have a thread. Raises RuntimeError when the system gives none."""
@@ -1877,11 +1919,17 @@ class Interrupted(Exception):
     """A signal ended the command. Its argument is the signal's number."""
 
 
-class Signals:
-    """Remembers the signal that asks this process to end, so that a command can end in order."""
+class Command:
+    """A command on the file while it runs: it shows how far it is, and can be ended in order."""
 
     def __init__(self) -> None:
-        self.received = 0
+        self.received = 0  # the number of the signal that asks this process to end
+        self.terminal = bool(sys.stderr) and sys.stderr.isatty()  # there, one line that changes
+        self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
+        self.due = time.monotonic() + self.every
+
+    def heed_signals(self) -> None:
+        """From now on signals do not end the process; check() does that."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
@@ -1895,17 +1943,8 @@ class Signals:
         if self.received:
             raise Interrupted(self.received)
 
-
-class Progress:
-    """How far a command is, on standard error: on a terminal one line that changes."""
-
-    def __init__(self) -> None:
-        self.terminal = bool(sys.stderr) and sys.stderr.isatty()
-        self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
-        self.due = time.monotonic() + self.every
-
     def show(self, text: str) -> None:
-        """Print `text` if the last line is long enough ago."""
+        """Print `text` on standard error if the last line is long enough ago."""
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + self.every
             self.write("\r\x1b[K" + text if self.terminal else text + "\n")
@@ -1948,7 +1987,7 @@ def open_existing(path: str) -> sqlite3.Connection:
     return db
 
 
-def back_up(path: str, target: str, progress: Progress, signals: Signals) -> None:
+def back_up(path: str, target: str, command: Command) -> None:
     """Write a copy of the database at `path` to `target`, which must not exist.
 
     The copy holds one moment: every event that was answered 202 before the call. It appears under
@@ -1971,24 +2010,24 @@ def back_up(path: str, target: str, progress: Progress, signals: Signals) -> Non
             copy = os.path.join(partial, "copy")
             try:
                 os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                vacuum_into(db, copy, progress, signals)
+                vacuum_into(db, copy, command)
                 sync(copy, os.O_RDWR)
-                signals.check()
+                command.check()
                 take_name(copy, target)
             except FileExistsError:
                 raise CommandError("%s appeared meanwhile: it was left as it is" % target) from None
             except (OSError, sqlite3.Error) as error:
-                signals.check()  # an interrupted statement is an error too
+                command.check()  # an interrupted statement is an error too
                 raise CommandError("cannot copy %s to %s: %s" % (
                     path, target, getattr(error, "strerror", None) or error)) from None
     with contextlib.suppress(OSError):  # not every system can do that to a folder
         sync(folder, os.O_RDONLY)
-    progress.clear()
+    command.clear()
     print_line("%s: %d MB in %.1f s" % (
         target, os.path.getsize(target) >> 20, time.monotonic() - started))
 
 
-def vacuum_into(db: sqlite3.Connection, copy: str, progress: Progress, signals: Signals) -> None:
+def vacuum_into(db: sqlite3.Connection, copy: str, command: Command) -> None:
     """Copy the database of `db` into the empty file `copy`, from one read transaction.
 
     Connection.backup copies pages, and with them what is left of deleted rows in free pages and in
@@ -2003,8 +2042,8 @@ def vacuum_into(db: sqlite3.Connection, copy: str, progress: Progress, signals: 
 
     def step() -> int:
         done = min(os.path.getsize(copy) >> 20, megabytes)
-        progress.show("backup: %d of %d MB (%d%%)" % (done, megabytes, 100 * done // megabytes))
-        return signals.received  # not 0 ends the statement
+        command.show("backup: %d of %d MB (%d%%)" % (done, megabytes, 100 * done // megabytes))
+        return command.received  # not 0 ends the statement
 
     db.set_progress_handler(step, 20_000)  # steps of SQLite's machine: about 2 ms
     db.execute("VACUUM INTO ?", (copy,))
@@ -2056,8 +2095,7 @@ def read_hashes(words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
     return list(dict.fromkeys(hashes))
 
 
-def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
-           signals: Signals) -> None:
+def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -> None:
     """Delete every event whose identity or GitHub hash is one of `hashes`, and all copies of them.
 
     `hashes` are as the database has them. Standard output gets the statement that does the same in
@@ -2068,28 +2106,28 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, progress: Progress,
     for rewrite in (False, True):
         with contextlib.closing(open_existing(path)) as db:
             try:
-                deleted = delete_events(db, hashes, progress, signals)
+                deleted = delete_events(db, hashes, command)
                 if deleted or not rewrite:
-                    progress.say("deleted %s" % counted(deleted, "event"))
+                    command.say("deleted %s" % counted(deleted, "event"))
                 if not rewrite:
                     unprinted = print_line(clickhouse_statement(hashes))
                     if not deleted and not peppered:
-                        progress.say("(if the server runs with --pepper-file, give it here too)")
+                        command.say("(if the server runs with --pepper-file, give it here too)")
                 else:
-                    rewrite_file(db, folder, signals)
-                empty_log(db, progress, signals)
+                    rewrite_file(db, folder, command)
+                empty_log(db, command)
             except sqlite3.Error as error:
-                signals.check()  # an interrupted statement is an error too
+                command.check()  # an interrupted statement is an error too
                 raise CommandError(
                     "cannot write %s: %s; run the command again%s" % (
                         path, error, " (this takes twice the file's size in free disk space)"
                         if rewrite else "")) from None
         # Only now: a process that closes any descriptor of the file loses SQLite's locks on it.
-        left = files_with(folder, hashes, progress, signals)
+        left = files_with(folder, hashes, command)
         if not any(name + suffix in left for suffix in SIDE_FILES):
             break
         if not rewrite:
-            progress.say("copies are left in unused parts of the file: all of it is written anew,"
+            command.say("copies are left in unused parts of the file: all of it is written anew,"
                          " and meanwhile the server answers 503")
     if left:
         raise CommandError(
@@ -2115,26 +2153,25 @@ def counted(count: int, word: str) -> str:
     return "%d %s%s" % (count, word, "" if count == 1 else "s")
 
 
-def delete_events(db: sqlite3.Connection, hashes: Sequence[str], progress: Progress,
-                  signals: Signals) -> int:
+def delete_events(db: sqlite3.Connection, hashes: Sequence[str], command: Command) -> int:
     """Delete the events of `hashes` in short transactions; returns how many there were."""
     for setting in ("temp_store = MEMORY", "secure_delete = ON"):
         db.execute("PRAGMA " + setting)
     db.execute("CREATE TEMP TABLE forgotten (hash TEXT PRIMARY KEY) WITHOUT ROWID")
     db.executemany("INSERT INTO forgotten VALUES (?)", [(text,) for text in hashes])
-    found, deleted = find_events(db, progress, signals), 0
+    found, deleted = find_events(db, command), 0
     for start in range(0, len(found), DELETE_BATCH):
-        progress.show("deleted %d of %d events" % (deleted, len(found)))
-        with write_lock(db, signals):
+        command.show("deleted %d of %d events" % (deleted, len(found)))
+        with write_lock(db, command):
             deleted += db.executemany(
                 "DELETE FROM session_events WHERE id = ? AND (%s)" % FORGOTTEN,
                 [(event_id,) for event_id in found[start:start + DELETE_BATCH]]).rowcount
     for text in hashes:
-        rewrite_neighbours(db, text, signals)
+        rewrite_neighbours(db, text, command)
     return deleted
 
 
-def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) -> List[int]:
+def find_events(db: sqlite3.Connection, command: Command) -> List[int]:
     """The ids of the events whose hashes are in the table `forgotten`.
 
     No index has the GitHub hash, so all rows are read. That goes in many short reads, since the
@@ -2144,8 +2181,8 @@ def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) ->
     found: List[int] = []
     last, looked = -1 << 63, 0
     while True:
-        signals.check()
-        progress.show("looked at %d events" % looked)
+        command.check()
+        command.show("looked at %d events" % looked)
         rows = db.execute(query, (last, READ_BATCH)).fetchall()
         if not rows:
             return found
@@ -2154,11 +2191,11 @@ def find_events(db: sqlite3.Connection, progress: Progress, signals: Signals) ->
 
 
 @contextlib.contextmanager
-def write_lock(db: sqlite3.Connection, signals: Signals) -> Iterator[None]:
+def write_lock(db: sqlite3.Connection, command: Command) -> Iterator[None]:
     """One short transaction. Afterwards it waits, since SQLite's lock is not given out in order."""
     end = time.monotonic() + BUSY_SECONDS
     while not db.in_transaction:
-        signals.check()
+        command.check()
         try:
             db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
@@ -2175,7 +2212,7 @@ def write_lock(db: sqlite3.Connection, signals: Signals) -> Iterator[None]:
     time.sleep(max(0.03, time.monotonic() - started))
 
 
-def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> None:
+def rewrite_neighbours(db: sqlite3.Connection, text: str, command: Command) -> None:
     """Write the index entries around a deleted hash anew.
 
     When SQLite splits a full page, the entries that move to the new page can stay in the unused
@@ -2188,7 +2225,7 @@ def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> N
     around = ("SELECT id FROM session_events WHERE identity_hash %s ?"
               " ORDER BY identity_hash %s LIMIT ?")
     try:
-        with write_lock(db, signals):
+        with write_lock(db, command):
             near = [row for side in (("<", "DESC"), (">", "ASC"))
                     for row in db.execute(around % side, (text, NEIGHBOURS)).fetchall()]
             for value in ("'~' || identity_hash", "substr(identity_hash, 2)"):
@@ -2198,7 +2235,7 @@ def rewrite_neighbours(db: sqlite3.Connection, text: str, signals: Signals) -> N
         pass  # a foreign table's rule forbids such a value: the whole file is written anew instead
 
 
-def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> None:
+def empty_log(db: sqlite3.Connection, command: Command) -> None:
     """Move all of the -wal file into the database and cut it to nothing. Raises CommandError."""
     end = time.monotonic() + EMPTYING_SECONDS
     # TRUNCATE holds the write lock while it waits for readers: less than the server waits for it.
@@ -2207,28 +2244,27 @@ def empty_log(db: sqlite3.Connection, progress: Progress, signals: Signals) -> N
         db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()  # most of the work, and no lock
         if not db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             return
-        signals.check()
+        command.check()
         if time.monotonic() > end:
             raise CommandError("the -wal file may hold copies and could not be emptied: another"
                                " process was reading for %d s. End it, and run the command again"
                                % EMPTYING_SECONDS)
-        progress.show("waiting for readers of the database to end")
+        command.show("waiting for readers of the database to end")
         time.sleep(0.1)
 
 
-def rewrite_file(db: sqlite3.Connection, folder: str, signals: Signals) -> None:
+def rewrite_file(db: sqlite3.Connection, folder: str, command: Command) -> None:
     """VACUUM: every page is written anew, and no free page is left. Raises sqlite3.Error."""
     # Its temporary file is as large as the database, and as private: not in memory, not in /tmp.
     db.execute("PRAGMA temp_store = FILE")
     db.execute("PRAGMA temp_store_directory = '%s'" % folder.replace("'", "''"))
     db.execute("PRAGMA busy_timeout = %d" % (BUSY_SECONDS * 1000))
-    db.set_progress_handler(lambda: signals.received, 20_000)
+    db.set_progress_handler(lambda: command.received, 20_000)
     db.execute("VACUUM")
     db.set_progress_handler(None, 0)
 
 
-def files_with(folder: str, hashes: Sequence[str], progress: Progress,
-               signals: Signals) -> List[str]:
+def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str]:
     """The names of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
 
     Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
@@ -2240,19 +2276,19 @@ def files_with(folder: str, hashes: Sequence[str], progress: Progress,
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if entry.is_file() and holds(entry.path, pieces, progress, signals):
+                if entry.is_file() and holds(entry.path, pieces, command):
                     found.append(entry.name)
     return found
 
 
-def holds(path: str, pieces: Sequence[bytes], progress: Progress, signals: Signals) -> bool:
+def holds(path: str, pieces: Sequence[bytes], command: Command) -> bool:
     """True if one of `pieces`, each of PIECE bytes, is in the file, or nobody can tell."""
     try:
         with open(path, "rb", buffering=0) as file:
             kept = b""
             while True:
-                signals.check()
-                progress.show("searching %s: %d MB" % (
+                command.check()
+                command.show("searching %s: %d MB" % (
                     shown(os.path.basename(path)), file.tell() >> 20))
                 data = file.read(CHUNK)
                 if not data:
@@ -2355,7 +2391,7 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
 
     def get_metrics(self) -> Answer:
         server = self.server
-        server.metrics.unshipped = server.store.unshipped()
+        server.metrics.unshipped = unshipped(server.store.db)
         text = server.metrics.text(server.connections.by_phase(), server.store.size())
         return Answer(200, text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -2483,6 +2519,8 @@ class Connection:
                  "phase", "proxy", "queued", "reader", "routes", "server", "since", "sock",
                  "unsent", "unused_handshake")
 
+    not_yet: Tuple[Type[OSError], ...] = (BlockingIOError,)  # what the socket says for that
+
     def __init__(self, server: IngestServer, sock: socket.socket, routes: Routes,
                  bucket: Optional[bytes], proxy: str) -> None:
         self.server, self.sock, self.routes = server, sock, routes
@@ -2592,18 +2630,18 @@ class Connection:
         """What has arrived; None when that is nothing yet, no bytes when the connection is over."""
         try:
             return self.sock.recv(READ_SIZE)
-        except BlockingIOError:
+        except self.not_yet:
             return None
-        except OSError:
+        except (OSError, ValueError):  # ValueError: from OpenSSL
             return b""
 
     def transmit(self, data: bytes) -> Optional[int]:
         """How much of `data` was taken; None when the connection is over."""
         try:
             return self.sock.send(data)
-        except BlockingIOError:
+        except self.not_yet:
             return 0
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     def receive_requests(self) -> None:
@@ -2716,10 +2754,15 @@ class Connection:
 
 
 class TLSConnection(Connection):
-    """The same over TLS. A handshake is done in pieces, and holds up nobody."""
+    """The same over TLS. A handshake is done in pieces, and holds up nobody.
+
+    A TLS record is at most 16 KiB. So one call of recv() leaves nothing in OpenSSL's buffer, where
+    no selector looks.
+    """
 
     __slots__ = ("context", "shaken")
     sock: ssl.SSLSocket
+    not_yet = ssl.SSLWantReadError, ssl.SSLWantWriteError
 
     def __init__(self, server: IngestServer, sock: socket.socket, routes: Routes,
                  bucket: Optional[bytes], proxy: str, context: ssl.SSLContext) -> None:
@@ -2779,23 +2822,76 @@ class TLSConnection(Connection):
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
 
-    def receive(self) -> Optional[bytes]:
-        # A TLS record is at most 16 KiB, so that one call leaves nothing in OpenSSL's buffer, where
-        # no selector looks.
-        try:
-            return self.sock.recv(READ_SIZE)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return None
-        except (OSError, ValueError):
-            return b""
 
-    def transmit(self, data: bytes) -> Optional[int]:
-        try:
-            return self.sock.send(data)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            return 0
-        except (OSError, ValueError):
-            return None
+# ==================================================================================================
+# Listeners: what the command line says becomes a socket, and a socket what is shown. How a kind of
+# address is read, bound, inherited and named stands here and nowhere else.
+# ==================================================================================================
+
+QUEUE = 1024  # connections: a burst of them waits here while a turn commits
+
+Place = Tuple[str, int]  # where to listen: an address or a host's name, and a port
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:
+        raise ValueError
+    return number
+
+
+def host_and_port(text: str) -> Place:
+    host, _, number = text.rpartition(":")
+    if not host:
+        raise ValueError
+    return host.strip("[]"), port(number)
+
+
+def open_listener(place: Place) -> socket.socket:
+    """A socket that listens at `place`. Raises OSError."""
+    listener = socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET)
+    try:
+        if os.name == "posix":  # on Windows it would let two servers have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(QUEUE)
+        return prepared(listener)
+    except BaseException:
+        listener.close()
+        raise
+
+
+def prepared(listener: socket.socket) -> socket.socket:
+    """`listener` with the options that accepted connections inherit. Raises OSError."""
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def inherited_listener() -> Optional[socket.socket]:
+    """The socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
+    passed_on = os.environ.get("LISTEN_FDS", "")
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
+        return None
+    if passed_on != "1":
+        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
+    passed = socket.socket(fileno=3)
+    passed.set_inheritable(False)
+    if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise StartError(
+            "the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
+    return prepared(passed)
+
+
+def url_of(scheme: str, listener: socket.socket) -> str:
+    """What a client would call the place at which `listener` listens."""
+    host, number = listener.getsockname()[:2]
+    return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, number)
+
+
+def peer_of(address: Any) -> str:
+    """Who connects, in text, from what accept() says."""
+    return str(address[0])
 
 
 # ==================================================================================================
@@ -2807,7 +2903,8 @@ BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), 
 READING_SECONDS = 0.02  # spent on them: who waits for a turn waits for all of it
 ACCEPTS_A_TURN = 256
 NO_DESCRIPTORS = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
-TICK = 0.25  # seconds: how late a deadline may be noticed
+TICK = 0.25  # seconds that the loop sleeps at most
+EXPIRE_EVERY = 0.05  # seconds between looks at the deadlines, which take 5 us
 LOG_SECONDS = 1.0  # between two lines about the store
 
 
@@ -2843,10 +2940,6 @@ class IngestServer(http.server.HTTPServer):
     too: connections that nobody has accepted are left to that one.
     """
 
-    request_queue_size = 1024  # a burst of connections waits here while a turn commits
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port,
-    allow_reuse_port = False  # as this would
-
     def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = DEFAULTS, *,
                  inherited: Optional[socket.socket] = None, access_log: bool = False,
                  trusted: Sequence[Network] = (), tls: Optional[ssl.SSLContext] = None) -> None:
@@ -2859,6 +2952,7 @@ class IngestServer(http.server.HTTPServer):
         self.taken, self.reading_until = 0, 0.0  # bytes of this turn's requests; when it is full
         self.rows: List[Row] = []  # of this turn
         self.answered_at = self.now  # when somebody was
+        self.expire_at = self.now
         # From other threads and signal handlers.
         self.calls: Deque[Callable[[], None]] = collections.deque()
         self.feed_watchdog: Callable[[], None] = lambda: None
@@ -2869,8 +2963,8 @@ class IngestServer(http.server.HTTPServer):
         if store.fault:
             self.note_store(store.fault)
         self.inherited = inherited is not None
-        self.address_family = inherited.family if inherited else family_of(address[0])
         super().__init__(address, IngestHandler, bind_and_activate=False)
+        self.socket.close()  # HTTPServer's own, for one address family only
         self.listeners: Dict[socket.socket, Routes] = {}
         self.muted_until = 0.0  # no descriptor is left for who connects
         self.selector = selectors.DefaultSelector()
@@ -2879,55 +2973,25 @@ class IngestServer(http.server.HTTPServer):
         self.bell.setblocking(False)
         self.selector.register(self.alarm, READ, self.make_calls)
         try:
-            if inherited:
-                self.socket.close()
-                self.socket = inherited
-                self.name_address()
-            else:
-                self.server_bind()
-                self.server_activate()
+            self.socket = inherited or open_listener(address)
+            self.server_address = self.socket.getsockname()
             self.listen(self.socket, PUBLIC)
         except BaseException:
             self.server_close()
             raise
 
-    def server_bind(self) -> None:
-        # HTTPServer's own looks the host's name up: seconds, at worst.
-        socketserver.TCPServer.server_bind(self)
-        self.name_address()
-
-    def name_address(self) -> None:
-        self.server_address = self.socket.getsockname()
-        self.server_name = str(self.server_address[0])
-        self.server_port = int(self.server_address[1])
-
     def listen(self, listener: socket.socket, routes: Routes) -> None:
         """Serve `routes` to whoever connects to `listener`."""
         listener.setblocking(False)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
         self.listeners[listener] = routes
         self.watch_listener(listener)
 
     def watch_listener(self, listener: socket.socket) -> None:
         self.selector.register(listener, READ, functools.partial(self.on_connecting, listener))
 
-    def listen_for_operators(self, address: Tuple[str, int]) -> None:
-        """Serve the metrics on an address of their own. Raises OSError."""
-        listener = socket.socket(family_of(address[0]))
-        try:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
-            listener.bind(address)
-            listener.listen()
-            self.listen(listener, OPERATORS)
-        except BaseException:
-            listener.close()
-            raise
-
     @property
     def url(self) -> str:
-        name = "[%s]" % self.server_name if ":" in self.server_name else self.server_name
-        return "%s://%s:%d" % ("https" if self.tls else "http", name, self.server_port)
+        return url_of("https" if self.tls else "http", self.socket)
 
     # -- called from any thread, or a signal handler -----------------------------------------------
 
@@ -2954,7 +3018,9 @@ class IngestServer(http.server.HTTPServer):
         self.report()
 
     def turn(self, timeout: float) -> None:
-        ready = self.wait(self.store.patience(self.now, timeout, self.now - self.answered_at))
+        if self.store.sweep:
+            timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
+        ready = self.wait(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         self.taken, self.reading_until = 0, time.perf_counter() + READING_SECONDS
         backlog = self.connections.backlog
@@ -2970,7 +3036,9 @@ class IngestServer(http.server.HTTPServer):
             # events/s at 32 clients).
             again = len(self.rows) > before + 1 and not self.turn_is_full()
             ready = self.selector.select(0) if again else []
-        self.expire()
+        if self.now >= self.expire_at or self.connections.held >= MAX_HELD:
+            self.expire_at = self.now + EXPIRE_EVERY
+            self.expire()
         self.answer(self.commit())
         self.store.after_turn()
         self.report()
@@ -3031,7 +3099,7 @@ class IngestServer(http.server.HTTPServer):
                 return
             if len(self.connections) >= self.limits.max_connections:
                 self.connections.close_longest_waiting()
-            self.open_connection(sock, str(address[0]), self.listeners[listener])
+            self.open_connection(sock, peer_of(address), self.listeners[listener])
 
     def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
         sock.setblocking(False)
@@ -3129,12 +3197,13 @@ class IngestServer(http.server.HTTPServer):
     def commit(self) -> List[Answer]:
         """Store the turn's rows; the answer to each, in order."""
         rows, self.rows = self.rows, []
-        sweep = self.store.old_rows_due(self.now, len(rows), self.now - self.answered_at)
-        if not rows and not sweep:
+        sweep = self.store.sweep
+        old = sweep.due(self.now, len(rows), self.now - self.answered_at) if sweep else 0
+        if not rows and not old:
             return []
         started = time.perf_counter()
         try:
-            written = self.store.write(rows, sweep)
+            written = self.store.write(rows, old)
         except Unavailable as reason:
             self.note_store(str(reason))
             return [UNAVAILABLE] * len(rows)
@@ -3209,10 +3278,6 @@ class IngestServer(http.server.HTTPServer):
         self.selector.close()
         self.alarm.close()
         self.bell.close()
-
-
-def family_of(host: str) -> int:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 # ==================================================================================================
@@ -3398,20 +3463,6 @@ server that a systemd socket unit starts takes that socket in place of --host an
 """
 
 
-def port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError
-    return number
-
-
-def host_and_port(text: str) -> Tuple[str, int]:
-    host, _, number = text.rpartition(":")
-    if not host:
-        raise ValueError
-    return host.strip("[]"), port(number)
-
-
 def rate(text: str) -> Optional[Rate]:
     if text == "off":
         return None
@@ -3526,15 +3577,17 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def run_command(options: argparse.Namespace) -> int:
     """--backup or --forget. Returns the exit status: 0 done, 1 not completed, 2 not begun."""
-    progress = Progress()
+    command = Command()
     try:
         if options.backup is not None:
             if hasattr(os, "nice"):
                 os.nice(10)  # the server goes first
-            back_up(options.db, options.backup, progress, Signals())
+            command.heed_signals()
+            back_up(options.db, options.backup, command)
         else:
             hashes = read_hashes(options.forget, options.pepper_file)  # Ctrl-C ends the reading
-            forget(options.db, hashes, bool(options.pepper_file), progress, Signals())
+            command.heed_signals()
+            forget(options.db, hashes, bool(options.pepper_file), command)
         return 0
     except (KeyboardInterrupt, Interrupted) as error:
         status, words = 128 + (error.args[0] if error.args else signal.SIGINT), "interrupted"
@@ -3542,7 +3595,7 @@ def run_command(options: argparse.Namespace) -> int:
         status, words = 2, str(error)
     except CommandError as error:
         status, words = 1, str(error)
-    progress.say("server.py: " + words)
+    command.say("server.py: " + words)
     return status
 
 
@@ -3557,11 +3610,11 @@ def build(options: argparse.Namespace) -> IngestServer:
     address = options.host, options.port
     try:
         server = IngestServer(
-            address, store, limits, inherited=inherited_socket(), access_log=options.access_log,
+            address, store, limits, inherited=inherited_listener(), access_log=options.access_log,
             trusted=options.trusted_proxy, tls=tls)
         if options.metrics:
             address = options.metrics
-            server.listen_for_operators(address)
+            server.listen(open_listener(address), OPERATORS)
     except OSError as error:
         store.close()
         taken = error.errno == errno.EADDRINUSE
@@ -3615,22 +3668,6 @@ def raise_descriptor_limit(connections: int) -> int:
     if soft < wanted:
         log("descriptor_limit", descriptors=soft, connections=max(1, soft - SPARE_DESCRIPTORS))
     return max(1, soft - SPARE_DESCRIPTORS)
-
-
-def inherited_socket() -> Optional[socket.socket]:
-    """The listening socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
-    passed_on = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
-        return None
-    if passed_on != "1":
-        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
-    passed = socket.socket(fileno=3)
-    passed.set_inheritable(False)
-    if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
-            socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        raise StartError(
-            "the passed socket is not a listening TCP socket (Accept=no in the socket unit)")
-    return passed
 
 
 def watchdog_seconds() -> float:
