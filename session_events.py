@@ -3163,7 +3163,8 @@ class RowsRefused(Refused):
     """ClickHouse finds fault with the rows of an INSERT."""
 
 
-# -- Rows: SQLite makes a line of each, one expression checks it, ClickHouse reads it --
+# -- Rows: SQLite makes a line of text of each, one regular expression checks the line, and it is
+# what ClickHouse gets. So what is checked is what is sent. --
 
 
 # A date that exists. 29 February is left to `odd_line`.
@@ -3173,7 +3174,7 @@ SHIP_TIME = "T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
 
 
 def ship_form(kind: str, rule: Any) -> Tuple[str, str]:
-    """The condition that a column {0} of this field keeps, and the pattern of its text."""
+    """The condition in SQL that the column {0} of a field keeps, and the pattern of its text."""
     if kind == "number":
         return "typeof({0}) = 'integer' AND {0} BETWEEN %d AND %d" % rule, "[0-9]+"
     if kind == "string or null":  # NULL is \\N in ClickHouse's TabSeparated
@@ -3220,8 +3221,8 @@ def ship_span(date: str) -> Tuple[str, str]:
 
 
 def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
-    """(line, ended_at) of a row that SHIP_SQL gives in no usual form: another program may have
-    written it. Raises Unfit if it is no session; its text names the column, never a value."""
+    """(line, ended_at) of a row that `usual_line` does not match: another program may have written
+    it. Raises Unfit if it is no session. The text names the column, never a value."""
     *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
                                  % COLUMNS, [row_id]).fetchone()
     wrong = [name for name, fits, cell in zip(SHIP_FIELDS, CHECKS, row[1:]) if not fits(cell)]
@@ -3232,9 +3233,10 @@ def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (row_id, wrong[0]))
     s = session_of(row)
-    cells = (received, s.identity, s.github, s.session, moment_text(s.ended), s.tools, s.tokens,
-             s.branch, json.dumps(s.refs, separators=(",", ":")), s.version)
-    return "\t".join(r"\N" if cell is None else str(cell) for cell in cells), cells[4]
+    ended = moment_text(s.ended)
+    cells = (received, s.identity, s.github, s.session, ended, s.tools, s.tokens, s.branch,
+             json.dumps(s.refs, separators=(",", ":")), s.version)
+    return "\t".join(r"\N" if cell is None else str(cell) for cell in cells), ended
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
@@ -3414,7 +3416,7 @@ class ClickHouse:
         self.destination = "%s://%s:%d%s/%s.%s" % (
             parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
 
-    def ask(self, sql: str, rows: Sequence[Shipped] = (), silence: float = SHIP_SILENCE
+    def ask(self, sql: str, rows: Sequence[Shipped] = (), silence: Optional[float] = None
             ) -> List[str]:
         """The lines of the answer to a statement; `rows` are its table `mine`. `silence`: seconds
         without a byte until the peer is given up. Raises Later, RowsRefused, Refused."""
@@ -3430,7 +3432,8 @@ class ClickHouse:
             text = text.replace('"', "'")  # as ClickHouse quotes the texts of an array
             body = ('--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
                     '%s\r\n--%s--\r\n' % (boundary, text, boundary)).encode("ascii")
-        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers, silence)
+        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers,
+                                   silence or SHIP_SILENCE)
         if status != 200:
             raise self.refusal(status, said, query_id, bool(rows))
         return said.decode("utf-8", "replace").splitlines()
@@ -3586,18 +3589,19 @@ class Shipment:
 
     def mark(self, reader: Reader) -> Optional[Mark]:
         """The mark, None where there is none. Raises Refused if it is none of ours."""
-        there = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
-        fits = not there or there == SHIP_MARK_COLUMNS
-        found = fits and first_row(reader, "ship_marks", "SELECT node, last_id, confirmed_at, "
-                                   "synced_id FROM ship_marks WHERE destination = ?",
-                                   [self.house.destination])
-        if fits and not found:
+        columns = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
+        if not columns:
             return None
-        if not found or not re.fullmatch("[0-9a-f]{16}", str(found[0])) or not all(
-                isinstance(n, int) for n in found[1::2]) or stored_instant(found[2]) is None:
-            raise Refused("the table ship_marks in %s does not hold a mark of this version; drop "
-                          "it, and all rows go once more" % self.path)
-        return Mark._make(found)
+        if columns == SHIP_MARK_COLUMNS:
+            found = reader.rows("SELECT node, last_id, confirmed_at, synced_id FROM ship_marks "
+                                "WHERE destination = ?", [self.house.destination]).fetchone()
+            if not found:
+                return None
+            if re.fullmatch("[0-9a-f]{16}", str(found[0])) and stored_instant(found[2]) and all(
+                    isinstance(cell, int) for cell in found[1::2]):
+                return Mark._make(found)
+        raise Refused("the table ship_marks in %s does not hold a mark of this version; drop it, "
+                      "and all rows go once more" % self.path)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -3642,7 +3646,7 @@ class Shipment:
                 "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000),
                 **dict(zip(("", "identity", "", "session"), keys))}).rowcount > 0
 
-    def confirmed(self, mark: Mark, reader: Reader, most: int) -> List[Shipped]:
+    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
         """The last rows up to the mark."""
         try:
             return ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, most)
@@ -3666,7 +3670,7 @@ class Shipment:
         if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
             return None
         self.looked = time.monotonic()
-        sample = self.confirmed(mark, reader, SHIP_SAMPLE)
+        sample = self.confirmed(reader, mark, SHIP_SAMPLE)
         if sample and not self.house.found(sample):
             there = self.house.months()
             if not there or there & {row.month for row in sample}:
@@ -3715,7 +3719,7 @@ class Shipment:
                     end = (done + end) // 2
                     continue
                 with reading(self.path) as reader:
-                    taken = rows[done - 1:done] or self.confirmed(mark, reader, 1)
+                    taken = rows[done - 1:done] or self.confirmed(reader, mark, 1)
                 try:
                     if taken:
                         self.house.insert(mark.node, taken)
@@ -3730,11 +3734,9 @@ class Shipment:
         with reading(self.path) as reader:
             mark = self.mark(reader)
             last = mark.last_id if mark else SHIP_LEAST
-            waiting, = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
-                                   [last]).fetchone()
-            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id "
-                                 "LIMIT 1", [last]).fetchone()
-        since = stored_instant(oldest[0]) if oldest else None
+            waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
+                                          "WHERE id > ?", [last]).fetchone()
+        since = stored_instant(oldest)
         age = 0 if since is None else max(0, (now_ms() - since) // 1000)
         return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": age}
 
