@@ -38,7 +38,6 @@ import collections
 import contextlib
 import csv
 import datetime
-import email.utils
 import errno
 import functools
 import gc
@@ -62,7 +61,6 @@ import socket
 import sqlite3
 import ssl
 import statistics
-import struct
 import sys
 import tempfile
 import textwrap
@@ -3139,294 +3137,191 @@ def demo(options: argparse.Namespace) -> int:
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
 # ==================================================================================================
 
-SHIP_NODE = "session_events_node"  # one row: the file's random name as a node
 SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
 SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
-SHIP_MONTHS = 45  # most spans of 31 days in one batch: ClickHouse takes 100 months in one INSERT
-SHIP_REFS_TEXT = 1 << 16  # bytes: an event is not longer
-SHIP_ANSWER_BYTES = 64 << 20
-SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
-FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
-SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
-SHIP_SAMPLE = 100  # confirmed rows that are looked for before a batch
+SHIP_MONTHS = 90  # most of one batch: ClickHouse takes 100 partitions in one INSERT
+SHIP_LATE, SHIP_EARLY = 366, 1  # days by which `ended` may lie before and after the arrival
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
-SHIP_LATE, SHIP_EARLY = 366 * 86_400, 86_400  # seconds by which `ended` may differ from received_at
-SHIP_SECONDS = (1 << 32) - 1  # the last moment of a DateTime, in 2106
+SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
+SHIP_SAMPLE = 100  # confirmed rows that are looked for, to see whether the table was emptied
+SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
+SHIP_ANSWER_BYTES = 64 << 20
+FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
 
 is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
 
 
 class Unfit(Refused):
-    """A row that cannot be shipped, so that what comes after it must wait."""
+    """A row cannot be shipped. Those after it wait until somebody has corrected or deleted it."""
 
 
 class Later(Refused):
-    """It cannot be done now, and that passes; `after`: Retry-After in seconds, if there is one."""
-
-    def __init__(self, text: str, after: Optional[float] = None) -> None:
-        super().__init__(text)
-        self.after = after
+    """It cannot be done now, and that passes by itself."""
 
 
-class InsertRefused(Refused):
-    """ClickHouse finds fault with the rows of an INSERT. Its words may quote a row: not here."""
+class RowsRefused(Refused):
+    """ClickHouse finds fault with the rows of an INSERT."""
 
 
-# -- A batch of rows, by the rules of FIELDS --
+# -- Rows: SQLite makes a line of text of each, one regular expression checks the line, and it is
+# what ClickHouse gets. So what is checked is what is sent. --
 
-SHIP_COLUMNS = [name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS]
-# `fits` is 1 where both moments are as server.py stores them. '+0 days' makes SQLite turn
-# 30 February into 2 March, which differs. SQLite computes `received` and `ended` anew at
-# each use: so they are used once, and limited in Python (0.4 s less for a million rows).
-SHIP_SQL = """SELECT id, received, ended, fits, received_at, %s
-FROM (SELECT *, CAST(strftime('%%s', received_at) AS INTEGER) AS received,
-  CAST(strftime('%%s', ended_at) AS INTEGER) AS ended,
-  strftime('%%Y-%%m-%%dT%%H:%%M:%%SZ', received_at, '+0 days') = received_at
-    AND received_at >= '1970' AND received_at < '2106' AND ended_at >= '0001'
-    AND strftime('%%Y-%%m-%%dT%%H:%%M:%%fZ', ended_at, '+0 days') = ended_at AS fits
-  FROM session_events) WHERE id """ % ", ".join(
-      "substr(%s, 1, %d)" % (name, SHIP_REFS_TEXT + 1) if name.endswith("_json") else name
-      for name in SHIP_COLUMNS)
+
+# A date that exists. 29 February is left to `odd_line`.
+SHIP_DATE = ("-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
+             "|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)")
+SHIP_TIME = "T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+
+
+def ship_form(kind: str, rule: Any) -> Tuple[str, str]:
+    """The condition in SQL that the column {0} of a field keeps, and the pattern of its text."""
+    if kind == "number":
+        return "typeof({0}) = 'integer' AND {0} BETWEEN %d AND %d" % rule, "[0-9]+"
+    if kind == "string or null":  # NULL is \\N in ClickHouse's TabSeparated
+        return "({0} IS NULL OR typeof({0}) = 'text' AND {0} <> '\\N')", r"(?:%s|\\N)" % rule
+    if kind == "array":
+        rule = r'\[(?:"{0}"(?:,"{0}"){{0,{1}}})?\]'.format(rule[1], rule[0] - 1)
+    elif rule == "moment":
+        rule = r"(?P<ended>(?!0000)[0-9]{4}%s%s\.[0-9]{3}Z)" % (SHIP_DATE, SHIP_TIME)
+    return "typeof({0}) = 'text'", rule
+
+
+SHIP_FIELDS = {name + "_json" if kind == "array" else name: (kind, *ship_form(kind, rule))
+               for name, kind, _, rule in FIELDS}
+# The line is NULL where a cell has another type than its field.
+SHIP_SQL = "SELECT id, CASE WHEN %s THEN received_at || '\t' || %s END FROM session_events" % (
+    " AND ".join(["typeof(received_at) = 'text'", *(
+        condition.format(name) for name, (_, condition, _) in SHIP_FIELDS.items())]),
+    " || '\t' || ".join("ifnull(%s, '\\N')" % name if "null" in kind else name
+                        for name, (kind, _, _) in SHIP_FIELDS.items()))
+usual_line = re.compile("(?:19[7-9][0-9]|20[0-9][0-9]|210[0-5])%s%sZ\t%s" % (
+    SHIP_DATE, SHIP_TIME, "\t".join(form for _, _, form in SHIP_FIELDS.values()))).fullmatch
 
 
 class Shipped(NamedTuple):
-    """A row in its shipped form, in the order of RAW_COLUMNS. Times are seconds since 1970."""
+    """A row on its way. `line` has received_at and the fields, with tabs between them. `ended` is
+    ended_at within the days of `ship_span`."""
 
     id: int
-    received: int
-    identity: str
-    github: Optional[str]
-    session: str
-    ended_at: str
-    ended: int
-    tools: int
-    tokens: int
-    branch: Optional[str]
-    refs: Sequence[str]
-    version: str
+    ended: str
+    line: str
+
+    @property
+    def month(self) -> int:
+        """The month of `ended` as ClickHouse's toYYYYMM has it, such as 202605."""
+        return int(self.ended[:4] + self.ended[5:7])
 
 
-def month_of(seconds: int) -> int:
-    """The month of a moment as ClickHouse's toYYYYMM has it, such as 202605."""
-    return int(time.strftime("%Y%m", time.gmtime(seconds)))
+@functools.lru_cache(1000)
+def ship_span(date: str) -> Tuple[str, str]:
+    """The least and the greatest `ended` of a row that was received on this date."""
+    day = datetime.date.fromisoformat(date)
+    first = max(datetime.date(1970, 1, 1), day - datetime.timedelta(SHIP_LATE))
+    return "%sT00:00:00" % first, "%sT23:59:59" % (day + datetime.timedelta(SHIP_EARLY))
 
 
-def ship_lists(rule: Tuple[int, str], texts: Sequence[str]) -> List[List[str]]:
-    """JSON arrays of texts. Parsed in one call where there are as many brackets as texts that
-    start and end with one, so that each text is one array. Raises as ship_fitting does."""
-    joined = ",".join(texts)
-    lists: List[List[str]] = json.loads("[%s]" % joined)
-    if {text[:1] + text[-1:] for text in texts} != {"[]"} or not (
-            joined.count("[") == joined.count("]") == len(lists) == len(texts)):
-        lists = list(map(json.loads, texts))
-    if set(map(type, lists)) != {list} or max(map(len, lists)) > rule[0] or (
-            max(map(len, texts)) > SHIP_REFS_TEXT
-            or not all(map(re.compile(rule[1]).fullmatch, set(itertools.chain(*lists))))):
-        raise ValueError
-    return lists
-
-
-def ship_fitting(kind: str, rule: Any, cells: Sequence[Any]) -> Sequence[Any]:
-    """A column of a batch in its shipped form. Raises ValueError, TypeError or RecursionError if
-    one of the cells breaks the field's rule.
-
-    Few calls for a column take a tenth of the time of a few for each cell."""
-    if kind == "array":
-        return ship_lists(rule, cells)
-    there = [cell for cell in cells if cell is not None] if "null" in kind else cells
-    if kind == "number":
-        fits = set(map(type, cells)) == {int} and rule[0] <= min(cells) and max(cells) <= rule[1]
-    elif rule == "[0-9a-f]{64}":
-        digits = "".join(there)
-        fits = set(map(len, there)) <= {64} and bytes.fromhex(digits).hex() == digits
-    else:
-        few = set(there)
-        fits = rule == "moment" or all(map(re.compile(rule).fullmatch, few))  # see ship_rows
-        if "A-F" in rule and "".join(few) != "".join(few).lower():
-            cells = [cell and cell.lower() for cell in cells]
-    if not fits:
-        raise ValueError
-    return cells
-
-
-def ship_rows(found: Sequence[Sequence[Any]]) -> List[Shipped]:
-    """Rows of SHIP_SQL in their shipped form. Raises Unfit if one is no event. Its text names the
-    column and the first row, never a value: so it is right for a single row."""
-    columns: List[Any] = list(map(list, zip(*found)))
-    ids, received, ended, fits, received_at, *cells = columns
-    column, moment = "", SHIP_COLUMNS.index("ended_at")
-    try:
-        for n in [] if all(fits) else [n for n, usual in enumerate(fits) if not usual]:
-            column = "received_at"
-            ms = instant(received_at[n])
-            if ms is None or not 0 <= ms // 1000 <= SHIP_SECONDS:
-                raise ValueError
-            received[n] = ms // 1000
-            column, ms = "ended_at", instant(cells[moment][n])
-            if ms is None or instant(moment_text(ms)) != ms:  # before the year 1, or after 9999
-                raise ValueError
-            cells[moment][n] = moment_text(ms)
-            ended[n] = ms // 1000
-        for n, (_, kind, _, rule) in enumerate(FIELDS):
-            column = SHIP_COLUMNS[n]
-            cells[n] = ship_fitting(kind, rule, cells[n])
-    except (ValueError, TypeError, RecursionError):
+def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
+    """(line, ended_at) of a row that `usual_line` does not match: another program may have written
+    it. Raises Unfit if it is no session. The text names the column, never a value."""
+    *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
+                                 % COLUMNS, [row_id]).fetchone()
+    wrong = [name for name, fits, cell in zip(SHIP_FIELDS, CHECKS, row[1:]) if not fits(cell)]
+    if stored_instant(received) is None or not "1970" <= received < "2106":
+        wrong.append("received_at")
+    if wrong:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
-                    % (ids[0], column)) from None
-    ended = [at if 0 <= at <= SHIP_SECONDS and came - SHIP_LATE <= at <= came + SHIP_EARLY else
-             max(0, min(SHIP_SECONDS, came + SHIP_EARLY, max(came - SHIP_LATE, at)))
-             for came, at in zip(received, ended)]
-    return list(map(Shipped._make, zip(ids, received, *cells[:4], ended, *cells[4:])))
-
-
-def ship_fetched(reader: Reader, condition: str, value: int, most: int) -> List[Sequence[Any]]:
-    """At most so many rows of SHIP_SQL + condition, until they have about SHIP_BYTES."""
-    cursor = reader.rows(SHIP_SQL + condition + " LIMIT ?", [value, most])
-    rows: List[Sequence[Any]] = []
-    size = 0
-    while size < SHIP_BYTES:
-        more = cursor.fetchmany(200)
-        rows += more
-        size += 256 * len(more) + sum([len(row[-2]) for row in more if isinstance(row[-2], str)])
-        if not more:
-            break
-    return rows
+                    % (row_id, wrong[0]))
+    s = session_of(row)
+    ended = moment_text(s.ended)
+    cells = (received, s.identity, s.github, s.session, ended, s.tools, s.tokens, s.branch,
+             json.dumps(s.refs, separators=(",", ":")), s.version)
+    return "\t".join(r"\N" if cell is None else str(cell) for cell in cells), ended
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
     """At most `most` rows of `id` + condition, of about SHIP_BYTES and SHIP_MONTHS. The list ends
-    before a row that is no event. Raises Unfit if that is the first one."""
-    lenient, reader.connection.text_factory = reader.connection.text_factory, str  # faster
-    try:
-        found = ship_fetched(reader, condition, value, most)
-    except sqlite3.OperationalError as error:
-        if "decode" not in str(error):
-            raise
-        reader.connection.text_factory = lenient  # a row holds bytes that are no text
-        found = ship_fetched(reader, condition, value, most)
-    finally:
-        reader.connection.text_factory = lenient
+    before a row that is no session. Raises Unfit if that is the first one."""
     rows: List[Shipped] = []
-    try:
-        rows = ship_rows(found) if found else []
-    except Unfit:
+    size, months = 0, set()
+    for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
+        usual = usual_line(line or "")
         try:
-            for row in found:
-                rows += ship_rows([row])
+            line, ended = (line, usual["ended"]) if usual else odd_line(reader, row_id)
         except Unfit:
-            if not rows:
-                raise
-    spans = set()
-    for n, shipped in enumerate(rows):
-        spans.add(shipped.ended // 2_678_400)
-        if len(spans) > SHIP_MONTHS:
-            return rows[:n]
+            if rows:
+                break
+            raise
+        first, last = ship_span(line[:10])
+        ended = max(first, min(last, ended))
+        rows.append(Shipped(row_id, ended, line))
+        months.add(ended[:7])
+        size += len(line)
+        if len(months) == SHIP_MONTHS or size >= SHIP_BYTES:
+            break
     return rows
 
 
-# -- ClickHouse's Native format, tables, statements --
+# -- ClickHouse's tables, views, statements --
 
-
-def ship_size(number: int) -> bytes:
-    """A number in LEB128."""
-    head = b""
-    while number > 127:
-        head, number = head + bytes([number & 127 | 128]), number >> 7
-    return head + bytes([number])
-
-
-SHIP_SIZES = [ship_size(n).decode("latin-1") for n in range(1 << 8)]
-SHIP_PACKED = {"Int64": "q", "UInt64": "Q", "UInt32": "I", "DateTime('UTC')": "I"}  # as in struct
-
-
-def ship_strings(texts: Iterable[str]) -> bytes:
-    """Texts of ASCII, each shorter than 256, with their lengths."""
-    return "".join([SHIP_SIZES[len(text)] + text for text in texts]).encode("latin-1")
-
-
-def ship_cells(kind: str, cells: Sequence[Any]) -> bytes:
-    """A column of ClickHouse's type `kind` in Native."""
-    if kind.startswith("Nullable"):
-        empty = "0" * 64 if "Fixed" in kind else ""
-        return bytes([cell is None for cell in cells]) + ship_cells(
-            kind[9:-1], [empty if cell is None else cell for cell in cells])
-    if kind == "FixedString(32)":
-        return bytes.fromhex("".join(cells))
-    if kind == "FixedString(24)":
-        return "".join(cells).encode("ascii")
-    if kind == "String":
-        return ship_strings(cells)
-    if kind == "Array(String)":
-        ends = list(itertools.accumulate(map(len, cells)))
-        return struct.pack("<%dQ" % len(cells), *ends) + ship_strings(itertools.chain(*cells))
-    return struct.pack("<%d%s" % (len(cells), SHIP_PACKED[kind]), *cells)
-
-
-def ship_native(columns: Sequence[Tuple[str, str]], cells: Sequence[Sequence[Any]]) -> bytes:
-    """Columns (name, type) and their cells as one block of ClickHouse's Native format.
-
-    RowBinary holds the same bytes row by row, without names and types. A few calls a column, in
-    place of a few a row, take a third of the time, and ClickHouse checks names and types."""
-    block = [ship_size(len(columns)), ship_size(len(cells[0]))]
-    for (name, kind), column in zip(columns, cells):
-        kind = plain_type(kind)
-        block += [ship_strings([name, kind]), ship_cells(kind, column)]
-    return b"".join(block)
-
-
-def plain_type(text: str) -> str:
-    """Types without LowCardinality, which is an experiment in 18.16; Native does not mind."""
-    return re.sub(r"LowCardinality\((\w+)\)", r"\1", text)
-
-
-def seniority(node: str, received: int) -> int:
-    """64 bits by which the rows of one session are compared: the largest was received first, or in
-    the same second by the node whose name (its first 8 digits, which are random) comes first.
-    Nothing else decides, so that shipping in another order, or twice, changes nothing."""
-    return (1 << 64) - 1 - (received << 32 | int(node[:8], 16))
-
-
-# DateTime64 is not in 18.16, and ends in 2299, where an event may have ended in any year up to
-# 9999: so ended_at is the contract's text (its order is the order of time). `ended` is a DateTime
-# for charts and for months. It is at most SHIP_LATE before and SHIP_EARLY after received_at, so
-# that invented dates do not make a partition each.
+# The rows of a statement travel beside it, as its table `mine` (ClickHouse's "external data").
+MINE_TYPES = {"string": "String", "string or null": "Nullable(String)", "number": "UInt32",
+              "array": "Array(String)"}
+MINE = "id Int64, ended String, received_at String, " + ", ".join(
+    "%s %s" % (name, MINE_TYPES[kind]) for name, (kind, _, _) in SHIP_FIELDS.items())
+MOMENT_OF = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
+HASH_OF = "toFixedString(unhex(%s), 32)"
+# Of the rows of one session the largest seniority is kept. That is the one which was received
+# first, in the same second that of the node whose name comes first (8 of its digits). Nothing else
+# decides, so that shipping in another order, or twice, changes nothing.
+SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
+# Name, type, how it is made of `mine`. DateTime64 is not in 18.16, and ends in 2299, where an event
+# may have ended in any year up to 9999: so ended_at is the contract's text, whose order is the
+# order of time. `ended` is for charts and for months; it is never far from the arrival, so that
+# invented dates do not make a partition each.
 RAW_COLUMNS = (
-    ("node", "LowCardinality(String)"), ("seniority", "UInt64"), ("id", "Int64"),
-    ("received_at", "DateTime('UTC')"), ("identity_hash", "FixedString(32)"),
-    ("github_hash", "Nullable(FixedString(32))"), ("session_id_hash", "FixedString(32)"),
-    ("ended_at", "FixedString(24)"), ("ended", "DateTime('UTC')"),
-    ("tool_count", "UInt32"), ("tokens_saved", "UInt32"), ("branch_sha", "Nullable(String)"),
-    ("discovery_refs", "Array(String)"), ("plugin_version", "LowCardinality(String)"))
-NODE_COLUMNS = (("node", "String"), ("pepper", "String"), ("seen", "UInt32"))
-# A session is kept once, whichever nodes received it: rows of one key are merged, and of these the
-# largest seniority stays (of two that are equal, one row sent twice, the last). Only rows of one
-# partition and one shard are merged, so the shard is the key's; FINAL answers at any moment, across
-# partitions, as if all were merged. In the view it stands below any WHERE, so that no condition can
-# bring back a row that must give way.
+    ("node", "String", "'{node}'"),
+    ("seniority", "UInt64", SENIORITY % MOMENT_OF % "received_at"),
+    ("id", "Int64", "id"),
+    ("received_at", "DateTime('UTC')", MOMENT_OF % "received_at"),
+    ("identity_hash", "FixedString(32)", HASH_OF % "identity_hash"),
+    ("github_hash", "Nullable(FixedString(32))", HASH_OF % "github_hash"),
+    ("session_id_hash", "FixedString(32)", HASH_OF % "session_id_hash"),
+    ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)"),
+    ("ended", "DateTime('UTC')", MOMENT_OF % "ended"),
+    ("tool_count", "UInt32", "tool_count"),
+    ("tokens_saved", "UInt32", "tokens_saved"),
+    ("branch_sha", "Nullable(String)", "lower(branch_sha)"),
+    ("discovery_refs", "Array(String)", "discovery_refs_json"),
+    ("plugin_version", "String", "plugin_version"))
+RAW_NAMES = ", ".join(name for name, _, _ in RAW_COLUMNS)
+INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
+    SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made in RAW_COLUMNS))
+FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
+  SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
+  GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
+      SHIP_RAW, HASH_OF % "identity_hash", HASH_OF % "session_id_hash")
+# Rows of one key are merged. Only rows of one partition and one shard are, so the shard is the
+# key's; FINAL answers at any moment, across partitions, as if all were merged. In the view it
+# stands below any WHERE, so that no condition can bring back a row that must give way.
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
 SHIP_TABLES = (  # name, columns, what decides which row of a key stays, key, the rest
-    (SHIP_RAW, RAW_COLUMNS, "seniority", "identity_hash, session_id_hash", BY_MONTH + "\n"),
-    (SHIP_NODES, NODE_COLUMNS, "seen", "node", ""))
+    (SHIP_RAW, ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS), "seniority",
+     "identity_hash, session_id_hash", BY_MONTH + " "),
+    (SHIP_NODES, "node String, pepper String, seen UInt32", "seen", "node", ""))
 # ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
 # default database.
-VIEWS_DDL = ("""CREATE VIEW IF NOT EXISTS {0}.session_events{1} AS
+SHIP_VIEWS = {"session_events": """
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
   r.ended AS ended, r.tool_count AS tool_count, r.tokens_saved AS tokens_saved,
   r.branch_sha AS branch_sha, arrayDistinct(r.discovery_refs) AS discovery_refs,
   r.plugin_version AS plugin_version, r.received_at AS received_at, r.node AS node, r.id AS id
-FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""",
-             """CREATE VIEW IF NOT EXISTS {0}.discovery_propagation{1} AS
+FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""", "discovery_propagation": """
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
   count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
   now() AS last_aggregated_at
-FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id
-GROUP BY discovery_id""")
-SETTINGS_SENT = {
-    "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
-    "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
-    "wait_end_of_query": "1"}  # an answer's status is about all of it
+FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id GROUP BY discovery_id"""}
 
 
 def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
@@ -3435,9 +3330,8 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
     on = " ON CLUSTER '%s'" % cluster if cluster else ""
     made = []
     for name, columns, winner, key, rest in SHIP_TABLES:
-        create = "CREATE TABLE IF NOT EXISTS %s.%%s%s (\n  %s\n)\nENGINE = %%s" % (
-            database, on, ",\n  ".join(map(" ".join, columns)))
-        merging = "ReplacingMergeTree(%%s%s)\n%sORDER BY (%s)" % (winner, rest, key)
+        create = "CREATE TABLE IF NOT EXISTS %s.%%s%s (%s) ENGINE = %%s" % (database, on, columns)
+        merging = "ReplacingMergeTree(%%s%s) %sORDER BY (%s)" % (winner, rest, key)
         if cluster is None:
             made.append(create % (name, merging % ""))
             continue
@@ -3445,205 +3339,152 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
         path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
         made += [create % (local, "Replicated" + merging % path), create % (
             name, "Distributed('%s', '%s', %s, cityHash64(%s))" % (cluster, database, local, key))]
-    return made + [view.format(database, on) for view in VIEWS_DDL]
+    return made + ["CREATE VIEW IF NOT EXISTS %s.%s%s AS%s" % (
+        database, name, on, select.format(database)) for name, select in SHIP_VIEWS.items()]
 
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
     """The statements that take the rows of an older layout over, on each shard."""
     clamped = ("toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at))"
-               " - %d), toInt64(toUInt32(received_at)) + %d), 'UTC')" % (SHIP_LATE, SHIP_EARLY))
-    names = ", ".join(name for name, _ in RAW_COLUMNS)
+               " - %d), toInt64(toUInt32(received_at)) + %d), 'UTC')" % (
+                   SHIP_LATE * 86_400, SHIP_EARLY * 86_400))
     return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
             "\nDROP TABLE {0}_old{1};").format(
         "%s.%s" % (database, "session_events_local" if cluster else SHIP_RAW),
-        " ON CLUSTER '%s'" % cluster if cluster else "", ship_ddl(cluster, database)[0], names,
-        names.replace(" ended,", " %s," % clamped))
+        " ON CLUSTER '%s'" % cluster if cluster else "", ship_ddl(cluster, database)[0], RAW_NAMES,
+        RAW_NAMES.replace(" ended,", " %s," % clamped))
 
+
+# -- ClickHouse over HTTP --
 
 TO = "http://host:8123/?database=analytics"
-
-
-def house_of(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
-    """The parts of --to, and its parameters, `database` among them. Raises Usage. User and password
-    come from the environment alone: a URL is seen in process lists."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fits = parts.port is None or parts.port > 0
-        parameters = dict(urllib.parse.parse_qsl(
-            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    except ValueError:
-        raise Usage("--to takes a URL such as %s" % TO) from None
-    if not fits or parts.scheme not in ("http", "https") or not parts.hostname or (
-            parts.fragment or not re.fullmatch("[!-~]+", url)):
-        raise Usage("--to takes an http or https URL such as %s" % TO)
-    if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
-        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
-                    "CLICKHOUSE_PASSWORD")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault(
-            "database", "default")):
-        raise Usage("--to names a database of letters, digits and _")
-    return parts, parameters
-
-
-def ship_credentials(environment: Mapping[str, str]) -> Dict[str, str]:
-    """The headers that carry user and password. Raises Usage."""
-    headers = {}
-    for variable, header in (("CLICKHOUSE_USER", "X-ClickHouse-User"),
-                             ("CLICKHOUSE_PASSWORD", "X-ClickHouse-Key")):
-        value = environment.get(variable, "")
-        if not re.fullmatch("[ -~]*", value):
-            raise Usage("%s may hold printable ASCII only: it travels in a header" % variable)
-        if value:
-            headers[header] = value
-    return headers
-
-
-def retry_after(text: Optional[str], now: float) -> Optional[float]:
-    """Seconds to wait by a Retry-After header (a number, or an HTTP date), a day at most; None
-    without a usable one."""
-    if text is None:
-        return None
-    try:
-        seconds = float(text) if is_number(text) else (
-            email.utils.parsedate_to_datetime(text).timestamp() - now)
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
-    return min(max(0.0, seconds), DAY_MS / 1000)
-
-
-def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
-    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
-    together."""
-    return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
-
-
+SETTINGS_SENT = {
+    "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
+    "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
+    "wait_end_of_query": "1"}  # an answer's status is about all of it
 # ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number,
 # date or array that it cannot take, a type, a constraint. All others (disk, network, memory,
 # replicas, too many parts or queries, rights, a table that is gone) say nothing about a row.
 SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
                     376, 395, 407, 441, 467, 469}
-SAID = {  # number: what it means here; ClickHouse's own words could name the user
+SHIP_SAID = {  # the numbers that a person has to do something about, and what
     **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set "
                                           "CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
     164: "lets this user only read",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
     60: "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW,
-    81: "has no such database: make it, or name another in --to (?database=...)",
-}
-SHIP_FOUND = """SELECT n FROM mine WHERE (identity_hash, session_id_hash) GLOBAL IN (
-  SELECT identity_hash, session_id_hash FROM {0}
-  WHERE {1}(identity_hash, session_id_hash) GLOBAL IN (
-    SELECT identity_hash, session_id_hash FROM mine))"""
-FOUND_COLUMNS = (("n", "UInt32"), ("identity_hash", "FixedString(32)"),
-                 ("session_id_hash", "FixedString(32)"))
+    81: "has no such database: make it, or name another in --to (?database=...)"}
+
+
+def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
+    """The parts of --to, and its parameters, `database` among them. Raises Usage. User and password
+    come from the environment alone: a URL is seen in process lists."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        parameters = dict(urllib.parse.parse_qsl(
+            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    except ValueError:
+        fits = False
+    if not fits or parts.fragment or not re.fullmatch("[!-~]+", url):
+        raise Usage("--to takes an http or https URL such as %s" % TO)
+    if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
+        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
+                    "CLICKHOUSE_PASSWORD")
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault(
+            "database", "default")):
+        raise Usage("--to names a database of letters, digits and _")
+    return parts, parameters
 
 
 class ClickHouse:
     """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
     gone stale. `destination` is the name of its mark: no user, no password."""
 
-    def __init__(self, url: str, headers: Dict[str, str]) -> None:
-        """Raises Usage for a URL that --to cannot take. `headers` carry user and password."""
-        parts, self.parameters = house_of(url)
-        self.tls, self.path, self.headers = parts.scheme == "https", parts.path or "/", headers
+    def __init__(self, url: str, environment: Mapping[str, str]) -> None:
+        """Raises Usage for what --to or the two variables cannot be."""
+        parts, self.parameters = ship_to(url)
+        self.tls, self.path, self.headers = parts.scheme == "https", parts.path or "/", {}
+        for name, header in (("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")):
+            value = environment.get(name, "")
+            if not re.fullmatch("[ -~]*", value):
+                raise Usage("%s may hold printable ASCII only: it travels in a header" % name)
+            if value:
+                self.headers["X-ClickHouse-" + header] = value
         self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
         self.name = "ClickHouse at %s:%d" % self.place
         self.destination = "%s://%s:%d%s/%s.%s" % (
             parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
 
-    def select(self, sql: str, body: bytes = b"", headers: Mapping[str, str] = {},
-               silence: Optional[float] = None, **parameters: str) -> List[List[str]]:
-        """The rows of a statement, or none. With a body the statement goes into the URL. Raises
-        Later, Refused."""
-        if body:
-            parameters["query"] = sql
-        answer = self.posted(parameters, body or sql.encode(), headers, silence)
-        if answer[0] != 200:
-            raise self.refusal(*answer)
-        return [line.split("\t") for line in answer[2].decode("utf-8", "replace").splitlines()]
+    def ask(self, sql: str, rows: Sequence[Shipped] = (), silence: Optional[float] = None
+            ) -> List[str]:
+        """The lines of the answer to a statement; `rows` are its table `mine`. `silence`: seconds
+        without a byte until the peer is given up. Raises Later, RowsRefused, Refused."""
+        # Rows are a file of a form, not part of the statement: it would be in ClickHouse's query
+        # log, and may have 256 KiB.
+        query_id, boundary = str(uuid.uuid4()), uuid.uuid4().hex
+        parameters = {**SETTINGS_SENT, **self.parameters, "query_id": query_id}
+        headers, body = self.headers, sql.encode()
+        if rows:
+            parameters.update(query=sql, mine_structure=MINE)
+            headers = {**headers, "Content-Type": "multipart/form-data; boundary=" + boundary}
+            text = "".join([f"{row_id}\t{ended}\t{line}\n" for row_id, ended, line in rows])
+            text = text.replace('"', "'")  # as ClickHouse quotes the texts of an array
+            body = ('--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
+                    '%s\r\n--%s--\r\n' % (boundary, text, boundary)).encode("ascii")
+        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers,
+                                   silence or SHIP_SILENCE)
+        if status != 200:
+            raise self.refusal(status, said, query_id, bool(rows))
+        return said.decode("utf-8", "replace").splitlines()
 
-    def numbers(self, *arguments: Any, **options: Any) -> List[int]:
-        """The rows of a SELECT of one number."""
-        rows = self.select(*arguments, **options)
-        if any(len(row) != 1 or not is_number(row[0]) for row in rows):
+    def numbers(self, sql: str, *options: Any) -> List[int]:
+        """The answer to a SELECT of one number."""
+        lines = self.ask(sql, *options)
+        if not all(map(is_number, lines)):
             raise Refused(self.name + " answers what was not asked; is it one?")
-        return [int(row[0]) for row in rows]
+        return list(map(int, lines))
+
+    def insert(self, node: str, rows: Sequence[Shipped]) -> None:
+        """One INSERT. Raises Later, RowsRefused, Refused."""
+        if self.ask(INSERT.format(node=node, tie=int(node[:8], 16)), rows):
+            raise Refused(self.name + " answers what was not asked; is it one?")
 
     def found(self, rows: Sequence[Shipped]) -> Set[int]:
-        """The places in `rows` of those whose session is in the table, and with that in the view.
-
-        The keys go as a table beside the query (ClickHouse's "external data"): in its text they
-        would be in ClickHouse's query log, and would not fit it (256 KiB). Their own months are
-        searched first. A session that is not there may stand in another month, as another node
+        """The ids of the rows whose session is in the table, and with that in the view. Their own
+        months are searched first. What is not there may stand in another month, as another node
         received it."""
         found: Set[int] = set()
-        months = ", ".join(map(str, sorted({month_of(row.ended) for row in rows})))
-        structure = ", ".join(map(" ".join, FOUND_COLUMNS))
+        months = ", ".join(sorted({row.ended[:7] for row in rows})).replace("-", "")
         for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
-            left = [n for n in range(len(rows)) if n not in found]
-            if not left:
-                break
-            mark = uuid.uuid4().hex.encode()
-            body = (b'--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
-                    b'%s\r\n--%s--\r\n' % (mark, ship_native(FOUND_COLUMNS, (
-                        left, [rows[n].identity for n in left],
-                        [rows[n].session for n in left])), mark))
-            found.update(self.numbers(
-                SHIP_FOUND.format(SHIP_RAW, where), body,
-                {"Content-Type": "multipart/form-data; boundary=" + mark.decode()},
-                SHIP_CHECK_SILENCE, mine_structure=structure, mine_format="Native"))
+            left = [row for row in rows if row.id not in found]
+            if left:
+                found.update(self.numbers(FOUND.format(where), left, SHIP_CHECK_SILENCE))
         return found
 
     def months(self) -> Set[int]:
         """The months of `ended` that hold a row."""
         return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW))
 
-    def insert(self, node: str, rows: Sequence[Shipped]) -> None:
-        """One INSERT, of no rows, too. Raises Later, InsertRefused, Refused."""
-        if not rows:
-            return
-        query = str(uuid.uuid4())
-        answer = self.posted(
-            {"query": "INSERT INTO %s (%s) FORMAT Native" % (
-                SHIP_RAW, ", ".join(name for name, _ in RAW_COLUMNS)), "query_id": query},
-            ship_native(RAW_COLUMNS, [[node] * len(rows), [
-                seniority(node, row.received) for row in rows], *zip(*rows)]))
-        if answer[0] != 200 or answer[2]:
-            raise self.refusal(*answer, insert=query)
-
-    def refusal(self, status: int, headers: http.client.HTTPMessage, said: bytes,
-                insert: Optional[str] = None) -> Refused:
-        """What to make of an answer that is no success. `insert` is the query_id of an INSERT:
-        ClickHouse's words may then quote a row, and are left out."""
+    def refusal(self, status: int, said: bytes, query_id: str, rows: bool) -> Refused:
+        """What to make of an answer that is no success. ClickHouse's own words are not repeated:
+        they could quote a row, or name the user."""
         match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
-        number = headers.get("X-ClickHouse-Exception-Code") or (match and match[1].decode()) or ""
-        code = int(number) if re.fullmatch("[0-9]{1,6}", number) else None
-        if 300 <= status < 400:
-            return Refused("%s sends elsewhere (status %d), which is not followed; name the right "
-                           "place in --to" % (self.name, status))
-        if code in SAID:
-            return Refused("%s %s (its error %d)" % (self.name, SAID[code], code))
+        code = int(match[1]) if match else None
+        if code in SHIP_SAID:
+            return Refused("%s %s (its error %d)" % (self.name, SHIP_SAID[code], code))
         if code is None and status not in (408, 429, 500, 502, 503, 504):
             return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
                            "HTTP port?" % (self.name, status))
-        if insert and code in SHIP_DATA_ERRORS:
-            return InsertRefused("%s refuses: its error %d; ClickHouse's log has its words under "
-                                 "query_id %s" % (self.name, code, insert))
-        if not insert and code in SHIP_DATA_ERRORS | {62}:  # 62: it cannot read the statement
-            words = said[:2000].decode("utf-8", "replace").split("\n")[0]
-            return Refused("%s refuses: %s" % (self.name, re.sub(
-                r",? e\.(displayText\(\) =|what\(\).*)", "", words)[:300]))
-        return Later("%s cannot take it now (status %d%s)" % (
-            self.name, status, "" if code is None else ", its error %d" % code),
-            retry_after(headers.get("Retry-After"), time.time()))
+        why = "status %d" % status if code is None else (
+            "its error %d; its log has the words under query_id %s" % (code, query_id))
+        if rows and code in SHIP_DATA_ERRORS:
+            return RowsRefused("%s refuses: %s" % (self.name, why))
+        return Later("%s cannot take it now (%s)" % (self.name, why))
 
-    def posted(self, parameters: Mapping[str, str], body: bytes, headers: Mapping[str, str] = {},
-               silence: Optional[float] = None) -> Tuple[int, http.client.HTTPMessage, bytes]:
-        """(status, headers, body) of the answer to a POST; `silence`: seconds without a byte until
-        the peer is given up. Raises Later, Refused. No redirect, no proxy."""
-        silence = silence or SHIP_SILENCE
-        query = urllib.parse.urlencode({**SETTINGS_SENT, **self.parameters, **parameters})
+    def posted(self, query: str, body: bytes, headers: Mapping[str, str], silence: float
+               ) -> Tuple[int, bytes]:
+        """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
         connection = http.client.HTTPSConnection(
             *self.place, timeout=silence, context=ssl.create_default_context()
         ) if self.tls else http.client.HTTPConnection(*self.place, timeout=silence)
@@ -3651,11 +3492,10 @@ class ClickHouse:
             connection.connect()
             with contextlib.suppress(ConnectionError):
                 # It may have refused before it read everything, and then says why.
-                connection.request("POST", self.path + "?" + query, body,
-                                   {**self.headers, **headers})
+                connection.request("POST", self.path + "?" + query, body, dict(headers))
             answer = connection.getresponse()
-            said = answer.read(SHIP_ANSWER_BYTES + 1)
-            if answer.length and len(said) <= SHIP_ANSWER_BYTES:
+            said = answer.read(SHIP_ANSWER_BYTES)
+            if answer.length:
                 raise http.client.IncompleteRead(said)
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
@@ -3670,86 +3510,65 @@ class ClickHouse:
                 self.name, type(error).__name__)) from None
         finally:
             connection.close()
-        if len(said) > SHIP_ANSWER_BYTES:
-            raise Refused("%s answers without end" % self.name)
-        return answer.status, answer.headers, said
+        return answer.status, said
 
     def prepare(self, cluster: Optional[str]) -> None:
-        """Makes the tables and views that are missing. Raises Refused where a table is not the one
-        that is written to."""
-        version = self.select("SELECT version()")
-        if len(version) != 1 or not re.fullmatch(r"[0-9]+\.[0-9.]+", version[0][0]):
-            raise Refused("%s is no ClickHouse: it does not know its version" % self.name)
-        old = version[0][0].startswith("18.")
-        there = {row[0]: row[-1] for row in self.select(
-            "SELECT name, type FROM system.columns WHERE database = currentDatabase() AND "
-            "table = '%s' FORMAT TabSeparatedRaw" % SHIP_RAW)}
-        for column, kind in RAW_COLUMNS if there else ():
-            if plain_type(there.get(column, "")) != plain_type(kind):
-                raise Refused("%s has a table %s whose column %s is not %s; rename that table, or "
-                              "see --print-ddl" % (self.name, SHIP_RAW, column, kind))
-        if old and "LowCardinality" in " ".join(there.values()):
-            raise Refused("%s is of 2018, and has a table %s with the type LowCardinality, an "
-                          "experiment then: make it without (drop it while it is empty)"
-                          % (self.name, SHIP_RAW))
-        made = {row[0]: row[-1] for row in self.select(
-            "SELECT name, replaceAll(engine_full, '\\n', ' ') FROM system.tables WHERE database = "
-            "currentDatabase() AND name IN ('session_events_local', '%s', '%s', 'session_events', "
-            "'discovery_propagation') FORMAT TabSeparatedRaw" % (SHIP_RAW, SHIP_NODES))}
-        layout = made.get(SHIP_RAW, "")
-        if layout.startswith("Distributed"):
-            layout = made.get("session_events_local", BY_MONTH)
+        """Makes the tables and views that are missing. Raises Refused where the table has an older
+        layout."""
+        self.numbers("SELECT uptime()")  # what is no ClickHouse says something else
+        made = dict(line.partition("\t")[::2] for line in self.ask(
+            "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
         database = self.parameters["database"]
-        if there and BY_MONTH not in layout:
-            raise Refused("%s has a table %s of an older layout, without months. These statements "
-                          "keep its rows (stop every ship first):\n%s" % (
-                              self.name, SHIP_RAW, ship_migration(cluster, database)))
-        if not there or not {SHIP_NODES, "session_events", "discovery_propagation"} <= set(made):
+        for name in (SHIP_RAW, "session_events_local"):
+            if "MergeTree" in made.get(name, "") and BY_MONTH not in made[name]:
+                raise Refused("%s has a table %s of an older layout, without months. These "
+                              "statements keep its rows (stop every ship first):\n%s" % (
+                                  self.name, name, ship_migration(cluster, database)))
+        if not {SHIP_RAW, SHIP_NODES, *SHIP_VIEWS} <= set(made):
             for statement in ship_ddl(cluster, database):
-                self.select(plain_type(statement) if old else statement)
+                self.ask(statement)
 
     def differing_pepper(self, node: str, pepper: str) -> bool:
         """Writes the fingerprint of this node's pepper; True if another node's differs."""
-        self.select("INSERT INTO %s FORMAT Native" % SHIP_NODES, ship_native(
-            NODE_COLUMNS, ([node], [pepper], [int(time.time()) & SHIP_SECONDS])))
-        return self.numbers("SELECT count() FROM (SELECT node, argMax(pepper, seen) AS last FROM %s"
-                            " GROUP BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
+        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (SHIP_NODES, node, pepper))
+        return self.numbers("SELECT count() FROM (SELECT argMax(pepper, seen) AS last FROM %s "
+                            "GROUP BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
 
 
 # -- The mark, in the file; one step --
 
-# ship_history: what was confirmed first in each of the last minutes, for a ClickHouse that lost the
-# newest rows.
-SHIP_MARKS = (
-    "CREATE TABLE IF NOT EXISTS %s (one INTEGER PRIMARY KEY CHECK (one = 1), name TEXT NOT NULL)"
-    % SHIP_NODE,
-    "CREATE TABLE IF NOT EXISTS ship_marks (destination TEXT NOT NULL, node TEXT NOT NULL, last_id "
-    "INTEGER NOT NULL, confirmed_at TEXT NOT NULL, PRIMARY KEY (destination, node)) WITHOUT ROWID",
-    "CREATE TABLE IF NOT EXISTS ship_history (destination TEXT NOT NULL, node TEXT NOT NULL, minute"
-    " TEXT NOT NULL, last_id INTEGER NOT NULL, PRIMARY KEY (destination, node, minute)) WITHOUT "
-    "ROWID")
+# `node` is the file's name at this destination: 16 random digits. `synced_id` was confirmed at
+# least SHIP_UNSYNCED before `last_id` was. `next_id`, confirmed at `next_at`, takes its place when
+# it is as old.
+SHIP_MARKS = """CREATE TABLE IF NOT EXISTS ship_marks (
+  destination TEXT PRIMARY KEY, node TEXT NOT NULL, last_id INTEGER NOT NULL,
+  confirmed_at TEXT NOT NULL, synced_id INTEGER NOT NULL, next_id INTEGER NOT NULL,
+  next_at TEXT NOT NULL) WITHOUT ROWID"""
+SHIP_MARK_COLUMNS = re.findall("([a-z_]+) (?:TEXT|INTEGER)", SHIP_MARKS)
+SHIP_MOVE = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
+    synced_id = min(:to, CASE WHEN confirmed_at <= :old THEN last_id
+                              WHEN next_at <= :old THEN next_id ELSE synced_id END),
+    next_id = min(:to, CASE WHEN next_at <= :old THEN last_id ELSE next_id END),
+    next_at = CASE WHEN next_at <= :old THEN confirmed_at ELSE next_at END
+  WHERE destination = :destination AND node = :node AND last_id = :last_id"""
 SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), so "
                 "that a developer is somebody else on each of them")
 
 
-def ship_moment(seconds: float) -> str:
-    """A moment as in the table ship_marks."""
-    return moment_text(int(seconds) * 1000)[:19] + "Z"
+class Mark(NamedTuple):
+    """How far one destination has got. `confirmed_at`: when the last batch was sent, so not later
+    than it was confirmed."""
+
+    node: str
+    last_id: int
+    confirmed_at: str
+    synced_id: int
 
 
 def first_row(reader: Reader, table: str, sql: str, values: Sequence[Any] = ()) -> Sequence[Any]:
     """The first row of a query on this table; empty without one, or without the table."""
     there = reader.rows("SELECT 1 FROM sqlite_master WHERE name = ?", [table]).fetchone()
     return (there and reader.rows(sql, values).fetchone()) or ()
-
-
-class Mark(NamedTuple):
-    """How far one destination has got; `node` is the file's name. `confirmed`: seconds since 1970,
-    when the last batch was sent (so not later than it was confirmed)."""
-
-    node: str
-    last_id: int
-    confirmed: float
 
 
 class Shipment:
@@ -3760,34 +3579,33 @@ class Shipment:
     once are no special cases: the mark belongs to the rows beside it. Sending a row again changes
     nothing."""
 
-    def __init__(self, path: str, house: ClickHouse) -> None:
-        self.path, self.house, self.destination = path, house, house.destination
+    def __init__(self, path: str, house: ClickHouse, say: Callable[[str, str], None]) -> None:
+        """`say` is told what is remarkable: an event and why."""
+        self.path, self.house, self.say = path, house, say
         self.rows_shipped = 0
         self.again = False  # all rows once more
         self.waiting = False  # for ClickHouse or for the file
         self.looked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
-        self.events: List[str] = []  # why rows go once more
 
     def mark(self, reader: Reader) -> Optional[Mark]:
         """The mark, None where there is none. Raises Refused if it is none of ours."""
-        name = first_row(reader, SHIP_NODE, "SELECT name FROM " + SHIP_NODE)
-        if name and not re.fullmatch("[0-9a-f]{16}", str(name[0])):
-            raise Refused("the table %s in %s does not hold a node's name; drop it, and a new one "
-                          "is made" % (SHIP_NODE, self.path))
-        found = name and first_row(
-            reader, "ship_marks", "SELECT last_id, confirmed_at FROM ship_marks WHERE destination "
-            "= ? AND node = ?", [self.destination, name[0]])
-        if not found:
+        columns = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
+        if not columns:
             return None
-        at = instant(found[1])
-        if not isinstance(found[0], int) or at is None:
-            raise Refused("the table ship_marks in %s does not hold a mark; drop it, and all rows "
-                          "go once more" % self.path)
-        return Mark(name[0], found[0], at / 1000)
+        if columns == SHIP_MARK_COLUMNS:
+            found = reader.rows("SELECT node, last_id, confirmed_at, synced_id FROM ship_marks "
+                                "WHERE destination = ?", [self.house.destination]).fetchone()
+            if not found:
+                return None
+            if re.fullmatch("[0-9a-f]{16}", str(found[0])) and stored_instant(found[2]) and all(
+                    isinstance(cell, int) for cell in found[1::2]):
+                return Mark._make(found)
+        raise Refused("the table ship_marks in %s does not hold a mark of this version; drop it, "
+                      "and all rows go once more" % self.path)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A short write transaction beside a running server, with the tables of the mark. Raises
+        """A short write transaction beside a running server, with the table of the marks. Raises
         Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
@@ -3796,51 +3614,44 @@ class Shipment:
                 connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
-                for statement in SHIP_MARKS:
-                    connection.execute(statement)
+                connection.execute(SHIP_MARKS)
                 yield connection
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
-            why = explained(error, self.path)
-            if re.search("readonly|unable to open", str(error)):
-                why = Refused("only a user who may write the file and its folder can (run this as "
-                              "the server's user)")
             kind = Later if re.search("locked|full", str(error)) else Refused
-            raise kind("cannot write the mark of what was shipped into %s: %s" % (
-                self.path, why)) from error
+            raise kind("cannot write the mark of what was shipped into %s: %s (only a user who may "
+                       "write the file and its folder can: run this as the server's user)" % (
+                           self.path, error)) from error
 
     def begin(self) -> None:
-        """Writes a name for the file and a mark below every row, where they are missing."""
+        """Writes a mark below every row, where there is none."""
+        now = moment_text(now_ms())
         with self.writing() as connection:
-            connection.execute("INSERT OR IGNORE INTO %s VALUES (1, ?)" % SHIP_NODE,
-                               [secrets.token_hex(8)])
-            connection.execute(
-                "INSERT OR IGNORE INTO ship_marks SELECT ?, name, ?, ? FROM " + SHIP_NODE,
-                [self.destination, SHIP_LEAST, ship_moment(time.time())])
+            connection.execute("INSERT OR IGNORE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?, ?)", [
+                self.house.destination, secrets.token_hex(8), SHIP_LEAST, now, SHIP_LEAST,
+                SHIP_LEAST, now])
 
-    def move(self, mark: Mark, to: int, sent: float, last: Optional[Shipped] = None) -> bool:
+    def move(self, mark: Mark, to: int, sent: int, last: Optional[Shipped] = None) -> bool:
         """Moves the mark, up to the row `last` or down; False if it was not. Only if the file still
         has the mark that was read, and that row: it may have been replaced, and a second ship may
-        have been faster. `sent`: seconds since 1970."""
-        key = [self.destination, mark.node]
-        mine, now = "destination = ? AND node = ? AND ", time.time()
-        sql = "UPDATE ship_marks SET last_id = ?, confirmed_at = ? WHERE " + mine + "last_id = ?"
-        values = [to, ship_moment(sent), *key, mark.last_id]
+        have been faster. `sent`: milliseconds since 1970."""
+        sql, keys = SHIP_MOVE, []
         if last:
-            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = ? AND identity_hash = ? "
-                    "AND session_id_hash = ? AND CAST(strftime('%s', received_at) AS INTEGER) = ?)")
-            values += [last.id, last.identity, last.session, last.received]
+            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = :to AND"
+                    " identity_hash = :identity AND session_id_hash = :session)")
+            keys = last.line.split("\t")
         with self.writing() as connection:
-            if not connection.execute(sql, values).rowcount:
-                return False
-            delete = "DELETE FROM ship_history WHERE " + mine
-            connection.execute(delete + "last_id > ?", [*key, to])
-            connection.execute("INSERT OR IGNORE INTO ship_history VALUES (?, ?, ?, ?)",
-                               [*key, ship_moment(now)[:16], to])
-            connection.execute(
-                delete + "minute < (SELECT max(minute) FROM ship_history WHERE " + mine +
-                "minute <= ?)", [*key, *key, ship_moment(now - 2 * SHIP_UNSYNCED)[:16]])
-        return True
+            return connection.execute(sql, {
+                "destination": self.house.destination, "node": mark.node, "last_id": mark.last_id,
+                "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000),
+                **dict(zip(("", "identity", "", "session"), keys))}).rowcount > 0
+
+    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
+        """The last rows up to the mark."""
+        try:
+            return ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, most)
+        except Unfit:  # it was made unfit since
+            return []
 
     def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
         """(the id after which rows go once more, why), None where ClickHouse has what the mark
@@ -3850,40 +3661,27 @@ class Shipment:
         if self.again:
             self.again = False
             return SHIP_LEAST, "--again"
-        used = [*reader.rows("SELECT max(id) FROM session_events").fetchone(), *first_row(
+        highest, = first_row(
             reader, "sqlite_sequence",
-            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'")]
-        if mark.last_id > max([n for n in used if isinstance(n, int)], default=SHIP_LEAST):
+            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'") or reader.rows(
+                "SELECT max(id) FROM session_events").fetchone()
+        if not isinstance(highest, int) or mark.last_id > highest:
             return SHIP_LEAST, "the mark is not of this file's rows"
         if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
             return None
+        self.looked = time.monotonic()
         sample = self.confirmed(reader, mark, SHIP_SAMPLE)
         if sample and not self.house.found(sample):
             there = self.house.months()
-            if not there or there & {month_of(row.ended) for row in sample}:
+            if not there or there & {row.month for row in sample}:
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        up = self.house.numbers("SELECT uptime()")
-        now = time.time()  # after the answer, so that its start seems late rather than early
-        if len(up) == 1 and now - up[0] <= mark.confirmed <= now + 2:
-            self.looked = time.monotonic()
-            return None
-        if up and up[0] < 2:
-            time.sleep(2)  # uptime() counts whole seconds: else the next mark would be doubted, too
-        older = first_row(
-            reader, "ship_history", "SELECT last_id FROM ship_history WHERE destination = ? AND "
-            "node = ? AND minute <= ? ORDER BY minute DESC LIMIT 1", [
-                self.destination, mark.node,
-                ship_moment(mark.confirmed - SHIP_UNSYNCED - 60)[:16]])
-        return older[0] if older else SHIP_LEAST, (
-            "ClickHouse was started after the last rows were confirmed" if mark.confirmed <= now + 2
-            else "the mark lies in the future")
-
-    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
-        """The last rows up to the mark, without those that were made unfit since."""
-        try:
-            return ship_batch(reader, "<= ? AND +fits ORDER BY id DESC", mark.last_id, most)
-        except Unfit:
-            return []
+        up, = self.house.numbers("SELECT uptime()")
+        # ClickHouse's start seems late rather than early.
+        if moment_text(now_ms() - up * 1000) > mark.confirmed_at:
+            return mark.synced_id, "ClickHouse was started after the last rows were confirmed"
+        if mark.confirmed_at > moment_text(now_ms() + 2000):
+            return mark.synced_id, "the mark lies in the future"
+        return None
 
     def step(self) -> bool:
         """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit
@@ -3893,15 +3691,13 @@ class Shipment:
             doubt = self.doubt(reader, mark) if mark else None
             rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS) if (
                 mark and not doubt) else []
-            taken = self.confirmed(reader, mark, 1) if mark and rows else []
+        sent = now_ms()
         if mark is None:
             self.begin()
-        elif doubt:
-            to, why = doubt
-            self.events += [why] * self.move(mark, to, time.time())
+        elif doubt and self.move(mark, doubt[0], sent):
+            self.say("again", "rows go once more: " + doubt[1])
         elif rows:
-            sent = time.time()
-            stored, error = self.insert(mark.node, rows, taken)
+            stored, error = self.insert(mark, rows)
             if stored:
                 self.move(mark, rows[stored - 1].id, sent, rows[stored - 1])
                 self.rows_shipped += stored
@@ -3909,193 +3705,197 @@ class Shipment:
                 raise error
         return bool(mark is None or doubt or rows)
 
-    def insert(self, node: str, rows: Sequence[Shipped], taken: Sequence[Shipped]) -> Tuple[
-            int, Optional[Refused]]:
+    def insert(self, mark: Mark, rows: Sequence[Shipped]) -> Tuple[int, Optional[Refused]]:
         """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one
-        that ClickHouse took before (`taken`) goes once more: if it is refused, too, no row is at
-        fault. Raises Later, Refused."""
+        that ClickHouse took before goes once more: if it is refused, too, no row is at fault.
+        Raises Later, Refused."""
         done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
         while done < len(rows):
             try:
-                self.house.insert(node, rows[done:end])
+                self.house.insert(mark.node, rows[done:end])
                 done, end = end, len(rows)
-            except InsertRefused as error:
+            except RowsRefused as error:
                 if end - done > 1:
                     end = (done + end) // 2
                     continue
+                with reading(self.path) as reader:
+                    taken = rows[done - 1:done] or self.confirmed(reader, mark, 1)
                 try:
-                    self.house.insert(node, rows[done - 1:done] or taken)
-                except InsertRefused:
+                    if taken:
+                        self.house.insert(mark.node, taken)
+                except RowsRefused:
                     return done, Later("%s; and refuses a row that it took before" % error)
                 return done, Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
                     rows[done].id, error))
         return done, None
 
     def status(self) -> Dict[str, int]:
-        """What --metrics shows and the log says once a minute. Raises Refused."""
+        """How far it is. Raises Refused."""
         with reading(self.path) as reader:
             mark = self.mark(reader)
             last = mark.last_id if mark else SHIP_LEAST
-            waiting, = reader.rows("SELECT count(*) FROM session_events WHERE id > ?",
-                                   [last]).fetchone()
-            oldest = reader.rows("SELECT received_at FROM session_events WHERE id > ? ORDER BY id "
-                                 "LIMIT 1", [last]).fetchone()
-        since = instant(oldest[0]) if oldest else None
+            waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
+                                          "WHERE id > ?", [last]).fetchone()
+        since = stored_instant(oldest)
         age = 0 if since is None else max(0, (now_ms() - since) // 1000)
         return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": age}
 
-    def prepare(self, cluster: Optional[str]) -> bool:
-        """Makes what is missing on both sides; False if another node has another pepper: server.py
-        notes a fingerprint of it in the file. Raises Later, Refused."""
+    def prepare(self, cluster: Optional[str]) -> None:
+        """Makes what is missing on both sides, and says if another node has another pepper:
+        server.py notes a fingerprint of it in the file. Raises Later, Refused."""
         self.looked = -1.0
         self.house.prepare(cluster)
         with reading(self.path) as reader:
-            known = self.mark(reader)
-        if known is None:
-            self.begin()
+            self.mark(reader)  # of this version, if there is one
+        self.begin()
         with reading(self.path) as reader:
-            mark = known or self.mark(reader)
+            mark = self.mark(reader)
             pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
                                 "session_events_pepper ORDER BY rowid DESC") or ("",)
         fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
-        return mark is None or not self.house.differing_pepper(mark.node, fingerprint)
+        if mark and self.house.differing_pepper(mark.node, fingerprint):
+            self.say("warning", "the nodes of this ClickHouse have different peppers (server.py "
+                     "--pepper-file), so that a developer is somebody else on each of them")
 
 
 # -- The commands: once, --follow, --check --
 
+SHIP_METRICS = {  # type, help
+    "last_id": ("gauge", "id of the last row that ClickHouse confirmed"),
+    "rows_waiting": ("gauge", "rows that are not yet confirmed"),
+    "oldest_waiting_seconds": ("gauge", "age of the oldest of them"),
+    "waiting": ("gauge", "1 while ClickHouse or the file cannot be used"),
+    "rows_total": ("counter", "rows confirmed since this started")}
 
-def ship_log(event: str, **details: Any) -> None:
+
+def back_off(failures: int, chance: float) -> float:
+    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
+    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
+    together."""
+    return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
+
+
+def ship_log(event: str, why: str, details: Mapping[str, Any] = types.MappingProxyType({})
+             ) -> None:
     """One line of JSON on standard error."""
-    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr,
-          flush=True)
+    line = {"time": moment_text(now_ms()), "event": event, **details}
+    print(json.dumps({**line, "why": visible(why)} if why else line), file=sys.stderr, flush=True)
 
 
-def ship_metrics(shipment: Shipment) -> str:
-    """The metrics in Prometheus' text form. Raises Refused."""
-    values = {**shipment.status(), "waiting": int(shipment.waiting),
-              "rows_total": shipment.rows_shipped}
-    return "".join("# HELP {0} {2}\n# TYPE {0} {3}\n{0} {1}\n".format(
-        "session_events_ship_" + name, value, text, kind) for (name, value), (kind, text) in zip(
-            values.items(), (("gauge", "id of the last row that ClickHouse confirmed"),
-                             ("gauge", "rows that are not yet confirmed"),
-                             ("gauge", "age of the oldest of them"),
-                             ("gauge", "1 while ClickHouse or the file cannot be used"),
-                             ("counter", "rows confirmed since this started"))))
+class ShipMetrics(http.server.BaseHTTPRequestHandler):
+    """Answers GET /metrics in Prometheus' text form."""
+
+    timeout = 10
+    shipment: Shipment
+
+    def do_GET(self) -> None:
+        try:
+            values = {**self.shipment.status(), "waiting": int(self.shipment.waiting),
+                      "rows_total": self.shipment.rows_shipped}
+            status, page = 200, "".join("# HELP {0} {2}\n# TYPE {0} {1}\n{0} {3}\n".format(
+                "session_events_ship_" + name, *texts, values[name])
+                for name, texts in SHIP_METRICS.items())
+        except Refused as error:
+            status, page = 503, visible(str(error)) + "\n"
+        if self.path != "/metrics":
+            status, page = 404, "see /metrics\n"
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(page.encode())))
+        self.end_headers()
+        self.wfile.write(page.encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: the log is about shipping."""
 
 
 def serve_metrics(text: str, shipment: Shipment) -> None:
-    """Answers GET /metrics at the address `text`, in a thread. Raises Usage, Refused."""
+    """Serves ShipMetrics at the address `text`, in a thread. Raises Usage, Refused."""
     match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
     if not match or int(match[2]) > 65_535:
         raise Usage("--metrics takes an address such as 127.0.0.1:9101")
-    host, port = match[1], int(match[2])
+
+    host = match[1]
 
     class Server(http.server.ThreadingHTTPServer):
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         daemon_threads = True
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10
-
-        def do_GET(self) -> None:
-            try:
-                status, page = (200, ship_metrics(shipment)) if self.path == "/metrics" else (
-                    404, "see /metrics\n")
-            except Refused as error:
-                status, page = 503, visible(str(error)) + "\n"
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(page.encode())))
-            self.end_headers()
-            self.wfile.write(page.encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    ShipMetrics.shipment = shipment
     try:
-        server = Server((host, port), Handler)
+        server = Server((host, int(match[2])), ShipMetrics)
     except OSError as error:
         raise Refused("cannot listen on %s: %s" % (text, error.strerror)) from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def follow(shipment: Shipment, cluster: Optional[str]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. Raises Refused for what cannot be done at the start, and
-    Unfit; what else cannot be done later is waited for."""
+    """Ships until SIGTERM or Ctrl-C; 0. Raises Unfit, and Refused for what cannot be done at the
+    start; all else that cannot be done is tried again."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ready = started = False
-    failures, noted = 0, time.monotonic()
-    why: Dict[str, str] = {}
+    prepared = started = False
+    failures, why, noted = 0, "", time.monotonic()
     try:
         while True:
             try:
-                if not ready and not shipment.prepare(cluster):
-                    ship_log("warning", why=SHIP_PEPPERS)
-                ready = True
+                if not prepared:
+                    shipment.prepare(cluster)
+                prepared = True
                 wait = 0.0 if shipment.step() else FOLLOW_SECONDS
-                if not started or failures:
-                    ship_log("recovered" if failures else "shipping", to=shipment.destination,
-                             **shipment.status())
-                started, failures, why = True, 0, {}
+                if failures or not started:
+                    ship_log("recovered" if failures else "shipping", "",
+                             {"to": shipment.house.destination, **shipment.status()})
+                started, failures, why = True, 0, ""
             except Refused as error:
                 if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
                     raise
-                ready, failures, why = False, failures + 1, {"why": visible(str(error))}
-                after = error.after if isinstance(error, Later) else None
-                wait = back_off(failures, random.random()) if after is None else after
+                prepared, failures, why = False, failures + 1, str(error)
+                wait = back_off(failures, random.random())
                 if failures == 1:
-                    ship_log("waiting", again_in_seconds=round(wait, 1), **why)
-            for reason in shipment.events:
-                ship_log("again", why=reason)
-            shipment.events.clear()
+                    ship_log("waiting", why, {"again_in_seconds": round(wait, 1)})
             shipment.waiting = failures > 0
             if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
                 noted = time.monotonic()
                 with contextlib.suppress(Refused):  # the reason is in the line before
-                    ship_log("status", **shipment.status(), **why)
+                    ship_log("status", why, shipment.status())
             time.sleep(wait)
     except KeyboardInterrupt:
         return 0
 
 
 def ship_check(shipment: Shipment) -> int:
-    """Prints whether every session of the file is in the view; 0 or 1. For each day of arrival it
-    says how many are not. What waits to be shipped is no fault on the day it came; nor is what lies
-    in a month that ClickHouse no longer has, if it was confirmed. Raises Unfit, Later, Refused."""
-    lacking: Dict[Tuple[int, int, bool], int] = {}  # (day, month, waits): sessions
-    total, after = 0, SHIP_LEAST
+    """Prints which sessions of the file are not in the view; 1 if some are missing, or wait since
+    yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
+    ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
+    lacking: Dict[Tuple[str, str], int] = {}  # (day or month, what about it): sessions
+    total, last, months = 0, SHIP_LEAST, shipment.house.months()
     while True:
         with reading(shipment.path) as reader:
             mark = shipment.mark(reader)
-            rows = ship_batch(reader, "> ? ORDER BY id", after, SHIP_ROWS)
+            rows = ship_batch(reader, "> ? ORDER BY id", last, SHIP_ROWS)
         if not rows:
             break
-        total, after = total + len(rows), rows[-1].id
-        for n in set(range(len(rows))) - shipment.house.found(rows):
-            key = (rows[n].received // 86_400, month_of(rows[n].ended),
-                   bool(mark and rows[n].id > mark.last_id))
-            lacking[key] = lacking.get(key, 0) + 1
-    months = shipment.house.months() if lacking else set()
-    days: Dict[int, List[int]] = {}  # [missing, waiting]
-    dropped: Dict[int, int] = {}  # month: sessions
-    for (day, month, waits), n in sorted(lacking.items()):
-        if months and month not in months and not waits:
-            dropped[month] = dropped.get(month, 0) + n
-        else:
-            days.setdefault(day, [0, 0])[waits] += n
-    for day, counts in days.items():
-        print("%s  %s" % (moment_text(day * DAY_MS)[:10], ", ".join(
-            "{:,} {}".format(n, words) for n, words in zip(
-                counts, ("sessions are missing", "wait to be shipped")) if n)))
-    for month, n in sorted(dropped.items()):
-        print("{:04}-{:02}  {:,} sessions lie in this month, which ClickHouse no longer has".format(
-            *divmod(month, 100), n))
-    lost, waiting = (sum(counts[n] for counts in days.values()) for n in (0, 1))
-    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} wait to be shipped, "
+        total, last = total + len(rows), rows[-1].id
+        found = shipment.house.found(rows)
+        for row in rows:
+            if row.id not in found:
+                key = row.line[:10], "missing"
+                if mark and row.id > mark.last_id:
+                    key = row.line[:10], "waiting to be shipped"
+                elif months and row.month not in months:
+                    key = row.ended[:7], "in a month that was dropped"
+                lacking[key] = lacking.get(key, 0) + 1
+    for (when, what), n in sorted(lacking.items()):
+        print("{}  {:,} {}".format(when, n, what))
+    sums = [sum(n for (_, what), n in lacking.items() if what.startswith(start))
+            for start in ("missing", "waiting", "in")]
+    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} waiting to be shipped, "
           "{:,} in dropped months{}".format(
-              total, total - sum(lacking.values()), lost, waiting, sum(dropped.values()),
-              "; ship --again sends all once more" if lost else ""))
-    return int(lost > 0 or any(n and day < now_ms() // DAY_MS for day, (_, n) in days.items()))
+              total, total - sum(sums), *sums,
+              "; ship --again sends all once more" if sums[0] else ""))
+    today = moment_text(now_ms())[:10]
+    return int(any(what == "missing" or (what.startswith("waiting") and when < today)
+                   for when, what in lacking))
 
 
 def ship(options: argparse.Namespace) -> int:
@@ -4103,8 +3903,8 @@ def ship(options: argparse.Namespace) -> int:
     if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     if options.print_ddl:
-        print(";\n\n".join(ship_ddl(
-            options.cluster, house_of(options.to or TO)[1]["database"])) + ";")
+        database = ship_to(options.to or TO)[1]["database"]
+        print(";\n\n".join(ship_ddl(options.cluster, database)) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
@@ -4113,18 +3913,18 @@ def ship(options: argparse.Namespace) -> int:
     if options.metrics and not options.follow:
         raise Usage("--metrics goes with --follow")
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
-    shipment = Shipment(options.db, ClickHouse(options.to, ship_credentials(os.environ)))
+    shipment = Shipment(options.db, ClickHouse(options.to, os.environ), ship_log)
     if options.check:
         return ship_check(shipment)
     if options.follow:
         if options.metrics:
             serve_metrics(options.metrics, shipment)
         return follow(shipment, options.cluster)
+    shipment.say = lambda _, why: print("session_events: " + visible(why), file=sys.stderr)
     shipment.again = options.again
     terminal = sys.stderr.isatty()
     try:
-        if not shipment.prepare(options.cluster):
-            print("session_events: " + SHIP_PEPPERS, file=sys.stderr)
+        shipment.prepare(options.cluster)
         while shipment.step():
             if terminal:
                 print("\r{:,} rows shipped".format(shipment.rows_shipped), end="", file=sys.stderr,
@@ -4132,8 +3932,6 @@ def ship(options: argparse.Namespace) -> int:
     finally:
         if terminal:
             print(file=sys.stderr)
-        for why in shipment.events:
-            print("session_events: rows go once more: " + why, file=sys.stderr)
     print("{:,} rows shipped".format(shipment.rows_shipped))
     return 0
 

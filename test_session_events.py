@@ -9261,12 +9261,14 @@ def merge(clickhouse, url):
     clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
 
 
-def name_of(db):
-    """The file's name as a node, made if it has none."""
-    house = session_events.ClickHouse("http://nowhere/", {})
-    session_events.Shipment(str(db), house).begin()
+def name_of(db, url):
+    """The file's name as a node at this destination, made if it has none."""
+    house = session_events.ClickHouse(url, {})
+    session_events.Shipment(str(db), house, print).begin()
     with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        return connection.execute("SELECT name FROM session_events_node").fetchone()[0]
+        return connection.execute(
+            "SELECT node FROM ship_marks WHERE destination = ?", [house.destination]
+        ).fetchone()[0]
 
 
 def marks(db):
@@ -9348,7 +9350,7 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     assert all((status, err) == (0, "") for status, _, err in ends), ends
     assert marks(a) == [1200] and marks(b) == [900]
     nodes = (
-        [one, two] if name_of(a) < name_of(b) else [two, one]
+        [one, two] if name_of(a, url) < name_of(b, url) else [two, one]
     )  # in the same second, the node's name decides
     whole(clickhouse, url, *nodes)
     merged = stored(tmp_path / "merged.db", *sessions_of(*nodes))
@@ -9411,7 +9413,7 @@ def later(n, r):
 
 
 SAME = (
-    "%d sessions in the file: %d in the view, 0 missing, 0 wait to be shipped,"
+    "%d sessions in the file: %d in the view, 0 missing, 0 waiting to be shipped,"
     " 0 in dropped months\n"
 )
 
@@ -9434,7 +9436,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
         *retold(rows["a"][300:400], later),
     ]
     dbs = {node: stored(tmp_path / (node + ".db"), *rows[node]) for node in "ab"}
-    nodes = [rows[node] for node in sorted("ab", key=lambda node: name_of(dbs[node]))]
+    nodes = [rows[node] for node in sorted("ab", key=lambda node: name_of(dbs[node], url))]
     checks = {node: SAME % (len(rows[node]), len(rows[node])) for node in "ab"}
 
     def agrees():
@@ -9447,7 +9449,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     assert agrees()
     late = (
         "SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
-        % name_of(dbs["b"])
+        % name_of(dbs["b"], url)
     )
     assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
     merge(clickhouse, url)
@@ -9701,7 +9703,7 @@ def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
             )
             for to in (url, other)
         )
-        connection.execute("DROP TABLE session_events_node")
+        connection.execute("DROP TABLE ship_marks")
         connection.execute("DELETE FROM session_events WHERE id < 100")  # swept
         connection.commit()
     assert shipped(db, url) == 251
@@ -9748,32 +9750,52 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
                 connection.execute(statement)
             connection.commit()
 
-    history = "INSERT INTO ship_history SELECT destination, node, '%s', %d FROM ship_marks"
-    past = (
-        "DELETE FROM ship_history",
-        history % ("2026-05-01T10:00", 400),
-        history % ("2026-05-01T11:00", 600),
-        history % ("2026-05-01T11:09", 700),
+    move = (
+        "UPDATE ship_marks SET synced_id = %d, next_id = 700,"
+        " next_at = '2026-05-01T11:00:00.000Z'"
     )
-    for at, sent, why in (
-        ("2026-05-01T11:12:00Z", 300, "ClickHouse was started after"),
-        ("2026-05-01T11:30:00Z", 200, "ClickHouse was started after"),
-        ("2026-05-01T10:05:00Z", 900, "ClickHouse was started after"),
-        ("2999-01-01T00:00:00Z", 200, "the mark lies in the future"),
+    for at, synced, why in (
+        ("2026-05-01T11:09:00.000Z", 600, "ClickHouse was started after"),
+        ("2026-05-01T11:09:00.000Z", session_events.SHIP_LEAST, "ClickHouse was started after"),
+        ("2999-01-01T00:00:00.000Z", 700, "the mark lies in the future"),
     ):
-        aged(*past, "UPDATE ship_marks SET confirmed_at = '%s'" % at)
+        aged(move % synced, "UPDATE ship_marks SET confirmed_at = '%s'" % at)
         status, out, err = ship(db, url)
+        sent = 900 - max(synced, 0)
         assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
         assert shipped(db, url) == 0
+    # What was confirmed ten minutes before becomes the place to go back to, and not earlier.
+    for at, next_at, synced in (
+        ("12:05:00", "11:56:00", 100),
+        ("12:05:00", "11:54:00", 700),
+        ("11:54:00", "11:54:00", 900),
+    ):
+        aged(
+            "UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 900,"
+            " confirmed_at = '2026-05-01T%s.000Z', next_at = '2026-05-01T%s.000Z'" % (at, next_at)
+        )
+        shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
+        with session_events.reading(db) as reader:
+            mark = shipment.mark(reader)
+        assert shipment.move(mark, 950, session_events.instant("2026-05-01T12:05:00Z"))
+        with session_events.reading(db) as reader:
+            assert shipment.mark(reader).synced_id == synced
+        assert not shipment.move(mark, 960, 0)  # the mark is not the one that was read
+    aged("UPDATE ship_marks SET confirmed_at = '2999-01-01T00:00:00.000Z', synced_id = 900,"
+         " last_id = 900")
+    assert ship(db, url)[0] == 0
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
     assert (status, out) == (0, "900 rows shipped\n") and "not of this file" in err
-    for column, value in (("last_id", "'x'"), ("confirmed_at", "'soon'")):
+    for column, value in (("last_id", "'x'"), ("confirmed_at", "'soon'"), ("node", "'a''b'")):
         aged("UPDATE ship_marks SET %s = %s" % (column, value))
         status, _, err = ship(db, url)
         assert status == 1 and "does not hold a mark" in err
         aged("DELETE FROM ship_marks")
         assert shipped(db, url) == 900
+    aged("ALTER TABLE ship_marks ADD COLUMN other")
+    status, _, err = ship(db, url)
+    assert status == 1 and "of this version; drop it" in err
 
 
 def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, monkeypatch):
@@ -9784,7 +9806,7 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
     db = stored(tmp_path / "a.db", *many(50))
     monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
     house = session_events.ClickHouse(url, {})
-    shipment = session_events.Shipment(db, house)
+    shipment = session_events.Shipment(db, house, print)
     shipment.prepare(None)
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
@@ -9801,11 +9823,6 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
         insert(connection, many(5, 700))
     status, _, err = ship(db, url)
     assert status == 1 and "cannot write the mark" in err and "server's user" in err
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("UPDATE session_events_node SET name = 'a''b'")
-        connection.commit()
-    status, _, err = ship(db, url)
-    assert status == 1 and "does not hold a node's name" in err
 
 
 def insert(connection, rows):
@@ -9892,9 +9909,6 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 158
     whole(clickhouse, url, rows)
-    clickhouse.ask("ALTER TABLE session_events_raw MODIFY COLUMN tool_count UInt64", url)
-    status, _, err = ship(db, url)
-    assert status == 1 and "column tool_count is not UInt32" in err
     clickhouse.ask("DROP TABLE session_events_raw", url)
     status, _, err = ship(db, url, "--check")
     assert status == 1 and "has no table" in err
@@ -9922,8 +9936,8 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
         assert ship(db, url, "--check")[0] == 0  # they came today
         insert(connection, many(6, 6000, received_at="2026-05-20T00:00:00Z"))
     status, out, _ = ship(db, url, "--check")
-    assert status == 1 and out.splitlines()[0] == "2026-05-20  6 wait to be shipped"
-    assert "0 missing, 11 wait to be shipped" in out
+    assert status == 1 and out.splitlines()[0] == "2026-05-20  6 waiting to be shipped"
+    assert "0 missing, 11 waiting to be shipped" in out
     assert shipped(db, url) == 11 and ship(db, url, "--check")[0] == 0
     # What was taken out there: some sessions of two days, then a whole month.
     kept = "CREATE TABLE kept AS session_events_raw"
@@ -9932,7 +9946,7 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
         " (identity_hash, session_id_hash)",
         url,
     )
-    some = "id % 10 = 5 AND node = '{}' AND id > 300 AND id <= 900".format(name_of(db))
+    some = "id % 10 = 5 AND node = '{}' AND id > 300 AND id <= 900".format(name_of(db, url))
     clickhouse.ask("INSERT INTO kept SELECT * FROM session_events_raw WHERE NOT (%s)" % some, url)
     gone = int(clickhouse.ask("SELECT count() FROM session_events_raw WHERE " + some, url)[0][0])
     clickhouse.ask("RENAME TABLE session_events_raw TO first, kept TO session_events_raw", url)
@@ -9940,7 +9954,7 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     *days, summary = out.splitlines()
     assert status == 1 and "%d missing" % gone in summary and "--again" in summary
     assert [line[:10] for line in days] == ["2026-04-15", "2026-05-15", "2026-06-15"], out
-    assert sum(int(re.match(r"\S+  (\d+) sessions are missing$", line)[1]) for line in days) == gone
+    assert sum(int(re.match(r"\S+  (\d+) missing$", line)[1]) for line in days) == gone
     assert shipped(db, url, "--again") == 911 and ship(db, url, "--check")[0] == 0
     clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202604", url)
     status, out, _ = ship(db, url, "--check")
@@ -10221,19 +10235,19 @@ def test_ship_rows_by_the_rules(tmp_path):
     named by its column, and ends the batch before it.
     """
     odd = [
-        ("ended_at", "2026-05-22T12:34:56+02:00", "2026-05-22T10:34:56.000Z"),
-        ("ended_at", "2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+        ("ended_at", "2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
         ("ended_at", "0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
         ("ended_at", "9999-12-31T23:59:59.999Z", "9999-12-31T23:59:59.999Z"),
-        ("received_at", "2026-05-22T12:34:56.5Z", 1779453296),
-        ("received_at", "1970-01-01T00:00:00Z", 0),
-        ("received_at", "1970-01-01T02:00:00+02:00", 0),
-        ("received_at", "2105-12-31T23:59:59Z", 4291747199),
-        ("branch_sha", "ABCDEF0", "abcdef0"),
-        ("branch_sha", None, None),
-        ("github_hash", None, None),
-        ("discovery_refs_json", '["\\u0061b", "c"]', ["ab", "c"]),
-        ("discovery_refs_json", " [ ] ", []),
+        ("ended_at", "2024-02-29T00:00:00.000Z", "2024-02-29T00:00:00.000Z"),
+        ("received_at", "2026-05-22T12:34:56.500Z", "2026-05-22T12:34:56.500Z"),
+        ("received_at", "1970-01-01T00:00:00Z", "1970-01-01T00:00:00Z"),
+        ("received_at", "2105-12-31T23:59:59Z", "2105-12-31T23:59:59Z"),
+        ("received_at", "2024-02-29T23:59:59Z", "2024-02-29T23:59:59Z"),
+        ("branch_sha", "ABCDEF0", "ABCDEF0"),
+        ("branch_sha", None, r"\N"),
+        ("github_hash", None, r"\N"),
+        ("discovery_refs_json", '["\\u0061b", "c"]', '["ab","c"]'),
+        ("discovery_refs_json", " [ ] ", "[]"),
     ]
     bad = [
         *UNFIT,
@@ -10247,6 +10261,13 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("discovery_refs_json", '[["a"]]'),
         ("ended_at", "0000-01-01T00:00:00.000Z"),
         ("ended_at", "0001-01-01T00:00:00+02:00"),
+        ("ended_at", "2023-02-29T00:00:00.000Z"),
+        ("ended_at", "2026-04-31T00:00:00.000Z"),
+        ("received_at", "2026-02-30T00:00:00Z"),
+        ("received_at", "now"),
+        ("github_hash", r"\N"),
+        ("plugin_version", None),
+        ("discovery_refs_json", "['a']"),
         ("ended_at", "2026-05-22T24:00:00.000Z"),
         ("ended_at", "now"),
         ("received_at", None),
@@ -10254,10 +10275,7 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("discovery_refs_json", '["a\\u0000"]'),
         ("discovery_refs_json", None),
     ]
-    db, place = (
-        str(tmp_path / "x.db"),
-        dict(zip(session_events.SHIP_COLUMNS, (2, 3, 4, 5, 7, 8, 9, 10, 11))),
-    )
+    db, places = str(tmp_path / "x.db"), ["received_at", *session_events.SHIP_FIELDS]
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text().replace(" NOT NULL", ""))
         connection.execute("DROP TRIGGER session_events_discoveries_insert")
@@ -10280,7 +10298,8 @@ def test_ship_rows_by_the_rules(tmp_path):
         assert [r.id for r in usual] == list(range(1, 21))
         for column, value, expected in odd:
             found = batch(column, value)
-            assert found[8][place.get(column, 1)] == expected, (column, value)
+            cells = found[8].line.split("\t")
+            assert cells[places.index(column)] == expected, (column, value)
             assert found[:8] + found[9:] == usual[:8] + usual[9:], (column, value)
             with session_events.reading(db) as reader:
                 assert session_events.ship_batch(reader, "= ?", 9, 1) == [found[8]]
@@ -10393,30 +10412,27 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
     """
     with session_events.reading(stored(tmp_path / "a.db", *many(3))) as reader:
         rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 10)
-    with Pretender(reply(200, b"0\n2\n"), reply(200)) as pretender:
+    with Pretender(reply(200, b"1\n3\n"), reply(200)) as pretender:
         house = session_events.ClickHouse(pretender.url, {})
-        assert house.found(rows) == {0, 2} and house.found([]) == set()
+        assert house.found(rows) == {1, 3} and house.found([]) == set()
     head, body = pretender.asked[0][1].split(b"\r\n\r\n", 1)
-    for digest in {s.session for s in rows} | {s.identity for s in rows}:
-        assert bytes.fromhex(digest) in body and digest.encode() not in head + body
-        assert urllib.parse.quote_from_bytes(bytes.fromhex(digest)).encode() not in head
+    for digest in [cell for s in rows for cell in s.line.split("\t")[1:4:2]]:
+        assert digest.encode() in body and digest.encode() not in head
 
 
-@quick
-def test_ship_seniority():
+def test_ship_seniority(clickhouse):
     """Sooner comes before later, then the node whose name is less; all moments and names fit into
     64 bits.
     """
-    moments, names = (
-        (0, 1, 1_800_000_000, (1 << 32) - 1),
-        ("0" * 16, "00000001" + "f" * 8, "f" * 16),
-    )
-    listed = [session_events.seniority(name, moment) for moment in moments for name in names]
-    assert (
-        listed == sorted(set(listed), reverse=True)
-        and listed[0] == (1 << 64) - 1
-        and listed[-1] == 0
-    )
+    least = session_events.SENIORITY % "toDateTime(toUInt32(%d))"
+    asked = [
+        least.format(tie=tie) % moment
+        for moment in (0, 1, 1_800_000_000, (1 << 32) - 1)
+        for tie in (0, 1, (1 << 32) - 1)
+    ]
+    listed = [int(n) for n in clickhouse.ask("SELECT " + ", ".join(asked))[0]]
+    assert listed == sorted(set(listed), reverse=True)
+    assert listed[0] == (1 << 64) - 1 and listed[-1] == 0
 
 
 class Pretender(threading.Thread):
@@ -10467,20 +10483,13 @@ def reply(status, body=b"", *headers):
 def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbinary, monkeypatch):
     db = stored(tmp_path / "a.db", *many(10))
     secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
-    version = reply(200, b"99.1\n")
-    columns = reply(200, "".join("%s\t%s\n" % c for c in session_events.RAW_COLUMNS).encode())
+    up = reply(200, b"99\n")
     engine = b"session_events_raw\tReplacingMergeTree PARTITION BY toYYYYMM(ended)\n"
-    ready = (
-        version,
-        columns,
-        reply(
-            200, engine + b"session_events_nodes\ta\nsession_events\t\ndiscovery_propagation\t\n"
-        ),
-    )
+    made = engine + b"session_events_nodes\ta\nsession_events\t\ndiscovery_propagation\t\n"
+    ready = (up, reply(200, made), reply(200), reply(200, b"0\n"))
     for answers, says in (
-        ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "not followed"),
-        ([reply(200, b"<html>")], "no ClickHouse"),
-        ([reply(200)], "no ClickHouse"),
+        ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "is it ClickHouse's HTTP port"),
+        ([reply(200, b"<html>")], "answers what was not asked"),
         ([reply(404, b"nothing here")], "is it ClickHouse's HTTP port"),
         ([b"SSH-2.0-x\r\n"], "no HTTP"),
         ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
@@ -10488,14 +10497,13 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         ([reply(500, b"Code: 241, e.displayText() = memory")], "its error 241"),
         (
             [reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")],
-            "Code: 62. DB::Exception: \\x1b[2J wrong",
+            "its error 62; its log has the words",
         ),
-        ([version, reply(200, b"x\ty\n")], "whose column node is not"),
-        ([version, columns, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
-        ([*ready, reply(200), reply(200, b"1" * 30 + b"\n")], "answers what was not asked"),
-        ([*ready, reply(200), reply(200, b"0\n"), reply(200, b"surprise")], "HTTP port"),
-        ([*ready, reply(200), reply(200, b"0\n"), reply(500, b"Code: 210, e.x")], "its error 210"),
-        ([*ready, reply(200), reply(200, b"0\n"), reply(500, b"Code: 75, e.x")], "its error 75"),
+        ([up, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
+        ([up, reply(200, made), reply(200), reply(200, b"1" * 30 + b"\n")], "not asked"),
+        ([*ready, reply(200, b"surprise")], "answers what was not asked"),
+        ([*ready, reply(500, b"Code: 210, e.x")], "its error 210"),
+        ([*ready, reply(500, b"Code: 75, e.x")], "its error 75"),
     ):
         with Pretender(*answers) as pretender, monkeypatch.context() as changed:
             for name, value in secret.items():
@@ -10510,7 +10518,7 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
             )
             assert b"sesame" not in head.split(b"\r\n")[0]
     assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
-    busy = reply(503, b"", b"Retry-After: 1")
+    busy = reply(503)
     with Pretender(
         busy, reply(401, b"Code: 516. DB::Exception: shipper: Authentication failed")
     ) as pretender:
@@ -10519,11 +10527,10 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         )  # a password does not mend itself
     assert (
         status == 1
-        and '"again_in_seconds": 1.0' in err
+        and '"event": "waiting"' in err
         and "CLICKHOUSE_PASSWORD" in err
         and "shipper" not in err
     )
-    assert 1 <= pretender.asked[1][0] - pretender.asked[0][0] < 60
     wide_db = stored(
         tmp_path / "b.db",
         dict(row(1, refs=["r"]), discovery_refs_json=json.dumps(["r" * 128] * 200)),
@@ -10532,9 +10539,8 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         wide = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 1)
     with Pretender(busy, patient=False) as pretender:  # refused before it was all sent
         house = session_events.ClickHouse(pretender.url, {})
-        with pytest.raises(session_events.Later, match="status 503") as refused:
+        with pytest.raises(session_events.Later, match="status 503"):
             house.insert("ab" * 8, wide * 800)
-    assert refused.value.after == 1
     url = clickhouse.database()
     wrong = dict(secret, CLICKHOUSE_PASSWORD="open barley")
     assert "does not know this user" in ship(db, url, env=wrong)[2]
@@ -10599,32 +10605,18 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         "'/clickhouse/tables/{shard}/x/session_events_local_by_month', '{replica}', sen" in out
     )
     for made in (out, answered(capfdbinary, ["ship", "--print-ddl"])[1]):
-        assert "PARTITION BY toYYYYMM(ended)\nORDER BY (identity_hash, session_id_hash);" in made
+        assert "PARTITION BY toYYYYMM(ended) ORDER BY (identity_hash, session_id_hash);" in made
 
     monkeypatch.setattr(
         session_events, "SHIP_BYTES", 20_000
     )  # a batch ends early where rows are large
-    wide = many(300, discovery_refs_json=json.dumps(["r" * 128] * 200))
-    db = stored(tmp_path / "wide.db", *wide)
+    refs = json.dumps(["r%d" % n + "r" * 120 for n in range(200)], separators=(",", ":"))
+    db = stored(tmp_path / "wide.db", *many(300, discovery_refs_json=refs))
     with session_events.reading(db) as reader:
         ids = [s.id for s in session_events.ship_batch(reader, "> ? ORDER BY id", 0, 300)]
-        assert ids == list(range(1, 201))
+        assert ids == [1, 2]  # the first is short
         assert session_events.ship_batch(reader, "> ? ORDER BY id", 300, 300) == []
 
-    now = 1_800_000_000.0
-    for text, seconds in (
-        (None, None),
-        ("7", 7.0),
-        ("-7", 0.0),
-        ("soon", None),
-        ("\u0667", None),
-        ("9" * 20, 86_400.0),
-        ("9" * 40, None),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400.0),
-        ("Fri, 15 Jan 2027 08:00:30 GMT", 30.0),
-        ("Fri, 15 Jan 2027 07:00:00 GMT", 0.0),
-    ):
-        assert session_events.retry_after(text, now) == seconds, text
     assert [session_events.back_off(n, 1.0) for n in (1, 2, 6, 7, 10**6)] == [
         10.0,
         20.0,
