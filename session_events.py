@@ -332,11 +332,11 @@ LINES = [SPECIAL.get(rule) or pattern_lines(kind, rule) for _, kind, _, rule in 
 NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
 # 1 where the cells of a row have the right types. In SQLite's order NULL and numbers are below
 # every text, and a BLOB is above: so text lies between '' and x''.
-RIGHT_TYPES = " AND ".join(
-    {"number": "{0} BETWEEN {1[0]} AND {1[1]}",
-     "string or null": "({0} IS NULL OR {0} > '' AND {0} < x'')"}.get(
-        kind, "{0} > '' AND {0} < x''").format("e." + column, rule)
-    for column, (_, kind, _, rule) in zip(COLUMNS[1:], FIELDS))
+IS_TEXT = "{0} > '' AND {0} < x''"
+TYPE_CHECKS = {"string": IS_TEXT, "array": IS_TEXT, "number": "{0} BETWEEN {1[0]} AND {1[1]}",
+               "string or null": "({0} IS NULL OR %s)" % IS_TEXT}
+RIGHT_TYPES = " AND ".join(TYPE_CHECKS[kind].format("e." + column, rule)
+                           for column, (_, kind, _, rule) in zip(COLUMNS[1:], FIELDS))
 JOINED = "SELECT count(*), sum(%s), %s" % (RIGHT_TYPES, ", ".join(
     ("group_concat(ifnull(e.%s, ''), '\n')" if nullable else "group_concat(e.%s, '\n')") % column
     for column, nullable in zip(COLUMNS, NULLABLE)))
@@ -497,11 +497,11 @@ class Reader:
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def checked(self, sql: str, values: Sequence[Any]) -> Iterator[Rows]:
-        """The sessions among `SELECT SELECTED` + sql as plain rows, some at a time, each looked at
-        alone. The ids of the others go to `odd`."""
+    def checked(self, sql: str, values: Sequence[Any], most: int = CHUNK) -> Iterator[Rows]:
+        """The sessions among `SELECT SELECTED` + sql as plain rows, up to `most` at a time, each
+        looked at alone. The ids of the others go to `odd`."""
         cursor = self.rows("SELECT %s %s" % (SELECTED, sql), values)
-        for rows in iter(lambda: cursor.fetchmany(CHUNK), []):
+        for rows in iter(lambda: cursor.fetchmany(most), []):
             good = []
             for row in rows:
                 if is_session(row):
@@ -522,6 +522,19 @@ class Reader:
             self.connection.text_factory = lenient
         return count, right, texts
 
+    def parts(self, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
+        """This time in order as conditions on the rows, with their values: about CHUNK rows each,
+        and whether there are too many to be joined. (One query for each, since an ORDER BY below
+        group_concat takes three times as long, and the index gives the order.)"""
+        lower: Tuple[str, Any] = (">= ?", since)
+        while lower[1] is not None:
+            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % FROM % (lower[0], "< ?")
+            (last,) = self.rows(end, [lower[1], until, CHUNK]).fetchone() or (None,)
+            upper = ("< ?", until) if last is None else ("<= " + MOMENT_OF, last)
+            crowded = self.rows(CROWDED, [last, MOST_JOINED]).fetchone() is not None
+            yield FROM % (lower[0], upper[0]), [lower[1], upper[1]], crowded
+            lower = "> " + MOMENT_OF, last
+
     def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
                ) -> Iterator[Rows]:
         """All sessions in the window's time, whatever its filters, oldest first, some at a time:
@@ -535,23 +548,13 @@ class Reader:
             for rows in self.checked(sql + BY_INSTANT, seconds):
                 yield [picked(row) for row in rows if since <= row[ENDED_AT] < until]
             return
-        lower: Tuple[str, Any] = (">= ?", since)
-        upper: Tuple[str, Any] = ("< ?", until)
-        while lower[1] is not None:
-            sql = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % FROM
-            last = self.rows(sql % (lower[0], upper[0]), [lower[1], upper[1], CHUNK]).fetchone()
-            (last_id,) = last or (None,)
-            end = upper if last_id is None else ("<= " + MOMENT_OF, last_id)
-            part, values = FROM % (lower[0], end[0]), [lower[1], end[1]]
-            count, right, texts = -1, 0, []
-            if not self.rows(CROWDED, [last_id, MOST_JOINED]).fetchone():
-                count, right, texts = self.joined(part, values)
+        for sql, values, crowded in self.parts(since, until):
+            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
             if count and sound(count, right, texts):
                 yield list(zip(*(cells_in(place, texts[place]) for place in places)))
             elif count:
-                for rows in self.checked(part + " ORDER BY e.ended_at, e.id", values):
+                for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
                     yield list(map(picked, rows))
-            lower = "> " + MOMENT_OF, last_id
 
     def look(self, window: Window, limit: int = 0) -> Look:
         """One look at every row of the window; remembered."""
@@ -594,7 +597,7 @@ class Reader:
 
     def some(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
         """The sessions among `FROM session_events e` + sql, of which there are few."""
-        for rows in self.checked("FROM session_events e " + sql, values):
+        for rows in self.checked("FROM session_events e " + sql, values, 50):
             yield from map(session_of, rows)
 
 
@@ -1182,31 +1185,31 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
-    found = edges_of(ordered, only)
-    who = [s.developer for s in ordered]
+    who = [shown[s.developer] for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
-    hand_overs = 0
-    for edge in found:
-        flow = flows.setdefault((shown[who[edge.source]], shown[who[edge.target]]), [0, 0])
+    edges = []
+    for e in edges_of(ordered, only):
+        giver, taker = who[e.source], who[e.target]
+        edges.append({"source": names[e.source], "target": names[e.target],
+                      "discoveries": list(e.refs), "crosses": giver != taker})
+        flow = flows.setdefault((giver, taker), [0, 0])
         flow[0] += 1
-        flow[1] += len(edge.refs)
-        hand_overs += len(edge.refs) if who[edge.source] != who[edge.target] else 0
+        flow[1] += len(e.refs)
+    developers: List[Plain] = [
+        {"source": giver, "target": taker, "edges": count, "discoveries": carried,
+         "crosses": giver != taker} for (giver, taker), (count, carried) in flows.items()]
+    developers.sort(key=lambda flow: (-flow["discoveries"], flow["source"], flow["target"]))
     return {
-        "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
-                  for name, s in zip(names, ordered)],
-        "edges": [{"source": names[e.source], "target": names[e.target],
-        "discoveries": list(e.refs),
-                   "crosses": who[e.source] != who[e.target]} for e in found],
-        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs,
-        "crosses": a != b}
-                       for (a, b), (edges, refs) in sorted(flows.items(),
-                               key=lambda f: (-f[1][1], f[0]))],
-        "totals": {"sessions": len(ordered), "developers": len(shown),
-                   "tool_count": sum(s.tools for s in ordered),
-                   "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs
-                   if only in (None, ref)}),
-                   "hand_overs": hand_overs},
+        "nodes": [dict(id=name, developer=developer, **plain_session(s))
+                  for name, developer, s in zip(names, who, ordered)],
+        "edges": edges,
+        "developers": developers,
+        "totals": {
+            "sessions": len(ordered), "developers": len(shown),
+            "tool_count": sum(s.tools for s in ordered),
+            "tokens_saved": sum(s.tokens for s in ordered),
+            "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+            "hand_overs": sum(flow["discoveries"] for flow in developers if flow["crosses"])},
     }
 
 
@@ -1331,6 +1334,7 @@ DEVELOPER = Column("Developer", lambda s: s["developer"], "m", lambda s: develop
 GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
 BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
 SESSIONS = number("Sessions", "sessions")
+DEVELOPERS = number("Developers", "developers")
 CALLS = number("Calls", "tool_count")
 SAVED = number("Tokens saved", "tokens_saved", short="Saved")
 SESSION_COLUMNS = (
@@ -1340,13 +1344,13 @@ DISCOVERY_COLUMNS = (
     Column("Discovery", lambda d: d["discovery_id"], sort="name"),
     Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
            short="Over time"),
-    number("Developers", "developer_count", "developer_count", "Reach"),
+    number("Reach", "developer_count", "developer_count"),
     number("Sessions", "session_count", "session_count"),
     Column("To the second developer", lambda d: lasting(d["hours_to_second_developer"]), "n",
            sort="hours_to_second_developer", short="To 2nd"),
     Column("Half-life", lambda d: lasting(d["half_life_hours"]), "n", sort="half_life"),
     Column("First seen", lambda d: minute(d["first_seen_at"]), "m wide", sort="first_seen"),
-    Column("Last seen", lambda d: d["last_seen_at"][:10], "m",
+    Column("Last seen", lambda d: d["last_seen_at"][:10], "m late",
            lambda d: minute(d["last_seen_at"]), "recent"))
 DEVELOPER_COLUMNS = (
     DEVELOPER, SESSIONS, CALLS, SAVED, number("Given", "given"), number("Received", "received"),
@@ -1360,7 +1364,7 @@ REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVE
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
 PERIOD_COLUMNS = (
-    Column("Period", lambda p: p["period"], "m"), SESSIONS, number("Developers", "developers"),
+    Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS,
     number("Came back", "came_back"), CALLS, SAVED)
 SESSION_FACTS = (
     DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
@@ -1426,9 +1430,9 @@ def flows_text(title: str, columns: Sequence[Column], flows: Sequence[Plain]) ->
 def developers_text(result: Plain) -> str:
     return (
         text_table(DEVELOPER_COLUMNS, result["developers"])
-        + "\nGiven, received: hand-overs of a discovery to and from other developers. Cold\n"
-        "start: of who was not there in as many days before, the own sessions before the\n"
-        "first that built on somebody else's discovery.\n"
+        + "\nGiven, received: hand-overs of a discovery to and from other developers.\n"
+        "Cold start: for developers who were not there in as many days before, how many\n"
+        "sessions came before the first that built on somebody else's discovery.\n"
         + flows_text("who hands over to whom", (GIVER, TAKER, HAND_OVERS), result["matrix"]))
 
 
@@ -1469,10 +1473,11 @@ def cold_start_words(cold: Plain) -> str:
     if not cold["developers"]:
         return "No developer was new in this window."
     words = some(cold["developers"], "developer was", "developers were") + " new in this window"
-    if cold["sessions"] is not None:
-        words += (": %g own sessions (median) came before the first that built on somebody else's"
-                  " discovery" % cold["sessions"])
-    return words + "; %s never did." % digits(cold["never"])
+    if cold["sessions"] is None:
+        return words + ", without a session that built on somebody else's discovery."
+    words += (". Before their first session that built on somebody else's discovery they had %g"
+              " others (median)." % cold["sessions"])
+    return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
 def percent(share: Optional[float]) -> str:
@@ -1498,7 +1503,7 @@ SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], object]], ...] = (
      lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
     ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
     ("new developers", lambda f: f["cold_start"]["developers"]),
-    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  sessions before they built (median)", lambda f: median_text(f["cold_start"]["sessions"])),
     ("  never built on others", lambda f: f["cold_start"]["never"]),
 )
 
@@ -1528,15 +1533,16 @@ def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
-    return text + rest("of the newest {:,} sessions of {:,}; --limit takes more",
-                       totals["sessions"], result["total_count_in_window"]) + flows_text(
-        "from developer to developer", FLOW_COLUMNS, flows)
+    text += rest("of the newest {:,} sessions of {:,}; --limit takes more",
+                 totals["sessions"], result["total_count_in_window"])
+    return text + flows_text("from developer to developer", FLOW_COLUMNS, flows)
 
 
 def activity_text(result: Plain) -> str:
-    text = "".join("last %2d days   %9s developers, %9s came back\n" % (
-        row["days"], digits(row["developers"]), digits(row["came_back"]))
-        for row in result["active"])
+    text = ""
+    for row in result["active"]:
+        text += "last %2d days   %9s developers, %9s came back\n" % (
+            row["days"], digits(row["developers"]), digits(row["came_back"]))
     if result["before"]:
         text += "in this window %s sessions, in as many days before %s\n" % tuple(
             digits(sum(day["sessions"] for day in part["days"]))
@@ -1674,7 +1680,7 @@ def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
         titles.append('<th scope="col" class="%s"%s>%s</th>' % (c.kind, order, text))
     for row in rows:
         body.append("<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
-            c.kind, esc(c.title.lower()), cell_html(c, row)) for c in columns))
+            c.kind, esc((c.short or c.title).lower()), cell_html(c, row)) for c in columns))
     return ('<div class="scroll"><table class="%s"><caption>%s</caption><thead><tr>%s</tr></thead>'
             '<tbody>\n%s</tbody></table></div>' % (
                 "cards sorts" if by else "cards", esc(caption), "".join(titles), "".join(body)))
@@ -1715,7 +1721,8 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
 CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
 MOST_ARCS = 6000  # in one page, which says so if there are more
 MOST_CELLS = 60  # of one lane
-LANE_PX, PICTURE_PX = (14.0, 42.0), 600  # least and most of a lane; of all lanes, about
+LANES_PX, PICTURE_PX = (42, 30, 20, 15), 600  # heights of a lane; most of all lanes
+PHONE_LANES = 12  # that a narrow screen shows at first: STYLE has their height for each of LANES_PX
 HOUR_MS = 3_600_000
 TICK_HOURS = (1, 3, 6, 12, 24, 48, 168)  # between two ticks; 168 is a week, from Monday
 TICK_MONTHS = (1, 3, 12, 60, 120, 1200, 12_000)
@@ -1777,14 +1784,14 @@ class Picture:
             balance[ordered[e.source].developer] += len(e.refs)
             balance[ordered[e.target].developer] -= len(e.refs)
         self.developers = sorted(balance, key=lambda key: -balance[key])  # then by first session
-        rows = min(len(balance), MOST_LANES)
+        self.rows = rows = min(len(balance), MOST_LANES)
         self.lanes = {key: min(n, rows - 1) for n, key in enumerate(self.developers)}
         if len(balance) > MOST_LANES:
             self.own, self.others = self.developers[:rows - 1], self.developers[rows - 1:]
         else:
             self.own, self.others = self.developers, []
         self.crowded = len(self.every) > CROWDED_ARCS or bool(self.others)
-        self.lane = max(LANE_PX[0], min(LANE_PX[1], round(PICTURE_PX / rows, 1)))
+        self.lane = next(px for px in LANES_PX if rows * px <= PICTURE_PX)
         end = self.start + self.span
         self.quarters = list(month_starts(self.start + 1, end, 3))[:40]
         self.top = 40 if self.quarters else 26
@@ -1902,7 +1909,7 @@ class Picture:
                 ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
                 ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
                 '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
-                   self.cells(lanes)))
+                            self.cells(lanes)))
 
     def data(self) -> Plain:
         """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
@@ -1956,6 +1963,7 @@ PANEL = (
     ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
     ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and'
     ' &minus; change the speed.</p></div>')
+EVERY_LANE = '<label class="every"><input type="checkbox">Show all %d lanes</label>'
 LISTED = 30  # discoveries beside the picture
 IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
@@ -1986,8 +1994,10 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
         '<div class="card">', CONTROLS,
         tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
               for i, (title, key) in enumerate(COUNTERS)),
-        '<div class="board%s"><div><div class="stage" id="stage">' % ("" if ranked else " alone"),
-        picture.svg(), "</div>", others, legend, PANEL, "</div>",
+        '<div class="board%s"><div>' % ("" if ranked else " alone"),
+        '<div class="stage lane%d" id="stage">%s</div>' % (picture.lane, picture.svg()),
+        EVERY_LANE % picture.rows if picture.rows > PHONE_LANES else "",
+        others, legend, PANEL, "</div>",
         ranking(ranked, picture) if ranked else "", "</div></div>",
         matrix(flows, picture) if flows else "",
         '<script type="application/json" id="data">%s</script>' % embedded(
@@ -2006,7 +2016,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
     words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
-    return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
+    return '<div class="side"><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
         rows, '<p class="note">%s</p>' % words if more else "")
 
 
@@ -2095,12 +2105,12 @@ WORDS = {  # what a word means; each page says it of the words that stand on it
     "session": "A session is one run of a coding assistant, recorded when it ended.",
     "calls": "Calls: how often the session used a tool.",
     "saved": "Tokens saved: what the plugin counted as spared.",
-    "developer": "A developer is a GitHub account, or else a machine, shown as the first digits of"
-                 " a hash that changes with the quarter.",
-    "discovery": "A discovery is something worth knowing that a session touched, under a short"
-                 " name.",
-    "hand-over": "A hand-over: a discovery that one developer's session touched is next touched by"
-                 " another's.",
+    "developer": "A developer is a GitHub account, or else a machine. It is shown as the first"
+                 " digits of a hash, which changes with the quarter.",
+    "discovery": "A discovery is something worth knowing, under a short name. A session touches"
+                 " it.",
+    "hand-over": "A hand-over: one developer's session touched a discovery, and the next session"
+                 " that touched it was another developer's.",
 }
 
 
@@ -2199,9 +2209,9 @@ def page(reader: Reader, path: str, title: str, filters: Filters, main: str,
          window: Optional[Window] = None, beside: str = "") -> str:
     """A page of the viewer: links to the others, the title with what stands `beside` it, the
     window in words, and what was left out."""
+    query = esc(filters.query())
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
-        to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
-        for to, name in PAGES)
+        to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
     left_out = "%s left out: not sessions as the contract has them." % some(
         reader.left_out, "row was", "rows were") if reader.left_out else ""
     return document(title + " - sessions", (
@@ -2260,14 +2270,15 @@ def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
     s, related = result["session"], result["related"]
-    facts = ["<dt>%s</dt><dd>%s</dd>" % (c.title, '<span class="m">%s</span>' % cell_html(c, s)
-             if "m" in c.kind else cell_html(c, s)) for c in SESSION_FACTS]
+    facts = ['<dt>%s</dt><dd class="%s">%s</dd>' % (c.title, "m" if "m" in c.kind else "",
+                                                    cell_html(c, s)) for c in SESSION_FACTS]
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
-    table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                       SESSION_COLUMNS, related) if related else note_html(
-        "No other session of this machine in the last %d days." % RELATED_DAYS)
+    table = note_html("No other session of this machine in the last %d days." % RELATED_DAYS)
+    if related:
+        table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                           SESSION_COLUMNS, related)
     return page(reader, "/session", "Session " + s["session_id_hash"][:12], Filters(),
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
                     esc(s["session_id_hash"]), "".join(facts), table))
@@ -2284,10 +2295,10 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     table = html_table(
         caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
         lambda key: path + filters.query(sort=key)) if rows else nothing(reader, window)
-    return page(reader, path, "Discoveries", filters, words_of("discovery", "developer")
-                + filter_form(path, filters, {"sort": sort}) + table + note_html(
-        "Developers: how many had a session that touched it. Half-life: until half of its sessions"
-        " had ended; said of four sessions or more."), window)
+    words = note_html("Reach: how many developers had a session that touched it. Half-life: until"
+                      " half of its sessions had ended; said of four sessions or more.")
+    body = words_of("discovery", "developer") + filter_form(path, filters, {"sort": sort})
+    return page(reader, path, "Discoveries", filters, body + table + words, window)
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
@@ -2320,12 +2331,12 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     result = developers(reader, window)
     rows = result["developers"]
     name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
-    caption = "%s, who gave most more than they received first%s" % (
+    caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
     body = nothing(reader, window) if not rows else note_html(
-        cold_start_words(result["cold_start"]) + " Cold start: of who was not there in as many days"
-        " before, the own sessions before the first that built on somebody else's discovery."
+        cold_start_words(result["cold_start"]) + " Cold start: for developers who were not there"
+        " in as many days before, how many sessions came before that first one."
     ) + html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
     return page(reader, path, "Developers", filters, words_of(
         "developer", "hand-over", "calls", "saved") + filter_form(path, filters) + body, window)
@@ -2370,21 +2381,22 @@ def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> st
     line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
                                 round(100 - 100 * value / most, 1))
                    for i, value in enumerate(before))
-    words = esc("%s by day: up to %s; in as many days before up to %s" % (
-        title, digits(max(now, default=0)), digits(max(before, default=0))))
+    words = "%s by day: up to %s" % (title, digits(max(now, default=0)))
+    if any(before):
+        words += "; in as many days before up to %s" % digits(max(before))
     return ('<figure class="card"><figcaption>%s</figcaption><svg viewBox="0 0 1000 100"'
             ' preserveAspectRatio="none" role="img" aria-label="%s"><path d="%s"/>'
             '<path class="before" d="%s"/></svg><p class="ends">%s</p></figure>' % (
                 words, words, bars(now, most, 1000 / n, 100, 2), line, ends))
 
 
-def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
-    """A figure of each day since a moment (stored form), 0 on the days that are not listed."""
-    first = midnight(since[:10])
-    if first is None and rows:
-        first = midnight(rows[0]["period"])
-    days = {((midnight(row["period"]) or 0) - (first or 0)) // DAY_MS: row[key] for row in rows}
-    return [days.get(n, 0) for n in range(min(max(days, default=-1) + 1, MOST_DAYS))]
+def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
+    """A column's figure of each day since a moment (stored form), 0 on days that are not listed."""
+    if not rows:
+        return []
+    first = midnight(since[:10]) or midnight(rows[0]["period"]) or 0
+    days = {((midnight(row["period"]) or 0) - first) // DAY_MS: column.cell(row) for row in rows}
+    return [days.get(n, 0) for n in range(min(max(days) + 1, MOST_DAYS))]
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
@@ -2399,10 +2411,8 @@ def activity_page(reader: Reader, filters: Filters) -> str:
         return page(reader, path, "Activity", filters, body + nothing(reader, window), window)
     ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
     body += '<div class="plots">%s</div>' % "".join(
-        plot(title, by_day(days, window.since, key),
-             by_day(before["days"], before["since"], key), ends) for title, key in (
-            ("Sessions", "sessions"), ("Developers", "developers"),
-            ("Tokens saved", "tokens_saved")))
+        plot(c.title, by_day(days, window.since, c), by_day(before["days"], before["since"], c),
+             ends) for c in (SESSIONS, DEVELOPERS, SAVED))
     body += note_html(
         "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
         " there in the period before. "
@@ -2425,14 +2435,15 @@ class Refused(Exception):
 REASONS = (  # what SQLite says, what a person wants to know
     ("file is not a database", "it is not an SQLite database"),
     ("file is encrypted", "it is not an SQLite database"),
-    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's"
-                  " .recover"),
+    ("malformed",
+     "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
     ("locked", "another program keeps it locked: try again when that is done"),
-    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while"
-                       " a server's last changes wait in the -wal file (run this as the server's"
-                       " user)"),
-    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run"
-                 " this as the server's user)"),
+    ("unable to open",
+     "SQLite cannot open it: its folder must be readable, and writable too while a server's last"
+     " changes wait in the -wal file (run this as the server's user)"),
+    ("readonly",
+     "its -wal file holds changes that only a user who may write there can take in (run this as"
+     " the server's user)"),
     ("disk i/o error", "the disk answers with errors"),
     ("no such table", "it does not hold the tables of a session-event store"),
     ("no such column", "its tables are not those of a session-event store"),
@@ -2761,8 +2772,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
                 ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
         if self.may_see():
             return page
-        return message_page(403, "Closed", "This address was used already, or is not this viewer's."
-                                           " Start it again for a new one.")
+        return message_page(403, "Closed", "This address was used already, or it is another"
+                            " viewer's. Start the viewer again for a new one.")
 
     def may_see(self) -> bool:
         cookies = [part.strip().partition("=")
@@ -4072,8 +4083,8 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
                  type=whole_number(0, 65_535), default=8788),
     "open": ("--open", {"action": "store_true", "help": "open the page in a browser"}),
     "ship_db": flag("--db", "FILE", "the database that server.py writes"),
-    "to": flag("--to", "URL", "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
-                              " in the environment say who"),
+    "to": flag("--to", "URL", "ClickHouse's HTTP interface; user and password come from"
+               " CLICKHOUSE_USER and CLICKHOUSE_PASSWORD in the environment"),
     "follow": ("--follow", {"action": "store_true",
                             "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
     "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the"
@@ -4150,9 +4161,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "session_events.py", formatter_class=shape,
         description="Shows the sessions that server.py stored.",
-        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there"
-               " is nothing in the window), 1 not found or\nnot readable, 2 the command line is"
-               " wrong")
+        epilog="example: python3 session_events.py demo\n\n"
+               "exit status: 0 answered (also when there is nothing in the window),\n"
+               "1 not found or not readable, 2 the command line is wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
@@ -4262,7 +4273,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .findings li { max-width: 100ch; padding: 2px 0 2px 14px; border-left: 3px solid var(--cross) }
 .tiles { display: flex; flex-wrap: wrap; gap: 2px 24px; margin: 4px 0 10px; color: var(--soft);
   font-size: 14px }
-.tiles div { display: flex; flex-direction: row-reverse; gap: 6px; align-items: baseline }
+.tiles div { display: flex; gap: 6px; align-items: baseline }
 .tiles dd { margin: 0; color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
 .tiles dd small { font-weight: 400; color: var(--soft) }
 .tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
@@ -4283,6 +4294,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
   white-space: nowrap; max-width: none; font-weight: 600; color: var(--cross) }
 .board { display: grid; grid-template-columns: minmax(0, 1fr) minmax(280px, 380px); gap: 0 28px }
 .board.alone { grid-template-columns: minmax(0, 1fr) } .board > div { min-width: 0 }
+.board > .side { display: flex; flex-direction: column; height: 0; min-height: 100% }
 .stage { padding: 0 18px 0 86px; overflow-x: clip }
 #chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
 #chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
@@ -4327,7 +4339,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .chips li { max-width: 100% }
 .chips a, .chips span { display: inline-block; border: 1px solid var(--pale); border-radius: 99px;
   padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
-.ranking { margin: 0; padding: 0; list-style: none; max-height: 660px; overflow-y: auto }
+.ranking { margin: 0; padding: 0; list-style: none; overflow-y: auto }
 .board h2 { margin: 10px 0 4px }
 .ranking li { display: grid; grid-template-columns: minmax(0, 1fr) 90px; gap: 0 10px;
   align-items: center; padding: 3px 6px 4px 0; border-bottom: 1px solid var(--line) }
@@ -4356,7 +4368,7 @@ th.m { font-family: inherit } .whole { white-space: normal; overflow-wrap: anywh
 .matrix thead th span { writing-mode: vertical-rl } .matrix caption { max-width: 100ch }
 .h1 { background: var(--h1) } .h2 { background: var(--h2) }
 .h3 { background: var(--h3); color: var(--card) } .h4 { background: var(--h4); color: var(--card) }
-.pairs { display: none }
+.pairs, .every { display: none }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
 .plots figure { margin: 0 }
 .plots svg { display: block; width: 100%; height: 120px; overflow: visible }
@@ -4373,7 +4385,8 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
 .skip { position: absolute; left: -999px }
 .skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
 @media (max-width: 1020px) {
-  .board { grid-template-columns: 1fr } .ranking { max-height: 340px }
+  .board { grid-template-columns: 1fr } .board > .side { height: auto }
+  .ranking { max-height: 340px }
 }
 @media (min-width: 641px) { @supports selector(::details-content) {
   .filters > summary { display: none }
@@ -4388,8 +4401,11 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .button { padding-top: 10px } .wide, .matrix { display: none } .pairs { display: block }
   .card { padding: 8px 10px } .controls { gap: 4px 10px } .controls input { flex: 1 1 60% }
   #caption { font-size: 14px; height: 40px; line-height: 20px; white-space: normal }
-  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; max-height: 530px; overflow-y: auto;
-    overflow-x: hidden }
+  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; overflow: hidden }
+  .lane42 { max-height: 530px } .lane30 { max-height: 386px } .lane20 { max-height: 266px }
+  .lane15 { max-height: 206px } .board:has(.every :checked) .stage { max-height: none }
+  .every { display: flex; align-items: center; gap: 8px; min-height: 44px; color: var(--disc) }
+  .every input { min-height: 20px }
   #discs circle { transform: scale(.65); transform-box: fill-box; transform-origin: center }
   #chart text { font-size: 10px } .odd text { display: none } #panel { height: 190px }
   .chips a { padding: 9px 12px } .ranking { max-height: 410px }
@@ -4399,13 +4415,18 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .sorts th:not(:has(a)) { display: none }
   .cards, .cards tbody, .cards caption { display: block }
   .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
-    line-height: 1.9 }
-  .cards td { display: inline; padding: 0 12px 0 0; border: 0 }
-  .cards td.n { display: inline-block; padding-right: 12px }
+    line-height: 1.9; font-size: 13px }
+  .cards td { display: inline; padding: 0; margin-right: 9px; border: 0 }
+  .cards td.n, .cards td.d { display: inline-block }
   .cards td.n::after { content: " " attr(data-t); color: var(--soft) }
   .cards td.to::before { content: "\2192 " }
-  .cards td.wide { display: none }
-  .cards td.d:not(:empty)::before { content: "\A"; white-space: pre }
+  .cards td.wide, .cards td.late { display: none }
+  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n)::after { content: "\A";
+    white-space: pre }
+  .cards td:has(.spark) { margin: 0 }
+  .cards td.d { min-width: 0; max-width: calc(100% - 175px); margin: 0; overflow: hidden;
+    white-space: nowrap; text-overflow: ellipsis; vertical-align: bottom }
+  .cards .spark { width: 60px }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important;

@@ -8586,6 +8586,11 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                 paper = chromium.js("getComputedStyle(document.body).backgroundColor")
                 assert (paper == "rgb(246, 246, 243)") == (scheme == "light")
                 assert chromium.js('document.querySelectorAll("h1").length') == 1, where
+                if width == 390:  # a card has two lines
+                    tall = """[...document.querySelectorAll(".cards tbody tr")].filter(
+                        row => row.offsetHeight > 2 * parseFloat(getComputedStyle(row).lineHeight)
+                        + 18).map(row => row.innerText)"""
+                    assert chromium.js(tall) == [], where
                 assert (
                     chromium.js(
                         '[...document.querySelectorAll("th")].filter(th => !th.textContent).length'
@@ -8826,6 +8831,13 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         chromium.js('document.querySelector(".others summary").click()')
         assert chromium.js('document.querySelectorAll(".others text").length') == 261
         assert chromium.js('document.querySelector(".others svg").checkVisibility()')
+        chromium.screen(390, 844, touch=True)
+        seen = """(bottom => [...document.querySelectorAll("#chart .lanes text")].filter(
+            t => t.getBoundingClientRect().bottom <= bottom).length)(
+            document.getElementById("stage").getBoundingClientRect().bottom)"""
+        assert 10 < chromium.js(seen) <= 12
+        chromium.js('document.querySelector(".every input").click()')
+        assert chromium.js(seen) == 40
         assert chromium.complaints() == []
 
 
