@@ -291,13 +291,17 @@ DIGITS_TO_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def hash_lines(text: bytes, count: int) -> bool:
-    """Lines of 64 digits; an empty one stands for NULL. (A tenth of a pattern's time.)"""
+    """Lines of 64 digits. (A tenth of a pattern's time.)"""
+    ends = b"\n" * (count - 1)
+    return (len(text) == 65 * count - 1
+            and text[64::65] == ends == text.translate(None, HEX_DIGITS))
+
+
+def hash_or_null_lines(text: bytes, count: int) -> bool:
+    """Lines of 64 digits; an empty one stands for NULL."""
     cells = text.split(b"\n")
     found = list(filter(None, cells))
-    joined = b"\n".join(found)
-    ends = b"\n" * (len(found) - 1)
-    return (len(cells) == count and len(joined) == max(0, 65 * len(found) - 1)
-            and joined[64::65] == ends == joined.translate(None, HEX_DIGITS))
+    return len(cells) == count and (not found or hash_lines(b"\n".join(found), len(found)))
 
 
 def moment_lines(text: bytes, count: int) -> bool:
@@ -307,7 +311,7 @@ def moment_lines(text: bytes, count: int) -> bool:
         return False
     lines = text.split(b"\n")
     hours = set(map(operator.itemgetter(slice(13)), lines))  # few are many
-    return (all(map(operator.le, lines, lines[1:])) and max(text[14::25] + text[17::25]) < ord("6")
+    return (lines == sorted(lines) and max(text[14::25] + text[17::25]) < ord("6")
             and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
 
 
@@ -326,20 +330,26 @@ def number_lines(text: bytes, count: int) -> bool:
     return not text.translate(None, b"0123456789\n")
 
 
-SPECIAL = {"moment": moment_lines, RULES["identity_hash"]: hash_lines,
-           RULES["tool_count"]: number_lines, RULES["tokens_saved"]: number_lines}
-LINES = [SPECIAL.get(rule) or pattern_lines(kind, rule) for _, kind, _, rule in FIELDS]
+SPECIAL: Dict[str, Lines] = {
+    "identity_hash": hash_lines, "github_hash": hash_or_null_lines, "session_id_hash": hash_lines,
+    "ended_at": moment_lines, "tool_count": number_lines, "tokens_saved": number_lines}
+LINES = [SPECIAL.get(name) or pattern_lines(kind, rule) for name, kind, _, rule in FIELDS]
 NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
 # 1 where the cells of a row have the right types. In SQLite's order NULL and numbers are below
 # every text, and a BLOB is above: so text lies between '' and x''.
-IS_TEXT = "{0} > '' AND {0} < x''"
-TYPE_CHECKS = {"string": IS_TEXT, "array": IS_TEXT, "number": "{0} BETWEEN {1[0]} AND {1[1]}",
-               "string or null": "({0} IS NULL OR %s)" % IS_TEXT}
-RIGHT_TYPES = " AND ".join(TYPE_CHECKS[kind].format("e." + column, rule)
-                           for column, (_, kind, _, rule) in zip(COLUMNS[1:], FIELDS))
-JOINED = "SELECT count(*), sum(%s), %s" % (RIGHT_TYPES, ", ".join(
-    ("group_concat(ifnull(e.%s, ''), '\n')" if nullable else "group_concat(e.%s, '\n')") % column
-    for column, nullable in zip(COLUMNS, NULLABLE)))
+CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
+         for column, nullable in zip(COLUMNS, NULLABLE)]
+TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
+# 1 where the cells of a row have the right types. In SQLite's order numbers are below every text,
+# and a BLOB is above. (One max() takes half the time of a comparison for each cell.) What the
+# lines cannot tell: whether an empty one was NULL, whether a branch or a version is a number.
+RIGHT_TYPES = " AND ".join([
+    "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
+    *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
+    *("e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
+      if kind == "number")])
+JOINED = "SELECT count(*), sum(%s), %s" % (
+    RIGHT_TYPES, ", ".join("group_concat(%s, '\n')" % cell for cell in CELLS))
 
 
 def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
@@ -452,7 +462,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
         wanted is None or (wanted in refs and wanted in refs_in(refs)))
 
 
-CHUNK = 5000  # rows in memory at once
+CHUNK = 1000  # rows in memory at once
 MOST_JOINED = 20_000  # rows of one moment are not divided; more are looked at one by one
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
@@ -464,8 +474,10 @@ BY_INSTANT = (" ORDER BY CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at,
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
+PASSING = (IDENTITY, GITHUB, REFS)
 Pair = Tuple[str, Optional[str]]  # (identity, GitHub hash)
 Rows = List[Tuple[Any, ...]]
+Columns = Sequence[Sequence[Any]]
 
 
 class Look(NamedTuple):
@@ -476,6 +488,12 @@ class Look(NamedTuple):
     total: int
     newest: Deque[Tuple[Any, ...]]
     pairs: Set[Pair]
+
+
+def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
+    """The rows, if there are any, as columns."""
+    if rows:
+        yield [[row[place] for row in rows] for place in places]
 
 
 class Reader:
@@ -536,40 +554,41 @@ class Reader:
             lower = "> " + MOMENT_OF, last
 
     def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
-               ) -> Iterator[Rows]:
-        """All sessions in the window's time, whatever its filters, oldest first, some at a time:
-        of each the cells at these places of COLUMNS (two or more)."""
+               ) -> Iterator[Columns]:
+        """All sessions in the window's time, whatever its filters, oldest first, one or more at a
+        time: the columns at these places of COLUMNS."""
         # Rows whose time is no time belong to every window, as left out.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
-        picked = operator.itemgetter(*places)
         seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
         if self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone():
             for rows in self.checked(sql + BY_INSTANT, seconds):
-                yield [picked(row) for row in rows if since <= row[ENDED_AT] < until]
+                yield from columns_of(
+                    [row for row in rows if since <= row[ENDED_AT] < until], places)
             return
         for sql, values, crowded in self.parts(since, until):
             count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
             if count and sound(count, right, texts):
-                yield list(zip(*(cells_in(place, texts[place]) for place in places)))
+                yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
-                    yield list(map(picked, rows))
+                    yield from columns_of(rows, places)
 
     def look(self, window: Window, limit: int = 0) -> Look:
         """One look at every row of the window; remembered."""
         found = self.looks.get(window)
         if found is None or found.limit < limit:
-            places = range(len(COLUMNS)) if limit else (IDENTITY, GITHUB, REFS)
-            pair_in = operator.itemgetter(places.index(IDENTITY), places.index(GITHUB))
-            refs = places.index(REFS)
             total = 0
             pairs: Set[Pair] = set()
             newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
-            for rows in self.chunks(window, places):
-                pairs.update(map(pair_in, rows))
+            for columns in self.chunks(window, range(len(COLUMNS)) if limit else PASSING):
+                identities, githubs, refs = (columns[place] for place in (
+                    (IDENTITY, GITHUB, REFS) if limit else (0, 1, 2)))
+                pairs.update(zip(identities, githubs))
+                rows = list(zip(*columns))
                 if window[2:] != NO_FILTER:
-                    rows = [r for r in rows if passes(window, pair_in(r)[1], r[refs])]
+                    rows = [row for row, github, texts in zip(rows, githubs, refs)
+                            if passes(window, github, texts)]
                 total += len(rows)
                 newest.extend(rows)
             found = self.looks[window] = Look(limit, total, newest, pairs)
@@ -587,8 +606,8 @@ class Reader:
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
         logins = logins_of(self.look(window).pairs)
-        for rows in self.chunks(window):
-            for row in rows:
+        for columns in self.chunks(window):
+            for row in zip(*columns):
                 if passes(window, row[GITHUB], row[REFS]):
                     yield session_of(row, logins.get(row[IDENTITY]))
 
@@ -742,7 +761,7 @@ class Story:
         self.people: List[Tuple[str, str]] = []  # (developer, identity)
         self.places: Dict[Pair, int] = {}  # in `people`, of everybody in the window's time
 
-    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+    def take(self, rows: Iterable[Tuple[Any, ...]]) -> None:
         """Sessions as rows of TOLD. (A Session of each would take as long again.)"""
         every, trails, flows = self.window[2:] == NO_FILTER, self.trails, self.flows
         places, people = self.places, self.people
@@ -796,8 +815,8 @@ def trails_of(reader: Reader, window: Window) -> Dict[str, Trail]:
     trails: Dict[str, Trail] = {}
     people: List[Tuple[str, str]] = []
     places: Dict[Pair, int] = {}
-    for rows in reader.chunks(window, (IDENTITY, GITHUB, ENDED_AT, REFS)):
-        for identity, github, ended, refs in rows:
+    for columns in reader.chunks(window, (IDENTITY, GITHUB, ENDED_AT, REFS)):
+        for identity, github, ended, refs in zip(*columns):
             place = places.setdefault((identity, github), len(places))
             if window.github not in (None, github is not None):
                 continue
@@ -816,8 +835,8 @@ def story(reader: Reader, window: Window) -> Story:
     logins: Dict[str, Optional[str]] = {}
     while window not in reader.stories:
         told = Story(window, logins)
-        for rows in reader.chunks(window, TOLD):
-            told.take(rows)
+        for columns in reader.chunks(window, TOLD):
+            told.take(zip(*columns))
         logins = logins_of(told.places)
         if told.logins or not any(
                 github is None and logins.get(identity) for identity, github in told.places):
@@ -1032,21 +1051,28 @@ def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
     numbers: Dict[Pair, int] = {}  # a set of pairs for each day would take ten times the memory
-    for rows in reader.chunks(window, TOLD):
-        for date, group in itertools.groupby(rows, lambda row: str(row[2][:10])):
-            there = [(numbers.setdefault(row[:2], len(numbers)), row) for row in group]
-            if window[2:] != NO_FILTER:
-                there = [(who, row) for who, row in there if passes(window, row[1], row[5])]
+    for identities, githubs, *columns in reader.chunks(window, TOLD):
+        who = [numbers.setdefault(pair, len(numbers)) for pair in zip(identities, githubs)]
+        ended, tools, tokens, refs = columns
+        if window[2:] != NO_FILTER:
+            kept = [passes(window, *cells) for cells in zip(githubs, refs)]
+            who, ended, tools, tokens = (
+                list(itertools.compress(column, kept)) for column in (who, ended, tools, tokens))
+        start = 0
+        while start < len(ended):
+            date = ended[start][:10]
+            end = bisect.bisect_left(ended, date + "Z", start)
             day = days[date]
-            day.sessions += len(there)
-            day.tools += sum(row[3] for _, row in there)
-            day.tokens += sum(row[4] for _, row in there)
-            day.who.update(who for who, _ in there)
+            day.sessions += end - start
+            day.tools += sum(tools[start:end])
+            day.tokens += sum(tokens[start:end])
+            day.who.update(who[start:end])
+            start = end
     names = list(developers_of(numbers).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day
-            for date, day in days.items() if day.sessions}
+            for date, day in days.items()}
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:

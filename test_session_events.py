@@ -6787,7 +6787,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
             assert fine or not found, r
             taken += found
         assert taken > sum(expected) // 2
-    for chunk, together in ((1, 0), (50, 7), (5000, 20_000)):
+    for chunk, together in ((1, 0), (50, 7), (1000, 20_000)):
         monkeypatch.setattr(session_events, "CHUNK", chunk)
         monkeypatch.setattr(session_events, "MOST_JOINED", together)
         with session_events.reading(db) as reader:
