@@ -8,16 +8,16 @@ no install.
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
     python3 session_events.py ship --db events.db --to URL      rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it: how far it got), each
-command reads one moment of it (one transaction; `ship` one a batch), and a running server goes
-first. Every row is checked when it is read: what breaks a field's rule is no session;
-it is left out of every number, and counted. A developer appears as the first digits of a hash,
-never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
-leaves out nothing, and moves whole hashes.)
+Promises: The database is opened read-only. Each command reads one moment of it, in one
+transaction. A running server goes first. Every row is checked when it is read; a row that breaks a
+field's rule is no session, is left out of every number, and is counted as left out. A developer is
+shown as the first digits of a hash. The page answers this machine only, and asks nothing of any
+other. `ship` differs: it writes how far it got into the database, takes a transaction a batch,
+leaves nothing out, and moves whole hashes.
 
-Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter,
-so nobody is the same developer on both sides of its first day. Times are UTC; so are a day, a
-week (from Monday), a month.
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. The hashes of developers change with the
+quarter, so nobody is the same developer before and after its first day. Times are UTC; so are a
+day, a week (from Monday), a month.
 
 As a library (all results are plain dicts and lists, the same as `--format json`):
 
@@ -143,7 +143,7 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 is_hash = re.compile(RULES["identity_hash"]).fullmatch
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
-# What server.py stores, and the same without the fraction.
+# What server.py stores. Another program may leave out the fraction.
 STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
@@ -281,9 +281,10 @@ def plain_row(row: Sequence[Any]) -> Tuple[Any, ...]:
     return tuple(cells)
 
 
-# Many rows at once. SQLite joins the cells of a column to lines of one text: 1 us a row with the
-# look at it, where `is_session` takes 6 and to fetch ten cells takes 1.4. Such a look may be too
-# strict, and never too lax: no rule allows a line end in a cell.
+# Many rows at once. SQLite joins the cells of each column to one text, a cell a line. To fetch and
+# check these texts takes a quarter of the time that `is_session` takes. The check may be stricter
+# than `is_session`, but never laxer. It is exact about where cells end, because no rule allows a
+# line end in a cell.
 
 Lines = Callable[[bytes, int], bool]  # whether a text is so many lines that keep a rule
 HEX_DIGITS = b"0123456789abcdef"
@@ -310,7 +311,7 @@ def moment_lines(text: bytes, count: int) -> bool:
     if text.translate(DIGITS_TO_0) != form[:-1]:
         return False
     lines = text.split(b"\n")
-    hours = set(map(operator.itemgetter(slice(13)), lines))  # few are many
+    hours = set(map(operator.itemgetter(slice(13)), lines))  # a chunk has few
     return (lines == sorted(lines) and max(text[14::25] + text[17::25]) < ord("6")
             and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
 
@@ -335,14 +336,13 @@ SPECIAL: Dict[str, Lines] = {
     "ended_at": moment_lines, "tool_count": number_lines, "tokens_saved": number_lines}
 LINES = [SPECIAL.get(name) or pattern_lines(kind, rule) for name, kind, _, rule in FIELDS]
 NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
-# 1 where the cells of a row have the right types. In SQLite's order NULL and numbers are below
-# every text, and a BLOB is above: so text lies between '' and x''.
 CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
          for column, nullable in zip(COLUMNS, NULLABLE)]
 TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
-# 1 where the cells of a row have the right types. In SQLite's order numbers are below every text,
-# and a BLOB is above. (One max() takes half the time of a comparison for each cell.) What the
-# lines cannot tell: whether an empty one was NULL, whether a branch or a version is a number.
+# An expression that is 1 where the cells of a row have the right types. SQLite sorts numbers below
+# every text and BLOBs above: the greatest cell is text if no cell is a BLOB. (One max() takes half
+# the time of a comparison for each cell.) The rest is what the lines do not show: an empty line
+# must come from NULL, and a number can look like a branch or a version.
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
@@ -463,11 +463,11 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 20_000  # rows of one moment are not divided; more are looked at one by one
+MOST_JOINED = 20_000  # rows with one moment stay in one chunk; more are not joined
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
-# In the order of texts `...:56Z` stands behind `...:56.999Z`. Server.py writes no such moment.
+# Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 BY_INSTANT = (" ORDER BY CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
               " ELSE e.ended_at END, e.id")
@@ -510,8 +510,8 @@ class Reader:
         return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row is
-        # meant by them.
+        # A command line may hold bytes that are no text. Python makes them lone surrogates, which
+        # SQLite refuses; no row has them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
@@ -557,7 +557,7 @@ class Reader:
                ) -> Iterator[Columns]:
         """All sessions in the window's time, whatever its filters, oldest first, one or more at a
         time: the columns at these places of COLUMNS."""
-        # Rows whose time is no time belong to every window, as left out.
+        # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
         seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
@@ -659,7 +659,7 @@ MOST_MATCHES = 1000  # of a prefix that fits many
 AMONG_NEWEST = """WHERE e.id IN (SELECT id
   FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?)"""
-# No index starts with the session: all of the unique one is read (65 ms of a million rows).
+# No index starts with the session's hash, so all of the unique index is read.
 AMONG_ALL = """WHERE e.id IN (SELECT id FROM session_events
   WHERE session_id_hash >= ? AND session_id_hash < ?)"""
 
@@ -2491,9 +2491,9 @@ def connected(path: str) -> sqlite3.Connection:
     try:
         return begun(uri)
     except sqlite3.OperationalError as error:
-        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file
-        # and none can be made. With no changes waiting in a -wal file, the database file alone is
-        # the whole truth.
+        # A WAL database whose server has ended, in a folder where this user may not write: there
+        # is no -shm file, and none can be made. Where no -wal file holds changes, the database
+        # file alone is complete.
         waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
         if waiting or not re.search("unable to open|readonly", str(error)):
             raise
@@ -2530,8 +2530,7 @@ def check_schema(connection: sqlite3.Connection, path: str) -> None:
         raise Refused("%s has schema version %d and this program knows up to %d: use the"
                       " session_events.py that came with its server.py" % (
                           path, version, SCHEMA_VERSION))
-    # An older file is read as it is when it has the columns. A column that came after version 1 is
-    # not in TABLES: whoever reads it has to do without it in an older file.
+    # An older file is read as it is if it has the columns of version 1, which TABLES lists.
     for table, columns in TABLES.items():
         there = {row[1]: (row[2].upper(), row[5])
                  for row in connection.execute("PRAGMA table_info(%s)" % table)}
@@ -2873,7 +2872,7 @@ def show_in_browser(address: str) -> None:
 # Demo: synthetic sessions, the same every time
 # ==================================================================================================
 
-# What the commands need, and no more. server.py takes such a file, and adds indexes and triggers.
+# The tables alone. server.py adds indexes and triggers when it opens such a file.
 DEMO_TABLES = """
     CREATE TABLE session_events (id INTEGER PRIMARY KEY AUTOINCREMENT, %s);
     CREATE TABLE session_discoveries (discovery_ref TEXT NOT NULL, event_id INTEGER NOT NULL,
@@ -4242,7 +4241,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # The reader of the output has closed it (`| head`). The flush at exit must not fail, too.
+        # Whoever read the output has closed it (`| head`). The flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:

@@ -7497,8 +7497,10 @@ def test_reader_as_a_program(tmp_path):
     assert len(first) > 50_000 and all(
         other == first for other in others
     )  # the same in each Python
-    for command in [[], *[[name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS)]]:
-        assert "example: python3 session_events.py" in read(*command, "--help").stdout
+    commands = [[], *([name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS))]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda command: read(*command, "--help"), commands):
+            assert "example: python3 session_events.py" in done.stdout
     db = next(iter(tmp_path.glob("*.db")))
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
@@ -7534,7 +7536,7 @@ except SystemExit as end:
 def test_reader_export_in_constant_memory(tmp_path):
     """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
     peaks = []
-    for count in (2_500, 25_000):
+    for count in (2_500, 15_000):
         db = stored(
             tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count))
         )
@@ -7558,8 +7560,8 @@ def test_reader_export_in_constant_memory(tmp_path):
             assert status == b"0" and done.stdout.count(b"\n") == count
             peaks.append(int(peak))
     assert (
-        not peaks or peaks[1] < peaks[0] + 12_000
-    )  # KiB; 22,500 rows as Python objects would be 30,000
+        not peaks or peaks[1] < peaks[0] + 7_000
+    )  # KiB; 12,500 rows as Python objects would be 17,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
         subprocess.run(
@@ -7570,8 +7572,8 @@ def test_reader_export_in_constant_memory(tmp_path):
         )
         os.close(theirs)
         shown = os.read(ours, 1 << 16)
-        assert b"\r5,000 of 25,000 sessions\r10,000 of" in shown
-        assert shown.endswith(b"\r25,000 of 25,000 sessions\r\n")
+        assert b"\r5,000 of 15,000 sessions\r10,000 of" in shown
+        assert shown.endswith(b"\r15,000 of 15,000 sessions\r\n")
         os.close(ours)
 
 
@@ -8904,8 +8906,8 @@ def test_reader_beside_a_server_under_load_and_a_sweep(tmp_path):
             thread.start()
         try:
             totals = set()
-            end = time.monotonic() + 4
-            while time.monotonic() < end:
+            end = time.monotonic() + 60
+            while len(totals) < 12 and time.monotonic() < end:
                 with session_events.reading(str(db)) as reader:
                     window = session_events.Window(**MAY)
                     listed = session_events.sessions(reader, window, 10**6)
