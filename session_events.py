@@ -4448,7 +4448,7 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .cards td.wide, .cards td.late { display: none }
   .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n)::after { content: "\A";
     white-space: pre }
-  .cards td:has(.spark) { margin: 0 }
+  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n) { margin: 0 }
   .cards td.d { min-width: 0; max-width: calc(100% - 175px); margin: 0; overflow: hidden;
     white-space: nowrap; text-overflow: ellipsis; vertical-align: bottom }
   .cards .spark { width: 60px }

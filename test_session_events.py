@@ -6717,6 +6717,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
         "A" * 64,
         "g" * 64,
     ]
+    cells += [0, 10**6, 10**6 + 1, 10**9, 10**9 + 1]
     cells += ["0" * 64, "0" * 63, b"0" * 64, "0" * 64 + "\0", "\u0660" * 64, "1\n", "-", "é"]
     cells += [
         "[]",
