@@ -467,6 +467,9 @@ MOST_JOINED = 20_000  # rows with one moment stay in one chunk; more are not joi
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
+# Another program's file may lack the index on ended_at.
+INDEXED = """SELECT 1 FROM pragma_index_list('session_events') AS one,
+  pragma_index_info(one.name) AS part WHERE part.seqno = 0 AND part.name = 'ended_at'"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 BY_INSTANT = (" ORDER BY CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
@@ -561,7 +564,8 @@ class Reader:
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
         seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
-        if self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone():
+        bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
+        if bare or not self.rows(INDEXED).fetchone():
             for rows in self.checked(sql + BY_INSTANT, seconds):
                 yield from columns_of(
                     [row for row in rows if since <= row[ENDED_AT] < until], places)

@@ -6838,7 +6838,10 @@ def plain_check(cells):
 
 
 def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch):
-    """The same sessions with and without rows beside them that are none, and with nothing sound."""
+    """The same sessions with and without rows beside them that are none.
+
+    With nothing sound, and without the index, each row is looked at alone.
+    """
     monkeypatch.setattr(session_events, "CHUNK", 20)
     chance = random.Random(3)
     rows = [
@@ -6853,6 +6856,9 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
         for n in range(200)
     ]
     clean = stored(tmp_path / "clean.db", *rows)
+    bare = stored(tmp_path / "bare.db", *rows)
+    with contextlib.closing(sqlite3.connect(bare)) as connection, connection:
+        connection.execute("DROP INDEX idx_session_events_ended_at")
     beside = stored(tmp_path / "beside.db", *rows)
     with contextlib.closing(sqlite3.connect(beside)) as connection, connection:
         connection.executemany(
@@ -6905,6 +6911,7 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
         mixed, sound = answers(beside, window)
         assert (mixed, sound) == (fast, {True, False})
         assert answers(clean, window, lambda *_: False) == (fast, {False})
+        assert answers(bare, window) == (fast, set())
 
 
 @quick
