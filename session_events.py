@@ -8,16 +8,16 @@ no install.
     python3 session_events.py sessions --db events.db --days 30   the same as text, JSON, CSV ...
     python3 session_events.py ship --db events.db --to URL      rows of many servers into ClickHouse
 
-Promises: the database is opened read-only (`ship` alone writes into it: how far it got), each
-command reads one moment of it (one transaction; `ship` one a batch), and a running server goes
-first. Every row is checked when it is read: what breaks a field's rule is no session;
-it is left out of every number, and counted. A developer appears as the first digits of a hash,
-never as the whole; the page answers this machine only, and asks nothing of any other. (`ship`
-leaves out nothing, and moves whole hashes.)
+Promises: The database is opened read-only. Each command reads one moment of it, in one
+transaction. A running server goes first. Every row is checked when it is read; a row that breaks a
+field's rule is no session, is left out of every number, and is counted as left out. A developer is
+shown as the first digits of a hash. The page answers this machine only, and asks nothing of any
+other. `ship` differs: it writes how far it got into the database, takes a transaction a batch,
+leaves nothing out, and moves whole hashes.
 
-Limits: Python 3.8 and newer, SQLite 3.22 and newer. Hashes of developers change with the quarter,
-so nobody is the same developer on both sides of its first day. Times are UTC; so are a day, a
-week (from Monday), a month.
+Limits: Python 3.8 and newer, SQLite 3.22 and newer. The hashes of developers change with the
+quarter, so nobody is the same developer before and after its first day. Times are UTC; so are a
+day, a week (from Monday), a month.
 
 As a library (all results are plain dicts and lists, the same as `--format json`):
 
@@ -66,7 +66,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -74,6 +73,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Deque,
     Dict,
     Iterable,
     Iterator,
@@ -94,10 +94,9 @@ from typing import (
 
 SCHEMA_VERSION = 1
 TABLES = {
-    "session_events": ("id", "identity_hash", "github_hash", "session_id_hash", "ended_at",
-    "tool_count",
-                       "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version",
-                       "received_at"),
+    "session_events": (
+        "id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
+        "tokens_saved", "branch_sha", "discovery_refs_json", "plugin_version", "received_at"),
     "session_discoveries": ("discovery_ref", "event_id"),
 }
 # The fields of an event, in the order of the table's columns (README, Contract 1).
@@ -114,17 +113,17 @@ FIELDS = (
     ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
 )
 RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
-MOST_TOOLS, MOST_TOKENS = RULES["tool_count"][1], RULES["tokens_saved"][1]
 MOST_REFS = RULES["discovery_refs"][0]
 PREFIX = 8  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
 SORTS = ("session_count", "distinct_identity_count", "recent")
+# What /admin/discoveries/propagation says of a discovery.
 PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
-    "distinct_identity_count",
-               "last_aggregated_at")  # what /admin/discoveries/propagation says of a discovery
+               "distinct_identity_count", "last_aggregated_at")
 END_OF_TIME = ":"  # the character after "9": above every moment
+NO_FILTER = (None, None)  # the last two parts of a Window
 
 # The library: what `import session_events` is for. Everything else may change.
 __all__ = [
@@ -134,26 +133,26 @@ __all__ = [
 ]
 
 Plain = Dict[str, Any]  # what json.dumps takes
+compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 # ==================================================================================================
 # A row: every cell is hostile until it has been through here
 # ==================================================================================================
 
 is_hash = re.compile(RULES["identity_hash"]).fullmatch
-# few are many
-is_slug = functools.lru_cache(1 << 14)(re.compile(RULES["discovery_refs"][1]).fullmatch)
-# What server.py stores, and the same without the fraction. Text order is the order of time, but
-# that `...:56Z` stands behind `...:56.999Z`: see `bounds` and `Reader.order`.
+is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
+# What server.py stores. Another program may leave out the fraction.
 STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
-MOMENT = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
-                    r"(?:Z|([+-])(\d\d):(\d\d))?",
-                    re.ASCII)
+MOMENT = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+    re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
 DAY_MS = 86_400_000
 
 
 class Session(NamedTuple):
-    """One row that has been checked. `ended` is milliseconds since 1970, UTC."""
+    """One row that has been checked. `ended` is milliseconds since 1970, UTC. `login` is the one
+    GitHub hash of the identity in the window, if there is one."""
 
     id: int
     identity: str
@@ -165,7 +164,6 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
-    # the one GitHub hash of the identity in the window, if there is one
     login: Optional[str] = None
 
     @property
@@ -179,10 +177,10 @@ def instant(text: object) -> Optional[int]:
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    year, month, day, hour, minute, second, fraction, sign, off_hour, off_minute = match.groups()
+    fraction, sign, off_hour, off_minute = match.groups()[6:]
+    year, month, day, hour, minute, second = map(int, match.groups()[:6])
     try:
-        moment = datetime.datetime(int(year), int(month), int(day), int(hour), int(minute),
-            int(second))
+        moment = datetime.datetime(year, month, day, hour, minute, second)
     except ValueError:
         return None
     ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1)
@@ -225,34 +223,30 @@ def stored_instant(text: object) -> Optional[int]:
         return None
     assert isinstance(text, str)
     ms = int(text[20:23]) if len(text) == 24 else 0
-    return start + int(text[11:13]) * 3_600_000 + int(text[14:16]) * 60_000 + int(
-        text[17:19]) * 1000 + ms
+    seconds = int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
+    return start + seconds * 1000 + ms
 
 
-def refs_of(text: object) -> Optional[Tuple[str, ...]]:
+def refs_of(text: object) -> Optional[List[str]]:
     """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
     rule."""
-    if not isinstance(text, str):
-        return None
-    if text[:2] == '["' and text[-2:] == '"]':  # as server.py writes it: a third of json.loads
-        values = text[2:-2].split('","')
-        if len(values) <= MOST_REFS and all(map(is_slug, values)):
-            return tuple(dict.fromkeys(values))
     try:
-        values = json.loads(text)
+        values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, list) or len(values) > MOST_REFS or not all(
             isinstance(value, str) and is_slug(value) for value in values):
         return None
-    return tuple(dict.fromkeys(values))
+    return list(dict.fromkeys(values))
 
 
-COLUMNS = ", ".join("e." + {"discovery_refs": "discovery_refs_json"}.get(name, name)
-                    for name in ("id", *RULES))
+# A row has these columns, in this order.
+COLUMNS = ("id", *(name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS))
+ID, IDENTITY, GITHUB, SESSION_ID, ENDED_AT, TOOLS, TOKENS, BRANCH_SHA, REFS, VERSION = range(10)
+SELECTED = ", ".join("e." + name for name in COLUMNS)
 
 
-def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
+def cell_check(kind: str, rule: Any) -> Callable[[object], bool]:
     """Whether a column's value keeps the rule of its field, as server.py stores it."""
     if rule == "moment":
         return lambda cell: stored_instant(cell) is not None
@@ -263,98 +257,128 @@ def cell_check(name: str, kind: str, rule: Any) -> Callable[[object], bool]:
         return lambda cell: isinstance(cell, int) and least <= cell <= most
     fits = re.compile(rule).fullmatch
     nullable = kind == "string or null"
-    return lambda cell: (nullable if cell is None
-                         else isinstance(cell, str) and fits(cell) is not None)
+    return lambda cell: (
+        nullable if cell is None else isinstance(cell, str) and fits(cell) is not None)
 
 
-CHECKS = [cell_check(name, kind, rule) for name, kind, _, rule in FIELDS]
+CHECKS = [cell_check(kind, rule) for _, kind, _, rule in FIELDS]
 
 
 def is_session(row: Sequence[Any]) -> bool:
-    """Whether a row of COLUMNS is a session: each cell keeps the rule of its field (FIELDS). This
-    is the one definition; all that asks the database goes through `Reader.chunks`, `Reader.tallies`
-    or `Reader.sessions`, which let `Reader.sound` answer for many rows at once."""
+    """Whether a row is a session: each cell keeps the rule of its field (FIELDS). This is the one
+    definition. Every question is answered from rows that passed it, one by one (`Reader.checked`)
+    or many at once (`sound`)."""
     return all(check(cell) for check, cell in zip(CHECKS, row[1:]))
 
 
+def plain_row(row: Sequence[Any]) -> Tuple[Any, ...]:
+    """A session's row as server.py would have written it: with milliseconds, each ref once."""
+    cells = list(row)
+    cells[ENDED_AT] = row[ENDED_AT][:19] + (row[ENDED_AT][19:-1] or ".000") + "Z"
+    cells[REFS] = compact_json(refs_of(row[REFS]))
+    return tuple(cells)
+
+
+# Many rows at once. SQLite joins the cells of each column to one text, a cell a line. To fetch and
+# check these texts takes a quarter of the time that `is_session` takes. The check may be stricter
+# than `is_session`, but never laxer. It is exact about where cells end, because no rule allows a
+# line end in a cell.
+
+Lines = Callable[[bytes, int], bool]  # whether a text is so many lines that keep a rule
 HEX_DIGITS = b"0123456789abcdef"
 DIGITS_TO_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
-# Many cells of one field at once, joined by line ends. A rule allows no line end in a cell: where
-# there is one less than there are cells, the text was cut where they join.
-
-def hashes(text: bytes, count: int) -> bool:
+def hash_lines(text: bytes, count: int) -> bool:
+    """Lines of 64 digits. (A tenth of a pattern's time.)"""
     ends = b"\n" * (count - 1)
-    return len(text) == 65 * count - 1 and text[64::65] == ends == text.translate(None, HEX_DIGITS)
+    return (len(text) == 65 * count - 1
+            and text[64::65] == ends == text.translate(None, HEX_DIGITS))
 
 
-def moments(text: bytes, count: int) -> bool:
-    """Moments with milliseconds; date and hour are the caller's matter."""
-    form = (b"0000-00-00T00:00:00.000Z\n" * count)[:-1]
-    return text.translate(DIGITS_TO_0) == form and max(text[14::25] + text[17::25]) < ord("6")
+def hash_or_null_lines(text: bytes, count: int) -> bool:
+    """Lines of 64 digits; an empty one stands for NULL."""
+    cells = text.split(b"\n")
+    found = list(filter(None, cells))
+    return len(cells) == count and (not found or hash_lines(b"\n".join(found), len(found)))
 
 
-def arrays(text: bytes, count: int) -> bool:
-    """JSON arrays of slugs as server.py writes them."""
-    whole = text.decode("ascii")
-    texts = whole.split("\n")
-    filled = "\n".join(cell for cell in texts if cell != "[]") if "[]" in texts else whole
-    ends = filled.count('"]\n["') + 1 if filled else 0
-    if len(texts) != count or ends + texts.count("[]") != count:
+def moment_lines(text: bytes, count: int) -> bool:
+    """Lines of moments with milliseconds, in order (a file may lack the index)."""
+    form = b"0000-00-00T00:00:00.000Z\n" * count
+    if text.translate(DIGITS_TO_0) != form[:-1]:
         return False
-    # With its quotes and comma a slug takes 4 characters: in a shorter text there are not too many.
-    return not filled or (
-        filled[:2] == '["' and filled[-2:] == '"]' and max(map(len, texts)) < 4 * MOST_REFS
-        and all(map(is_slug, set(filled[2:-2].replace('"]\n["', '","').split('","')))))
+    lines = text.split(b"\n")
+    hours = set(map(operator.itemgetter(slice(13)), lines))  # a chunk has few
+    return (lines == sorted(lines) and max(text[14::25] + text[17::25]) < ord("6")
+            and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
 
 
-def of_rule(rule: str) -> Callable[[bytes, int], bool]:
-    fits = re.compile(rule.encode()).fullmatch
-
-    def few_distinct(text: bytes, count: int) -> bool:
-        cells = text.split(b"\n")
-        return len(cells) == count and all(map(fits, set(cells)))
-
-    return few_distinct
-
-
-def soundness() -> Tuple[str, List[Callable[[bytes, int], bool]]]:
-    """What a look at many rows selects: how many there are, how many have numbers in the rules;
-    then for each field of text how many are not NULL, the types of the greatest (a BLOB is above
-    every text) and of the least (a number is below), and the cells joined; and their checks."""
-    numbers, selected, checks = [], [], []
-    for (_, kind, _, rule), column in zip(FIELDS, COLUMNS.split(", ")[1:]):
-        if kind == "number":
-            numbers.append("typeof({0}) = 'integer' AND {0} BETWEEN {1} AND {2}".format(
-                column, *rule))
-            continue
-        checks.append(moments if rule == "moment" else arrays if kind == "array"
-                      else hashes if rule == RULES["identity_hash"] else of_rule(str(rule)))
-        least = "max" if checks[-1] in (hashes, moments, arrays) else "min"  # no number looks so
-        count = "count({0})" if kind == "string or null" else "count(*)"
-        selected.append((count + ", typeof(max({0})), typeof(%s({0})), group_concat({0}, '\n')"
-                         % least).format(column))
-    return "count(*), sum(%s), %s" % (" AND ".join(numbers), ", ".join(selected)), checks
+def pattern_lines(kind: str, rule: Any) -> Lines:
+    if kind == "array":  # as server.py writes it
+        most, item = rule
+        rule = r'\[\]|\["{0}"(?:,"{0}"){{0,{1}}}\]'.format(item, most - 1)
+    elif kind == "string or null":
+        rule += "|"
+    fits = re.compile(b"(?:(?:%s)\n)*" % rule.encode()).fullmatch
+    return lambda text, count: text.count(b"\n") == count - 1 and fits(text + b"\n") is not None
 
 
-SOUNDNESS, JOINED_CHECKS = soundness()
+def number_lines(text: bytes, count: int) -> bool:
+    """Numbers, of which SQLite has seen that they are in their range, without a fraction."""
+    return not text.translate(None, b"0123456789\n")
+
+
+SPECIAL: Dict[str, Lines] = {
+    "identity_hash": hash_lines, "github_hash": hash_or_null_lines, "session_id_hash": hash_lines,
+    "ended_at": moment_lines, "tool_count": number_lines, "tokens_saved": number_lines}
+LINES = [SPECIAL.get(name) or pattern_lines(kind, rule) for name, kind, _, rule in FIELDS]
+NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
+CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
+         for column, nullable in zip(COLUMNS, NULLABLE)]
+TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
+# An expression that is 1 where the cells of a row have the right types. SQLite sorts numbers below
+# every text and BLOBs above: the greatest cell is text if no cell is a BLOB. (One max() takes half
+# the time of a comparison for each cell.) The rest is what the lines do not show: an empty line
+# must come from NULL, and a number can look like a branch or a version.
+RIGHT_TYPES = " AND ".join([
+    "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
+    *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
+    *("e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
+      if kind == "number")])
+JOINED = "SELECT count(*), sum(%s), %s" % (
+    RIGHT_TYPES, ", ".join("group_concat(%s, '\n')" % cell for cell in CELLS))
+
+
+def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
+    """True only if all of these rows are sessions (see JOINED)."""
+    return count == right and all(
+        check(text, count) for check, text in zip(LINES, texts[1:]))
+
+
+def cells_in(place: int, text: bytes) -> Sequence[Any]:
+    """The cells of one column of sound rows."""
+    cells: Sequence[Any] = text.decode("ascii").split("\n")
+    if place in (ID, TOOLS, TOKENS):
+        return list(map(int, cells))
+    return [cell or None for cell in cells] if NULLABLE[place] else cells
 
 
 def refs_in(text: str) -> Sequence[str]:
-    """`refs_of` of a session, in a third of the time."""
+    """`refs_of` the cell of a row that is sound or plain, in a tenth of the time."""
+    if text == "[]":
+        return ()
     refs = text[2:-2].split('","')
-    if " " in text or "\\" in text or len(set(refs)) < len(refs) or text == "[]":
-        return refs_of(text) or ()
-    return refs
+    return refs if len(set(refs)) == len(refs) else list(dict.fromkeys(refs))
 
 
 def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
-    """A row of COLUMNS that is a session."""
-    ended, refs = stored_instant(row[4]), refs_of(row[8])
-    assert ended is not None and refs is not None
-    return Session(row[0], row[1], row[2], row[3], ended, row[5], row[6], row[7] and row[7].lower(),
-                   refs, row[9], login)
+    """A row that is sound or plain."""
+    row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row
+    ended = stored_instant(ended_at)
+    assert ended is not None
+    return Session(row_id, identity, github, name, ended, tools, tokens, branch and branch.lower(),
+                   tuple(refs_in(refs)), version, login)
 
 
 def alike(a: str, b: str) -> int:
@@ -429,90 +453,48 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
     return Window(start, end or END_OF_TIME, github, discovery)
 
 
-GITHUB = {None: "1", True: "e.github_hash IS NOT NULL", False: "e.github_hash IS NULL"}
+def passes(window: Window, github: Optional[str], refs: str) -> bool:
+    """Whether a session passes the window's filters; its time is not looked at."""
+    wanted = window.discovery
+    return window.github in (None, github is not None) and (
+        wanted is None or (wanted in refs and wanted in refs_in(refs)))
 
 
-def bounds(since: str, until: str) -> Tuple[str, List[Any]]:
-    """`since` <= ended_at < `until` as a condition, and its parameters. Where a bound has a
-    fraction, a row of the same second without one is on the other side of it than its text
-    says."""
-    sql, values = "e.ended_at >= ? AND e.ended_at < ?", [since, until]
-    if since[20:23].strip("0"):
-        sql, values = sql + " AND e.ended_at <> ?", [*values, since[:19] + "Z"]
-    if until[20:23].strip("0"):
-        second = until[:19] + "Z"
-        sql = sql.replace("e.ended_at < ?",
-            "e.ended_at <= ? AND NOT (e.ended_at >= ? AND e.ended_at < ?)")
-        values = [since, second, until, second, *values[2:]]
-    return sql, values
-
-
-def whole_seconds(since: str, until: str) -> Tuple[str, str]:
-    """The bounds, widened to whole seconds: then no row without a fraction is on another side."""
-    return (since[:19] if since[20:23].strip("0") else since,
-            until[:19] + "~" if until[20:23].strip("0") else until)
-
-
-def where(window: Window) -> Tuple[str, List[Any]]:
-    """The window as a condition on `session_events e`, and its parameters."""
-    sql, values = bounds(window.since, window.until)
-    sql += " AND " + GITHUB[window.github]
-    if window.discovery is not None:
-        sql += " AND e.id IN (SELECT event_id FROM session_discoveries WHERE discovery_ref = ?)"
-        values.append(window.discovery)
-    return sql, values
-
-
-CHUNK = 2000  # rows in memory at once
-# The rows that `Reader.sound` looks at together are those of a day, or where these are more, of an
-# hour, a minute, a second: how many characters of `ended_at` these have in common.
-MOST_TOGETHER, PREFIXES = 20_000, (13, 16, 19)
-DATED = re.compile("[0-9-]{1,10}")
+CHUNK = 1000  # rows in memory at once
+MOST_JOINED = 20_000  # rows with one moment stay in one chunk; more are not joined
+FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
+MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
+CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
+# Another program's file may lack the index on ended_at.
+INDEXED = """SELECT 1 FROM pragma_index_list('session_events') AS one,
+  pragma_index_info(one.name) AS part WHERE part.seqno = 0 AND part.name = 'ended_at'"""
+# Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
+BARE_SECOND = " AND length(e.ended_at) = 20"
+BY_INSTANT = (" ORDER BY CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
+              " ELSE e.ended_at END, e.id")
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
-INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
-           " ELSE e.ended_at END")
-IDENTITY_HASH, GITHUB_HASH, ENDED_AT, TOOLS, TOKENS, REFS = 1, 2, 4, 5, 6, 8  # places in COLUMNS
-PAIR = operator.itemgetter(IDENTITY_HASH, GITHUB_HASH)
+PASSING = (IDENTITY, GITHUB, REFS)
 Pair = Tuple[str, Optional[str]]  # (identity, GitHub hash)
+Rows = List[Tuple[Any, ...]]
+Columns = Sequence[Sequence[Any]]
 
 
-def above(prefix: str) -> str:
-    """The least text above all that start with `prefix`, which ends in ASCII."""
-    return prefix[:-1] + chr(ord(prefix[-1]) + 1)
-
-
-class Pairs(Dict[str, Pair]):
-    """{identity and GitHub hash as one text: the pair}, each made once."""
-
-    def __missing__(self, text: str) -> Pair:
-        return self.setdefault(text, (text[:64], text[64:] or None))
-
-
-class Tally(NamedTuple):
-    """Some sessions of one day: those that pass the window's filters, and who was there at all."""
-
-    date: str
-    sessions: int
-    tools: int
-    tokens: int
-    here: Set[Pair]
-    everybody: Set[Pair]
-
-
-TALLY = ("SELECT min(e.ended_at), sum({0}), sum(({0}) * e.tool_count), sum(({0}) * e.tokens_saved),"
-         " group_concat(e.identity_hash || ifnull(e.github_hash, ''))"
-         " FROM session_events e WHERE {1}")
-
-
-class Facts(NamedTuple):
+class Look(NamedTuple):
     """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
-    `logins`: {identity: its one GitHub hash} (None: it has several) over the window's time."""
+    `newest`: the last `limit` of these, as rows; `pairs`: who was there in the window's time."""
 
+    limit: int
     total: int
-    logins: Dict[str, Optional[str]]
-    developers: Set[str]
+    newest: Deque[Tuple[Any, ...]]
+    pairs: Set[Pair]
+
+
+def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
+    """The rows, if there are any, as columns."""
+    if rows:
+        yield [[row[place] for row in rows] for place in places]
 
 
 class Reader:
@@ -521,211 +503,139 @@ class Reader:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
         self.odd: Set[int] = set()  # ids of rows that are no sessions
-        self.known: Dict[Window, Facts] = {}
-        self.found_sound: Dict[Tuple[str, str], bool] = {}
-        self.pairs = Pairs()
+        self.looks: Dict[Window, Look] = {}
+        self.stories: Dict[Window, Story] = {}
 
     @property
     def left_out(self) -> int:
         return len(self.odd)
 
     def rows(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        # A command line may hold bytes that are no text (lone surrogates in Python); no row is
-        # meant by them.
+        # A command line may hold bytes that are no text. Python makes them lone surrogates, which
+        # SQLite refuses; no row has them.
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def order(self, window: Window) -> str:
-        """ORDER BY's key for the time: the column, which has an index, unless a row without a
-        fraction is there. (0.1 us a row of the window, all in the index.)"""
-        sql, values = bounds(window.since, window.until)
-        mixed = self.rows("SELECT 1 FROM session_events e WHERE %s AND length(e.ended_at) <> 24"
-                          " LIMIT 1" % sql, values).fetchone()
-        return INSTANT if mixed else "e.ended_at"
+    def checked(self, sql: str, values: Sequence[Any], most: int = CHUNK) -> Iterator[Rows]:
+        """The sessions among `SELECT SELECTED` + sql as plain rows, up to `most` at a time, each
+        looked at alone. The ids of the others go to `odd`."""
+        cursor = self.rows("SELECT %s %s" % (SELECTED, sql), values)
+        for rows in iter(lambda: cursor.fetchmany(most), []):
+            good = []
+            for row in rows:
+                if is_session(row):
+                    good.append(plain_row(row))
+                else:
+                    self.odd.add(row[ID])
+            yield good
 
-    def checked(self, rows: Iterable[Sequence[Any]]) -> List[Sequence[Any]]:
-        """The sessions among rows of COLUMNS; the ids of the others go to `odd`."""
-        good = []
-        for row in rows:
-            if is_session(row):
-                good.append(row)
-            else:
-                self.odd.add(row[0])
-        return good
-
-    @contextlib.contextmanager
-    def texts(self, factory: Any) -> Iterator[None]:
-        """Text comes as `factory` makes it: bytes, or str (twice as fast, for text known to be
-        ASCII)."""
-        lenient, self.connection.text_factory = self.connection.text_factory, factory
+    def joined(self, sql: str, values: Sequence[Any]) -> Tuple[int, int, List[bytes]]:
+        """How many rows these are, how many have the right types, and their columns as lines; no
+        column where one is too long for SQLite."""
+        lenient, self.connection.text_factory = self.connection.text_factory, bytes
         try:
-            yield
+            count, right, *texts = self.rows("%s %s" % (JOINED, sql), values).fetchone()
+        except sqlite3.DataError:
+            count, right, texts = -1, 0, []
         finally:
             self.connection.text_factory = lenient
+        return count, right, texts
 
-    def pieces(self, window: Window) -> Iterator[Tuple[str, str]]:
-        """The window's time as (since, until) of pieces in order, leaving out only time without
-        rows. Rows whose time is no time belong to every window, as left out."""
+    def parts(self, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
+        """This time in order as conditions on the rows, with their values: about CHUNK rows each,
+        and whether there are too many to be joined. (One query for each, since an ORDER BY below
+        group_concat takes three times as long, and the index gives the order.)"""
+        lower: Tuple[str, Any] = (">= ?", since)
+        while lower[1] is not None:
+            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % FROM % (lower[0], "< ?")
+            (last,) = self.rows(end, [lower[1], until, CHUNK]).fetchone() or (None,)
+            upper = ("< ?", until) if last is None else ("<= " + MOMENT_OF, last)
+            crowded = self.rows(CROWDED, [last, MOST_JOINED]).fetchone() is not None
+            yield FROM % (lower[0], upper[0]), [lower[1], upper[1]], crowded
+            lower = "> " + MOMENT_OF, last
+
+    def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
+               ) -> Iterator[Columns]:
+        """All sessions in the window's time, whatever its filters, oldest first, one or more at a
+        time: the columns at these places of COLUMNS."""
+        # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
-        place, last = whole_seconds(max(window.since, "0"), window.until)
-        while True:
-            (first,) = self.rows("SELECT e.ended_at FROM session_events e WHERE e.ended_at >= ?"
-                                 " AND e.ended_at < ? ORDER BY e.ended_at LIMIT 1",
-                                 [place, last]).fetchone() or (None,)
-            if first is None:
-                return
-            ends = [above(match.group()) for match in [DATED.match(first)] if match]
-            if stored_instant(first) is not None:
-                ends = [first[:10] + "T24", *(above(first[:length]) for length in PREFIXES)]
-            end = next((end for end in ends if not self.too_many(place, end)), None)
-            piece = max(place, window.since), min(end or ends[-1], window.until)
-            if end is None:  # more in one second: their text would take too much memory
-                self.found_sound[piece] = False
-            yield piece
-            place = end or ends[-1]
+        since, until = max(window.since, "0"), window.until
+        seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
+        bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
+        if bare or not self.rows(INDEXED).fetchone():
+            for rows in self.checked(sql + BY_INSTANT, seconds):
+                yield from columns_of(
+                    [row for row in rows if since <= row[ENDED_AT] < until], places)
+            return
+        for sql, values, crowded in self.parts(since, until):
+            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
+            if count and sound(count, right, texts):
+                yield [cells_in(place, texts[place]) for place in places]
+            elif count:
+                for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
+                    yield from columns_of(rows, places)
 
-    def too_many(self, since: str, until: str) -> bool:
-        """Whether there are more than MOST_TOGETHER rows."""
-        return self.rows("SELECT 1 FROM session_events e WHERE e.ended_at >= ? AND e.ended_at < ?"
-                         " LIMIT 1 OFFSET ?", [since, until, MOST_TOGETHER]).fetchone() is not None
-
-    def sound(self, since: str, until: str) -> bool:
-        """True only if every row of this time is a session; False means that each must be looked
-        at. SQLite joins the cells of a column (1 us a row), where `is_session` takes
-        6. `since` to `until` is one of `pieces`; remembered."""
-        if (since, until) not in self.found_sound:
-            self.found_sound[since, until] = self.looks_sound(*whole_seconds(since, until))
-        return self.found_sound[since, until]
-
-    def looks_sound(self, since: str, until: str) -> bool:
-        where_sql = "FROM session_events e WHERE e.ended_at >= ? AND e.ended_at < ?"
-        first = self.rows("SELECT e.ended_at %s ORDER BY e.ended_at LIMIT 1" % where_sql,
-                          [since, until]).fetchone()
-        # The first row has a date and an hour that exist; so do all below this bound.
-        if not first:
-            return True
-        if stored_instant(first[0]) is None or until > first[0][:10] + "T24":
-            return False
-        try:
-            with self.texts(bytes):
-                count, right, *found = self.rows("SELECT %s %s" % (SOUNDNESS, where_sql),
-                                                 [since, until]).fetchone()
-            return right == count and all(
-                number == 0 or (most == least == b"text" and check(text, number))
-                for check, number, most, least, text in zip(
-                    JOINED_CHECKS, *(found[n::4] for n in range(4))))
-        except (UnicodeDecodeError, sqlite3.DataError):  # not ASCII; too much for one text
-            return False
-
-    def chunks(self, window: Window, places: Sequence[int] = ()) -> Iterator[List[Sequence[Any]]]:
-        """All sessions in the window's time, whatever its filters, some at a time, oldest first:
-        of each the columns at these places of COLUMNS (two or more; none given: all)."""
-        names = COLUMNS.split(", ")
-        columns = ", ".join(names[place] for place in places) or COLUMNS
-        picked = operator.itemgetter(*places) if places else None
-        for since, until in self.pieces(window):
-            sql, values = bounds(since, until)
-            if self.sound(since, until):
-                sql = "SELECT %s FROM session_events e WHERE %s ORDER BY e.ended_at, e.id" % (
-                    columns, sql)
-                yield from self.fetched(str, sql, values)
-                continue
-            order = self.order(window._replace(since=since, until=until))
-            sql = "SELECT %s FROM session_events e WHERE %s ORDER BY %s, e.id" % (
-                COLUMNS, sql, order)
-            for rows in self.fetched(self.connection.text_factory, sql, values):
-                good = self.checked(rows)
-                yield list(map(picked, good)) if picked else good
-
-    def fetched(self, factory: Any, sql: str,
-                values: Sequence[Any]) -> Iterator[List[Sequence[Any]]]:
-        with self.texts(factory):
-            cursor = self.rows(sql, values)
-        while True:
-            with self.texts(factory):  # another query may run between two chunks
-                rows = cursor.fetchmany(CHUNK)
-            if not rows:
-                return
-            yield rows
-
-    def tallies(self, window: Window) -> Iterator[Tally]:
-        """The sessions of the window added up, a day or less at a time."""
-        keep = GITHUB[window.github]
-        for since, until in self.pieces(window):
-            if window.discovery is None and self.sound(since, until):
-                # 0.6 us a row; only to fetch the five columns takes 0.9.
-                sql, values = bounds(since, until)
-                with self.texts(str):
-                    date, *sums, pairs = self.rows(TALLY.format(keep, sql), values).fetchone()
-                if date is not None:
-                    everybody = set(map(self.pairs.__getitem__, set(pairs.split(","))))
-                    here = everybody if window.github is None else {
-                        pair for pair in everybody if window.github == (pair[1] is not None)}
-                    yield Tally(date[:10], sums[0], sums[1], sums[2], here, everybody)
-                continue
-            for rows in self.chunks(window._replace(since=since, until=until)):
-                for date, group in itertools.groupby(rows, lambda row: str(row[ENDED_AT])[:10]):
-                    day = list(group)
-                    some = [row for row in day if passes(window, row[GITHUB_HASH], row[REFS])]
-                    yield Tally(date, len(some), sum(row[TOOLS] for row in some),
-                                sum(row[TOKENS] for row in some), set(map(PAIR, some)),
-                                set(map(PAIR, day)))
-
-    def facts(self, window: Window) -> Facts:
+    def look(self, window: Window, limit: int = 0) -> Look:
         """One look at every row of the window; remembered."""
-        if window not in self.known:
-            count, pairs = 0, set()
-            for tally in self.tallies(window):
-                count += tally.sessions
-                pairs |= tally.everybody
-            logins = logins_of(pairs)
-            self.known[window] = Facts(count, logins, {
-                github or logins.get(identity) or identity for identity, github in pairs})
-        return self.known[window]
-
-    def sessions(self, sql: str, values: Sequence[Any],
-                 logins: Mapping[str, Optional[str]] = types.MappingProxyType({})
-                 ) -> Iterator[Session]:
-        """The checked rows of `SELECT COLUMNS FROM session_events e` + `sql`."""
-        cursor = self.rows("SELECT " + COLUMNS + " FROM session_events e " + sql, values)
-        for rows in iter(lambda: cursor.fetchmany(50), []):
-            for row in self.checked(rows):
-                yield session_of(row, logins.get(row[1]))
+        found = self.looks.get(window)
+        if found is None or found.limit < limit:
+            total = 0
+            pairs: Set[Pair] = set()
+            newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
+            for columns in self.chunks(window, range(len(COLUMNS)) if limit else PASSING):
+                identities, githubs, refs = (columns[place] for place in (
+                    (IDENTITY, GITHUB, REFS) if limit else (0, 1, 2)))
+                pairs.update(zip(identities, githubs))
+                rows = list(zip(*columns))
+                if window[2:] != NO_FILTER:
+                    rows = [row for row, github, texts in zip(rows, githubs, refs)
+                            if passes(window, github, texts)]
+                total += len(rows)
+                newest.extend(rows)
+            found = self.looks[window] = Look(limit, total, newest, pairs)
+        return found
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first (the later stored first where two ended
         together)."""
-        sql, values = where(window)
-        found = self.sessions("WHERE %s ORDER BY %s DESC, e.id DESC" % (sql, self.order(window)),
-                              values, self.facts(window).logins)
-        touched = (s for s in found if window.discovery is None or window.discovery in s.refs)
-        return list(itertools.islice(touched, limit if limit >= 0 else None))
+        limit = sys.maxsize if limit < 0 else limit
+        look = self.look(window, limit)
+        logins = logins_of(look.pairs)
+        newest = itertools.islice(reversed(look.newest), limit)
+        return [session_of(row, logins.get(row[IDENTITY])) for row in newest]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        logins = self.facts(window).logins
-        for rows in self.chunks(window):
-            for row in rows:
-                if passes(window, row[GITHUB_HASH], row[REFS]):
-                    yield session_of(row, logins.get(row[1]))
+        logins = logins_of(self.look(window).pairs)
+        for columns in self.chunks(window):
+            for row in zip(*columns):
+                if passes(window, row[GITHUB], row[REFS]):
+                    yield session_of(row, logins.get(row[IDENTITY]))
 
     def count(self, window: Window) -> int:
-        return self.facts(window).total
+        return self.look(window).total
 
-
-def passes(window: Window, github: Optional[str], refs: str) -> bool:
-    """Whether a session passes the window's filters; its time is not looked at."""
-    return window.github in (None, github is not None) and (
-        window.discovery is None or window.discovery in refs_in(refs))
+    def some(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
+        """The sessions among `FROM session_events e` + sql, of which there are few."""
+        for rows in self.checked("FROM session_events e " + sql, values, 50):
+            yield from map(session_of, rows)
 
 
 def logins_of(pairs: Iterable[Pair]) -> Dict[str, Optional[str]]:
-    """{identity: its one GitHub hash, or None where it has several} of (identity, GitHub hash)."""
+    """{identity: its one GitHub hash, or None where it has several}."""
     logins: Dict[str, Optional[str]] = {}
     for identity, github in pairs:
         if github is not None:
             logins[identity] = github if logins.get(identity, github) == github else None
     return logins
+
+
+def developers_of(pairs: Iterable[Pair]) -> Dict[Pair, str]:
+    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
+    pairs = list(pairs)
+    logins = logins_of(pairs)
+    return {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in pairs}
 
 
 def span(window: Window) -> Plain:
@@ -742,60 +652,18 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 
 def last_event(reader: Reader) -> Optional[str]:
     """When the newest session of the whole database ended, None if there is none."""
-    newest = reader.sessions("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
+    newest = reader.some("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
     return next((moment_text(s.ended) for s in newest), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-# identities: where more are likely, the whole index is read sooner than walked
-SAMPLE, MOST_STEPS = 64, 15_000
-SESSION_IS = {True: "{0}session_id_hash = ?",
-    False: "{0}session_id_hash >= ? AND {0}session_id_hash < ?"}
-NEWEST_IDS = """SELECT id
+AMONG_NEWEST = """WHERE e.id IN (SELECT id
   FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
-  WHERE session_id_hash = ?"""
-# In the order of the unique index, whose pages the look-up needs too: through the other it takes
-# half as long again.
-EACH_IDENTITY = """WITH RECURSIVE one (identity) AS (
-  SELECT min(identity_hash) FROM session_events
-  UNION ALL
-  SELECT (SELECT identity_hash FROM session_events WHERE identity_hash > identity
-      ORDER BY identity_hash, session_id_hash LIMIT 1)
-    FROM one WHERE identity IS NOT NULL)
-SELECT """
-SAMPLED = EACH_IDENTITY + "identity FROM one LIMIT 1 OFFSET ?"
-IDENTITY_IDS = EACH_IDENTITY + """e.id
-  FROM one CROSS JOIN session_events e ON e.identity_hash = identity AND """
-ALL_IDS = "SELECT id FROM session_events WHERE "
-
-
-def identities(reader: Reader) -> float:
-    """About how many identities there are: hashes lie evenly, so the place of one of the first
-    tells."""
-    (sample,) = reader.rows(SAMPLED, [SAMPLE]).fetchone() or (None,)
-    if not isinstance(sample, str) or not is_hash(sample):
-        return SAMPLE
-    return SAMPLE * 16.0 ** 8 / (int(sample[:8], 16) + 1)
-
-
-def session_ids(reader: Reader, prefix: str) -> Iterator[int]:
-    """The ids of the rows whose session starts with `prefix`, one by one: who looks for a whole
-    hash stops early.
-
-    No index starts with the session. So, for a whole hash, first the newest rows (1 ms); then two
-    steps per identity through the unique index (all of 4,000 identities: 17 ms); or, where there
-    are too many of them, all of that index (of a million rows: 65 ms)."""
-    whole_hash = len(prefix) == 64
-    given = [prefix] if whole_hash else [prefix, prefix + "g"]  # "g" is above every digit
-    if whole_hash:
-        yield from (row_id for row_id, in reader.rows(NEWEST_IDS, [NEWEST, prefix]))
-    sql, name = (IDENTITY_IDS, "e.") if identities(reader) <= MOST_STEPS else (ALL_IDS, "")
-    sql += SESSION_IS[whole_hash].format(name) + " LIMIT ?"
-    first = reader.rows(sql, [*given, 1 if whole_hash else -1]).fetchall()
-    yield from (row_id for row_id, in first)
-    if whole_hash and first:  # who still asks has found that one to be no session
-        yield from (row_id for row_id, in reader.rows(sql, [*given, -1]))
+  WHERE session_id_hash = ?)"""
+# No index starts with the session's hash, so all of the unique index is read.
+AMONG_ALL = """WHERE e.id IN (SELECT id FROM session_events
+  WHERE session_id_hash >= ? AND session_id_hash < ?)"""
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
@@ -805,17 +673,17 @@ def find_session(reader: Reader, prefix: str) -> Session:
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    matching = (s for row_id in session_ids(reader, prefix)
-        for s in reader.sessions("WHERE e.id = ?", [row_id]))
-    found = list(itertools.islice(matching, 1 if len(prefix) == 64 else MOST_MATCHES))
+    found = list(reader.some(AMONG_NEWEST, [NEWEST, prefix])) if len(prefix) == 64 else []
+    if not found:  # "g" is above every digit
+        found = list(itertools.islice(reader.some(AMONG_ALL, [prefix, prefix + "g"]),
+                                      MOST_MATCHES))
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
     if len(names) > 1:
         raise NotFound("%s%d sessions start with these digits, give more of them: %s%s" % (
             "at least " if len(found) == MOST_MATCHES else "", len(names),
-            ", ".join(name[:16] for name in names[:4]),
-            " ..." if names[4:] else ""))
+            ", ".join(name[:16] for name in names[:4]), " ..." if names[4:] else ""))
     return max(found, key=lambda s: (s.ended, s.id))
 
 
@@ -823,36 +691,45 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
     """{"session": S, "related": [S ...]} with "developer": the same identity's other sessions of
     the last 30 days, newest first, at most 50. Raises NotFound."""
     one = find_session(reader, prefix)
-    since = moment_text((now_ms() if now is None else now) - RELATED_DAYS * DAY_MS)
-    same_identity = list(reader.sessions("WHERE e.identity_hash = ?", [one.identity]))
+    since = (now_ms() if now is None else now) - RELATED_DAYS * DAY_MS
+    same_identity = list(reader.some("WHERE e.identity_hash = ?", [one.identity]))
     login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
-    related = sorted((s for s in same_identity if s.id != one.id
-        and s.ended >= (instant(since) or 0)),
+    related = sorted((s for s in same_identity if s.id != one.id and s.ended >= since),
                      key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
     first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
-TOLD = (IDENTITY_HASH, GITHUB_HASH, ENDED_AT, TOOLS, TOKENS, REFS)
 SPARKS = 24  # parts of a window in which a discovery's sessions are counted
-NEITHER = (None, None)
 
 
 class Trail:
-    """One discovery in a window: the moments of its sessions in order (stored form), each
-    developer's first, its identities, and who touched it last."""
+    """One discovery in a window: of each session that touched it the moment (stored form) and who
+    (a place in `people`), in the order of time."""
 
-    __slots__ = ("ended", "identities", "last", "reached")
+    __slots__ = ("ended", "last", "people", "shared", "who")
 
-    def __init__(self) -> None:
+    def __init__(self, people: List[Tuple[str, str]]) -> None:
+        self.people = people  # (developer, identity) of each
         self.ended: List[str] = []
-        self.reached: Dict[str, str] = {}
-        self.identities: Set[str] = set()
-        self.last = ""
+        self.who: List[int] = []
+        self.last = ""  # the developer of the last session
+        self.shared = False  # by two developers or more
+
+    def identities(self) -> int:
+        return len({self.people[who][1] for who in set(self.who)})
+
+    def reached(self) -> Dict[str, str]:
+        """{developer: the moment of the first session}, in the order of time."""
+        first: Dict[str, str] = {}
+        moments = dict(zip(reversed(self.who), reversed(self.ended)))  # the earliest stays
+        for who, ended in sorted(moments.items(), key=operator.itemgetter(1)):
+            first.setdefault(self.people[who][0], ended)
+        return first
 
     def hours_to_second(self) -> Optional[float]:
-        return hours(self.ended[0], sorted(self.reached.values())[1]) if len(
-            self.reached) > 1 else None
+        reached = list(self.reached().values())
+        return hours(self.ended[0], reached[1]) if len(reached) > 1 else None
 
     def half_life(self) -> Optional[float]:
         """Until half of its sessions, 4 or more, had ended."""
@@ -871,6 +748,9 @@ class Deeds:
         self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
+TOLD = (IDENTITY, GITHUB, ENDED_AT, TOOLS, TOKENS, REFS)
+
+
 class Story:
     """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
 
@@ -880,42 +760,37 @@ class Story:
         self.developers: Dict[str, Deeds] = {}
         self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
         self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
-        # {(identity, GitHub hash): (developer, identity)} of every session; developers by name
-        self.pairs: Dict[Pair, Tuple[str, str]] = {}
-        self.names: Dict[str, str] = {}
+        self.people: List[Tuple[str, str]] = []  # (developer, identity)
+        self.places: Dict[Pair, int] = {}  # in `people`, of everybody in the window's time
 
-    def take(self, rows: Iterable[Sequence[Any]]) -> None:
+    def take(self, rows: Iterable[Tuple[Any, ...]]) -> None:
         """Sessions as rows of TOLD. (A Session of each would take as long again.)"""
-        every, trails, flows = self.window[2:] == NEITHER, self.trails, self.flows
-        people = self.pairs
+        every, trails, flows = self.window[2:] == NO_FILTER, self.trails, self.flows
+        places, people = self.places, self.people
         for identity, github, ended, tools, tokens, refs in rows:
-            person = people.get((identity, github))
-            if person is None:
-                who = github or self.logins.get(identity) or identity
-                person = people[identity, github] = self.names.setdefault(who, who), identity
+            place = places.get((identity, github))
+            if place is None:
+                place = places[identity, github] = len(people)
+                people.append((github or self.logins.get(identity) or identity, identity))
             if not every and not passes(self.window, github, refs):
                 continue
-            if len(ended) == 20:
-                ended = ended[:19] + ".000Z"
-            # One object for each text: with a new one a row, sets and dictionaries take twice as
-            # long.
-            who, identity = person
-            deeds = self.developers.get(who) or self.developers.setdefault(who, Deeds(ended))
+            who = people[place][0]
+            deeds = self.developers.get(who)
+            if deeds is None:
+                deeds = self.developers[who] = Deeds(ended)
             built = False
-            for ref in refs_in(refs) if refs != "[]" else ():
+            for ref in refs_in(refs):
                 trail = trails.get(ref)
                 if trail is None:
-                    trail = trails[ref] = Trail()
+                    trail = trails[ref] = Trail(people)
                 elif trail.last != who:
-                    built = True
+                    built = trail.shared = True
                     flow = trail.last, who
                     flows[flow] = flows.get(flow, 0) + 1
-                elif len(trail.reached) > 1:
+                elif trail.shared:
                     built = True
                 trail.ended.append(ended)
-                if who not in trail.reached:
-                    trail.reached[who] = ended
-                trail.identities.add(identity)
+                trail.who.append(place)
                 trail.last = who
             if built and deeds.cold is None:
                 deeds.cold = deeds.sessions
@@ -936,30 +811,51 @@ def middle(values: Sequence[float]) -> Optional[float]:
     return round(statistics.median(values), 2) if values else None
 
 
+def trails_of(reader: Reader, window: Window) -> Dict[str, Trail]:
+    """{discovery: its trail} of a window, whatever its `discovery`. (A Story takes twice the time
+    and the memory.)"""
+    trails: Dict[str, Trail] = {}
+    people: List[Tuple[str, str]] = []
+    places: Dict[Pair, int] = {}
+    for columns in reader.chunks(window, (IDENTITY, GITHUB, ENDED_AT, REFS)):
+        for identity, github, ended, refs in zip(*columns):
+            place = places.setdefault((identity, github), len(places))
+            if window.github not in (None, github is not None):
+                continue
+            for ref in refs_in(refs):
+                trail = trails.get(ref) or trails.setdefault(ref, Trail(people))
+                trail.ended.append(ended)
+                trail.who.append(place)
+    developers = developers_of(places)
+    people.extend((developers[pair], pair[0]) for pair in places)
+    return trails
+
+
 def story(reader: Reader, window: Window) -> Story:
-    """The window's story. Who logged in within the window is known at its end only; if somebody
-    did, it is told again."""
+    """The window's story; remembered. Who logged in within the window is known at its end only; if
+    somebody did, it is told again."""
     logins: Dict[str, Optional[str]] = {}
-    while True:
+    while window not in reader.stories:
         told = Story(window, logins)
-        for rows in reader.chunks(window, TOLD):
-            told.take(rows)
-        found = logins_of(told.pairs)
-        if logins or not any(github is None and found.get(identity)
-                             for identity, github in told.pairs):
+        for columns in reader.chunks(window, TOLD):
+            told.take(zip(*columns))
+        logins = logins_of(told.places)
+        if told.logins or not any(
+                github is None and logins.get(identity) for identity, github in told.places):
             for (giver, receiver), count in told.flows.items():
                 told.developers[giver].given += count
                 told.developers[receiver].received += count
-            return told
-        logins = found
+            reader.stories[window] = told
+    return reader.stories[window]
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
     """(first ms, ms after the last) of a window; None where it has no start, now where it has no
     end."""
     start, end = instant(window.since), instant(window.until)
-    return start, end if end is not None else max(now_ms() if now is None else now,
-        (start or 0) + 1)
+    if end is None:
+        end = max(now_ms() if now is None else now, (start or 0) + 1)
+    return start, end
 
 
 def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
@@ -975,11 +871,10 @@ def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str
     logged in meanwhile was there: developers are looked for by all their hashes.)"""
     if before is None:
         return dict(told.developers)
-    there: Set[str] = set()
-    for tally in reader.tallies(before):
-        there.update(key for pair in tally.everybody for key in pair if key)
-    known = {github or told.logins.get(identity) or identity
-             for identity, github in told.pairs if identity in there or github in there}
+    pairs = reader.stories[before].places if before in reader.stories else reader.look(before).pairs
+    there = {key for pair in pairs for key in pair if key}
+    known = {told.people[place][0] for pair, place in told.places.items()
+             if not there.isdisjoint(pair)}
     return {who: deeds for who, deeds in told.developers.items() if who not in known}
 
 
@@ -1000,27 +895,26 @@ def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
     figure of nothing is None; hours are rounded to hundredths, the share to ten-thousandths."""
     now = now_ms() if now is None else now
     earlier = before_of(window, now)
-    return dict(figures(reader, window, earlier),
-                before=earlier and figures(reader, earlier, before_of(earlier, now)))
+    before = earlier and figures(reader, earlier, before_of(earlier, now))
+    return dict(figures(reader, window, earlier), before=before)
 
 
 def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     """`summary` without the window before; `before` decides who is new."""
     told = story(reader, window)
     everybody = told.developers.values()
-    seconds = [wait for wait in (t.hours_to_second() for t in told.trails.values())
-        if wait is not None]
+    waits = [trail.hours_to_second() for trail in told.trails.values() if trail.shared]
     built, others = told.saved[True], told.saved[False]
     count = len(built) + len(others)
     return dict(
         span(window), sessions=count, developers=len(told.developers),
         tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
-        discoveries=len(told.trails), shared_discoveries=len(seconds),
+        discoveries=len(told.trails), shared_discoveries=len(waits),
         hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
-        built_on_others={"sessions": len(built), "share": round(len(built) / count, 4) if count
-        else None},
+        built_on_others={
+            "sessions": len(built), "share": round(len(built) / count, 4) if count else None},
         tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
-        hours_to_second_developer=middle(seconds),
+        hours_to_second_developer=middle([wait for wait in waits if wait is not None]),
         cold_start=cold_start(newcomers(reader, told, before)))
 
 
@@ -1029,9 +923,10 @@ def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
     name)."""
     if not trails:
         return None
-    name, trail = min(trails.items(), key=lambda t: (-len(t[1].reached), -len(t[1].ended), t[0]))
-    return {"discovery_id": name, "developers": len(trail.reached),
-            "hours": hours(trail.ended[0], max(trail.reached.values()))}
+    name = min(trails, key=lambda ref: DISCOVERY_SORTS["developer_count"](ref, trails[ref]))
+    reached = list(trails[name].reached().values())
+    return {"discovery_id": name, "developers": len(reached),
+            "hours": hours(reached[0], reached[-1])}
 
 
 def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -1044,8 +939,10 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     told = story(reader, window)
     fresh = newcomers(reader, told, before_of(window, now))
     shown = labels(told.developers)
-    ranked = sorted(told.developers.items(), key=lambda d: (d[1].received - d[1].given, d[1].first,
-        d[0]))
+    ranked = sorted(told.developers.items(),
+                    key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
+    flows = [(-count, shown[giver], shown[receiver])
+             for (giver, receiver), count in told.flows.items()]
     return dict(
         span(window),
         developers=[{
@@ -1053,91 +950,42 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
             "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
             "sessions_before_inherited": d.cold, "first_seen_at": d.first,
             "last_seen_at": d.last} for who, d in ranked],
-        matrix=[{"source": shown[a], "target": shown[b], "hand_overs": count} for (a, b),
-        count in sorted(
-            told.flows.items(), key=lambda f: (-f[1], shown[f[0][0]], shown[f[0][1]]))],
+        matrix=[{"source": giver, "target": receiver, "hand_overs": -count}
+                for count, giver, receiver in sorted(flows)],
         cold_start=cold_start(fresh))
 
 
-def discovery_figures(name: str, trail: Trail, ends: Tuple[int, int], now: str) -> Plain:
+def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) -> Plain:
+    """`ends` of the window in ms; without a start it begins with the first session."""
     start, end = ends
-    edges = [moment_text(start - start_of_part // SPARKS)  # rounded up: minus, floor, minus
-             for start_of_part in range(start - end, (start - end) * SPARKS, start - end)]
+    if start is None:
+        start = stored_instant(trail.ended[0]) or 0
+    edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
     cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
-    counts = [after - before for before, after in zip(cuts, cuts[1:])]
     return {"discovery_id": name, "first_seen_at": trail.ended[0],
             "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
-            "distinct_identity_count": len(trail.identities), "last_aggregated_at": now,
-            "developer_count": len(trail.reached),
+            "distinct_identity_count": trail.identities(),
+            "last_aggregated_at": moment_text(now_ms()),
+            "developer_count": len(trail.reached()),
             "hours_to_second_developer": trail.hours_to_second(),
-            "half_life_hours": trail.half_life(), "counts": counts}
-
-
-DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
-    "session_count": lambda name, t: (-len(t.ended), name),
-    "distinct_identity_count": lambda name, t: (-len(t.identities), name),
-    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
-    "developer_count": lambda name, t: (-len(t.reached), -len(t.ended), name),
-    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
-    "half_life": lambda name, t: (none_last(t.half_life()), name),
-    "first_seen": lambda name, t: (t.ended[0], name),
-    "name": lambda name, t: (name,),
-}
+            "half_life_hours": trail.half_life(),
+            "counts": [after - before for before, after in zip(cuts, cuts[1:])]}
 
 
 def none_last(value: Optional[float]) -> Tuple[bool, float]:
     return value is None, value or 0.0
 
 
-class Touches:
-    """The sessions of a window that touched a discovery, and {discovery: which of these}. (Of 30
-    days with 333,333 sessions: 80 MB; as a Story 176.)"""
-
-    def __init__(self, reader: Reader, window: Window) -> None:
-        self.ended: List[str] = []
-        self.by_ref: Dict[str, List[int]] = {}
-        self.who: List[Pair] = []
-        pairs: Dict[Pair, Pair] = {}
-        for rows in reader.chunks(window, (IDENTITY_HASH, GITHUB_HASH, ENDED_AT, REFS)):
-            for identity, github, ended, refs in rows:
-                pair = identity, github
-                pair = pairs.get(pair) or pairs.setdefault(pair, pair)
-                if refs == "[]" or window.github not in (None, github is not None):
-                    continue
-                place = len(self.ended)
-                self.ended.append(ended if len(ended) == 24 else ended[:19] + ".000Z")
-                self.who.append(pair)
-                for ref in refs_in(refs):
-                    if ref in self.by_ref:
-                        self.by_ref[ref].append(place)
-                    else:
-                        self.by_ref[ref] = [place]
-        logins = logins_of(pairs)
-        self.developers = {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in pairs}
-
-    def trails(self) -> Iterator[Tuple[str, Trail]]:
-        return ((ref, Touched(self, places)) for ref, places in self.by_ref.items())
-
-
-class Touched(Trail):
-    """A Trail made from `Touches`; what is not asked for is not made."""
-
-    __slots__ = ("places", "touches")
-
-    def __init__(self, touches: Touches, places: Sequence[int]) -> None:
-        self.touches, self.places = touches, places
-        self.ended = [touches.ended[place] for place in places]
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("identities", "reached"):
-            raise AttributeError(name)
-        touches = self.touches
-        first = {touches.who[place]: place for place in reversed(self.places)}
-        self.identities = {identity for identity, _ in first}
-        # The earliest comes last, and stays.
-        self.reached = {touches.developers[pair]: touches.ended[place] for pair, place in sorted(
-            first.items(), key=operator.itemgetter(1), reverse=True)}
-        return getattr(self, name)
+DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
+    "session_count": lambda name, t: (-len(t.ended), name),
+    "distinct_identity_count": lambda name, t: (-t.identities(), name),
+    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
+    "developer_count": lambda name, t: (-len(t.reached()), -len(t.ended), name),
+    "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
+    "half_life": lambda name, t: (none_last(t.half_life()), name),
+    "first_seen": lambda name, t: (t.ended[0], name),
+    "name": lambda name, t: (name,),
+}
 
 
 def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "session_count",
@@ -1148,53 +996,41 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
     "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
     the window; its `discovery` is not looked at."""
-    touches = Touches(reader, window._replace(discovery=None))
+    trails = trails_of(reader, window)
     rank = DISCOVERY_SORTS[sort]
-    chosen = heapq.nsmallest(limit, touches.trails(), key=lambda item: rank(*item))
+    chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
     start, end = ends_of(window, now)
-    if start is None:
-        start = stored_instant(touches.ended[0]) or 0 if touches.ended else 0
-    stamp = moment_text(now_ms())
-    return dict(span(window), discoveries=[
-        discovery_figures(name, trail, (start, end), stamp) for name, trail in chosen],
-        discoveries_in_window=len(touches.by_ref))
+    if start is None and trails:
+        start = stored_instant(min(trail.ended[0] for trail in trails.values()))
+    return dict(
+        span(window), discoveries_in_window=len(trails),
+        discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
 
 
 def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
-        now: Optional[int] = None) -> Plain:
+              now: Optional[int] = None) -> Plain:
     """How one discovery went round in the window: its figures as in `discoveries`, and "reached":
     [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
     [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
     after `limit`. Raises NotFound when no session of the window touched it."""
-    trail = Trail()
-    reached: Dict[str, Session] = {}
-    path: List[Session] = []
     window = window._replace(discovery=ref)
-    sql, values = where(window)
-    for s in reader.sessions("WHERE %s ORDER BY %s, e.id" % (sql, reader.order(window)), values,
-                             reader.facts(window).logins):
-        if ref not in s.refs:
-            continue
-        trail.ended.append(moment_text(s.ended))
-        trail.reached.setdefault(s.developer, moment_text(s.ended))
-        trail.identities.add(s.identity)
-        reached.setdefault(s.developer, s)
-        if len(path) < limit:
-            path.append(s)
-    if not path:
+    touched = reader.window(window)[::-1]
+    if not touched:
         raise NotFound("no session of this window touched this discovery")
-    shown = labels(reached)
-    start, end = ends_of(window, now)
+    trail = Trail([(s.developer, s.identity) for s in touched])
+    trail.who = list(range(len(touched)))
+    trail.ended = [moment_text(s.ended) for s in touched]
+    first: Dict[str, Session] = {}
+    for s in touched:
+        first.setdefault(s.developer, s)
+    shown = labels(first)
     return dict(
-        span(window),
-        **discovery_figures(ref, trail, (path[0].ended if start is None else start, end),
-        moment_text(now_ms())),
+        span(window), **discovery_figures(ref, trail, ends_of(window, now)),
         reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
-        "session_id_hash": s.session}
-                 for s in list(reached.values())[:limit]],
+                  "session_id_hash": s.session} for s in list(first.values())[:limit]],
         path=[{"session_id_hash": s.session, "developer": shown[s.developer],
                "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
-              for before, s in zip([path[0], *path], path)])
+              for before, s in zip([touched[0], *touched], touched[:limit])])
 
 
 ACTIVE_DAYS = (1, 7, 28)
@@ -1207,30 +1043,38 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[str] = set()
+        self.who: Set[Any] = set()  # numbers of pairs; when all days are read, developers
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
 
 
 def days_of(reader: Reader, window: Window) -> Days:
-    """The window's sessions by day: in 40 MB, whatever the window."""
-    sums: Dict[str, Day] = {}
-    every: Set[Pair] = set()
-    there: Dict[str, Set[Pair]] = {}
-    for tally in reader.tallies(window):
-        every |= tally.everybody
-        if tally.sessions:
-            day = sums.setdefault(tally.date, Day())
-            day.sessions += tally.sessions
-            day.tools += tally.tools
-            day.tokens += tally.tokens
-            there.setdefault(tally.date, set()).update(tally.here)
-    logins = logins_of(every)
-    who = {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in every}
-    for date, pairs in there.items():
-        sums[date].who = {who[pair] for pair in pairs}
-    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in sums.items()}
+    """The window's sessions by day."""
+    days: Dict[str, Day] = collections.defaultdict(Day)
+    numbers: Dict[Pair, int] = {}  # a set of pairs for each day would take ten times the memory
+    for identities, githubs, *columns in reader.chunks(window, TOLD):
+        who = [numbers.setdefault(pair, len(numbers)) for pair in zip(identities, githubs)]
+        ended, tools, tokens, refs = columns
+        if window[2:] != NO_FILTER:
+            kept = [passes(window, *cells) for cells in zip(githubs, refs)]
+            who, ended, tools, tokens = (
+                list(itertools.compress(column, kept)) for column in (who, ended, tools, tokens))
+        start = 0
+        while start < len(ended):
+            date = ended[start][:10]
+            end = bisect.bisect_left(ended, date + "Z", start)
+            day = days[date]
+            day.sessions += end - start
+            day.tools += sum(tools[start:end])
+            day.tokens += sum(tokens[start:end])
+            day.who.update(who[start:end])
+            start = end
+    names = list(developers_of(numbers).values())
+    for day in days.values():
+        day.who = {names[number] for number in day.who}
+    return {datetime.date.fromisoformat(date).toordinal(): day
+            for date, day in days.items()}
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -1248,27 +1092,30 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
     previous = before_of(window, now)
     inside = days_of(reader, window)
-    earlier = window._replace(since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS),
-        until=window.since)
-    before = days_of(reader, earlier) if earlier.since < earlier.until else {}
-    everybody = {day: (inside[day].who if day in inside else set()) | (
-        before[day].who if day in before else set()) for day in {*inside, *before}}
+    earlier = window._replace(
+        since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
+    outside = days_of(reader, earlier) if earlier.since < earlier.until else {}
+    who = {day: days[day].who for days in (outside, inside) for day in days}
+    for day in inside.keys() & outside.keys():  # in which the window begins
+        who[day] = inside[day].who | outside[day].who
     return dict(
-        span(window), active=active(everybody, last_day), **periods(inside, last_day),
+        span(window), active=active(who, last_day), **periods(inside, last_day),
         before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
 
 
-def active(everybody: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
+def active(who: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
     """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
     before."""
-    def who(first: int, last: int) -> Set[str]:
-        return set().union(*(everybody.get(day, ()) for day in range(first, last + 1)))
+    def between(first: int, last: int) -> Set[str]:
+        return set().union(*(who.get(day, ()) for day in range(first, last + 1)))
 
-    spans = [(days, who(last_day - days + 1, last_day),
-        who(last_day - 2 * days + 1, last_day - days))
-             for days in ACTIVE_DAYS]
-    return [{"days": days, "developers": len(here), "came_back": len(here & before)}
-            for days, here, before in spans]
+    found = []
+    for days in ACTIVE_DAYS:
+        here = between(last_day - days + 1, last_day)
+        before = between(last_day - 2 * days + 1, last_day - days)
+        found.append(
+            {"days": days, "developers": len(here), "came_back": len(here & before)})
+    return found
 
 
 def week_name(day: int) -> str:
@@ -1276,7 +1123,7 @@ def week_name(day: int) -> str:
     return "%04d-W%02d" % (year, week)
 
 
-# its name, a day of the one before
+# {name: (what a day's period is called, a day of the period before)}; days as ordinals.
 PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
     "days": (lambda day: datetime.date.fromordinal(day).isoformat(), lambda day: day - 1),
     "weeks": (week_name, lambda day: day - 7),
@@ -1294,20 +1141,19 @@ def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]
         days = list(range(days[0], days[-1] + 1))
     rolled = {}
     for kind, (name, before) in PERIODS.items():
-        totals: Dict[str, List[Any]] = {name(day): [set(), 0, 0, 0, name(max(1, before(day)))]
-                                        for day in days}
+        totals = {name(day): Day() for day in days}
         for number, day in sums.items():
             total = totals[name(number)]
-            total[0] |= day.who
-            total[1] += day.sessions
-            total[2] += day.tools
-            total[3] += day.tokens
+            total.who |= day.who
+            total.sessions += day.sessions
+            total.tools += day.tools
+            total.tokens += day.tokens
+        earlier = {name(day): name(before(day)) for day in days if before(day) > 0}
         rolled[kind] = [
-            {"period": period, "developers": len(who),
-             "came_back": len(who & totals[previous][0]) if previous in totals
-             and previous != period else 0,
-             "sessions": count, "tool_count": tools, "tokens_saved": tokens}
-            for period, (who, count, tools, tokens, previous) in totals.items()]
+            {"period": period, "developers": len(total.who),
+             "came_back": len(total.who & totals.get(earlier.get(period, ""), Day()).who),
+             "sessions": total.sessions, "tool_count": total.tools, "tokens_saved": total.tokens}
+            for period, total in totals.items()]
     return rolled
 
 
@@ -1316,7 +1162,7 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     "plugin_version".
 
     All labels have one length, the least at which no two developers of the window look alike."""
-    ordered = sorted(reader.facts(window).developers)
+    ordered = sorted(set(developers_of(reader.look(window).pairs).values()))
     length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
     for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
@@ -1367,31 +1213,31 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     discovery's."""
     shown = labels(s.developer for s in ordered)
     names = node_ids(ordered)
-    found = edges_of(ordered, only)
-    who = [s.developer for s in ordered]
+    who = [shown[s.developer] for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
-    hand_overs = 0
-    for edge in found:
-        flow = flows.setdefault((shown[who[edge.source]], shown[who[edge.target]]), [0, 0])
+    edges = []
+    for e in edges_of(ordered, only):
+        giver, taker = who[e.source], who[e.target]
+        edges.append({"source": names[e.source], "target": names[e.target],
+                      "discoveries": list(e.refs), "crosses": giver != taker})
+        flow = flows.setdefault((giver, taker), [0, 0])
         flow[0] += 1
-        flow[1] += len(edge.refs)
-        hand_overs += len(edge.refs) if who[edge.source] != who[edge.target] else 0
+        flow[1] += len(e.refs)
+    developers: List[Plain] = [
+        {"source": giver, "target": taker, "edges": count, "discoveries": carried,
+         "crosses": giver != taker} for (giver, taker), (count, carried) in flows.items()]
+    developers.sort(key=lambda flow: (-flow["discoveries"], flow["source"], flow["target"]))
     return {
-        "nodes": [dict(id=name, developer=shown[s.developer], **plain_session(s))
-                  for name, s in zip(names, ordered)],
-        "edges": [{"source": names[e.source], "target": names[e.target],
-        "discoveries": list(e.refs),
-                   "crosses": who[e.source] != who[e.target]} for e in found],
-        "developers": [{"source": a, "target": b, "edges": edges, "discoveries": refs,
-        "crosses": a != b}
-                       for (a, b), (edges, refs) in sorted(flows.items(),
-                               key=lambda f: (-f[1][1], f[0]))],
-        "totals": {"sessions": len(ordered), "developers": len(shown),
-                   "tool_count": sum(s.tools for s in ordered),
-                   "tokens_saved": sum(s.tokens for s in ordered),
-                   "discoveries": len({ref for s in ordered for ref in s.refs
-                   if only in (None, ref)}),
-                   "hand_overs": hand_overs},
+        "nodes": [dict(id=name, developer=developer, **plain_session(s))
+                  for name, developer, s in zip(names, who, ordered)],
+        "edges": edges,
+        "developers": developers,
+        "totals": {
+            "sessions": len(ordered), "developers": len(shown),
+            "tool_count": sum(s.tools for s in ordered),
+            "tokens_saved": sum(s.tokens for s in ordered),
+            "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
+            "hand_overs": sum(flow["discoveries"] for flow in developers if flow["crosses"])},
     }
 
 
@@ -1516,6 +1362,7 @@ DEVELOPER = Column("Developer", lambda s: s["developer"], "m", lambda s: develop
 GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
 BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
 SESSIONS = number("Sessions", "sessions")
+DEVELOPERS = number("Developers", "developers")
 CALLS = number("Calls", "tool_count")
 SAVED = number("Tokens saved", "tokens_saved", short="Saved")
 SESSION_COLUMNS = (
@@ -1525,13 +1372,13 @@ DISCOVERY_COLUMNS = (
     Column("Discovery", lambda d: d["discovery_id"], sort="name"),
     Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
            short="Over time"),
-    number("Developers", "developer_count", "developer_count", "Reach"),
+    number("Reach", "developer_count", "developer_count"),
     number("Sessions", "session_count", "session_count"),
     Column("To the second developer", lambda d: lasting(d["hours_to_second_developer"]), "n",
            sort="hours_to_second_developer", short="To 2nd"),
     Column("Half-life", lambda d: lasting(d["half_life_hours"]), "n", sort="half_life"),
     Column("First seen", lambda d: minute(d["first_seen_at"]), "m wide", sort="first_seen"),
-    Column("Last seen", lambda d: d["last_seen_at"][:10], "m",
+    Column("Last seen", lambda d: d["last_seen_at"][:10], "m late",
            lambda d: minute(d["last_seen_at"]), "recent"))
 DEVELOPER_COLUMNS = (
     DEVELOPER, SESSIONS, CALLS, SAVED, number("Given", "given"), number("Received", "received"),
@@ -1545,7 +1392,7 @@ REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVE
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
 PERIOD_COLUMNS = (
-    Column("Period", lambda p: p["period"], "m"), SESSIONS, number("Developers", "developers"),
+    Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS,
     number("Came back", "came_back"), CALLS, SAVED)
 SESSION_FACTS = (
     DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
@@ -1611,9 +1458,9 @@ def flows_text(title: str, columns: Sequence[Column], flows: Sequence[Plain]) ->
 def developers_text(result: Plain) -> str:
     return (
         text_table(DEVELOPER_COLUMNS, result["developers"])
-        + "\nGiven, received: hand-overs of a discovery to and from other developers. Cold\n"
-        "start: of who was not there in as many days before, the own sessions before the\n"
-        "first that built on somebody else's discovery.\n"
+        + "\nGiven, received: hand-overs of a discovery to and from other developers.\n"
+        "Cold start: for developers who were not there in as many days before, how many\n"
+        "sessions came before the first that built on somebody else's discovery.\n"
         + flows_text("who hands over to whom", (GIVER, TAKER, HAND_OVERS), result["matrix"]))
 
 
@@ -1654,10 +1501,11 @@ def cold_start_words(cold: Plain) -> str:
     if not cold["developers"]:
         return "No developer was new in this window."
     words = some(cold["developers"], "developer was", "developers were") + " new in this window"
-    if cold["sessions"] is not None:
-        words += (": %g own sessions (median) came before the first that built on somebody else's"
-                  " discovery" % cold["sessions"])
-    return words + "; %s never did." % digits(cold["never"])
+    if cold["sessions"] is None:
+        return words + ", without a session that built on somebody else's discovery."
+    words += (". Before their first session that built on somebody else's discovery they had %g"
+              " others (median)." % cold["sessions"])
+    return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
 def percent(share: Optional[float]) -> str:
@@ -1683,7 +1531,7 @@ SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], object]], ...] = (
      lambda f: median_text(f["tokens_saved_median"]["built_on_others"])),
     ("  tokens saved by the others", lambda f: median_text(f["tokens_saved_median"]["others"])),
     ("new developers", lambda f: f["cold_start"]["developers"]),
-    ("  own sessions before they built", lambda f: median_text(f["cold_start"]["sessions"])),
+    ("  sessions before they built (median)", lambda f: median_text(f["cold_start"]["sessions"])),
     ("  never built on others", lambda f: f["cold_start"]["never"]),
 )
 
@@ -1713,15 +1561,16 @@ def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
-    return text + rest("of the newest {:,} sessions of {:,}; --limit takes more",
-                       totals["sessions"], result["total_count_in_window"]) + flows_text(
-        "from developer to developer", FLOW_COLUMNS, flows)
+    text += rest("of the newest {:,} sessions of {:,}; --limit takes more",
+                 totals["sessions"], result["total_count_in_window"])
+    return text + flows_text("from developer to developer", FLOW_COLUMNS, flows)
 
 
 def activity_text(result: Plain) -> str:
-    text = "".join("last %2d days   %9s developers, %9s came back\n" % (
-        row["days"], digits(row["developers"]), digits(row["came_back"]))
-        for row in result["active"])
+    text = ""
+    for row in result["active"]:
+        text += "last %2d days   %9s developers, %9s came back\n" % (
+            row["days"], digits(row["developers"]), digits(row["came_back"]))
     if result["before"]:
         text += "in this window %s sessions, in as many days before %s\n" % tuple(
             digits(sum(day["sessions"] for day in part["days"]))
@@ -1757,9 +1606,6 @@ def csv_lines(rows: Iterable[Plain]) -> Iterator[str]:
         yield out.getvalue()
         out.seek(0)
         out.truncate()
-
-
-compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def json_lines(rows: Iterable[Plain]) -> Iterator[str]:
@@ -1862,7 +1708,7 @@ def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
         titles.append('<th scope="col" class="%s"%s>%s</th>' % (c.kind, order, text))
     for row in rows:
         body.append("<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
-            c.kind, esc(c.title.lower()), cell_html(c, row)) for c in columns))
+            c.kind, esc((c.short or c.title).lower()), cell_html(c, row)) for c in columns))
     return ('<div class="scroll"><table class="%s"><caption>%s</caption><thead><tr>%s</tr></thead>'
             '<tbody>\n%s</tbody></table></div>' % (
                 "cards sorts" if by else "cards", esc(caption), "".join(titles), "".join(body)))
@@ -1903,7 +1749,8 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
 CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
 MOST_ARCS = 6000  # in one page, which says so if there are more
 MOST_CELLS = 60  # of one lane
-LANE_PX, PICTURE_PX = (14.0, 42.0), 600  # least and most of a lane; of all lanes, about
+LANES_PX, PICTURE_PX = (42, 30, 20, 15), 600  # heights of a lane; most of all lanes
+PHONE_LANES = 12  # that a narrow screen shows at first: STYLE has their height for each of LANES_PX
 HOUR_MS = 3_600_000
 TICK_HOURS = (1, 3, 6, 12, 24, 48, 168)  # between two ticks; 168 is a week, from Monday
 TICK_MONTHS = (1, 3, 12, 60, 120, 1200, 12_000)
@@ -1965,14 +1812,14 @@ class Picture:
             balance[ordered[e.source].developer] += len(e.refs)
             balance[ordered[e.target].developer] -= len(e.refs)
         self.developers = sorted(balance, key=lambda key: -balance[key])  # then by first session
-        rows = min(len(balance), MOST_LANES)
+        self.rows = rows = min(len(balance), MOST_LANES)
         self.lanes = {key: min(n, rows - 1) for n, key in enumerate(self.developers)}
         if len(balance) > MOST_LANES:
             self.own, self.others = self.developers[:rows - 1], self.developers[rows - 1:]
         else:
             self.own, self.others = self.developers, []
         self.crowded = len(self.every) > CROWDED_ARCS or bool(self.others)
-        self.lane = max(LANE_PX[0], min(LANE_PX[1], round(PICTURE_PX / rows, 1)))
+        self.lane = next(px for px in LANES_PX if rows * px <= PICTURE_PX)
         end = self.start + self.span
         self.quarters = list(month_starts(self.start + 1, end, 3))[:40]
         self.top = 40 if self.quarters else 26
@@ -2090,7 +1937,7 @@ class Picture:
                 ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
                 ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
                 '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
-                   self.cells(lanes)))
+                            self.cells(lanes)))
 
     def data(self) -> Plain:
         """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
@@ -2144,6 +1991,7 @@ PANEL = (
     ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
     ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and'
     ' &minus; change the speed.</p></div>')
+EVERY_LANE = '<label class="every"><input type="checkbox">Show all %d lanes</label>'
 LISTED = 30  # discoveries beside the picture
 IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
@@ -2174,8 +2022,10 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
         '<div class="card">', CONTROLS,
         tiles((title.capitalize(), digits(result["totals"][key]), "count%d" % i)
               for i, (title, key) in enumerate(COUNTERS)),
-        '<div class="board%s"><div><div class="stage" id="stage">' % ("" if ranked else " alone"),
-        picture.svg(), "</div>", others, legend, PANEL, "</div>",
+        '<div class="board%s"><div>' % ("" if ranked else " alone"),
+        '<div class="stage lane%d" id="stage">%s</div>' % (picture.lane, picture.svg()),
+        EVERY_LANE % picture.rows if picture.rows > PHONE_LANES else "",
+        others, legend, PANEL, "</div>",
         ranking(ranked, picture) if ranked else "", "</div></div>",
         matrix(flows, picture) if flows else "",
         '<script type="application/json" id="data">%s</script>' % embedded(
@@ -2194,7 +2044,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
     words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
-    return '<div><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
+    return '<div class="side"><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
         rows, '<p class="note">%s</p>' % words if more else "")
 
 
@@ -2283,12 +2133,12 @@ WORDS = {  # what a word means; each page says it of the words that stand on it
     "session": "A session is one run of a coding assistant, recorded when it ended.",
     "calls": "Calls: how often the session used a tool.",
     "saved": "Tokens saved: what the plugin counted as spared.",
-    "developer": "A developer is a GitHub account, or else a machine, shown as the first digits of"
-                 " a hash that changes with the quarter.",
-    "discovery": "A discovery is something worth knowing that a session touched, under a short"
-                 " name.",
-    "hand-over": "A hand-over: a discovery that one developer's session touched is next touched by"
-                 " another's.",
+    "developer": "A developer is a GitHub account, or else a machine. It is shown as the first"
+                 " digits of a hash, which changes with the quarter.",
+    "discovery": "A discovery is something worth knowing, under a short name. A session touches"
+                 " it.",
+    "hand-over": "A hand-over: one developer's session touched a discovery, and the next session"
+                 " that touched it was another developer's.",
 }
 
 
@@ -2387,9 +2237,9 @@ def page(reader: Reader, path: str, title: str, filters: Filters, main: str,
          window: Optional[Window] = None, beside: str = "") -> str:
     """A page of the viewer: links to the others, the title with what stands `beside` it, the
     window in words, and what was left out."""
+    query = esc(filters.query())
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
-        to, esc(filters.query()), ' aria-current="page"' if to == path else "", name)
-        for to, name in PAGES)
+        to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
     left_out = "%s left out: not sessions as the contract has them." % some(
         reader.left_out, "row was", "rows were") if reader.left_out else ""
     return document(title + " - sessions", (
@@ -2406,7 +2256,7 @@ def empty(text: str) -> str:
 
 def nothing(reader: Reader, window: Window) -> str:
     """What a page says of a window without a session."""
-    kind = " of this kind" if window[2:] != (None, None) else ""
+    kind = " of this kind" if window[2:] != NO_FILTER else ""
     last = last_event(reader)
     return empty("No session%s ended in this window. %s" % (
         kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
@@ -2448,14 +2298,15 @@ def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
     s, related = result["session"], result["related"]
-    facts = ["<dt>%s</dt><dd>%s</dd>" % (c.title, '<span class="m">%s</span>' % cell_html(c, s)
-             if "m" in c.kind else cell_html(c, s)) for c in SESSION_FACTS]
+    facts = ['<dt>%s</dt><dd class="%s">%s</dd>' % (c.title, "m" if "m" in c.kind else "",
+                                                    cell_html(c, s)) for c in SESSION_FACTS]
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
-    table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                       SESSION_COLUMNS, related) if related else note_html(
-        "No other session of this machine in the last %d days." % RELATED_DAYS)
+    table = note_html("No other session of this machine in the last %d days." % RELATED_DAYS)
+    if related:
+        table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                           SESSION_COLUMNS, related)
     return page(reader, "/session", "Session " + s["session_id_hash"][:12], Filters(),
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
                     esc(s["session_id_hash"]), "".join(facts), table))
@@ -2472,10 +2323,10 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     table = html_table(
         caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
         lambda key: path + filters.query(sort=key)) if rows else nothing(reader, window)
-    return page(reader, path, "Discoveries", filters, words_of("discovery", "developer")
-                + filter_form(path, filters, {"sort": sort}) + table + note_html(
-        "Developers: how many had a session that touched it. Half-life: until half of its sessions"
-        " had ended; said of four sessions or more."), window)
+    words = note_html("Reach: how many developers had a session that touched it. Half-life: until"
+                      " half of its sessions had ended; said of four sessions or more.")
+    body = words_of("discovery", "developer") + filter_form(path, filters, {"sort": sort})
+    return page(reader, path, "Discoveries", filters, body + table + words, window)
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
@@ -2508,12 +2359,12 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     result = developers(reader, window)
     rows = result["developers"]
     name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
-    caption = "%s, who gave most more than they received first%s" % (
+    caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
     body = nothing(reader, window) if not rows else note_html(
-        cold_start_words(result["cold_start"]) + " Cold start: of who was not there in as many days"
-        " before, the own sessions before the first that built on somebody else's discovery."
+        cold_start_words(result["cold_start"]) + " Cold start: for developers who were not there"
+        " in as many days before, how many sessions came before that first one."
     ) + html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
     return page(reader, path, "Developers", filters, words_of(
         "developer", "hand-over", "calls", "saved") + filter_form(path, filters) + body, window)
@@ -2558,21 +2409,22 @@ def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> st
     line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
                                 round(100 - 100 * value / most, 1))
                    for i, value in enumerate(before))
-    words = esc("%s by day: up to %s; in as many days before up to %s" % (
-        title, digits(max(now, default=0)), digits(max(before, default=0))))
+    words = "%s by day: up to %s" % (title, digits(max(now, default=0)))
+    if any(before):
+        words += "; in as many days before up to %s" % digits(max(before))
     return ('<figure class="card"><figcaption>%s</figcaption><svg viewBox="0 0 1000 100"'
             ' preserveAspectRatio="none" role="img" aria-label="%s"><path d="%s"/>'
             '<path class="before" d="%s"/></svg><p class="ends">%s</p></figure>' % (
                 words, words, bars(now, most, 1000 / n, 100, 2), line, ends))
 
 
-def by_day(rows: Sequence[Plain], since: str, key: str) -> List[int]:
-    """A figure of each day since a moment (stored form), 0 on the days that are not listed."""
-    first = midnight(since[:10])
-    if first is None and rows:
-        first = midnight(rows[0]["period"])
-    days = {((midnight(row["period"]) or 0) - (first or 0)) // DAY_MS: row[key] for row in rows}
-    return [days.get(n, 0) for n in range(min(max(days, default=-1) + 1, MOST_DAYS))]
+def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
+    """A column's figure of each day since a moment (stored form), 0 on days that are not listed."""
+    if not rows:
+        return []
+    first = midnight(since[:10]) or midnight(rows[0]["period"]) or 0
+    days = {((midnight(row["period"]) or 0) - first) // DAY_MS: column.cell(row) for row in rows}
+    return [days.get(n, 0) for n in range(min(max(days) + 1, MOST_DAYS))]
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
@@ -2587,10 +2439,8 @@ def activity_page(reader: Reader, filters: Filters) -> str:
         return page(reader, path, "Activity", filters, body + nothing(reader, window), window)
     ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
     body += '<div class="plots">%s</div>' % "".join(
-        plot(title, by_day(days, window.since, key),
-             by_day(before["days"], before["since"], key), ends) for title, key in (
-            ("Sessions", "sessions"), ("Developers", "developers"),
-            ("Tokens saved", "tokens_saved")))
+        plot(c.title, by_day(days, window.since, c), by_day(before["days"], before["since"], c),
+             ends) for c in (SESSIONS, DEVELOPERS, SAVED))
     body += note_html(
         "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
         " there in the period before. "
@@ -2613,14 +2463,15 @@ class Refused(Exception):
 REASONS = (  # what SQLite says, what a person wants to know
     ("file is not a database", "it is not an SQLite database"),
     ("file is encrypted", "it is not an SQLite database"),
-    ("malformed", "it is damaged: restore a copy, or save what can be read with sqlite3's"
-                  " .recover"),
+    ("malformed",
+     "it is damaged: restore a copy, or save what can be read with sqlite3's .recover"),
     ("locked", "another program keeps it locked: try again when that is done"),
-    ("unable to open", "SQLite cannot open it: its folder must be readable, and writable too while"
-                       " a server's last changes wait in the -wal file (run this as the server's"
-                       " user)"),
-    ("readonly", "its -wal file holds changes that only a user who may write there can take in (run"
-                 " this as the server's user)"),
+    ("unable to open",
+     "SQLite cannot open it: its folder must be readable, and writable too while a server's last"
+     " changes wait in the -wal file (run this as the server's user)"),
+    ("readonly",
+     "its -wal file holds changes that only a user who may write there can take in (run this as"
+     " the server's user)"),
     ("disk i/o error", "the disk answers with errors"),
     ("no such table", "it does not hold the tables of a session-event store"),
     ("no such column", "its tables are not those of a session-event store"),
@@ -2642,9 +2493,9 @@ def connected(path: str) -> sqlite3.Connection:
     try:
         return begun(uri)
     except sqlite3.OperationalError as error:
-        # A WAL database in a folder where nobody may write, its server gone: there is no -shm file
-        # and none can be made. With no changes waiting in a -wal file, the database file alone is
-        # the whole truth.
+        # A WAL database whose server has ended, in a folder where this user may not write: there
+        # is no -shm file, and none can be made. Where no -wal file holds changes, the database
+        # file alone is complete.
         waiting = os.path.exists(path + "-wal") and os.path.getsize(path + "-wal") > 0
         if waiting or not re.search("unable to open|readonly", str(error)):
             raise
@@ -2666,6 +2517,9 @@ def begun(uri: str) -> sqlite3.Connection:
     return connection
 
 
+KEY = ("INTEGER", 1)  # type and place in the key of a column that SQLite numbers itself
+
+
 def check_schema(connection: sqlite3.Connection, path: str) -> None:
     """Raises Refused where a table or column is missing, or the version is not known here."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -2678,11 +2532,14 @@ def check_schema(connection: sqlite3.Connection, path: str) -> None:
         raise Refused("%s has schema version %d and this program knows up to %d: use the"
                       " session_events.py that came with its server.py" % (
                           path, version, SCHEMA_VERSION))
-    # An older file is read as it is when it has the columns. A column that came after version 1 is
-    # not in TABLES: whoever reads it has to do without it in an older file.
+    # An older file is read as it is if it has the columns of version 1, which TABLES lists.
     for table, columns in TABLES.items():
-        there = {row[1] for row in connection.execute("PRAGMA table_info(%s)" % table)}
+        there = {row[1]: (row[2].upper(), row[5])
+                 for row in connection.execute("PRAGMA table_info(%s)" % table)}
         missing = [column for column in columns if column not in there]
+        if there.get("id", KEY) != KEY:
+            raise Refused("%s is not a session-event store: the column id of its table %s is no"
+                          " INTEGER PRIMARY KEY" % (path, table))
         if missing:
             raise Refused(
                 "%s is not a session-event store: its table %s lacks %s. If server.py never opened"
@@ -2942,8 +2799,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
                 ("Set-Cookie", cookie + "; Path=/; HttpOnly; SameSite=Strict")])
         if self.may_see():
             return page
-        return message_page(403, "Closed", "This address was used already, or is not this viewer's."
-                                           " Start it again for a new one.")
+        return message_page(403, "Closed", "This address was used already, or it is another"
+                            " viewer's. Start the viewer again for a new one.")
 
     def may_see(self) -> bool:
         cookies = [part.strip().partition("=")
@@ -3017,7 +2874,7 @@ def show_in_browser(address: str) -> None:
 # Demo: synthetic sessions, the same every time
 # ==================================================================================================
 
-# What the commands need, and no more. server.py takes such a file, and adds indexes and triggers.
+# The tables alone. server.py adds indexes and triggers when it opens such a file.
 DEMO_TABLES = """
     CREATE TABLE session_events (id INTEGER PRIMARY KEY AUTOINCREMENT, %s);
     CREATE TABLE session_discoveries (discovery_ref TEXT NOT NULL, event_id INTEGER NOT NULL,
@@ -4053,8 +3910,8 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
                  type=whole_number(0, 65_535), default=8788),
     "open": ("--open", {"action": "store_true", "help": "open the page in a browser"}),
     "ship_db": flag("--db", "FILE", "the database that server.py writes"),
-    "to": flag("--to", "URL", "ClickHouse's HTTP interface; CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"
-                              " in the environment say who"),
+    "to": flag("--to", "URL", "ClickHouse's HTTP interface; user and password come from"
+               " CLICKHOUSE_USER and CLICKHOUSE_PASSWORD in the environment"),
     "follow": ("--follow", {"action": "store_true",
                             "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
     "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the"
@@ -4131,9 +3988,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         "session_events.py", formatter_class=shape,
         description="Shows the sessions that server.py stored.",
-        epilog="example: python3 session_events.py demo\n\nexit status: 0 answered (also when there"
-               " is nothing in the window), 1 not found or\nnot readable, 2 the command line is"
-               " wrong")
+        epilog="example: python3 session_events.py demo\n\n"
+               "exit status: 0 answered (also when there is nothing in the window),\n"
+               "1 not found or not readable, 2 the command line is wrong")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
@@ -4186,7 +4043,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
     except BrokenPipeError:
-        # The reader of the output has closed it (`| head`). The flush at exit must not fail, too.
+        # Whoever read the output has closed it (`| head`). The flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
     except KeyboardInterrupt:
@@ -4243,7 +4100,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .findings li { max-width: 100ch; padding: 2px 0 2px 14px; border-left: 3px solid var(--cross) }
 .tiles { display: flex; flex-wrap: wrap; gap: 2px 24px; margin: 4px 0 10px; color: var(--soft);
   font-size: 14px }
-.tiles div { display: flex; flex-direction: row-reverse; gap: 6px; align-items: baseline }
+.tiles div { display: flex; gap: 6px; align-items: baseline }
 .tiles dd { margin: 0; color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
 .tiles dd small { font-weight: 400; color: var(--soft) }
 .tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
@@ -4264,6 +4121,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
   white-space: nowrap; max-width: none; font-weight: 600; color: var(--cross) }
 .board { display: grid; grid-template-columns: minmax(0, 1fr) minmax(280px, 380px); gap: 0 28px }
 .board.alone { grid-template-columns: minmax(0, 1fr) } .board > div { min-width: 0 }
+.board > .side { display: flex; flex-direction: column; height: 0; min-height: 100% }
 .stage { padding: 0 18px 0 86px; overflow-x: clip }
 #chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
 #chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
@@ -4308,7 +4166,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 .chips li { max-width: 100% }
 .chips a, .chips span { display: inline-block; border: 1px solid var(--pale); border-radius: 99px;
   padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
-.ranking { margin: 0; padding: 0; list-style: none; max-height: 660px; overflow-y: auto }
+.ranking { margin: 0; padding: 0; list-style: none; overflow-y: auto }
 .board h2 { margin: 10px 0 4px }
 .ranking li { display: grid; grid-template-columns: minmax(0, 1fr) 90px; gap: 0 10px;
   align-items: center; padding: 3px 6px 4px 0; border-bottom: 1px solid var(--line) }
@@ -4337,7 +4195,7 @@ th.m { font-family: inherit } .whole { white-space: normal; overflow-wrap: anywh
 .matrix thead th span { writing-mode: vertical-rl } .matrix caption { max-width: 100ch }
 .h1 { background: var(--h1) } .h2 { background: var(--h2) }
 .h3 { background: var(--h3); color: var(--card) } .h4 { background: var(--h4); color: var(--card) }
-.pairs { display: none }
+.pairs, .every { display: none }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
 .plots figure { margin: 0 }
 .plots svg { display: block; width: 100%; height: 120px; overflow: visible }
@@ -4354,7 +4212,8 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
 .skip { position: absolute; left: -999px }
 .skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
 @media (max-width: 1020px) {
-  .board { grid-template-columns: 1fr } .ranking { max-height: 340px }
+  .board { grid-template-columns: 1fr } .board > .side { height: auto }
+  .ranking { max-height: 340px }
 }
 @media (min-width: 641px) { @supports selector(::details-content) {
   .filters > summary { display: none }
@@ -4369,8 +4228,11 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .button { padding-top: 10px } .wide, .matrix { display: none } .pairs { display: block }
   .card { padding: 8px 10px } .controls { gap: 4px 10px } .controls input { flex: 1 1 60% }
   #caption { font-size: 14px; height: 40px; line-height: 20px; white-space: normal }
-  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; max-height: 530px; overflow-y: auto;
-    overflow-x: hidden }
+  .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; overflow: hidden }
+  .lane42 { max-height: 530px } .lane30 { max-height: 386px } .lane20 { max-height: 266px }
+  .lane15 { max-height: 206px } .board:has(.every :checked) .stage { max-height: none }
+  .every { display: flex; align-items: center; gap: 8px; min-height: 44px; color: var(--disc) }
+  .every input { min-height: 20px }
   #discs circle { transform: scale(.65); transform-box: fill-box; transform-origin: center }
   #chart text { font-size: 10px } .odd text { display: none } #panel { height: 190px }
   .chips a { padding: 9px 12px } .ranking { max-height: 410px }
@@ -4380,13 +4242,18 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .sorts th:not(:has(a)) { display: none }
   .cards, .cards tbody, .cards caption { display: block }
   .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
-    line-height: 1.9 }
-  .cards td { display: inline; padding: 0 12px 0 0; border: 0 }
-  .cards td.n { display: inline-block; padding-right: 12px }
+    line-height: 1.9; font-size: 13px }
+  .cards td { display: inline; padding: 0; margin-right: 9px; border: 0 }
+  .cards td.n, .cards td.d { display: inline-block }
   .cards td.n::after { content: " " attr(data-t); color: var(--soft) }
   .cards td.to::before { content: "\2192 " }
-  .cards td.wide { display: none }
-  .cards td.d:not(:empty)::before { content: "\A"; white-space: pre }
+  .cards td.wide, .cards td.late { display: none }
+  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n)::after { content: "\A";
+    white-space: pre }
+  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n) { margin: 0 }
+  .cards td.d { min-width: 0; max-width: calc(100% - 175px); margin: 0; overflow: hidden;
+    white-space: nowrap; text-overflow: ellipsis; vertical-align: bottom }
+  .cards .spark { width: 60px }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important;

@@ -6746,12 +6746,10 @@ def reference_edges(rows):
 def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
     """Random sessions, some ended in the same moment, give the answers of a plain reference.
 
-    The ways around a missing index (newest rows, steps through identities, bounds on counts)
-    are made short. So each is taken, left half-way, and must agree.
+    Chunks are small, and moments with more than one row are crowded. So each way is taken.
     """
     monkeypatch.setattr(session_events, "CHUNK", 7)
-    monkeypatch.setattr(session_events, "MOST_TOGETHER", 9)
-    monkeypatch.setattr(session_events, "NEWEST", 20)
+    monkeypatch.setattr(session_events, "MOST_JOINED", 1)
     chance = random.Random(11)
     rows = []
     for n in range(400):
@@ -6812,14 +6810,8 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             assert [s["session_id_hash"] for s in exported] == [
                 r["session_id_hash"] for r in inside
             ]
-    monkeypatch.setattr(session_events, "SAMPLE", 2)
-    for newest, steps in (
-        (1000, 0),
-        (3, 0),
-        (3, 1 << 60),
-    ):  # found among the newest, in the whole index, step by step
+    for newest in (1000, 3):  # found among the newest, in the whole index
         monkeypatch.setattr(session_events, "NEWEST", newest)
-        monkeypatch.setattr(session_events, "MOST_STEPS", steps)
         with session_events.reading(db) as reader:
             for r in chance.sample(rows, 20):
                 for digits in (64, 12):
@@ -6847,9 +6839,8 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 (-1, "0" * 64, good["session_id_hash"], "never"),
             ],
         )
-    for newest, steps in itertools.product((1, 1000), (0, 1 << 60)):
+    for newest in (1, 1000):
         monkeypatch.setattr(session_events, "NEWEST", newest)
-        monkeypatch.setattr(session_events, "MOST_STEPS", steps)
         with session_events.reading(db) as reader:
             for digits in (64, 12):
                 assert (
@@ -6882,6 +6873,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
         "A" * 64,
         "g" * 64,
     ]
+    cells += [0, 10**6, 10**6 + 1, 10**9, 10**9 + 1]
     cells += ["0" * 64, "0" * 63, b"0" * 64, "0" * 64 + "\0", "\u0660" * 64, "1\n", "-", "é"]
     cells += [
         "[]",
@@ -6940,25 +6932,21 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
         )
         # The look at many rows at once may be too strict, never too lax: each row between two good.
         connection.execute("CREATE INDEX moments ON session_events (ended_at)")
-    with session_events.reading(db) as reader, contextlib.closing(
-        sqlite3.connect(":memory:", isolation_level=None)
-    ) as one:
-        one.execute("CREATE TABLE session_events (id, %s)" % ", ".join(row(0)))
-        careful = session_events.Reader(one)
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as one:
+        one.execute("CREATE TABLE session_events (id INTEGER PRIMARY KEY, %s)" % ", ".join(row(0)))
+        both = session_events.Reader(one)
         taken = 0
         for r, fine in zip(tried, expected):
             one.execute("DELETE FROM session_events")
-            sql = "INSERT INTO session_events VALUES (0, ?,?,?,?,?,?,?,?,?)"
+            sql = "INSERT INTO session_events VALUES (NULL, ?,?,?,?,?,?,?,?,?)"
             one.executemany(sql, [good, r, good])
-            found = careful.looks_sound("0", "2026-05-22T24")
-            beside = isinstance(r[3], str) and "0" <= r[3] < "2026-05-22T24"
-            assert fine or not beside or not found, r
-            taken += found and beside
+            found = session_events.sound(*both.joined("FROM session_events e", []))
+            assert fine or not found, r
+            taken += found
         assert taken > sum(expected) // 2
-        assert all(map(reader.sound, *zip(*reader.pieces(every)))) is False
-    for chunk, together in ((1, 0), (50, 7), (2000, 20_000)):
+    for chunk, together in ((1, 0), (50, 7), (1000, 20_000)):
         monkeypatch.setattr(session_events, "CHUNK", chunk)
-        monkeypatch.setattr(session_events, "MOST_TOGETHER", together)
+        monkeypatch.setattr(session_events, "MOST_JOINED", together)
         with session_events.reading(db) as reader:
             assert reader.count(every) == sum(expected) == len(list(reader.walk(every)))
             assert reader.left_out == len(tried) - sum(expected)
@@ -7006,7 +6994,11 @@ def plain_check(cells):
 
 
 def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch):
-    """The same sessions with and without rows beside them that are none, and with nothing sound."""
+    """The same sessions with and without rows beside them that are none.
+
+    With nothing sound, and without the index, each row is looked at alone.
+    """
+    monkeypatch.setattr(session_events, "CHUNK", 20)
     chance = random.Random(3)
     rows = [
         row(
@@ -7020,6 +7012,9 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
         for n in range(200)
     ]
     clean = stored(tmp_path / "clean.db", *rows)
+    bare = stored(tmp_path / "bare.db", *rows)
+    with contextlib.closing(sqlite3.connect(bare)) as connection, connection:
+        connection.execute("DROP INDEX idx_session_events_ended_at")
     beside = stored(tmp_path / "beside.db", *rows)
     with contextlib.closing(sqlite3.connect(beside)) as connection, connection:
         connection.executemany(
@@ -7041,8 +7036,16 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
     may = session_events.Window("2026-05-01T00:00:00.000Z", "2026-05-30T00:00:00.000Z")
     part = session_events.Window("2026-05-03T05:00:00.001Z", "2026-05-15T10:00:00.001Z")
 
-    def answers(path, window):
-        found = []
+    judge = session_events.sound
+
+    def answers(path, window, judge=judge):
+        found, sound = [], set()
+
+        def watched(*columns):
+            sound.add(judge(*columns))
+            return judge(*columns)
+
+        monkeypatch.setattr(session_events, "sound", watched)
         with session_events.reading(path) as reader:
             for answer in ("sessions", "graph", "activity", "summary", "developers", "exported"):
                 found.append(getattr(session_events, answer)(reader, window))
@@ -7051,7 +7054,6 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
                 found.append(session_events.discoveries(reader, window, 50, sort))
                 for one in found[-1]["discoveries"]:
                     del one["last_aggregated_at"]
-            sound = {reader.sound(*piece) for piece in reader.pieces(window)}
         return found, sound
 
     for window in [
@@ -7064,9 +7066,8 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
         assert sound == {True}
         mixed, sound = answers(beside, window)
         assert (mixed, sound) == (fast, {True, False})
-        with monkeypatch.context() as patch:
-            patch.setattr(session_events.Reader, "looks_sound", lambda *_: False)
-            assert answers(clean, window) == (fast, {False})
+        assert answers(clean, window, lambda *_: False) == (fast, {False})
+        assert answers(bare, window) == (fast, set())
 
 
 @quick
@@ -7522,7 +7523,11 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
         "DROP TABLE session_discoveries",
         "CREATE TABLE session_discoveries (discovery_ref)",
     )
+    columns = ", ".join(row(0))
+    keyless = "CREATE TABLE session_events (id, %s, received_at)" % columns
+    changed("key.db", "DROP TABLE session_events", keyless)
     for name, says in (
+        ("key.db", "the column id of its table session_events is no INTEGER PRIMARY KEY"),
         ("none.db", "there is no file"),
         (".", "is not a file"),
         ("text.db", "not an SQLite database"),
@@ -7656,8 +7661,10 @@ def test_reader_as_a_program(tmp_path):
     assert len(first) > 50_000 and all(
         other == first for other in others
     )  # the same in each Python
-    for command in [[], *[[name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS)]]:
-        assert "example: python3 session_events.py" in read(*command, "--help").stdout
+    commands = [[], *([name] for name in (*session_events.QUESTIONS, *session_events.ACTIONS))]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda command: read(*command, "--help"), commands):
+            assert "example: python3 session_events.py" in done.stdout
     db = next(iter(tmp_path.glob("*.db")))
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
@@ -7693,7 +7700,7 @@ except SystemExit as end:
 def test_reader_export_in_constant_memory(tmp_path):
     """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
     peaks = []
-    for count in (2_500, 25_000):
+    for count in (2_500, 15_000):
         db = stored(
             tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count))
         )
@@ -7717,8 +7724,8 @@ def test_reader_export_in_constant_memory(tmp_path):
             assert status == b"0" and done.stdout.count(b"\n") == count
             peaks.append(int(peak))
     assert (
-        not peaks or peaks[1] < peaks[0] + 12_000
-    )  # KiB; 22,500 rows as Python objects would be 30,000
+        not peaks or peaks[1] < peaks[0] + 7_000
+    )  # KiB; 12,500 rows as Python objects would be 17,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
         subprocess.run(
@@ -7729,8 +7736,8 @@ def test_reader_export_in_constant_memory(tmp_path):
         )
         os.close(theirs)
         shown = os.read(ours, 1 << 16)
-        assert b"\r5,000 of 25,000 sessions\r10,000 of" in shown
-        assert shown.endswith(b"\r25,000 of 25,000 sessions\r\n")
+        assert b"\r5,000 of 15,000 sessions\r10,000 of" in shown
+        assert shown.endswith(b"\r15,000 of 15,000 sessions\r\n")
         os.close(ours)
 
 
@@ -7811,8 +7818,8 @@ def test_reader_queries_use_the_indexes(tmp_path):
         rows = reader.rows
 
         def watched(sql, values=()):
-            with reader.texts(str):
-                plans.extend((sql, line[3]) for line in rows("EXPLAIN QUERY PLAN " + sql, values))
+            steps = [line[3] for line in rows("EXPLAIN QUERY PLAN " + sql, values)]
+            plans.extend((sql, s.decode() if isinstance(s, bytes) else s) for s in steps)
             return rows(sql, values)
 
         reader.rows = watched
@@ -7827,8 +7834,7 @@ def test_reader_queries_use_the_indexes(tmp_path):
     assert len(plans) > 8
     for sql, step in plans:
         assert not re.fullmatch(r"SCAN (TABLE )?(session_events|e)", step), sql
-        if "TEMP B-TREE FOR ORDER BY" in step:
-            assert "discovery_ref = ?" in sql, sql
+        assert "TEMP B-TREE" not in step, sql
 
 
 def http(address, path="/", headers=(), method="GET", raw=None):
@@ -8746,6 +8752,11 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                 paper = chromium.js("getComputedStyle(document.body).backgroundColor")
                 assert (paper == "rgb(246, 246, 243)") == (scheme == "light")
                 assert chromium.js('document.querySelectorAll("h1").length') == 1, where
+                if width == 390:  # a card has two lines
+                    tall = """[...document.querySelectorAll(".cards tbody tr")].filter(
+                        row => row.offsetHeight > 2 * parseFloat(getComputedStyle(row).lineHeight)
+                        + 18).map(row => row.innerText)"""
+                    assert chromium.js(tall) == [], where
                 assert (
                     chromium.js(
                         '[...document.querySelectorAll("th")].filter(th => !th.textContent).length'
@@ -8986,6 +8997,13 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         chromium.js('document.querySelector(".others summary").click()')
         assert chromium.js('document.querySelectorAll(".others text").length') == 261
         assert chromium.js('document.querySelector(".others svg").checkVisibility()')
+        chromium.screen(390, 844, touch=True)
+        seen = """(bottom => [...document.querySelectorAll("#chart .lanes text")].filter(
+            t => t.getBoundingClientRect().bottom <= bottom).length)(
+            document.getElementById("stage").getBoundingClientRect().bottom)"""
+        assert 10 < chromium.js(seen) <= 12
+        chromium.js('document.querySelector(".every input").click()')
+        assert chromium.js(seen) == 40
         assert chromium.complaints() == []
 
 
@@ -9052,8 +9070,8 @@ def test_reader_beside_a_server_under_load_and_a_sweep(tmp_path):
             thread.start()
         try:
             totals = set()
-            end = time.monotonic() + 4
-            while time.monotonic() < end:
+            end = time.monotonic() + 60
+            while len(totals) < 12 and time.monotonic() < end:
                 with session_events.reading(str(db)) as reader:
                     window = session_events.Window(**MAY)
                     listed = session_events.sessions(reader, window, 10**6)
