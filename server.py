@@ -645,11 +645,12 @@ def body_framing(headers: Dict[bytes, bytes], newer: bool) -> Tuple[Optional[int
         return None, True
     if length is None:
         return None, False
-    if not re.fullmatch(rb"[0-9]{1,19}", length):
+    if not re.fullmatch(rb"[0-9]+", length):
         raise Refused(400, "Malformed Content-Length")
-    if int(length) > MAX_BODY:
+    digits = length.lstrip(b"0") or b"0"  # int() takes no more than 4,300
+    if len(digits) > 9 or int(digits) > MAX_BODY:
         raise Refused(413, TOO_LARGE, "body_too_large")
-    return int(length), False
+    return int(digits), False
 
 
 def expects_continue(headers: Dict[bytes, bytes]) -> bool:

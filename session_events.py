@@ -66,6 +66,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -144,7 +145,7 @@ is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
 # What server.py stores. Another program may leave out the fraction.
 STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))?",
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))?",
     re.ASCII)
 EPOCH = datetime.datetime(1970, 1, 1)
 DAY_MS = 86_400_000
@@ -2174,9 +2175,10 @@ Query = Dict[str, str]  # the parameters of an address, the first of each name
 def number_in(query: Query, name: str, default: int, most: int) -> int:
     """A number that is too large is the largest, nonsense is the default (README, Contract 7)."""
     text = query.get(name, "")
-    if not re.fullmatch(r"[0-9]+", text) or not text.strip("0"):
+    digits = text.lstrip("0")
+    if not re.fullmatch(r"[0-9]+", text) or not digits:
         return default
-    return most if len(text) > 9 else min(int(text), most)
+    return most if len(digits) > 9 else min(int(digits), most)
 
 
 def filters_of(query: Query) -> Filters:
@@ -3126,8 +3128,8 @@ MINE_TYPES = {"string": "String", "string or null": "Nullable(String)", "number"
               "array": "Array(String)"}
 MINE = "id Int64, ended String, received_at String, " + ", ".join(
     "%s %s" % (name, MINE_TYPES[kind]) for name, (kind, _, _) in SHIP_FIELDS.items())
-MOMENT_OF = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
-HASH_OF = "toFixedString(unhex(%s), 32)"
+SHIP_MOMENT = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
+SHIP_HASH = "toFixedString(unhex(%s), 32)"
 # Of the rows of one session the largest seniority is kept. That is the one which was received
 # first, in the same second that of the node whose name comes first (8 of its digits). Nothing else
 # decides, so that shipping in another order, or twice, changes nothing.
@@ -3138,14 +3140,14 @@ SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({ti
 # invented dates do not make a partition each.
 RAW_COLUMNS = (
     ("node", "String", "'{node}'"),
-    ("seniority", "UInt64", SENIORITY % MOMENT_OF % "received_at"),
+    ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at"),
     ("id", "Int64", "id"),
-    ("received_at", "DateTime('UTC')", MOMENT_OF % "received_at"),
-    ("identity_hash", "FixedString(32)", HASH_OF % "identity_hash"),
-    ("github_hash", "Nullable(FixedString(32))", HASH_OF % "github_hash"),
-    ("session_id_hash", "FixedString(32)", HASH_OF % "session_id_hash"),
+    ("received_at", "DateTime('UTC')", SHIP_MOMENT % "received_at"),
+    ("identity_hash", "FixedString(32)", SHIP_HASH % "identity_hash"),
+    ("github_hash", "Nullable(FixedString(32))", SHIP_HASH % "github_hash"),
+    ("session_id_hash", "FixedString(32)", SHIP_HASH % "session_id_hash"),
     ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)"),
-    ("ended", "DateTime('UTC')", MOMENT_OF % "ended"),
+    ("ended", "DateTime('UTC')", SHIP_MOMENT % "ended"),
     ("tool_count", "UInt32", "tool_count"),
     ("tokens_saved", "UInt32", "tokens_saved"),
     ("branch_sha", "Nullable(String)", "lower(branch_sha)"),
@@ -3157,7 +3159,7 @@ INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
 FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
   SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
   GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
-      SHIP_RAW, HASH_OF % "identity_hash", HASH_OF % "session_id_hash")
+      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash")
 # Rows of one key are merged. Only rows of one partition and one shard are, so the shard is the
 # key's; FINAL answers at any moment, across partitions, as if all were merged. In the view it
 # stands below any WHERE, so that no condition can bring back a row that must give way.
