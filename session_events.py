@@ -3083,7 +3083,7 @@ def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
     """(line, ended_at) of a row that `usual_line` does not match: another program may have written
     it. Raises Unfit if it is no session. The text names the column, never a value."""
     *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
-                                 % COLUMNS, [row_id]).fetchone()
+                                 % SELECTED, [row_id]).fetchone()
     wrong = [name for name, fits, cell in zip(SHIP_FIELDS, CHECKS, row[1:]) if not fits(cell)]
     if stored_instant(received) is None or not "1970" <= received < "2106":
         wrong.append("received_at")
@@ -3091,7 +3091,7 @@ def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (row_id, wrong[0]))
-    s = session_of(row)
+    s = session_of(plain_row(row))
     ended = moment_text(s.ended)
     cells = (received, s.identity, s.github, s.session, ended, s.tools, s.tokens, s.branch,
              json.dumps(s.refs, separators=(",", ":")), s.version)

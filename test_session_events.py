@@ -1792,6 +1792,8 @@ def test_emit_sends_all_that_is_good(person):
     for name, text in {**bad, **foreign}.items():
         person.put("session-events/pending/" + name, text)
     (person.pending / ("%015d-%012x.json" % (now, 5005))).mkdir()
+    theirs = person.put("an event of somebody else", event("theirs"))
+    (person.pending / ("%015d-%012x.json" % (now, 5006))).symlink_to(theirs)
     stale, young = (
         person.put(folder + "/.0123456789abcdef.tmp", "{")
         for folder in ("session-events/pending", "session-events")
@@ -1806,6 +1808,7 @@ def test_emit_sends_all_that_is_good(person):
     assert {path.name for path in person.pending.iterdir()} == {
         *foreign,
         "%015d-%012x.json" % (now, 5005),
+        "%015d-%012x.json" % (now, 5006),
     }
     assert young.exists()
 
@@ -2404,6 +2407,21 @@ def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path)
             if shas[secret_hash("slow")]:
                 break
         assert shas[secret_hash("slow")] == repository[1][:12]
+
+
+def test_emit_leaves_a_new_event_to_its_own_child_at_first(person):
+    """Another session's child may still add the commit: its event is sent a second later."""
+    arrived, made = {}, int(time.time() * 1000)
+
+    def answer(n, body):
+        arrived[json.loads(body)["session_id_hash"]] = time.time()
+        return 202, {}
+
+    person.put("session-events/pending/%015d-%012x.json" % (made, 1), event("new"))
+    with Odd(answer) as server:
+        person.hook("older", env={"ASHLR_SESSION_EVENTS_URL": server.url})
+    assert set(arrived) == {event("new")["session_id_hash"], secret_hash("older")}
+    assert arrived[event("new")["session_id_hash"]] >= made / 1000 + emit.COMMIT_S
 
 
 # -- Where the home may end with the session -------------------------------------------------------
