@@ -3494,16 +3494,15 @@ class Shipment:
         """Moves the mark, up to the row `last` or down; False if it was not. Only if the file still
         has the mark that was read, and that row: it may have been replaced, and a second ship may
         have been faster. `sent`: milliseconds since 1970."""
-        sql, keys = SHIP_MOVE, []
+        sql, values = SHIP_MOVE, {
+            "destination": self.house.destination, "node": mark.node, "last_id": mark.last_id,
+            "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000)}
         if last:
-            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = :to AND"
-                    " identity_hash = :identity AND session_id_hash = :session)")
-            keys = last.line.split("\t")
+            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = :to AND received_at ="
+                    " :received AND identity_hash = :identity AND session_id_hash = :session)")
+            values["received"], values["identity"], _, values["session"] = last.line.split("\t")[:4]
         with self.writing() as connection:
-            return connection.execute(sql, {
-                "destination": self.house.destination, "node": mark.node, "last_id": mark.last_id,
-                "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000),
-                **dict(zip(("", "identity", "", "session"), keys))}).rowcount > 0
+            return connection.execute(sql, values).rowcount > 0
 
     def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
         """The last rows up to the mark."""
@@ -3534,7 +3533,7 @@ class Shipment:
             there = self.house.months()
             if not there or there & {row.month for row in sample}:
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        up, = self.house.numbers("SELECT uptime()")
+        up = max(self.house.numbers("SELECT uptime()"), default=0)
         # ClickHouse's start seems late rather than early.
         if moment_text(now_ms() - up * 1000) > mark.confirmed_at:
             return mark.synced_id, "ClickHouse was started after the last rows were confirmed"
@@ -3673,7 +3672,6 @@ def serve_metrics(text: str, shipment: Shipment) -> None:
     match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
     if not match or int(match[2]) > 65_535:
         raise Usage("--metrics takes an address such as 127.0.0.1:9101")
-
     host = match[1]
 
     class Server(http.server.ThreadingHTTPServer):
