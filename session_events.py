@@ -462,7 +462,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 20_000  # rows with one moment stay in one chunk; more are not joined
+MOST_JOINED = 5_000  # rows with one moment stay in one chunk; more are not joined
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -4253,7 +4253,7 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n) { margin: 0 }
   .cards td.d { min-width: 0; max-width: calc(100% - 175px); margin: 0; overflow: hidden;
     white-space: nowrap; text-overflow: ellipsis; vertical-align: bottom }
-  .cards .spark { width: 60px }
+  .cards .spark { width: 60px; height: 14px }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important;

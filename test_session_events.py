@@ -6927,6 +6927,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
         "2026-05-22T24:00:00.000Z",
         "0000-01-01T00:00:00.000Z",
     ]
+    moments += ["2026-05-22T12:34:60.000Z", "2026-06-31T00:00:00.000Z"]
     moments += ["2024-02-29T23:59:59.999Z", "2026-05-22 12:34:56.000Z", "2026-05-22T12:60:00.000Z"]
     every = session_events.EVER
     tried = [[*good[:n], cell, *good[n + 1 :]] for n in range(9) for cell in [*cells, *moments]]
@@ -6954,21 +6955,27 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
         connection.executemany(
             "INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?)" % ", ".join(row(0)), tried
         )
-        # The look at many rows at once may be too strict, never too lax: each row between two good.
+        # The look at many rows at once may be too strict, never too lax.
         connection.execute("CREATE INDEX moments ON session_events (ended_at)")
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as one:
         one.execute("CREATE TABLE session_events (id INTEGER PRIMARY KEY, %s)" % ", ".join(row(0)))
         both = session_events.Reader(one)
         taken = 0
-        for r, fine in zip(tried, expected):
+        for (r, fine), last in itertools.product(zip(tried, expected), ([good], [])):
             one.execute("DELETE FROM session_events")
             sql = "INSERT INTO session_events VALUES (NULL, ?,?,?,?,?,?,?,?,?)"
-            one.executemany(sql, [good, r, good])
+            one.executemany(sql, [good, r, *last])
             found = session_events.sound(*both.joined("FROM session_events e", []))
             assert fine or not found, r
             taken += found
         assert taken > sum(expected) // 2
-    for chunk, together in ((1, 0), (50, 7), (1000, 20_000)):
+        short, long = (["0" * n, *good[1:]] for n in (63, 65))  # together as long as two
+        earlier = [*good[:3], "2026-05-21T00:00:00.000Z", *good[4:]]
+        for two in ([short, long], [long, short], [good, earlier]):
+            one.execute("DELETE FROM session_events")
+            one.executemany(sql, two)
+            assert not session_events.sound(*both.joined("FROM session_events e", []))
+    for chunk, together in ((1, 0), (50, 7), (1000, 5_000)):
         monkeypatch.setattr(session_events, "CHUNK", chunk)
         monkeypatch.setattr(session_events, "MOST_JOINED", together)
         with session_events.reading(db) as reader:
@@ -7726,7 +7733,11 @@ def test_reader_export_in_constant_memory(tmp_path):
     peaks = []
     for count in (2_500, 15_000):
         db = stored(
-            tmp_path / ("%d.db" % count), *(row(n, n % 50, refs=["x"]) for n in range(count))
+            tmp_path / ("%d.db" % count),
+            *(
+                row(n, n % 50, "2026-05-22T%02d:%02d:%02d.000Z" % (n // 3600, n // 60 % 60, n % 60))
+                for n in range(count)
+            ),
         )
         if os.path.exists("/proc/self/status"):
             done = subprocess.run(
