@@ -3654,7 +3654,12 @@ ANSWERS.update(
         "chunked and no length": ["Transfer-Encoding: chunked", "Content-Length: 0"],
     }.items()
 )
-ANSWERS["chunked in HTTP/1.0"] = (CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n", 400, None, False)
+ANSWERS["chunked in HTTP/1.0"] = (
+    CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100),
+    400,
+    None,
+    False,
+)
 ANSWERS.update(
     (
         "Host %r" % host,
