@@ -662,7 +662,17 @@ MOST_MATCHES = 1000  # of a prefix that fits many
 AMONG_NEWEST = """WHERE e.id IN (SELECT id
   FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?)"""
-# No index starts with the session's hash, so all of the unique index is read.
+# No index starts with the session's hash. The unique index has it behind the identity: two steps for
+# each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
+MOST_IDENTITIES = 15_000
+AMONG_IDENTITIES = """WHERE e.id IN (WITH RECURSIVE each_one (identity) AS (
+    SELECT min(identity_hash) FROM session_events
+    UNION ALL
+    SELECT (SELECT identity_hash FROM session_events WHERE identity_hash > identity
+        ORDER BY identity_hash, session_id_hash LIMIT 1)
+      FROM each_one WHERE identity IS NOT NULL LIMIT ?)
+  SELECT s.id FROM each_one CROSS JOIN session_events s
+    ON s.identity_hash = identity AND s.session_id_hash = ?)"""
 AMONG_ALL = """WHERE e.id IN (SELECT id FROM session_events
   WHERE session_id_hash >= ? AND session_id_hash < ?)"""
 
@@ -674,10 +684,13 @@ def find_session(reader: Reader, prefix: str) -> Session:
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
-    found = list(reader.some(AMONG_NEWEST, [NEWEST, prefix])) if len(prefix) == 64 else []
-    if not found:  # "g" is above every digit
-        found = list(itertools.islice(reader.some(AMONG_ALL, [prefix, prefix + "g"]),
-                                      MOST_MATCHES))
+    ways: List[Tuple[str, List[Any]]] = [
+        (AMONG_ALL, [prefix, prefix + "g"])]  # "g" is above every digit
+    if len(prefix) == 64:
+        ways = [(AMONG_NEWEST, [NEWEST, prefix]), (AMONG_IDENTITIES, [MOST_IDENTITIES, prefix]),
+                *ways]
+    each_way = (list(itertools.islice(reader.some(*way), MOST_MATCHES)) for way in ways)
+    found: List[Session] = next(filter(None, each_way), [])
     if not found:
         raise NotFound("no session starts with these digits")
     names = sorted({s.session for s in found})
