@@ -662,8 +662,8 @@ MOST_MATCHES = 1000  # of a prefix that fits many
 AMONG_NEWEST = """WHERE e.id IN (SELECT id
   FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
   WHERE session_id_hash = ?)"""
-# No index starts with the session's hash. The unique index has it behind the identity: two steps for
-# each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
+# No index starts with the session's hash. The unique index has it behind the identity: two steps
+# for each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
 MOST_IDENTITIES = 15_000
 AMONG_IDENTITIES = """WHERE e.id IN (WITH RECURSIVE each_one (identity) AS (
     SELECT min(identity_hash) FROM session_events
