@@ -6601,6 +6601,9 @@ def story_session(n):
     }
 
 
+# -- The contract and a row ------------------------------------------------------------------------
+
+
 @quick
 def test_reader_moments():
     """Every form that an event may have, read back as the stored form; what is none is no time."""
@@ -6620,6 +6623,9 @@ def test_reader_moments():
         (b"2026-05-22T12:34:56Z", None),
     ):
         assert session_events.moment_or_none(text) == stored_form, text
+
+
+# -- Queries and the graph -------------------------------------------------------------------------
 
 
 @quick
@@ -6851,6 +6857,9 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
                     )
             with pytest.raises(session_events.NotFound, match="no session"):
                 session_events.find_session(reader, "0" * 64)
+
+
+# -- Rows that are no sessions, many rows at once --------------------------------------------------
 
 
 @quick
@@ -7371,6 +7380,9 @@ def test_reader_prefixes_that_look_alike():
     }
 
 
+# -- Hostile rows ----------------------------------------------------------------------------------
+
+
 HOSTILE_REFS = [
     "</script><script>document.title='owned'</script>",
     "\"'><img src=x onerror=\"document.title='owned'\">",
@@ -7530,6 +7542,9 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
     assert len(left) == len(KEPT)
     # "5", "2.5" and "1000000000000000000" are no moments, but as text they stand outside of May.
     assert "left out: %d rows" % (len(hostile_rows()) - len(KEPT) - 3) in err
+
+
+# -- Command line and forms ------------------------------------------------------------------------
 
 
 @quick
@@ -7723,6 +7738,9 @@ def test_reader_as_a_program(tmp_path):
     process.stderr.close()
 
 
+# -- The database file -----------------------------------------------------------------------------
+
+
 PEAK = """import runpy, sys
 sys.argv = sys.argv[1:]
 try:
@@ -7875,6 +7893,9 @@ def test_reader_queries_use_the_indexes(tmp_path):
     for sql, step in plans:
         assert not re.fullmatch(r"SCAN (TABLE )?(session_events|e)", step), sql
         assert "TEMP B-TREE" not in step, sql
+
+
+# -- The viewer ------------------------------------------------------------------------------------
 
 
 def http(address, path="/", headers=(), method="GET", raw=None):
@@ -8291,6 +8312,9 @@ def test_reader_no_output_has_a_whole_developer(tmp_path, capfdbinary):
     for digits in whole:
         assert not any(digits in output for output in outputs)
     assert view.complaints == ""
+
+
+# -- The pages in a browser ------------------------------------------------------------------------
 
 
 class Chromium:
@@ -9046,6 +9070,9 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         chromium.js('document.querySelector(".every input").click()')
         assert chromium.js(seen) == 40
         assert chromium.complaints() == []
+
+
+# -- The demo, and all of it beside a server -------------------------------------------------------
 
 
 def test_reader_the_demo(tmp_path):
