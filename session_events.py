@@ -2547,7 +2547,7 @@ def check_schema(connection: sqlite3.Connection, path: str) -> None:
         raise Refused("%s has schema version %d and this program knows up to %d: use the"
                       " session_events.py that came with its server.py" % (
                           path, version, SCHEMA_VERSION))
-    # An older file is read as it is if it has the columns of version 1, which TABLES lists.
+    # An older file must have the columns of version 1, which TABLES lists: see `widened`.
     for table, columns in TABLES.items():
         there = {row[1]: (row[2].upper(), row[5])
                  for row in connection.execute("PRAGMA table_info(%s)" % table)}
@@ -2559,6 +2559,18 @@ def check_schema(connection: sqlite3.Connection, path: str) -> None:
             raise Refused(
                 "%s is not a session-event store: its table %s lacks %s. If server.py never opened"
                 " this file, start server.py on it once" % (path, table, ", ".join(missing)))
+
+
+def widened(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """The same connection. A column that came after the file's version reads as NULL: a view of
+    this connection stands before the table."""
+    there = {row[1] for row in connection.execute("PRAGMA table_info(session_events)")}
+    later = ["NULL AS " + name for name in COLUMNS if name not in there]
+    if later:
+        for statement in ("PRAGMA query_only = 0", "CREATE TEMP VIEW session_events AS SELECT *, %s"
+                          " FROM main.session_events" % ", ".join(later), "PRAGMA query_only = 1"):
+            connection.execute(statement)
+    return connection
 
 
 @contextlib.contextmanager
@@ -2574,7 +2586,7 @@ def reading(path: str) -> Iterator[Reader]:
     try:
         with contextlib.closing(connected(path)) as connection:
             check_schema(connection, path)
-            yield Reader(connection)
+            yield Reader(widened(connection))
     except sqlite3.Error as error:
         raise explained(error, path) from error
 
