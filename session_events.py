@@ -672,7 +672,7 @@ AMONG_IDENTITIES = """WHERE e.id IN (WITH RECURSIVE each_one (identity) AS (
         ORDER BY identity_hash, session_id_hash LIMIT 1)
       FROM each_one WHERE identity IS NOT NULL LIMIT ?)
   SELECT s.id FROM each_one CROSS JOIN session_events s
-    ON s.identity_hash = identity AND s.session_id_hash = ?)"""
+    ON s.identity_hash = identity AND s.session_id_hash = ? LIMIT 1)"""
 AMONG_ALL = """WHERE e.id IN (SELECT id FROM session_events
   WHERE session_id_hash >= ? AND session_id_hash < ?)"""
 
