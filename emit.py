@@ -530,8 +530,12 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
         tool = loads_object(encoded(tool))
     tool = tool if isinstance(tool, dict) else {}
     command = tool.get("command")
+    if isinstance(command, list):
+        command = " ".join(word for word in command if isinstance(word, str))
     found: "List[str]" = []
     for folder in folders:
+        if not folder.strip("./\\"):  # every file would be a discovery
+            continue
         for path in map(tool.get, PATH_KEYS):
             if not isinstance(path, str) or "\0" in path:
                 continue
@@ -761,7 +765,7 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
 def machine_id(home: str, make: bool = True) -> str:
     """The machine's random name, made on first use; "" if there is none and none is to be made.
 
-    OSError if it cannot be kept, Told if its file is empty.
+    OSError if it cannot be kept, Told if its file is empty or a link that leads nowhere.
     """
     path = home + HOME + "machine-id"
     if make and not os.path.lexists(path):
@@ -773,7 +777,9 @@ def machine_id(home: str, make: bool = True) -> str:
     try:
         name = decoded(contents(path)).strip()
     except FileNotFoundError:
-        return ""
+        if not os.path.lexists(path):
+            return ""
+        raise Told(HOME_FOLDER + "/machine-id is a link that leads nowhere: remove it") from None
     if not name:
         raise Told(HOME_FOLDER + "/machine-id is empty: remove it")
     return name
@@ -1152,12 +1158,13 @@ class Sender:
 
         A new event of another session is left alone while its own child may still add the commit.
         """
-        path = own(self.home, OURS, make=True) + "flush.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
+        fd = -1
         try:
             import fcntl
+            path = own(self.home, OURS, make=True) + "flush.lock"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # no locks here: the server takes an event only once
+        except (ImportError, OSError):  # no lock to be had: the server takes an event only once
             pass
         while not self.stop:
             now = time.time()
@@ -1170,7 +1177,8 @@ class Sender:
                 time.sleep(0.05)
             else:
                 break
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person says stop."""
@@ -1333,18 +1341,21 @@ def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:
         secure(home, session, part, event, path)
-    sender, own_name = Sender(home, env), os.path.basename(path)
-    if part and not path:
-        said = sender.barred() or "1 " + attempt(sender.post, event)[0]
-        say(env, "the event that is not kept: " + said)
-    elif path and wait:  # before what waits
-        sender.round([own_name])
-    if pipe >= 0 and wait:
-        os.close(pipe)
-    if not withdrawn(home, env):
-        sweep(home, env, machine)
-        sender.flush(own_name)
-        expire(home, time.time())
+    try:
+        sender, own_name = Sender(home, env), os.path.basename(path)
+        if part and not path:
+            said = sender.barred() or "1 " + attempt(sender.post, event)[0]
+            say(env, "the event that is not kept: " + said)
+        elif path and wait:  # before what waits
+            sender.round([own_name])
+        if pipe >= 0 and wait:
+            os.close(pipe)
+        if not withdrawn(home, env):
+            sweep(home, env, machine)
+            sender.flush(own_name)
+    finally:  # also where the endpoint is no URL
+        if not withdrawn(home, env):
+            expire(home, time.time())
 
 
 def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:

@@ -1039,20 +1039,18 @@ class Looked(NamedTuple):
     young: bool = False  # a young row ended the search
 
 
-def old_rows(rows: Iterable[Tuple[int, Any, Any]], before: Looked, cutoff: str,
-             now: str) -> Looked:
-    """How far `rows`, triples of id, `received_at` and `ended_at`, are older than `cutoff`.
+def old_rows(rows: Iterable[Tuple[int, Any]], before: Looked, cutoff: str, now: str) -> Looked:
+    """How far `rows`, pairs of id and `received_at`, are older than `cutoff`.
 
     Rows arrive in the order of their ids. So a row is at least as young as each row before it, and
     at least as old as each row behind it. A stamp that is lower than the highest before it says
-    nothing, nor does one from the future, from before FIRST_STAMP, from a day before the session
-    ended, or that is no text. Such a row is taken for as young as the next row whose stamp says
-    something.
+    nothing, nor does one from the future, from before FIRST_STAMP or that is no text. Such a row is
+    taken for as young as the next row whose stamp says something. (What a client says of itself,
+    `ended_at`, is not asked: with a date in the future it would keep its rows for ever.)
     """
     old, seen, highest, _young = before
-    for number, stamp, ended in rows:
-        if (isinstance(stamp, str) and highest <= stamp <= now
-                and not (isinstance(ended, str) and stamp < ended[:10])):
+    for number, stamp in rows:
+        if isinstance(stamp, str) and highest <= stamp <= now:
             if stamp >= cutoff:
                 return Looked(old, seen, highest, True)
             old, highest = number, stamp
@@ -1504,7 +1502,7 @@ class Store:
             self.checkpoints.let_go()
 
 
-NEXT_ROWS = ("SELECT id, received_at, ended_at FROM session_events"
+NEXT_ROWS = ("SELECT id, received_at FROM session_events"
              " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
 NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 

@@ -140,7 +140,6 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 # A row: every cell is hostile until it has been through here
 # ==================================================================================================
 
-is_hash = re.compile(RULES["identity_hash"]).fullmatch
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
 # What server.py stores. Another program may leave out the fraction.
 STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
@@ -345,7 +344,8 @@ TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "numb
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
-    *("e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
+    # With + a column of another program that is declared as text compares as what it holds.
+    *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
 JOINED = "SELECT count(*), sum(%s), %s" % (
     RIGHT_TYPES, ", ".join("group_concat(%s, '\n')" % cell for cell in CELLS))
@@ -355,6 +355,13 @@ def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
     """True only if all of these rows are sessions (see JOINED)."""
     return count == right and all(
         check(text, count) for check, text in zip(LINES, texts[1:]))
+
+
+def in_order(texts: Sequence[bytes]) -> bool:
+    """True if sound rows come by moment and id. (An index of another program may have its own
+    order for rows of one moment.)"""
+    order = list(zip(texts[ENDED_AT].split(b"\n"), map(int, texts[ID].split(b"\n"))))
+    return all(map(operator.le, order, order[1:]))
 
 
 def cells_in(place: int, text: bytes) -> Sequence[Any]:
@@ -466,13 +473,15 @@ MOST_JOINED = 5_000  # rows with one moment stay in one chunk; more are not join
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
-# Another program's file may lack the index on ended_at.
+# Another program's file may lack the index on ended_at, of all rows and in the order of bytes.
 INDEXED = """SELECT 1 FROM pragma_index_list('session_events') AS one,
-  pragma_index_info(one.name) AS part WHERE part.seqno = 0 AND part.name = 'ended_at'"""
+  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.seqno = 0
+  AND part.name = 'ended_at' AND part.coll = 'BINARY'"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
-BY_INSTANT = (" ORDER BY CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
-              " ELSE e.ended_at END, e.id")
+INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
+           " ELSE e.ended_at END")
+BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, INSTANT)
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
@@ -565,13 +574,12 @@ class Reader:
         seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
         bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
         if bare or not self.rows(INDEXED).fetchone():
-            for rows in self.checked(sql + BY_INSTANT, seconds):
-                yield from columns_of(
-                    [row for row in rows if since <= row[ENDED_AT] < until], places)
+            for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
+                yield from columns_of(rows, places)
             return
         for sql, values, crowded in self.parts(since, until):
             count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
-            if count and sound(count, right, texts):
+            if count and sound(count, right, texts) and in_order(texts):
                 yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
@@ -1102,7 +1110,7 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     days before the window."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
-    last_day = ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal()
+    last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
     previous = before_of(window, now)
     inside = days_of(reader, window)
@@ -3435,8 +3443,6 @@ SHIP_MOVE = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
     next_id = min(:to, CASE WHEN next_at <= :old THEN last_id ELSE next_id END),
     next_at = CASE WHEN next_at <= :old THEN confirmed_at ELSE next_at END
   WHERE destination = :destination AND node = :node AND last_id = :last_id"""
-SHIP_PEPPERS = ("the nodes of this ClickHouse have different peppers (server.py --pepper-file), so "
-                "that a developer is somebody else on each of them")
 
 
 class Mark(NamedTuple):
@@ -3481,8 +3487,9 @@ class Shipment:
                                 "WHERE destination = ?", [self.house.destination]).fetchone()
             if not found:
                 return None
-            if re.fullmatch("[0-9a-f]{16}", str(found[0])) and stored_instant(found[2]) and all(
-                    isinstance(cell, int) for cell in found[1::2]):
+            if re.fullmatch("[0-9a-f]{16}", str(found[0])) and (
+                    stored_instant(found[2]) is not None
+                    and all(isinstance(cell, int) for cell in found[1::2])):
                 return Mark._make(found)
         raise Refused("the table ship_marks in %s does not hold a mark of this version; drop it, "
                       "and all rows go once more" % self.path)
@@ -3544,11 +3551,10 @@ class Shipment:
         if self.again:
             self.again = False
             return SHIP_LEAST, "--again"
-        highest, = first_row(
+        used = [*reader.rows("SELECT max(id) FROM session_events").fetchone(), *first_row(
             reader, "sqlite_sequence",
-            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'") or reader.rows(
-                "SELECT max(id) FROM session_events").fetchone()
-        if not isinstance(highest, int) or mark.last_id > highest:
+            "SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'")]
+        if mark.last_id > max([n for n in used if isinstance(n, int)], default=SHIP_LEAST):
             return SHIP_LEAST, "the mark is not of this file's rows"
         if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
             return None
