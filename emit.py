@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""emit.py says that a coding session ended, and what shape it had, and only after a yes.
+"""emit.py reports that a coding session ended, and its shape, once the person has consented.
 
 usage:
   emit.py [--dir DIR] [--wait [MS]]       the session-end hook: capture, let the caller go, send
@@ -17,18 +17,18 @@ example:
   echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 emit.py --wait 2000
 
 It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints
-nothing on standard output, and exits 0. The event is on the disk before the caller is let go. The
-sender goes on alone, for 20 s at the most. What cannot be sent waits in
+nothing on standard output, and exits 0. The event is on the disk before the hook returns. A process
+of its own then sends it, for 20 s at the most. What cannot be sent waits in
 ~/.ashlr/session-events/pending/ (at most 500 events, 30 days) for the next session's end.
 --wait stays until the event is answered, MS milliseconds (500) at the most; in CI and in containers
-that is the default. ASHLR_SESSION_EVENTS_WAIT=MS decides otherwise (0: never).
+that is the default. ASHLR_SESSION_EVENTS_WAIT=MS sets another time (0: never).
 --discoveries names a folder below the project whose files count as discoveries.
 ASHLR_TELEMETRY_DEBUG=1 says on standard error what a hook run did.
 Exit status: 0 done, 1 could not be done, 2 wrong usage (commands only).
 """
-# A host waits for each start, so a start imports no more than its path needs. Of a bare start
-# (-I -S) os costs 0.2 to 0.3, json 0.9, re 0.7, hashlib 0.4, subprocess and urllib.request more
-# than 1. So imports stand in functions, and leaving by os._exit, which wins 0.15, is worth a line.
+# A host waits for each start of this program, so a start imports only what its path needs: imports
+# stand in functions. An import costs, in bare starts of Python (-I -S): os 0.2 to 0.3, json 0.9,
+# re 0.7, hashlib 0.4, subprocess and urllib.request more than 1. Leaving by os._exit saves 0.15.
 import os
 import sys
 import time
@@ -80,17 +80,17 @@ PATH_KEYS = ("file_path", "filePath", "absolute_path", "notebook_path", "path")
 PASSING_VARIABLES = ("CI", "KUBERNETES_SERVICE_HOST", "container", "TF_BUILD", "JENKINS_URL")
 PASSING_FILES = ("/.dockerenv", "/run/.containerenv")
 
-LIFE_S = 20.0  # of the sender, whatever the network does
+LIFE_S = 20.0  # of the process that sends, whatever the network does
 WAIT_S = 0.5  # for the answer, where the home may end with the session
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
-COMMIT_S = 1.0  # that other senders leave to a session's own child to add the commit
-FAILED_ANSWERS = 10  # in one run, before the server is left in peace: a few may be about one event
+COMMIT_S = 1.0  # age before other processes send an event: its own child may still add the commit
+FAILED_ANSWERS = 10  # in one run, before sending stops: fewer may each be about one event
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
 SESSION_DAYS = 90  # that a session's file is kept after its last line: hosts continue none after 30
-LEFTOVER_S = 3600.0  # before a file that a kill left half-written goes
+LEFTOVER_S = 3600.0  # age at which a file that a kill left half-written is deleted
 FILE_BYTES = 1 << 26  # more than any host or plugin writes
 SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 
@@ -98,17 +98,17 @@ HOME = "/." + PRODUCT + "/"
 OURS = HOME + "session-events/"
 PENDING, SESSIONS, LAST = OURS + "pending/", OURS + "sessions/", OURS + "last.json"
 
-# No waiting for a pipe that stands where a file should, no text mode, nothing left to children.
+# O_NONBLOCK: a pipe in the place of a file must not block. Windows has O_BINARY only.
 SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
-# What this program names its files: those that wait, those of sessions, those not whole yet.
+# The names of this program's files: waiting events, sessions, files that are still being written.
 EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
 SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
 LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
 
-UNCLEAR = object()  # what a config.json says that cannot be read
-UNREADABLE = HOME_FOLDER + "/config.json cannot be read, and nobody else said yes"
+UNCLEAR = object()  # "telemetry" of a config.json that cannot be read
+UNREADABLE = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
 
 COLLECTED = """\
 Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
@@ -118,7 +118,7 @@ To stop: emit.py off (also deletes what waits). To see an event before it goes: 
 
 
 class Told(ValueError):
-    """An error in this file's own words, which may be printed. Others' may hold a path."""
+    """An error whose text may be printed: it holds no path. The texts of other errors may."""
 
 
 # ==================================================================================================
@@ -127,7 +127,7 @@ class Told(ValueError):
 
 
 def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
-    """(may it be sent, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
+    """(consent is given, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
     for decides, allowed, why in (
         (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
@@ -153,9 +153,9 @@ def telemetry_said(home: str) -> "Any":
 
 
 def withdrawn(home: str, env: "Dict[str, str]") -> str:
-    """"" with consent, or why it is off. What waits is deleted then.
+    """"" with consent, else why there is none. Without consent, what waits is deleted.
 
-    A config.json that cannot be read is no reason to delete anything.
+    An unreadable config.json alone deletes nothing.
     """
     allowed, why = consent(env, telemetry_said(home))
     if allowed:
@@ -176,10 +176,9 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def loads(data: bytes) -> "Any":
-    """`json.loads` of UTF-8 text, with NaN and numbers of thousands of digits as errors.
+    """`json.loads` of UTF-8 text.
 
-    What is short and plain is read by `quick_json`, which spares the import of json. ValueError for
-    anything that is not JSON.
+    ValueError for what is not JSON, for NaN, for thousands of digits, for a key that appears twice.
     """
     text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode().strip(BLANKS)
     try:
@@ -187,22 +186,23 @@ def loads(data: bytes) -> "Any":
     except (ValueError, IndexError, RecursionError):
         import json
     try:
-        return json.loads(text, parse_constant=short_int, parse_int=short_int)
+        return json.loads(text, parse_constant=short_int, parse_int=short_int,
+                          object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError("not JSON") from None
 
 
 def quick_json(text: str) -> "Any":
-    """The value of a JSON text, 0.9 of a bare start cheaper than with json.
+    """The value of a plain JSON text. It saves the import of json, 0.9 of a bare start.
 
-    It knows the usual: objects, arrays, whole numbers, printable text without \\u. Any error means
-    that json must decide. A test holds the two to the same values.
+    Plain: objects, arrays, whole numbers, printable text without \\u. For anything else it raises
+    an error, and json decides. A test holds that both read the same values.
     """
     if text.count('"') > 5000 or len(text) > 1 << 20 or not text.replace("\n", "").isprintable():
         raise ValueError("for json")
     for code, escape in enumerate(ESCAPES):
         text = text.replace(escape, chr(code))
-    tokens: "List[str]" = []  # marks, words, and strings, which begin with a quote
+    tokens: "List[str]" = []  # marks, words, and strings; a string begins with a quote
     within = False
     for piece in text.split('"'):
         if not within:
@@ -222,7 +222,7 @@ def quick_json(text: str) -> "Any":
 
 
 def next_value(tokens: "List[str]") -> "Any":
-    """Take the tokens of one JSON value off the end of a list. Any error: json must decide."""
+    """Take the tokens of one JSON value off the end of a list. Any error: json decides."""
     token = tokens.pop()
     if token[0] == '"':
         return token[1:]
@@ -244,18 +244,26 @@ def next_value(tokens: "List[str]") -> "Any":
             value = value, next_value(tokens)
         values.append(value)
     tokens.pop()
-    return dict(values) if close == "}" else values
+    return object_of(values) if close == "}" else values
+
+
+def object_of(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
+    """A JSON object. ValueError if a key appears twice: nobody can tell which one is meant."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key appears twice")
+    return value
 
 
 def short_int(digits: str) -> int:
-    """A whole number of a JSON text. ValueError for thousands of digits, whose cost is squared."""
+    """A whole number of a JSON text. ValueError for thousands of digits: the time grows by n**2."""
     if len(digits) > 4300:  # as in Python itself, but only since 3.11
         raise ValueError("too many digits")
     return int(digits)
 
 
 def loads_object(data: bytes) -> "Dict[str, Any]":
-    """The JSON object in `data`, {} for whatever else may be there."""
+    """The JSON object in `data`; {} for anything else."""
     try:
         value = loads(data) if data else None
     except ValueError:
@@ -264,7 +272,7 @@ def loads_object(data: bytes) -> "Dict[str, Any]":
 
 
 def standard_input() -> bytes:
-    """What the host wrote on standard input, as far as it came in time; b"" for a terminal."""
+    """What the host wrote on standard input within the time limits; b"" for a terminal."""
     from select import select
     data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
     try:
@@ -284,19 +292,19 @@ def standard_input() -> bytes:
 
 
 def environment() -> "Dict[str, str]":
-    """The environment as text, UTF-8 whatever the locale."""
+    """The environment as text: UTF-8, independent of the locale."""
     if not os.supports_bytes_environ:
         return dict(os.environ)
     return {decoded(name): decoded(value) for name, value in os.environb.items()}
 
 
 def decoded(data: bytes) -> str:
-    """The text of UTF-8, whatever the bytes: `encoded` gives them back."""
+    """The text of UTF-8. Other bytes are kept too: `encoded` gives them back."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def encoded(text: str) -> bytes:
-    """UTF-8, whatever the text. As a path it does not depend on the locale, which hosts drop."""
+    """UTF-8 of any text. As a path it is independent of the locale, which some hosts do not set."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -304,7 +312,7 @@ def encoded(text: str) -> bytes:
 
 
 def home_of(env: "Dict[str, str]") -> str:
-    """The person's folder. Told without one: a project's folder must not speak for a person."""
+    """The person's home folder. Told if there is none; the working folder never takes its place."""
     path = os.path.expanduser("~")
     if env.get("HOME") == "" or not os.path.isabs(path):
         raise Told("there is no home folder: set HOME")
@@ -312,7 +320,7 @@ def home_of(env: "Dict[str, str]") -> str:
 
 
 def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
-    """({flag: its values}, the other words). A flag whose value is missing is such a word."""
+    """({flag: its values}, the other words). A flag without its value is one of the other words."""
     given: "Words" = {}
     words, left = [], list(argv)
     while left:
@@ -329,7 +337,7 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
 
 
 def wait_of(env: "Dict[str, str]", given: "Words") -> float:
-    """How many seconds the hook stays for the answer: as asked, or for a home that passes."""
+    """Seconds that the hook stays for the answer: as asked, or where the home may end with it."""
     asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
     if asked.isdecimal():
         return min(int(asked[:9]) / 1000, LIFE_S)
@@ -339,29 +347,29 @@ def wait_of(env: "Dict[str, str]", given: "Words") -> float:
 
 
 def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
-    """The first of the named members that is text and not blank, or ""."""
+    """The first of the named members that is text, not blank and without NUL; or ""."""
     values = [found.get(name) for name in names]
-    return next((value for value in values if isinstance(value, str) and value.strip()), "")
+    return next((value for value in values
+                 if isinstance(value, str) and value.strip() and "\0" not in value), "")
 
 
 class Caller:
-    """What the event owes to the process that ran the hook, and what the host told it.
+    """What a hook run knows of the process that started it, and what the host told it.
 
     `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave it,
-    "" if it gave none; `ppid`; `base`: where relative paths of the tool start; `project`. Both are
-    absolute.
+    "" if it gave none; `ppid`; `base`: the folder of the tool's relative paths; `project`. Both
+    folders are absolute.
     """
 
     def __init__(self, env: "Dict[str, str]", given: "Words", data: bytes) -> None:
-        """`given`: with --dir or without; `data`: from standard input."""
+        """`given`: the flags of the command line; `data`: from standard input."""
         self.env, self.home, self.hook = env, home_of(env), loads_object(data)
-        named = {name: env.get(name, "").strip() for name in SESSION_VARIABLES}
-        self.session = first_text(self.hook, SESSION_KEYS) or first_text(named, SESSION_VARIABLES)
         self.ppid = os.getppid()
+        self.session = (first_text(self.hook, SESSION_KEYS)
+                        or first_text(env, SESSION_VARIABLES).strip())
         roots = self.hook.get("workspace_roots")
-        told = first_text(self.hook, PROJECT_KEYS)
-        if not told and isinstance(roots, list) and roots and isinstance(roots[0], str):
-            told = roots[0]
+        first_root = {"root": roots[0]} if isinstance(roots, list) and roots else {}
+        told = first_text(self.hook, PROJECT_KEYS) or first_text(first_root, ["root"])
         try:
             here = decoded(os.getcwdb())
         except OSError:  # deleted
@@ -406,22 +414,22 @@ def github_login(cache: "Dict[str, Any]") -> str:
 # Session: its file, its parts, its counts, its discoveries (pure)
 # ==================================================================================================
 #
-# While a session runs, its file is all the state there is. Its name is the raw session id in hex.
-# Every process appends whole lines to it in one write, and nobody rewrites it:
+# While a session runs, its file is the only state. Its name is the raw session id in hex. Every
+# process appends whole lines to it in one write, and none rewrites it:
 #
 #   call MS                           a tool call; MS since 1970
 #   touch MS REF                      a discovery that was touched
-#   end MS TOKEN CALLS TOKENS         an end: what stats.json said then (CALLS - without a bucket)
+#   end MS TOKEN CALLS TOKENS         an end, and what stats.json said (CALLS is - without a bucket)
 #   kept TOKEN                        the event of that end is on the disk
-#   settled                           a day of silence later: all above is told
+#   settled                           after a day of silence: all lines above are in events
 #
-# Ends at the same time each append a line. The order of the lines decides: an end has what stands
-# between it and the end before, and one that has nothing new is a repeat. Everybody who reads the
-# file comes to the same parts, so a part whose event was lost by a kill can be made again.
+# Each end appends a line, also when several come at once. The order of the lines decides: a part is
+# what stands between one end and the next, and an end with nothing new is a repeat. Every reader of
+# the file finds the same parts, so a part whose event was lost by a kill can be made again.
 
 
 class Part:
-    """What one end brought: `token` of its line, `ended` in ms, `number` from 1, and the shape."""
+    """One part: `token` of its line, `ended` in ms, `number` from 1; calls, tokens saved, refs."""
 
     def __init__(self, token: str, ended: int, number: int, calls: int, tokens: int,
                  refs: "List[str]") -> None:
@@ -430,10 +438,10 @@ class Part:
 
 
 class Record:
-    """What a session's file says. Lines that nobody here writes say nothing.
+    """What a session's file says. Lines of another form are left out.
 
-    `parts`; `kept`: tokens; since the last end: `calls`, `refs`; `last`: ms of the last call or
-    touch.
+    `parts`; `kept`: the tokens of parts whose event is on the disk; since the last end: `calls`,
+    `refs`; `last`: ms of the last call or touch.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -481,7 +489,7 @@ def end_line(ended: int, token: str, calls: "Optional[int]", tokens: int) -> str
 
 
 def part_of(token: str, data: bytes) -> "Optional[Part]":
-    """The part of an end in a session's file; None if that end brought nothing new."""
+    """The part that an end of a session's file closes; None if that end brought nothing new."""
     return next((part for part in Record(data).parts if part.token == token), None)
 
 
@@ -496,10 +504,10 @@ def stats_bucket(ppid: int, home: str) -> str:
 
 def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[str]",
            now: float) -> "Tuple[Optional[int], int]":
-    """(calls, tokens saved) over this session's buckets of stats.json, each once.
+    """(calls, tokens saved): sums over this session's buckets of stats.json, each counted once.
 
-    Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id, its
-    parent's bucket; `now`: seconds since 1970 (README, Contract 4).
+    Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id and
+    the bucket of its parent process; `now`: seconds since 1970 (README, Contract 4).
     """
     mine = set(ids)
     try:
@@ -516,17 +524,17 @@ def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[st
 
 
 def whole(value: "Any") -> int:
-    """A number of a bucket, floored, 10**9 at most; 0 for one below 0, and for what is none."""
+    """A number of a bucket, floored, 10**9 at most; 0 for a negative one and for no number."""
     return int(min(value, 1e9)) if type(value) in (int, float) and value >= 0 else 0
 
 
 def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]") -> "List[str]":
     """The discoveries that a tool's input touched. `folders`: where they are, below the project.
 
-    A path counts when it lies in one of the folders, by its name or by the disk's links; a shell
-    command when it mentions the last two names of a folder and a file.
+    A path counts when it lies in one of the folders, as written or after the disk's links are
+    followed; a shell command when it mentions the last two names of a folder and a file.
     """
-    if isinstance(tool, str):  # one host hands over the input as JSON text
+    if isinstance(tool, str):  # one host gives the input as JSON text
         tool = loads_object(encoded(tool))
     tool = tool if isinstance(tool, dict) else {}
     command = tool.get("command")
@@ -534,14 +542,14 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
         command = " ".join(word for word in command if isinstance(word, str))
     found: "List[str]" = []
     for folder in folders:
-        if not folder.strip("./\\"):  # every file would be a discovery
+        if not folder.strip("./\\"):  # the project itself: every file would be a discovery
             continue
         for path in map(tool.get, PATH_KEYS):
             if not isinstance(path, str) or "\0" in path:
                 continue
             ref = touched_ref(path, base, project, folder)
             if not ref and os.path.basename(folder.rstrip("/")) in path:
-                # The same folder by another way: on a Mac, /tmp is /private/tmp.
+                # The folder may have two paths: on a Mac, /tmp is /private/tmp.
                 ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
             found.append(ref)
         if isinstance(command, str):
@@ -555,7 +563,7 @@ def real_path(base: str, path: str) -> str:
 
 
 def touched_ref(path: str, base: str, project: str, folder: str) -> str:
-    """The discovery that a path stands for, "" if it lies elsewhere. No disk is asked.
+    """The discovery that a path names, "" if it lies elsewhere. The disk is not read.
 
     `base`: the absolute folder that a relative path starts from. On Windows case is no difference.
     """
@@ -596,7 +604,7 @@ def fits(text: "Any", pattern: str) -> bool:
 
 def iso(seconds: float) -> str:
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
-    ms = int(seconds * 1000 + 0.01)  # what a float lost
+    ms = int(seconds * 1000 + 0.01)  # a float may be just below the millisecond that was meant
     return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(ms // 1000)[:6] + ".%03dZ" % (ms % 1000)
 
 
@@ -621,14 +629,14 @@ def instant(text: "Any") -> float:
 
 
 def is_event(event: "Any") -> bool:
-    """True for what FIELDS allows: all that is needed, good, and nothing unknown."""
+    """True if FIELDS allows it: all needed fields, good values, no other key."""
     return isinstance(event, dict) and not unknown_keys(event) and all(
         is_value(event[name], kind, rule) if name in event else not needed
         for name, kind, needed, rule in FIELDS)
 
 
 def unknown_keys(event: "Dict[str, Any]") -> "Set[str]":
-    """What another version of the program may know."""
+    """The keys that FIELDS has not. Another version of the program may know them."""
     return set(event).difference(RULES)
 
 
@@ -655,24 +663,35 @@ def as_sent(event: "Dict[str, Any]") -> bytes:
 
 
 def failures(name: str) -> int:
-    """How often a waiting event was sent in vain: what follows that in its name."""
+    """How often a waiting event was sent before: the number after the second `-` of its name."""
     return int(name[29:-5] or 0)
 
 
+def is_new(name: str, now: float) -> bool:
+    """True if a waiting event's own child may still add the commit; `now` in s since 1970."""
+    return 0 <= now - int(name[:15]) / 1000 < COMMIT_S and not failures(name)
+
+
 def session_name(session: str) -> str:
-    """The name of a session's file: the raw id in hex, which spares a hash, where that fits."""
+    """The name of a session's file: the raw id in hex, or its hash where that is too long.
+
+    Hex saves `track` the import of hashlib.
+    """
     data = encoded(session)
     return data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)
 
 
 def is_settled(status: int, body: bytes) -> bool:
-    """True if an answer is the last word on an event (README, Contract 6): arrived or given up."""
+    """True if an event has arrived or is given up (README, Contract 6)."""
     arrived = status == 202 or (200 <= status < 300 and loads_object(body).get("ok") is True)
     return arrived or status in (400, 413, 422)
 
 
 def retry_at(header: "Optional[str]", now: float) -> float:
-    """When a server wants to be asked again (`Retry-After`: s or a date), a day at most; or 0.0."""
+    """The time that `Retry-After` names, in seconds since 1970, at most a day ahead; 0.0 if none.
+
+    The header holds seconds or a date.
+    """
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
@@ -695,7 +714,7 @@ def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
 
 
 def object_at(path: "Any") -> "Dict[str, Any]":
-    """The JSON object in a file; {} for whatever else may be there, or not."""
+    """The JSON object in a file; {} for anything else, and without a file."""
     try:
         return loads_object(contents(path))
     except OSError:
@@ -703,7 +722,7 @@ def object_at(path: "Any") -> "Dict[str, Any]":
 
 
 def names_in(home: str, folder: str, pattern: str) -> "List[str]":
-    """The sorted names of a pattern in one of our folders; [] if it is none, or a symbolic link."""
+    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`)."""
     try:
         return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
     except OSError:
@@ -711,9 +730,9 @@ def names_in(home: str, folder: str, pattern: str) -> "List[str]":
 
 
 def own(home: str, folder: str, make: bool = False) -> str:
-    """The path of one of our folders. OSError if it, or what it is in, is a symbolic link.
+    """The path of one of our folders. OSError if the folder or its parent is a symbolic link.
 
-    Only the product's own folder may be one: that is how a person keeps it elsewhere.
+    Only ~/.ashlr itself may be a link: a person may keep it on another disk.
     """
     for path in ([OURS, folder] if folder != HOME else []):
         if os.path.islink((home + path)[:-1]):
@@ -733,7 +752,7 @@ def remove(path: str) -> bool:
 
 
 def sync(path: str) -> None:
-    """Ask the disk to keep a file or folder through a power cut; some systems cannot be asked."""
+    """fsync of a file or folder, for power cuts. Where the system has none for folders, nothing."""
     try:
         fd = os.open(path, os.O_RDONLY | SAFELY)
         os.fsync(fd)
@@ -743,9 +762,9 @@ def sync(path: str) -> None:
 
 
 def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
-    """Whoever looks finds at `path` what was there before, or all of `data`.
+    """Write a file so that a reader sees the old content or all of `data`, and nothing between.
 
-    `fresh`: FileExistsError if something was. OSError if it cannot be written; nothing stays then.
+    `fresh`: FileExistsError if `path` exists. OSError if it cannot be written; no file stays then.
     """
     temporary = "%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex())
     try:
@@ -763,9 +782,9 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
 
 
 def machine_id(home: str, make: bool = True) -> str:
-    """The machine's random name, made on first use; "" if there is none and none is to be made.
+    """The machine's random name. `make`: on first use it is made; otherwise it is then "".
 
-    OSError if it cannot be kept, Told if its file is empty or a link that leads nowhere.
+    OSError if it cannot be written or read, Told if its file is empty or a dangling link.
     """
     path = home + HOME + "machine-id"
     if make and not os.path.lexists(path):
@@ -786,10 +805,10 @@ def machine_id(home: str, make: bool = True) -> str:
 
 
 def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_BYTES) -> None:
-    """Add whole lines to a session's file, in one write. OSError if they cannot be kept.
+    """Add whole lines to a session's file, in one write. OSError if they cannot be written.
 
-    Lines of writers at the same moment do not mix: O_APPEND. The blank line in front keeps what a
-    full disk cut short from spoiling the next line. `most`: bytes that the file may have had.
+    O_APPEND: lines of simultaneous writers do not mix. The blank line in front ends a line that a
+    full disk cut short. `most`: the file's largest size, in bytes, before the write.
     """
     path = own(home, SESSIONS, make=True) + session_name(session)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
@@ -802,7 +821,7 @@ def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_
 
 
 def session_data(home: str, name: str) -> bytes:
-    """A session's file, b"" for whatever else may be there, or not."""
+    """The bytes of a session's file; b"" if it cannot be read."""
     try:
         return contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
     except OSError:
@@ -811,10 +830,10 @@ def session_data(home: str, name: str) -> bytes:
 
 def end_session(home: str, session: str, ended: int, calls: "Optional[int]",
                 tokens: int) -> "Optional[Part]":
-    """Append an end, and return the part that is this end's; None if it brings nothing new.
+    """Append an end, and return the part that it closes; None if it brings nothing new.
 
     `ended`: ms since 1970; `calls`, `tokens`: of stats.json. Where the file cannot be written, the
-    end is added to what it holds, and only the claim against others is lost.
+    part is made all the same: a simultaneous end of the session may then report it twice.
     """
     token = os.urandom(4).hex()
     line = end_line(ended, token, calls, tokens)
@@ -827,14 +846,14 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]",
 
 
 def waiting(home: str) -> "List[str]":
-    """The waiting events' names, in the order in which they are sent. Others are left alone."""
+    """The names of the waiting events in sending order: least often sent first, then oldest."""
     return sorted(names_in(home, PENDING, EVENT_NAME), key=lambda name: (failures(name), name))
 
 
 def purge(home: str) -> int:
-    """Delete what waits and what was noted, for a person who said no; how many files that was.
+    """Delete waiting events, session files and last result; the number of files deleted.
 
-    Only names that this program makes go, and only in folders that are no symbolic links.
+    Only names that this program makes are deleted, and only in folders that are no symbolic links.
     """
     gone = 0
     for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME)):
@@ -847,9 +866,9 @@ def purge(home: str) -> int:
 
 
 def expire(home: str, now: float) -> None:
-    """Remove the oldest of too many events, and those that are too old at `now`.
+    """Remove events over the limits of number and age (`now`: seconds since 1970).
 
-    A clock that was ahead ages none. What another version of the program wrote stays.
+    An event that is dated in the future stays, and so does one of another version of the program.
     """
     oldest = (now - WAITING_DAYS * DAY_S) * 1000
     for later, name in enumerate(reversed(names_in(home, PENDING, EVENT_NAME))):
@@ -859,7 +878,7 @@ def expire(home: str, now: float) -> None:
 
 
 def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
-    """Capture the sessions that fell silent without an end; remove what is old or half-written."""
+    """Capture sessions that fell silent without an end; remove old and half-written files."""
     leftovers = [(folder, LEFTOVER_NAME, LEFTOVER_S) for folder in (HOME, OURS, PENDING, SESSIONS)]
     for folder, pattern, most in [*leftovers, (SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S)]:
         for name in names_in(home, folder, pattern):
@@ -869,17 +888,17 @@ def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
                 silent = pattern == SESSION_NAME and age > DAY_S
                 if not (silent and settle(home, env, machine, name)) and age > most:
                     remove(path)
-            except OSError:  # gone by itself, or no room: the next session's end tries again
+            except OSError:  # already gone, or no room: the next session's end tries again
                 pass
 
 
 def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
-    """Capture ends that never came, or whose event a kill prevented; True if there was any."""
+    """Capture the parts of a silent session that have no event yet; True if there were any."""
     data = session_data(home, name)
     if not data or data.endswith(b"\nsettled\n") or name[:5] == "long-":
-        return False  # each file is read once; and a hash does not tell the id
+        return False  # done before; or a hash, which does not tell the session id
     record, session = Record(data), decoded(bytes.fromhex(name))
-    if session[:5] == "ppid:":  # its parent may have been the shell of one call
+    if session[:5] == "ppid:":  # the parent process may have been the shell of one call
         return False
     if record.calls or record.refs:
         stats = counts(object_at(home + HOME + "stats.json"), {}, [session], time.time())
@@ -893,9 +912,9 @@ def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
 
 
 def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
-    """Put a part's event into the spool; its path there. OSError if it cannot be kept.
+    """Put a part's event into the spool; its path there. OSError if it cannot be written.
 
-    Its name is always the same: ms since 1970, start of the session's hash.
+    The name is ms since 1970 and the start of the session's hash: the same each time.
     """
     name = "%015d-%s.json" % (part.ended, event["session_id_hash"][:12])
     path = own(home, PENDING, make=True) + name
@@ -909,9 +928,9 @@ def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
 
 
 def track(argv: "Sequence[str]") -> int:
-    """Record a tool call and the discoveries that it touched (a hook, which never fails).
+    """Record a tool call and the discoveries that it touched, or those named on the command line.
 
-    Or, by hand, the discoveries named.
+    Returns the exit status. As a hook, without names, it is always 0.
     """
     env: "Dict[str, str]" = {}
     given, named = parsed(argv)
@@ -937,13 +956,13 @@ def track(argv: "Sequence[str]") -> int:
 
 
 def touched_lines(caller: Caller, named: "Sequence[str]", folders: "Sequence[str]") -> "List[str]":
-    """What a call adds to its session's file, or (`named`) a person by hand."""
+    """The lines that a tool call adds to its session's file, or a person by hand (`named`)."""
     now = "%d" % (time.time() * 1000)
     if named:
         return ["touch %s %s" % (now, ref) for ref in named]
     tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
     refs = touched_refs(tool, caller.base, caller.project, folders)
-    # Without an id each call would look like a session of its own.
+    # A call without a session id cannot be counted: its parent may have been a shell of its own.
     calls = ["call " + now] if caller.session and caller.hook else []
     return calls + ["touch %s %s" % (now, ref) for ref in refs]
 
@@ -968,18 +987,19 @@ def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
 
 
 def plugin_version(env: "Dict[str, str]") -> str:
-    """Of the plugin around this file (README, Contract 4, `plugin_version`)."""
-    beside = os.path.dirname(os.path.abspath(__file__))
-    for root in (env.get("CLAUDE_PLUGIN_ROOT", "").strip(), beside, os.path.dirname(beside)):
-        for name in ("package.json", ".claude-plugin/plugin.json") if root else ():
-            version = object_at(encoded(os.path.join(root, name))).get("version")
+    """The version of the plugin around this file (README, Contract 4, `plugin_version`)."""
+    named = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
+    beside = os.path.dirname(os.fsencode(os.path.abspath(__file__)))
+    for root in (named, beside, os.path.dirname(beside)):
+        for name in (b"package.json", b".claude-plugin/plugin.json") if root else ():
+            version = object_at(os.path.join(root, name)).get("version")
             if isinstance(version, str) and fits(version, RULES["plugin_version"]):
                 return version
     return "0.0.0"
 
 
 def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
-    """`counts` of the session that a caller ends."""
+    """`counts` of the caller's session."""
     stats, project = (object_at(caller.home + HOME + name)
                       for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
@@ -987,7 +1007,7 @@ def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
 
 
 def parent_started(ppid: int) -> str:
-    """When a process started, in its system's own words; "" where nobody can tell."""
+    """When a process started, as the system writes it; "" if that is not known."""
     try:
         fields = contents("/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
         return fields[19].decode()  # the 22nd of all, in ticks since the system started
@@ -996,7 +1016,7 @@ def parent_started(ppid: int) -> str:
 
 
 def branch_sha(project: str) -> "Optional[str]":
-    """The commit of a folder. A hostile repository runs nothing: no hooks, fetching, prompts."""
+    """The commit of a folder, or None. No hook, fetch or prompt of a hostile repository runs."""
     sha = printed_by(["git", "rev-parse", "--short=12", "HEAD"], encoded(project), {
         "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0",
         "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": ""})
@@ -1006,8 +1026,9 @@ def branch_sha(project: str) -> "Optional[str]":
 def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> str:
     """What a program prints within 250 ms, stripped; "" if it fails or takes longer.
 
-    It is looked for in the absolute folders of PATH: others lead into a project. It gets no GIT_*
-    variables (a hook of git's own has them, pointing elsewhere), no input, no terminal.
+    It is looked for in the absolute folders of PATH only: a relative one may lead into a project.
+    It gets no input, no terminal and no GIT_* variables, which name another repository in a git
+    hook.
     """
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
@@ -1024,9 +1045,9 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
     try:
         printed = process.communicate(timeout=PROGRAM_S)[0]
     except TimeoutExpired:
-        try:  # and all that it started: one of those may hold the pipe
+        try:  # its children too: they may hold the pipe
             getattr(os, "killpg", os.kill)(process.pid, 9)
-        except OSError:  # gone
+        except OSError:  # already gone
             pass
         return ""
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
@@ -1038,7 +1059,7 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
 
 
 def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
-    """(URL, what decided): README, Contract 6. The URL is as it was set: see `checked_url`."""
+    """(URL, what decided): README, Contract 6. The URL is not checked yet: see `checked_url`."""
     names = PREFIX + "SESSION_EVENTS_URL", PREFIX + "API_URL"
     whole_url, base = (env.get(name, "").strip() for name in names)
     if whole_url:
@@ -1049,7 +1070,7 @@ def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
 
 
 def checked_url(url: str) -> "Tuple[str, str, str]":
-    """(URL to ask, Authorization or "", text to print). Told, without the URL, if not http(s)."""
+    """(URL to ask, Authorization or "", URL to print, without secrets). Told if not http(s)."""
     from base64 import b64encode
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
@@ -1068,7 +1089,7 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
 
 
 def shown_endpoint(env: "Dict[str, str]") -> str:
-    """Where it goes, without credentials."""
+    """The endpoint as it may be printed: without credentials and query."""
     try:
         return checked_url(endpoint(env)[0])[2]
     except ValueError as error:
@@ -1076,7 +1097,7 @@ def shown_endpoint(env: "Dict[str, str]") -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error in words that hold no path and no URL."""
+    """The text of an error, without paths and URLs."""
     inner = getattr(error, "reason", None)
     if isinstance(inner, Exception):
         return reason(inner)
@@ -1087,7 +1108,7 @@ def reason(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """` (in FUNCTION, line N)`: where in this file an error came up."""
+    """` (in FUNCTION, line N)`: the innermost function of this file that an error passed."""
     from traceback import extract_tb
     own_file = place_of.__code__.co_filename
     found = [frame for frame in extract_tb(error.__traceback__) if frame.filename == own_file]
@@ -1095,12 +1116,12 @@ def place_of(error: BaseException) -> str:
 
 
 def poster(url: str, authorization: str) -> "Post":
-    """A function that posts one event: OSError, ValueError, HTTPException.
+    """A function that posts one event. It raises OSError, ValueError and HTTPException.
 
-    Of urllib's ways it has two: HTTP(S), and the proxies that the environment names. It follows no
+    It speaks HTTP and HTTPS, goes through the proxies that the environment names, and follows no
     redirect.
     """
-    if sys.platform == "darwin":  # urllib would load _scproxy, and crash after a fork
+    if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
@@ -1123,21 +1144,22 @@ def poster(url: str, authorization: str) -> "Post":
 
 
 def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, float]":
-    """Send one event: (what happened, it must wait, the server wants peace, until when or 0.0)."""
+    """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
     from http.client import HTTPException
     try:
         status, after, body = post(as_sent(event))
     except (OSError, ValueError, HTTPException) as error:
         return "without an answer (%s)" % reason(error), True, True, 0.0
     again = retry_at(after, time.time())
-    peace = again > 0 or status in (429, 503)
-    return "answered %d" % status, not is_settled(status, body), peace, again
+    stops = again > 0 or status in (429, 503)
+    return "answered %d" % status, not is_settled(status, body), stops, again
 
 
 class Sender:
-    """Sends what waits to the endpoint `shown`, and keeps how that went.
+    """Sends waiting events to the endpoint `shown`, and records the result for `status`.
 
-    `stop`: why no more is sent, or ""; `tried`: how the names of the events begin that were sent.
+    `stop`: why no more is sent, or ""; `tried`: the first 28 characters of the names of the events
+    that were sent. The rest of a name is the number of attempts.
     """
 
     def __init__(self, home: str, env: "Dict[str, str]") -> None:
@@ -1154,9 +1176,9 @@ class Sender:
             "the server asked for nothing before " + iso(again) if again else "")
 
     def flush(self, own_name: str) -> None:
-        """Send what waits. One sender works at a time, and the others wait for their turn.
+        """Send what waits, once no other process of this program is sending.
 
-        A new event of another session is left alone while its own child may still add the commit.
+        A new event of another session gets a second, in which its own child may add the commit.
         """
         fd = -1
         try:
@@ -1164,24 +1186,19 @@ class Sender:
             path = own(self.home, OURS, make=True) + "flush.lock"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # no lock to be had: the server takes an event only once
+        except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
-        while not self.stop:
-            now = time.time()
-            left = [name for name in waiting(self.home) if name[:28] not in self.tried]
-            ready = [name for name in left if name == own_name or failures(name)
-                     or not 0 <= now - int(name[:15]) / 1000 < COMMIT_S]
-            if ready:
-                self.round(ready)
-            elif left:
-                time.sleep(0.05)
-            else:
-                break
+        others = [name for name in waiting(self.home) if name != own_name]
+        if any(is_new(name, time.time()) for name in others):
+            time.sleep(COMMIT_S)
+        if not self.stop:
+            self.round([name for name in waiting(self.home) if name[:28] not in self.tried
+                        and (name == own_name or not is_new(name, time.time()))])
         if fd >= 0:
             os.close(fd)
 
     def round(self, names: "Sequence[str]") -> None:
-        """Send these, in this order, until the server or the person says stop."""
+        """Send these, in this order, until the server or the person stops it."""
         tally: "Dict[str, int]" = {}
         failed, again = 0, 0.0
         for name in names:
@@ -1192,12 +1209,12 @@ class Sender:
             if not tally:
                 self.record("began, and did not finish (yet)", 0.0)
             try:
-                words, fails, peace, again = self.send(name)
-            except OSError:  # another sender was quicker, or it cannot be read
+                words, fails, stops, again = self.send(name)
+            except OSError:  # another process has sent it, or it cannot be read
                 continue
             tally[words] = tally.get(words, 0) + 1
             failed += fails
-            if peace or failed == FAILED_ANSWERS:
+            if stops or failed == FAILED_ANSWERS:
                 self.stop = "stopped" + (" until " + iso(again) if again else "")
                 break
         counted = ["%d %s" % (n, words) for words, n in tally.items()]
@@ -1209,8 +1226,9 @@ class Sender:
     def send(self, name: str) -> "Tuple[str, bool, bool, float]":
         """`attempt` one waiting event. OSError if it is not there.
 
-        It goes when it has arrived, is given up on, or is no event. One that fails goes behind the
-        others; one that another version of the program wrote stays.
+        It is deleted when it has arrived, is given up, or is no event. Before it is sent it moves
+        behind the others, so that no event, however it fails, holds them up. An event of another
+        version of the program stays as it is.
         """
         path = self.home + PENDING + name
         event = loads_object(contents(path, EVENT_BYTES, NO_LINK))
@@ -1219,19 +1237,15 @@ class Sender:
         if not is_event(event):
             remove(path)
             return "removed, being no event", False, False, 0.0
+        later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
+        os.replace(path, later)
         outcome = attempt(self.post, event)
-        later = "%s-%d.json" % (name[:28], min(failures(name) + 1, 999))
-        try:
-            if outcome[1]:
-                os.rename(path, self.home + PENDING + later)
-            else:
-                os.unlink(path)
-        except OSError:  # another sender was quicker
-            pass
+        if not outcome[1]:
+            remove(later)
         return outcome
 
     def record(self, result: str, again: float) -> None:
-        """Keep how the sending went, for `status`, and when the server wants to be asked again."""
+        """Write the result of sending, for `status`, and the server's Retry-After, if any."""
         import json
         wishes = wishes_at(self.home)
         if again:
@@ -1240,12 +1254,12 @@ class Sender:
         try:
             own(self.home, OURS, make=True)
             write_whole(self.home + LAST, json.dumps(last).encode())
-        except OSError:  # a full disk must not keep from sending
+        except OSError:  # a full disk must not stop the sending
             pass
 
 
 def wishes_at(home: str) -> "Dict[str, float]":
-    """When servers want to be asked again, by endpoint; not what a clock that was ahead wrote."""
+    """{endpoint: when it may be asked again}. A time over a day ahead came from a wrong clock."""
     kept, now = object_at(home + LAST).get("retry_at"), time.time()
     wishes = kept.items() if isinstance(kept, dict) else ()
     return {shown: at for shown, at in wishes if type(at) is float and 0 < at - now <= DAY_S}
@@ -1257,14 +1271,14 @@ def wishes_at(home: str) -> "Dict[str, float]":
 
 
 def hook(argv: "Sequence[str]") -> int:
-    """The end of a session. It returns 0 to the caller, whatever happens.
+    """The end of a session. It always returns 0 to the caller.
 
     The process that the caller waits for asks for consent, reads the input and forks. The child
-    captures, says so through a pipe, and goes on alone. So whatever is signalled to the caller's
-    process group, or kills the parent, does not reach what is being written.
+    captures, reports that through a pipe, and goes on alone. So a signal to the caller's process
+    group, or a kill of the parent, does not interrupt the writing.
     """
-    # The caller waits for the child's capture too, hashlib included: about one bare start of wall
-    # time. That is the price of an event that is on the disk before anybody is let go.
+    # The caller also waits for the child's capture, hashlib included: about one bare start of wall
+    # time. In return the event is on the disk before the hook returns.
     begun, child = time.monotonic(), -1
     env: "Dict[str, str]" = {}
     try:
@@ -1285,6 +1299,7 @@ def hook(argv: "Sequence[str]") -> int:
             return 0
         return say(env, "failed: " + reason(error) + place_of(error))
     try:
+        ignored += set(given).difference(("--dir", "--wait"))
         end(caller, wait, pipe, "; arguments ignored: see --help" if ignored else "")
     except BaseException as error:
         say(env, "failed: " + reason(error) + place_of(error))
@@ -1295,11 +1310,11 @@ def hook(argv: "Sequence[str]") -> int:
 def fork() -> "Tuple[int, int]":
     """(child's pid, 0 in the child, end of a pipe); (-1, -1) where no process can be had.
 
-    The child is in a session of its own: what a host signals to its process group, or a terminal
-    that closes, does not reach it. It writes a byte into the pipe when the event is in the spool,
-    and closes it when the event is answered.
+    The child is in a session of its own: signals to the host's process group do not reach it, nor
+    does a terminal that closes. It writes a byte into the pipe when the event is in the spool, and
+    closes it when the event is answered.
     """
-    for fd in (0, 1, 2):  # a number that the caller closed must not become the pipe's
+    for fd in (0, 1, 2):  # the pipe must not get a number that the caller closed
         try:
             os.fstat(fd)
         except OSError:
@@ -1317,7 +1332,7 @@ def fork() -> "Tuple[int, int]":
 
 
 def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
-    """Capture, let the caller go, then all that nobody waits for: the commit, the disk, sending.
+    """Capture, release the caller, then add the commit, sync and send.
 
     `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
     """
@@ -1334,7 +1349,7 @@ def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
     if pipe >= 0:
         let_go(pipe, bool(wait), debugging(env))
     leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S), home)
-    # Not before: a standard error that nobody reads may hold its writer for good.
+    # Only now: writing to a standard error that nobody reads may block for ever.
     say(env, "consent is on" + note)
     say(env, result)
     if part:
@@ -1346,14 +1361,14 @@ def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
         if part and not path:
             said = sender.barred() or "1 " + attempt(sender.post, event)[0]
             say(env, "the event that is not kept: " + said)
-        elif path and wait:  # before what waits
+        elif path and wait:  # the caller stays for this one, so it is sent before the others
             sender.round([own_name])
         if pipe >= 0 and wait:
             os.close(pipe)
         if not withdrawn(home, env):
             sweep(home, env, machine)
             sender.flush(own_name)
-    finally:  # also where the endpoint is no URL
+    finally:  # also if the endpoint is no URL
         if not withdrawn(home, env):
             expire(home, time.time())
 
@@ -1371,13 +1386,13 @@ def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: s
 
 
 def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
-    """Let the caller go, and go of all that is its: directory and descriptors.
+    """Release the caller, and its working folder and descriptors.
 
     `stays`: the caller stays for the answer, until the pipe closes.
     """
     try:
         os.write(pipe, b".")
-    except OSError:  # it was killed
+    except OSError:  # the caller was killed
         pass
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
@@ -1388,7 +1403,7 @@ def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
 
 
 def leave_in(seconds: float, home: str) -> None:
-    """End this process when its time is over, wherever it hangs: a name look-up has no limit."""
+    """End this process after some seconds, also in a name look-up, which has no time limit."""
     from threading import Timer
 
     def leave() -> None:
@@ -1403,7 +1418,7 @@ def leave_in(seconds: float, home: str) -> None:
 
 
 def debugging(env: "Dict[str, str]") -> bool:
-    """True if somebody wants to be told what a hook run does."""
+    """True if hook runs shall say what they do."""
     return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
 
@@ -1418,7 +1433,7 @@ def say(env: "Dict[str, str]", text: str) -> int:
 
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import %s; %s.run()"
 CLAUDE_EVENTS = (("SessionEnd", ""), ("PostToolUse", " track"), ("PostToolUseFailure", " track"))
-# Of each host: events, with what is added to the command; where it goes, and what the host wants.
+# For each host: its events, with what each adds to the command; where the text goes, and a remark.
 HOSTS: "Dict[str, Tuple[Sequence[Tuple[str, str]], str]]" = {
     "claude": (CLAUDE_EVENTS, "~/.claude/settings.json, or a plugin's hooks/hooks.json. "
                "Claude Code ends its session-end hooks after 1.5 s."),
@@ -1463,16 +1478,16 @@ export const SessionEvents = async ({ directory }) => {
 
 
 def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Print the configuration of a host; on standard error where it goes."""
+    """Print the configuration of a host, and on standard error where it goes."""
     import json
     from shlex import quote
     if words[0] not in HOSTS:
         return complain("no such host; there are " + ", ".join(HOSTS), 2)
     events, where = HOSTS[words[0]]
-    folder, name = os.path.split(os.path.abspath(__file__))
+    folder, name = os.path.split(decoded(os.fsencode(os.path.abspath(__file__))))
     code = START % ((os.path.splitext(name)[0],) * 2)
     python, shell_folder = sys.executable or "python3", quote(folder)
-    if "--folder" in given:  # as it stands: the host or its shell puts the folder in
+    if "--folder" in given:  # printed as given: the host or its shell expands it
         python, folder = "python3", given["--folder"][-1]
         shell_folder = folder if '"' in folder or "'" in folder else '"%s"' % folder
     if not events:
@@ -1492,7 +1507,7 @@ def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 
 
 def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Print the event as it would be sent now; where to, and what is made up, on standard error."""
+    """Print the event as it would be sent now; on standard error where to, and what is not real."""
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, given, standard_input())
     known = machine_id(caller.home, make=False)
@@ -1516,7 +1531,7 @@ def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 
 
 def obstacle(home: str, allowed: bool) -> "Optional[str]":
-    """Why nothing can be captured, or None. It tries to write, but not without consent."""
+    """Why nothing can be captured, or None. With consent it tries to write."""
     try:
         machine_id(home, make=False)
         for folder in (HOME, PENDING, SESSIONS) if allowed else ():
@@ -1529,7 +1544,7 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
 
 
 def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Print consent, endpoint, what waits, the last result, for people or (--json) programs."""
+    """Print consent, endpoint, what waits and the last result, as text or (--json) as JSON."""
     import json
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
@@ -1555,7 +1570,7 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
 
 
 def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Print what this machine is called in each quarter, newest last, since machine-id was made."""
+    """Print this machine's hashes of each quarter since machine-id was made, newest last."""
     home = home_of(env)
     machine = machine_id(home, make=False)
     if not machine:
@@ -1571,7 +1586,7 @@ def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 
 
 def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Say yes."""
+    """Give consent."""
     changed = switch(home_of(env), "opt-in")
     print(COLLECTED % shown_endpoint(env) if changed else "on, as before")
     allowed, why = consent(env, "opt-in")
@@ -1579,17 +1594,17 @@ def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 
 
 def off(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
-    """Say no, and delete what waits."""
+    """Refuse consent, and delete what waits."""
     home = home_of(env)
     gone = purge(home)
     switch(home, "off")
-    gone += purge(home)  # of a session that ended meanwhile
+    gone += purge(home)  # once more: a session may have ended meanwhile
     print("off: nothing is collected or sent any more; files deleted: %d" % gone)
     return 0
 
 
 def switch(home: str, value: str) -> bool:
-    """Write the person's word into config.json, all else in it kept; True if it was another."""
+    """Set "telemetry" in config.json and keep all else in it; True if that changed it."""
     import json
     path, mode = os.path.realpath(home + HOME + "config.json"), 0o600
     config: "Dict[str, Any]" = {}
@@ -1610,7 +1625,7 @@ def switch(home: str, value: str) -> bool:
     return True
 
 
-# Of each command: its function, the flags that it takes, and how many other words.
+# For each command: its function, the flags that it takes, and the number of other words.
 COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
     "show": (show, "--dir DIR", 0),
     "status": (status, "--json", 0),
@@ -1622,7 +1637,7 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
 
 
 def command(argv: "Sequence[str]") -> int:
-    """The exit status of a command other than the hooks."""
+    """Run a command other than the hooks; its exit status."""
     if argv[0] not in COMMANDS:
         return complain("no such command; see emit.py --help", 2)
     function, takes, number_of_words = COMMANDS[argv[0]]
@@ -1636,7 +1651,7 @@ def command(argv: "Sequence[str]") -> int:
 
 
 def complain(text: str, code: int = 0) -> int:
-    """One line on standard error; `code` again."""
+    """Write one line to standard error, and return `code`."""
     try:
         sys.stderr.write("emit.py: %s\n" % text)
         sys.stderr.flush()
@@ -1646,7 +1661,7 @@ def complain(text: str, code: int = 0) -> int:
 
 
 def main(argv: "Sequence[str]") -> int:
-    """The exit status of a command line. A hook run's sender does not come back from here."""
+    """Run a command line; its exit status. The process that sends does not return from here."""
     os.umask(0o077)
     if "--help" in argv or "-h" in argv:
         print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
@@ -1662,9 +1677,9 @@ def main(argv: "Sequence[str]") -> int:
 
 
 def run() -> None:
-    """`main` for a process: out at once afterwards, without the interpreter's tidying-up."""
+    """`main`, then leave the process at once, without the interpreter's clean-up."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file is not Python's
+    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file must not be used
         del sys.path[0]
     code = main(sys.argv[1:])
     try:
