@@ -48,6 +48,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -202,6 +203,15 @@ def interpreters(oldest):
     return dict(sorted(found.items()))
 
 
+def at_once(function, cases, most=0):
+    """What `function` returns for each case, in order. As many run at once as there are CPUs.
+
+    Where they do little but wait, it may be `most`.
+    """
+    with concurrent.futures.ThreadPoolExecutor(most or os.cpu_count()) as pool:
+        return list(pool.map(function, cases))
+
+
 def run(argv, **options):
     """`subprocess.run` with both outputs recorded and returned as text.
 
@@ -225,13 +235,31 @@ def run(argv, **options):
     return done
 
 
-class Server:
-    """A real `server.py` process. `.url` is the endpoint. `.stop()` returns its exit status."""
+def program(module, *flags, before=""):
+    """The command line that runs a program of this folder, after the statements `before`.
 
-    def __init__(
-        self, db, *flags, python=sys.executable, script=ROOT / "server.py", wrapper=(), **options
-    ):
-        argv = [*wrapper, python, str(script), "--db", str(db), "--port", "0", *map(str, flags)]
+    Python keeps what it compiled, and looks for no installed packages: so a start is quick.
+    """
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import %s\n%s\n"
+    code = code % (module, before) + "sys.exit(%s.main())" % module
+    return [sys.executable, "-I", "-S", "-c", code, str(ROOT), *map(str, flags)]
+
+
+def constants(module, **values):
+    """Statements that give constants of a program other values."""
+    assert all(hasattr(module, name) for name in values)
+    return "".join("%s.%s = %r\n" % (module.__name__, *item) for item in values.items())
+
+
+class Server:
+    """A real `server.py` process. `.url` is the endpoint. `.stop()` returns its exit status.
+
+    `argv` begins its command line where that is not this Python's with server.py from here.
+    """
+
+    def __init__(self, db, *flags, before="", argv=(), wrapper=(), **options):
+        argv = [*wrapper, *(argv or program("server", before=before))]
+        argv += ["--db", str(db), "--port", "0", *map(str, flags)]
         self.db = db
         self.process = subprocess.Popen(
             argv,
@@ -299,6 +327,7 @@ def serving(db, *flags, **options):
 EMIT = ROOT / "emit.py"
 # As hosts start it: so Python keeps the compiled program.
 CACHED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import emit; emit.run()"
+HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
 MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
@@ -352,8 +381,9 @@ class Person:
         options["env"] = {
             name: value for name, value in {**self.env, **options.pop("env", {})}.items() if value
         }
-        code = "import sys; " + before + CACHED.replace("import sys", "")
-        argv = [python, "-I", "-S", "-c", code if before else CACHED, str(ROOT)]
+        argv = [python, *HOOK]
+        if before:
+            argv[4] = "import sys; " + before + CACHED.replace("import sys", "")
         if recorded:
             return run([*argv, *args], **options)
         return subprocess.run(
@@ -1145,7 +1175,7 @@ def crowd(tmp_path_factory):
         ]
         hooks = [
             subprocess.Popen(
-                [sys.executable, "-I", "-S", str(EMIT)],
+                [sys.executable, *HOOK],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -1187,7 +1217,7 @@ def test_emit_sends_from_one_process_at_a_time(person):
     with Odd(answer) as server:
         hooks = [
             subprocess.Popen(
-                [sys.executable, "-I", "-S", str(EMIT)],
+                [sys.executable, *HOOK],
                 stdin=subprocess.DEVNULL,
                 env={
                     **person.env,
@@ -1432,38 +1462,38 @@ def test_emit_waits_for_no_input(python, tmp_path):
     parent = "ppid:%d:%s:%s" % (os.getpid(), started, MACHINE)
     rubbish = b"", b"{", b"[]", b"\xff\xfe", b'{"session_id": 7}', b'{"session_id": " "}'
     large = json.dumps({"session_id": "large", "x": "}" * 3000000}).encode()
-    with Odd() as server:
 
-        def ends(session, **options):
-            person = Person(tmp_path / str(len(os.listdir(str(tmp_path)))), server.url)
+    number = itertools.count()
+
+    def ends(case):
+        session, options = case
+        with Odd() as server:
+            person = Person(tmp_path / str(next(number)), server.url)
             person.emit("--wait", "20000", python=python, **options)
             assert server.sessions() == [secret_hash(session)]
-            del server.requests[:]
 
-        for data in share(rubbish, python):
-            ends(parent, input=data)
-        ends(parent, preexec_fn=lambda: os.close(0))
-        ends("large", input=large)
+    cases = [(parent, {"input": data}) for data in share(rubbish, python)] + [
+        (parent, {"preexec_fn": lambda: os.close(0)}),
+        ("large", {"input": large}),
+    ]
+    with contextlib.ExitStack() as stack, open("/dev/zero", "rb") as endless:
+        memory = 1 << 29, 1 << 29
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, memory)
+        cases.append((parent, {"stdin": endless, "preexec_fn": limit}))
         for data, session in ((b'{"session_id": "unclosed"}\n', "unclosed"), (b"", parent)):
             read, write = os.pipe()
+            for end in (read, write):
+                stack.callback(os.close, end)
             os.write(write, data)
-            ends(session, stdin=read)
-            os.close(write)
-            os.close(read)
-        read, write = os.pipe()  # the rest may come later than the first byte must
-        os.write(write, b'{"session_id": ')
-        rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
-        rest.start()
-        ends("in two", stdin=read)
-        rest.join()
-        os.close(read)
-        with open("/dev/zero", "rb") as endless:
-            memory = 1 << 29, 1 << 29
-            ends(
-                parent,
-                stdin=endless,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, memory),
-            )
+            cases.append((session, {"stdin": read}))
+        at_once(ends, cases, 4)  # most of them wait
+    read, write = os.pipe()  # the rest may come later than the first byte must
+    os.write(write, b'{"session_id": ')
+    rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
+    rest.start()
+    ends(("in two", {"stdin": read}))
+    rest.join()
+    os.close(read)
 
 
 BREAKAGES = {  # what somebody may have done to the folder: nothing may come of it but silence
@@ -1615,7 +1645,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
         person = Person(tmp_path / "home", server.url)
         for n in range(5):
             hook = subprocess.Popen(
-                [python, "-I", "-S", EMIT],
+                [python, *HOOK],
                 env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -1998,7 +2028,7 @@ def test_emit_survives_kills(person):
     def kill(n):
         session = "kill-%d" % n
         with subprocess.Popen(
-            [sys.executable, "-I", "-S", str(EMIT), "--wait", "20000"],
+            [sys.executable, *HOOK, "--wait", "20000"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -2022,14 +2052,14 @@ def test_emit_survives_kills(person):
         person.emit("--wait", "20000")
         whole = 2 * (time.monotonic() - begun)  # of a run beside the others
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            list(pool.map(kill, range(80)))
+            list(pool.map(kill, range(50)))
         assert all(
             emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*")
         )
         said = person.hook("after the kills")
         assert all(emit.is_event(json.loads(body)) for _, _, body in server.requests)
         assert set(captured) <= set(server.sessions()) and person.kept() == [], said
-        assert len(captured) >= 40
+        assert len(captured) >= 25
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
@@ -2128,7 +2158,7 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
 def test_emit_tracks_64_at_once(person):
     """Tool hooks that run at the same moment lose nothing, and nothing of a session's end."""
     env = {**person.env, "CLAUDE_SESSION_ID": "many"}
-    argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT), "track"]
+    argv = [sys.executable, *HOOK, "track"]
     call = person.put("call", {"cwd": "/", "tool_name": "x"})
     hooks = []
     for n in range(64):
@@ -2147,18 +2177,16 @@ def test_emit_tracks_64_at_once(person):
 
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """One host does that on `/quit`: one event, with every discovery, however they fall."""
-    argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
     for n in range(60):
         session = "thrice-%d" % n
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
         emit.append(str(person.home), session, lines)
-    env = dict(person.env)
-    key = env["ASHLR_SESSION_EVENTS_URL"]  # the senders have nothing to do
-    person.put("session-events/last.json", {"retry_at": {key: time.time() + 3600}})
+    env = {**person.env, "ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
     for n in range(60):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
+        argv = [sys.executable, *HOOK]
         ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
         for process in ends:
             process.stdin.write(hook)
@@ -2478,8 +2506,7 @@ def test_emit_without_standard_streams(python, person):
     with Odd() as server:
         env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "closed"}
         env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        argv = [python, "-I", "-S", "-c", CACHED, str(ROOT)]
-        hook = subprocess.Popen(argv, env=env, preexec_fn=lambda: os.closerange(0, 3))
+        hook = subprocess.Popen([python, *HOOK], env=env, preexec_fn=lambda: os.closerange(0, 3))
         assert hook.wait(60) == 0
         assert server.sessions() == [secret_hash("closed")]
 
@@ -2489,9 +2516,9 @@ def test_emit_is_interrupted_in_silence(person):
     with Odd(lambda n, body: None) as silent:
         env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "ctrl-c"}
         env["ASHLR_SESSION_EVENTS_URL"] = silent.url
-        argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
-        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, **pipes) as hook:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        streams["stderr"] = subprocess.PIPE
+        with subprocess.Popen([sys.executable, *HOOK], env=env, **streams) as hook:
             until(lambda: silent.requests)
             hook.send_signal(signal.SIGINT)
             assert (hook.communicate(timeout=60), hook.returncode) == ((b"", b""), 0)
@@ -2847,7 +2874,7 @@ def test_emit_makes_one_machine_id(python, person):
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
         hooks = [
             subprocess.Popen(
-                [python, "-I", "-S", str(EMIT), "--wait", "20000"],
+                [python, *HOOK, "--wait", "20000"],
                 stdin=subprocess.DEVNULL,
                 env={**person.env, "CLAUDE_SESSION_ID": "first-%d" % n},
             )
@@ -3944,7 +3971,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
 
     rng, outcomes = random.Random(11), collections.Counter()
     strict = re.compile(rb"((?:0*[1-9a-fA-F][0-9a-fA-F]*\r\n.*\r\n)*?)0+\r\n\r\n", re.DOTALL)
-    for _ in range(3000):
+    for _ in range(1200):
         tail = bytearray(chunks(bytes(rng.randrange(256) for _ in range(30)), rng.randrange(1, 31)))
         for _ in range(rng.choice((0, 1, 1, 2))):
             at = rng.randrange(len(tail))
@@ -3963,7 +3990,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
         outcomes[type(whole[-1]).__name__, len(whole)] += 1
         if len(whole) == 3 and whole[-1] == 0:
             assert strict.match(bytes(tail)) and whole[1] == (GET_LINE, b"")
-    assert outcomes["int", 3] > 300 and outcomes["tuple", 1] > 300, outcomes
+    assert outcomes["int", 3] > 120 and outcomes["tuple", 1] > 120, outcomes
 
 
 @quick
@@ -4194,7 +4221,7 @@ def test_server_alone_in_a_folder(tmp_path, version):
     python = PYTHONS[version]
     shutil.copy(ROOT / "server.py", tmp_path)
     for n, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
-        running = Server(tmp_path / "events.db", python=python, script=tmp_path / "server.py")
+        running = Server(tmp_path / "events.db", argv=[python, str(tmp_path / "server.py")])
         assert post(running, event(n)).status == 202
         started = time.monotonic()
         assert running.stop(signum) == 0 and time.monotonic() - started < 5
@@ -4276,15 +4303,9 @@ def start_faults(folder):
     }
 
 
-def at_once(function, cases):
-    """What `function` returns for each case, in order. As many run at once as there are CPUs."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, cases))
-
-
 def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
     def start(flags):
-        return run([sys.executable, ROOT / "server.py", "--port", 0, *flags])
+        return run(program("server", "--port", 0, *flags))
 
     taken, cases = start_faults(tmp_path)
     other, twice = (
@@ -4420,9 +4441,9 @@ def p99(seconds):
 
 
 def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
-    """20 times under load: every 202 is a row, the file is whole, and the next start is quick."""
+    """12 times under load: every 202 is a row, the file is whole, and the next start is quick."""
     db, rng, accepted, starts = tmp_path / "events.db", random.Random(50), set(), []
-    for life in range(20):
+    for life in range(12):
         started = time.monotonic()
         running = Server(db)
         starts.append(time.monotonic() - started)
@@ -4438,7 +4459,7 @@ def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
     assert len(accepted) > 200 and accepted <= stored
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert sum(len(json.loads(row["discovery_refs_json"])) for row in rows_of(db)) == len(edges(db))
-    assert sorted(starts)[10] < 5
+    assert sorted(starts)[6] < 5
 
 
 def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
@@ -4628,7 +4649,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
     with serving(
         tmp_path / "events.db", "--max-connections", 4400
     ) as running, contextlib.ExitStack() as stack:
-        alone = p99(loaded(running, "alone", 1000).seconds)
+        alone = p99(loaded(running, "alone", 400).seconds)
         crowd = [
             stack.enter_context(socket.create_connection((running.host, running.port)))
             for _ in range(4200)
@@ -4645,7 +4666,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
 
         dribbler = threading.Thread(target=dribble)
         dribbler.start()
-        beside = p99(loaded(running, "beside", 1000).seconds)
+        beside = p99(loaded(running, "beside", 400).seconds)
         stopped.set()
         dribbler.join()
         peak = peak_megabytes(running.process.pid)
@@ -4670,7 +4691,7 @@ def test_server_client_that_pipelines_without_reading_starves_nobody(tmp_path):
 
         flooder = threading.Thread(target=flood, daemon=True)
         flooder.start()
-        assert p99(loaded(running, "modest", 500).seconds) < 2
+        assert p99(loaded(running, "modest", 200).seconds) < 2
         costly = (
             request(as_sent(dict.fromkeys(map(str, range(100)), 1))) * 32
         )  # 1 KB in, 8 KB out, each
@@ -4781,7 +4802,7 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
 def test_server_disk_full_while_the_log_is_moved(tmp_path):
     """The database cannot grow, the log can: every answer holds, and the fault is said once."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk, serving(
-        disk / "events.db", script=often(tmp_path)
+        disk / "events.db", before=OFTEN
     ) as running:
         refused_until_it_works(
             running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
@@ -4870,7 +4891,7 @@ def test_server_lock_held_by_another_process(tmp_path):
             "db.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()"
         )
         other = subprocess.Popen(
-            [sys.executable, "-c", hold, str(running.db)],
+            [sys.executable, "-I", "-S", "-c", hold, str(running.db)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -5095,14 +5116,16 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
         (CHUNKED + chunks(BODY, 9)[:-3], "POST /v1/session-events", 408),
         (b"POST /v1/sess", "-", 408),
     ]
-    with serving(tmp_path / "events.db", "--access-log", "--request-seconds", 0.3) as running:
-        for data, _, status in cases:
-            with Wire(running) as wire:
-                wire.send(data)
-                assert wire.reply().status == status
+    flags = "--access-log", "--request-seconds", 0.3
+    with serving(tmp_path / "events.db", *flags) as running, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(running)) for _ in cases]
+        for wire, (data, _, _) in zip(wires, cases):
+            wire.send(data)
+        assert [wire.reply().status for wire in wires] == [status for _, _, status in cases]
         running.stop()
         logged = [json.loads(line) for line in running.output]
-    assert [(e["route"], e["status"]) for e in logged] == [(r, s) for _, r, s in cases]
+    said = sorted((entry["route"], entry["status"]) for entry in logged)
+    assert said == sorted(case[1:] for case in cases)
     assert all(set(entry) == {"time", "route", "status"} for entry in logged)
     SECRETS.update(("secret-path", "secret-query", "SECRET"))
 
@@ -5111,20 +5134,16 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, stream):
     """With a full pipe everything is answered. The count of lost lines is logged afterwards."""
-    script = "import server, sys; server.LOG_SECONDS = 0.0; sys.exit(server.main())"
+    before = constants(server, LOG_SECONDS=0.0)
     if stream == "stderr":  # a store whose fault is another one each time, and a line for each
-        script = (
-            "import itertools, server, sys\nserver.LOG_SECONDS = 0.0\nserial = itertools.count()\n"
+        before += (
+            "import itertools\nserial = itertools.count()\n"
             "def write(*_): raise server.Unavailable('fault %d' % next(serial) + ' ' * 300)\n"
-            "server.Store.write = write\nsys.exit(server.main())"
+            "server.Store.write = write"
         )
-    argv = [sys.executable, "-c", script, "--db", str(tmp_path / "events.db"), "--port", "0"]
-    process = subprocess.Popen(
-        [*argv, "--access-log"] if stream == "stdout" else argv,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    argv = program("server", "--db", tmp_path / "events.db", "--port", "0", before=before)
+    argv += ["--access-log"] * (stream == "stdout")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     address = process.stdout.readline().decode().rpartition("//")[2].split(":")
     pipe = getattr(process, stream)
     where = argparse.Namespace(host=address[0], port=int(address[1]))
@@ -5230,16 +5249,8 @@ def test_server_no_address_survives_its_request():
 
 def test_server_logs_that_nobody_reads_stop_nothing(tmp_path):
     """Closed readers of standard output and error stop nothing, nor does SIGHUP without TLS."""
-    argv = [
-        sys.executable,
-        ROOT / "server.py",
-        "--db",
-        tmp_path / "events.db",
-        "--port",
-        "0",
-        "--access-log",
-    ]
-    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = program("server", "--db", tmp_path / "events.db", "--port", "0", "--access-log")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     address = process.stdout.readline().decode().rpartition("//")[2].split(":")
     process.stdout.close()
     process.stderr.close()
@@ -5630,7 +5641,7 @@ def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, mo
     ]
     for restarts in (False, True):
         left, store = list(rows), None
-        for _ in range(30):
+        for _ in range(len(rows) + 2):
             if store is None or restarts:
                 store = server.Store(":memory:", retain_days=1)
                 sweep = store.sweep
@@ -5684,21 +5695,8 @@ def old_and_new(db, *rows):
             )
 
 
-def altered(folder, settings):
-    """A script that runs server.py with other constants."""
-    script = folder / "altered.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import server\n"
-        "for name, value in %r.items():\n"
-        "    assert hasattr(server, name); setattr(server, name, value)\n"
-        "sys.exit(server.main())" % (str(ROOT), settings)
-    )
-    return script
-
-
-def often(folder):
-    """server.py with a checkpoint after every few rows."""
-    return altered(folder, {"CHECKPOINT_PAGES": 100, "FEW_PAGES": 5})
+# A checkpoint after every few rows.
+OFTEN = constants(server, CHECKPOINT_PAGES=100, FEW_PAGES=5)
 
 
 def ids_of(db):
@@ -5733,8 +5731,8 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
         FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
     )
     clock.write_text("@2000-01-01 00:00:00\n")
-    script = altered(tmp_path, {"STEADY_SECONDS": 0.2, "CLOCK_EVERY": 0.1})
-    with serving(db, "--retain-days", 30, env=env, script=script) as running:
+    quick = constants(server, STEADY_SECONDS=0.2, CLOCK_EVERY=0.1)
+    with serving(db, "--retain-days", 30, env=env, before=quick) as running:
         assert running.says("not from the past")
         for n in range(20):
             assert post(running, event(n)).status == 202
@@ -5758,16 +5756,16 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
 def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
     """What is older goes, a piece at a time, while events come in; what is younger stays."""
     db = tmp_path / "events.db"
-    count = int(os.environ.get("TEST_ROWS", "10000"))
+    count = int(os.environ.get("TEST_ROWS", "4000"))
     old_and_new(db, (count, "-2000 days"), (10, "-2 days"))
     with serving(db) as running:
-        usual = loaded(running, "usual", 1000)
+        usual = loaded(running, "usual", 400)
     # The 10 seconds in which the clock has to be steady take half a second.
     env = at_time(FAKETIME="+0 x20") if FAKETIME else None
     started = time.monotonic()
     with serving(db, "--retain-days", 3, env=env) as running:
         assert running.says("sweep_begins") and time.monotonic() - started < 30
-        during = loaded(running, "during", 1000)
+        during = loaded(running, "during", 400)
         deadline = time.monotonic() + 60 + count / 2000
         while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2024' LIMIT 1"):
             assert time.monotonic() < deadline
@@ -5993,7 +5991,7 @@ def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch,
 def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
     db, rng, accepted = tmp_path / "events.db", random.Random(9), set()
     for life in range(6):
-        running = Server(db, script=often(tmp_path))
+        running = Server(db, before=OFTEN)
         clients = [Load((life, n), running) for n in range(3)]
         for client in clients:
             client.start()
@@ -6009,11 +6007,11 @@ def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
 
 def test_server_two_on_one_file_both_move_the_log(tmp_path):
     db = tmp_path / "events.db"
-    with serving(db, script=often(tmp_path)) as one, serving(db, script=often(tmp_path)) as two:
+    with serving(db, before=OFTEN) as one, serving(db, before=OFTEN) as two:
         clients = [Load(n, running) for n, running in enumerate((one, two, one, two))]
         for client in clients:
             client.start()
-        until(lambda: all(len(client.accepted) > 150 for client in clients))
+        until(lambda: all(len(client.accepted) > 75 for client in clients))
         for client in clients:
             client.stop()
     stored = {row["session_id_hash"] for row in rows_of(db)}
@@ -6027,39 +6025,32 @@ def test_server_two_on_one_file_both_move_the_log(tmp_path):
 
 def command(db, *flags, patch="", **options):
     """server.py with these flags as a process of its own, its module changed by `patch` first."""
-    script = "import os, signal, sys, server\n%s\nsys.exit(server.main())" % patch
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return run([sys.executable, "-c", script, "--db", db, *flags], env=env, **options)
+    return run(program("server", "--db", db, *flags, before=patch), **options)
 
 
-def crowded(db, count, who=lambda n: n % 50, secure=True):
-    """A database of `count` events of which each is of identity and login `who(n)`; n is its id."""
-    store = server.Store(str(db))
-    store.db.execute("PRAGMA synchronous = OFF")
-    store.db.execute("PRAGMA secure_delete = %d" % secure)
-    for start in range(1, count + 1, 500):
-        store.db.execute("BEGIN")
-        store.db.executemany(
-            server.INSERT_ONE,
-            (
-                (
-                    sha("identity", who(n)),
-                    sha("login", who(n)),
-                    sha("session", n),
-                    "2026-01-01T00:00:00.000Z",
-                    1,
-                    1,
-                    None,
-                    '["a","r%d"]' % (n % 9),
-                    "1",
-                    "2026-01-01T00:00:00Z",
-                )
-                for n in range(start, min(start + 500, count + 1))
-            ),
-        )
-        store.db.execute("COMMIT")
-    store.close()
+def crowded(db, count, identities=50, secure=True):
+    """A database of `count` events, of which n is of identity and login `n % identities`."""
+    db.write_bytes(crowd_bytes(count, identities, secure))
     return db
+
+
+@functools.lru_cache(maxsize=None)
+def crowd_bytes(count, identities, secure):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "events.db")
+        store = server.Store(path)
+        store.db.execute("PRAGMA synchronous = OFF")
+        store.db.execute("PRAGMA secure_delete = %d" % secure)
+        refs, moment = '["a","r%d"]', "2026-01-01T00:00:00"
+        for start in range(1, count + 1, 500):
+            store.db.execute("BEGIN")
+            for n in range(start, min(start + 500, count + 1)):
+                who = sha("identity", n % identities), sha("login", n % identities)
+                row = (*who, sha("session", n), moment + ".000Z", 1, 1, None, refs % (n % 9), "1")
+                store.db.execute(server.INSERT_ONE, (*row, moment + "Z"))
+            store.db.execute("COMMIT")
+        store.close()
+        return Path(path).read_bytes()
 
 
 def fenced(heading):
@@ -6070,14 +6061,14 @@ def fenced(heading):
 
 def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
     """The copy is whole and has every event answered before; README's steps bring it back."""
-    db, copy = crowded(tmp_path / "events.db", 20000), tmp_path / "events-backup.db"
+    db, copy = crowded(tmp_path / "events.db", 10000), tmp_path / "events-backup.db"
     with serving(db) as running:
         clients = [Load(("backup", n), running) for n in range(3)]
         for client in clients:
             client.start()
         until(lambda: all(len(client.accepted) > 50 for client in clients))
         before = {session for client in clients for session in list(client.accepted)}
-        done = run([sys.executable, ROOT / "server.py", "--db", db, "--backup", copy])
+        done = command(db, "--backup", copy)
         assert (done.returncode, done.stderr) == (0, "") and "events-backup.db: " in done.stdout
         for client in clients:
             client.stop()
@@ -6088,7 +6079,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
     assert rows_of(copy, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     rows = rows_of(copy)
     assert before <= {row["session_id_hash"] for row in rows}
-    assert [row["id"] for row in rows[:20000]] == list(range(1, 20001))
+    assert [row["id"] for row in rows[:10000]] == list(range(1, 10001))
     # Restored, as README says, over a server that was killed and left its -wal file.
     with serving(db) as running:
         assert post(running, event("after the backup")).status == 202
@@ -6167,7 +6158,7 @@ def test_server_backup_on_another_file_system_also_a_full_one(tmp_path):
 
 def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
     """Lines on a file, one line that changes on a terminal; never a line for each step."""
-    db = crowded(tmp_path / "events.db", 20000)
+    db = crowded(tmp_path / "events.db", 10000)
     often = (
         "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0"
     )
@@ -6175,14 +6166,9 @@ def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
     done = command(db, "--backup", tmp_path / "one.db", patch=often)
     lines = done.stderr.splitlines()
     assert len(lines) > 2 and all(re.fullmatch(r"backup: \d+ of \d+ MB \(\d+%\)", x) for x in lines)
-    script = "import server\n%s\nserver.main()" % often
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "--db", str(db), "--backup", str(tmp_path / "two.db")],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
+    argv = program("server", "--db", db, "--backup", tmp_path / "two.db", before=often)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     said = b""
     with contextlib.suppress(OSError):  # how Linux tells the end
@@ -6280,7 +6266,7 @@ def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypa
 
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
     """A server beside it answers every event while 1,000 rows go, a pause after each hundred."""
-    db = crowded(tmp_path / "events.db", 2000, who=lambda n: n % 2)
+    db = crowded(tmp_path / "events.db", 2000, identities=2)
     pauses = (
         "server.READ_BATCH = 300\nsleep = server.time.sleep\n"
         "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))"
@@ -6366,15 +6352,14 @@ def test_server_forget_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_server_forget_with_odd_input_and_output(tmp_path):
-    db, argv = crowded(tmp_path / "events.db", 500), [sys.executable, str(ROOT / "server.py")]
-    argv += ["--db", str(db), "--forget"]
+    db = crowded(tmp_path / "events.db", 500)
     done = forget(db, "-", input=b"\xff\xfe\x00")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     # Nobody reads the statement: the deleting goes on, and the exit status says it.
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(
-        [*argv, sha("identity", 1)],
+        program("server", "--db", db, "--forget", sha("identity", 1)),
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=subprocess.PIPE,
@@ -6385,16 +6370,15 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
     assert done.stderr.count(b"\n") == 2 and traces(tmp_path, sha("identity", 1)) == []
     # Ctrl-C while hashes are typed in.
     typed = (
-        "import sys, server\nclass Typed:\n  buffer = property(lambda self: self)\n"
+        "class Typed:\n  buffer = property(lambda self: self)\n"
         "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
-        "sys.stdin = Typed()\nsys.exit(server.main())"
+        "sys.stdin = Typed()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", typed, *argv[2:], "-"],
+        program("server", "--db", db, "--forget", "-", before=typed),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
     )
     assert process.stdout.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)
@@ -6412,7 +6396,7 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
 
 
 def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
-    db = crowded(tmp_path / "events.db", 4000, who=lambda n: n % 4)
+    db = crowded(tmp_path / "events.db", 4000, identities=4)
     stop = (
         "def stop(self, text):\n  if text.startswith(%r): os.kill(os.getpid(), signal.SIGTERM)\n"
         "server.Command.show = stop"
@@ -6492,7 +6476,7 @@ def test_server_fuzz(tmp_path):
 
     No descriptor and no good event is lost.
     """
-    rng, answered, good = random.Random(20), collections.Counter(), 0
+    rng, answered = random.Random(20), collections.Counter()
     valid = [
         request(BODY),
         request(b"{}"),
@@ -6502,7 +6486,7 @@ def test_server_fuzz(tmp_path):
     ]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
-        for hundred in range(200):
+        for hundred in range(80):
             wires = []
             for _ in range(100):
                 data = mutated(rng, rng.choice(valid))
@@ -6525,12 +6509,11 @@ def test_server_fuzz(tmp_path):
                             break
                         answered[reply.status] += 1
             assert post(running, event(("fuzz", hundred))).status == 202
-            good += 1
         print(dict(answered))
         assert (
             not [status for status in answered if status >= 500]
-            and answered[400] > 1000
-            and answered[202] > 500
+            and answered[400] > 400
+            and answered[202] > 200
         )
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/%d/fd" % running.process.pid)) > descriptors:
@@ -6538,7 +6521,7 @@ def test_server_fuzz(tmp_path):
             time.sleep(0.05)
         assert running.stop() == 0 and running.errors == []
     stored = {row["session_id_hash"] for row in rows_of(tmp_path / "events.db")}
-    assert {event(("fuzz", n))["session_id_hash"] for n in range(200)} <= stored
+    assert {event(("fuzz", n))["session_id_hash"] for n in range(80)} <= stored
 
 
 # ==================================================================================================
@@ -6588,7 +6571,7 @@ def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **cha
 def read(*argv, **options):
     """One command of session_events.py. Not recorded: it is made to show sessions."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "session_events.py"), *map(str, argv)],
+        program("session_events", *argv),
         timeout=60,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -7805,15 +7788,7 @@ def test_reader_as_a_program(tmp_path):
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
     process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "session_events.py"),
-            "export",
-            "--days",
-            "60",
-            "--db",
-            str(db),
-        ],
+        program("session_events", "export", "--days", 60, "--db", db),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -7826,13 +7801,12 @@ def test_reader_as_a_program(tmp_path):
 # -- The database file -----------------------------------------------------------------------------
 
 
-PEAK = """import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
+# A program that says at its end how much memory it took at most, in KiB.
+PEAK = """import atexit
+def said():
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(end.code, peak.split()[1], file=sys.stderr)
+    print(peak.split()[1], file=sys.stderr)
+atexit.register(said)
 """
 
 
@@ -7849,30 +7823,20 @@ def test_reader_export_in_constant_memory(tmp_path):
         )
         if os.path.exists("/proc/self/status"):
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    PEAK,
-                    str(ROOT / "session_events.py"),
-                    "export",
-                    "--db",
-                    db,
-                    *IN_MAY,
-                ],
+                program("session_events", "export", "--db", db, *IN_MAY, before=PEAK),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 timeout=120,
             )
-            status, peak = done.stderr.split()[-2:]
-            assert status == b"0" and done.stdout.count(b"\n") == count
-            peaks.append(int(peak))
+            assert done.returncode == 0 and done.stdout.count(b"\n") == count
+            peaks.append(int(done.stderr))
     assert (
         not peaks or peaks[1] < peaks[0] + 7_000
     )  # KiB; 12,500 rows as Python objects would be 17,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
         subprocess.run(
-            [sys.executable, str(ROOT / "session_events.py"), "export", "--db", db, *IN_MAY],
+            program("session_events", "export", "--db", db, *IN_MAY),
             stdout=subprocess.DEVNULL,
             stderr=theirs,
             timeout=120,
@@ -8016,9 +7980,11 @@ class View:
             if name not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
         }
         environment.pop(session_events.ADMIN_TOKEN_VARIABLE, None)
-        command = ["view", "--db", str(db)] if db else ["demo"]
+        command = program("session_events", "view", "--db", db)
+        if not db:  # as a person starts it
+            command = [sys.executable, str(ROOT / "session_events.py"), "demo"]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "session_events.py"), *command, "--port", "0", *flags],
+            [*command, "--port", "0", *flags],
             env=dict(environment, **variables),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -9330,32 +9296,14 @@ def clickhouse(tmp_path_factory):
     house.stop()
 
 
-SMALL = """import sys, session_events as s
-s.SHIP_ROWS, s.FOLLOW_SECONDS = %d, .2
-try:
-    sys.exit(s.main())
-finally:
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")] if %d else []
-    print(*peak, file=sys.stderr)
-"""
 NAMES_NOBODY = re.compile(r"[0-9a-f]{17,}|auth-jwt-flow|open sesame").search
 
 
 def shipper(db, url, *flags, rows=200, env=(), peak=False):
     """A `ship` process, in batches of `rows`."""
+    small = constants(session_events, SHIP_ROWS=rows, FOLLOW_SECONDS=0.2) + PEAK * peak
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SMALL % (rows, peak),
-            "ship",
-            "--db",
-            str(db),
-            "--to",
-            url,
-            *map(str, flags),
-        ],
-        cwd=str(ROOT),
+        program("session_events", "ship", "--db", db, "--to", url, *flags, before=small),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -10196,20 +10144,9 @@ def test_ship_gives_a_silent_peer_up(tmp_path):
     db = stored(tmp_path / "a.db", *many(2))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = "http://127.0.0.1:%d/" % silent.getsockname()[1]
-        done = run(
-            [
-                sys.executable,
-                "-c",
-                "import sys, session_events as s\ns.SHIP_SILENCE = .5\nsys.exit(s.main())",
-                "ship",
-                "--db",
-                db,
-                "--to",
-                url,
-            ],
-            cwd=str(ROOT),
-            timeout=25,
-        )
+        impatient = constants(session_events, SHIP_SILENCE=0.5)
+        argv = program("session_events", "ship", "--db", db, "--to", url, before=impatient)
+        done = run(argv, timeout=25)
     assert done.returncode == 1 and "says nothing for" in done.stderr
 
 
@@ -10221,26 +10158,10 @@ def test_ship_is_watched(tmp_path, clickhouse):
     db = stored(tmp_path / "a.db", *many(300))
     relay = Relay(clickhouse.port)
     by_relay = url.replace(str(clickhouse.port), str(relay.port))
-    quick = (
-        "import sys, session_events as s\n"
-        "s.FOLLOW_SECONDS, s.SHIP_STATUS_SECONDS = .1, .3\n"
-        "sys.exit(s.main())"
-    )
+    flags = "--db", db, "--to", by_relay, "--follow", "--metrics", "127.0.0.1:%d" % port
+    quick = constants(session_events, FOLLOW_SECONDS=0.1, SHIP_STATUS_SECONDS=0.3)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            quick,
-            "ship",
-            "--db",
-            db,
-            "--to",
-            by_relay,
-            "--follow",
-            "--metrics",
-            "127.0.0.1:%d" % port,
-        ],
-        cwd=str(ROOT),
+        program("session_events", "ship", *flags, before=quick),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -10809,12 +10730,12 @@ def test_ship_in_constant_memory(tmp_path, clickhouse):
         status, out, err = ship(db, url, rows=2000, peak=True)
         assert status == 0 and out.startswith("{:,} rows shipped".format(count)), err
         assert ship(db, url, "--check", rows=2000)[0] == 0
-        peaks.append(int(err.split()[1]))
+        peaks.append(int(err))
     assert peaks[1] < peaks[0] + 8_000  # KiB; 20,000 rows as Python objects would be 22,000
     ours, theirs = os.openpty()
     db, url = str(tmp_path / "4000.db"), clickhouse.database()
     subprocess.run(
-        [sys.executable, str(ROOT / "session_events.py"), "ship", "--db", db, "--to", url],
+        program("session_events", "ship", "--db", db, "--to", url),
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         timeout=120,
@@ -10939,17 +10860,10 @@ def test_house_environment_variables_are_in_the_readme():
 def test_house_flags_of_the_others_are_in_the_readme():
     """README names each flag of emit.py and of ship, and no flag that no program has."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    helps = {
-        name: run([sys.executable, ROOT / program, *more, "--help"]).stdout
-        for name, program, more in (
-            ("emit", "emit.py", []),
-            ("server", "server.py", []),
-            ("ship", "session_events.py", ["ship"]),
-            ("view", "session_events.py", ["view"]),
-            ("graph", "session_events.py", ["graph"]),
-            ("discoveries", "session_events.py", ["discoveries"]),
-        )
-    }
+    commands = {"emit": [sys.executable, *HOOK], "server": program("server")}
+    for name in ("ship", "view", "graph", "discoveries"):
+        commands[name] = program("session_events", name)
+    helps = {name: run([*argv, "--help"]).stdout for name, argv in commands.items()}
     flags = {name: set(re.findall(r"--[a-z][a-z-]+", words)) for name, words in helps.items()}
     for name in ("emit", "ship"):
         for flag in flags[name] - {"--help", "--version", "--json"}:
