@@ -80,66 +80,38 @@ PRINTED = []  # bytes: all that the programs printed
 # Texts that must not be found there: of a hash no 7 digits in a row, of any other text the whole.
 SECRETS = set()
 
-EVENT = {
-    "identity_hash": hashlib.sha256(b"identity").hexdigest(),
-    "github_hash": hashlib.sha256(b"login").hexdigest(),
-    "session_id_hash": hashlib.sha256(b"session").hexdigest(),
-    "ended_at": "2026-05-22T12:34:56.000Z",
-    "tool_count": 42,
-    "tokens_saved": 12345,
-    "branch_sha": "abc123def456",
-    "discovery_refs": ["auth-jwt-flow", "rate-limit-buckets"],
-    "plugin_version": "1.31.0",
-}
+EVENT = {"identity_hash": hashlib.sha256(b"identity").hexdigest(),
+         "github_hash": hashlib.sha256(b"login").hexdigest(),
+         "session_id_hash": hashlib.sha256(b"session").hexdigest(),
+         "ended_at": "2026-05-22T12:34:56.000Z", "tool_count": 42, "tokens_saved": 12345,
+         "branch_sha": "abc123def456",
+         "discovery_refs": ["auth-jwt-flow", "rate-limit-buckets"], "plugin_version": "1.31.0"}
 
 
 # Known answers: shared with every other client and server of the contract.
 VECTORS = {
     "identity": [
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-11-22",
-            "salt": "salt_2026Q4",
-            "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-12-31",
-            "salt": "salt_2026Q4",
-            "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2027-01-01",
-            "salt": "salt_2027Q1",
-            "identity_hash": "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-03-31",
-            "salt": "salt_2026Q1",
-            "identity_hash": "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-04-01",
-            "salt": "salt_2026Q2",
-            "identity_hash": "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a",
-        },
+        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-11-22",
+         "salt": "salt_2026Q4",
+         "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"},
+        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-12-31",
+         "salt": "salt_2026Q4",
+         "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"},
+        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2027-01-01",
+         "salt": "salt_2027Q1",
+         "identity_hash": "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e"},
+        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-03-31",
+         "salt": "salt_2026Q1",
+         "identity_hash": "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8"},
+        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-04-01",
+         "salt": "salt_2026Q2",
+         "identity_hash": "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a"},
     ],
-    "github": [
-        {
-            "login": "octocat",
-            "salt": "salt_2026Q4",
-            "github_hash": "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763",
-        }
-    ],
+    "github": [{"login": "octocat", "salt": "salt_2026Q4",
+                "github_hash": "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"}],
     "session": [
-        {
-            "session_id": "deterministic-session-id-xyz",
-            "session_id_hash": "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754",
-        }
-    ],
+        {"session_id": "deterministic-session-id-xyz",
+         "session_id_hash": "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"}],
     "stats_bucket": [
         {"ppid": 4242, "HOME": "/home/dev", "bucket": "p184789d5"},
         {"ppid": 1, "HOME": "", "bucket": "pe9ceaae8"},
@@ -154,18 +126,9 @@ VECTORS = {
         ["2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"],
     ],
     "ended_at_refused": [
-        "2026/05/22",
-        "2026-05-22",
-        "2026-02-30T00:00:00Z",
-        "2026-05-22T24:00:01Z",
-        "2026-05-22T12:34:56Z\n",
-        "2026-05-22T12:34:56Zgarbage",
-        "٢٠٢٦-05-22T12:34:56Z",
-        "2026-05-22 12:34:56Z",
-        "2026-05-22T12:34:56+25:00",
-        "",
-    ],
-}
+        "2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
+        "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
+        "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", ""]}
 
 
 def event(n, **changes):
@@ -191,11 +154,8 @@ def interpreters(oldest):
     candidates = glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
     candidates += [shutil.which("python3.%d" % minor) or "" for minor in range(oldest[1], 20)]
     for path in filter(None, candidates):
-        probe = subprocess.run(
-            [path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        probe = subprocess.run([path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if probe.returncode == 0:
             version = tuple(map(int, probe.stdout.split()))
             if version >= oldest:
@@ -220,18 +180,11 @@ def run(argv, **options):
     options.setdefault("stdin", None if "input" in options else subprocess.DEVNULL)
     if options["stdin"] is None:
         del options["stdin"]
-    done = subprocess.run(
-        list(map(str, argv)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=options.pop("timeout", 60),
-        **options,
-    )
+    done = subprocess.run(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=options.pop("timeout", 60), **options)
     PRINTED.extend((done.stdout, done.stderr))
     done.stdout, done.stderr = (
-        done.stdout.decode("utf-8", "replace"),
-        done.stderr.decode("utf-8", "replace"),
-    )
+        done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
     return done
 
 
@@ -261,20 +214,13 @@ class Server:
         argv = [*wrapper, *(argv or program("server", before=before))]
         argv += ["--db", str(db), "--port", "0", *map(str, flags)]
         self.db = db
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
-        )
+        self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, **options)
         self.output, self.errors, self.news = [], [], threading.Condition()  # lines so far
         first = self.process.stdout.readline()
         PRINTED.append(first)
-        self.drains = [
-            self.drain(self.process.stdout, self.output),
-            self.drain(self.process.stderr, self.errors),
-        ]
+        self.drains = [self.drain(self.process.stdout, self.output),
+                       self.drain(self.process.stderr, self.errors)]
         match = re.fullmatch(r"listening on (https?://(.+):(\d+))\n", first.decode())
         if not match:
             self.stop()
@@ -331,13 +277,11 @@ HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
 MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
-    "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS]
-)
+    "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS])
 EDGES = {version: EMIT_PYTHONS[version] for version in (min(EMIT_PYTHONS), max(EMIT_PYTHONS))}
 # Every Python meets one whole way of each kind. What depends on no version meets these two.
 oldest_and_newest = pytest.mark.parametrize(
-    "python", EDGES.values(), ids=["%d.%d" % version for version in EDGES]
-)
+    "python", EDGES.values(), ids=["%d.%d" % version for version in EDGES])
 
 
 def share(cases, python):
@@ -379,21 +323,15 @@ class Person:
     def emit(self, *args, python=sys.executable, before="", recorded=True, **options):
         """Run emit.py. The statements `before` run first and take something from the system."""
         options["env"] = {
-            name: value for name, value in {**self.env, **options.pop("env", {})}.items() if value
-        }
+            name: value for name, value in {**self.env, **options.pop("env", {})}.items() if value}
         argv = [python, *HOOK]
         if before:
             argv[4] = "import sys; " + before + CACHED.replace("import sys", "")
         if recorded:
             return run([*argv, *args], **options)
         return subprocess.run(
-            [*map(str, argv), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=60,
-            **options,
-        )
+            [*map(str, argv), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, timeout=60, **options)
 
     def hook(self, session, *args, **options):
         """End a session and wait for its sender, which keeps standard error open for debugging."""
@@ -530,18 +468,9 @@ def test_emit_reads_and_writes_times():
         assert emit.iso(emit.instant(text)) == canonical
     for ms in range(0, 1000000, 977):  # no millisecond is lost in a float
         assert emit.iso((1795468789000 + ms) / 1000)[20:23] == "%03d" % (ms % 1000)
-    for text in (
-        *VECTORS["ended_at_refused"],
-        "2026-05-22T12:34:56.Z",
-        "2026-05-22T12:34:56+5:00",
-        "2026-05-22T12:34:56-00:60",
-        "2026-5-22T12:34:56",
-        "2026-05-22T12:34:6",
-        "2026-05-22T1٢:34:56Z",
-        None,
-        5,
-        [],
-    ):
+    for text in (*VECTORS["ended_at_refused"], "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
+                 "2026-05-22T12:34:56-00:60", "2026-5-22T12:34:56", "2026-05-22T12:34:6",
+                 "2026-05-22T1٢:34:56Z", None, 5, []):
         with pytest.raises(ValueError):
             emit.instant(text)
 
@@ -567,8 +496,7 @@ def test_emit_reads_and_writes_times():
         (False, {"DO_NOT_TRACK": "false"}, "opt-in"),
         (True, {"DO_NOT_TRACK": " 0 "}, "opt-in"),
         (True, {"DO_NOT_TRACK": " "}, "opt-in"),
-    ],
-)
+    ])
 def test_emit_consent(allowed, env, said):
     assert emit.consent(env, said)[0] is allowed
 
@@ -579,33 +507,15 @@ def test_emit_endpoint():
         ({}, "http://127.0.0.1:8787/v1/session-events"),
         ({"ASHLR_API_URL": " "}, "http://127.0.0.1:8787/v1/session-events"),
         ({"ASHLR_API_URL": "https://a.example//"}, "https://a.example/v1/session-events"),
-        (
-            {"ASHLR_API_URL": "https://a.example", "ASHLR_SESSION_EVENTS_URL": "http://b/x?y"},
-            "http://b/x?y",
-        ),
+        ({"ASHLR_API_URL": "https://a.example", "ASHLR_SESSION_EVENTS_URL": "http://b/x?y"},
+         "http://b/x?y"),
     ):
         assert emit.checked_url(emit.endpoint(env)[0])[0] == url
     assert emit.checked_url("https://me:p%40ss@host:8443/x?token=1#f") == (
-        "https://host:8443/x?token=1",
-        "Basic bWU6cEBzcw==",
-        "https://host:8443/x?...",
-    )
-    for url in (
-        "",
-        "file:///etc/passwd",
-        "ftp://h/",
-        "http://",
-        "http://h:0/",
-        "http://h:99999/",
-        "http://h:x/",
-        "h/x",
-        "http://h/a b",
-        "http://h/\r\nX: y",
-        "http://h/é",
-        "javascript:x",
-        "http://[::1/",
-        "http://h/" + "x" * 5000,
-    ):
+        "https://host:8443/x?token=1", "Basic bWU6cEBzcw==", "https://host:8443/x?...")
+    for url in ("", "file:///etc/passwd", "ftp://h/", "http://", "http://h:0/", "http://h:99999/",
+                "http://h:x/", "h/x", "http://h/a b", "http://h/\r\nX: y", "http://h/é",
+                "javascript:x", "http://[::1/", "http://h/" + "x" * 5000):
         with pytest.raises(ValueError) as error:
             emit.checked_url(url)
         assert len(url) < 8 or url not in str(error.value)
@@ -621,8 +531,7 @@ def test_emit_counts():
             "s1": {"calls": 5, "tokensSaved": 7.9},
             "s2": {"calls": 10, "tokensSaved": 100},
             "p1": {"calls": 1},
-        },
-    }
+        }}
     for known, project, expected in (
         (stats, {}, (6, 7)),
         (stats, fresh, (16, 107)),
@@ -763,18 +672,14 @@ def test_emit_knows_its_events():
 @quick
 def test_emit_builds_what_the_server_accepts():
     """At every edge of every field, and on the server's short path."""
-    for changes in (
-        {},
-        {"github_hash": None, "branch_sha": None, "discovery_refs": []},
-        {"tool_count": 0, "tokens_saved": 0},
-        {"tool_count": 1000000, "tokens_saved": 1000000000},
-        {"branch_sha": "a" * 7},
-        {"branch_sha": "0" * 40},
-        {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]},
-        {"plugin_version": "0"},
-        {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46},
-        {"ended_at": "2000-12-31T23:59:59.999Z"},
-    ):
+    for changes in ({},
+                    {"github_hash": None, "branch_sha": None, "discovery_refs": []},
+                    {"tool_count": 0, "tokens_saved": 0},
+                    {"tool_count": 1000000, "tokens_saved": 1000000000}, {"branch_sha": "a" * 7},
+                    {"branch_sha": "0" * 40},
+                    {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]},
+                    {"plugin_version": "0"}, {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46},
+                    {"ended_at": "2000-12-31T23:59:59.999Z"}):
         built = event("builds", **changes)
         assert emit.is_event(built)
         assert json.loads(emit.as_sent(built)) == built
@@ -800,38 +705,20 @@ def test_emit_reads_json_like_json():
         except (ValueError, RecursionError):
             return "not JSON"
 
-    cases = [
-        b'{"a": [1, 2.5, -0, 1e400, true, null, "\\u00e9"]}',
-        b' \r\n\t{"a":1,"a":2}\n',
-        b"\xef\xbb\xbf{}",
-        b"{} x",
-        b"{}{}",
-        b"\xff",
-        "{}".encode("utf-16"),
-        b'{"a": NaN}',
-        b"-Infinity",
-        b'"\\ud800"',
-        b"[" * 100000,
-        b'{"a":' * 100000,
-        b"\x0b{}",
-        b"\xc2\xa0{}",
-        b"123456789012345678901",
-        b'"no end',
-        b'{"a": "' + b'\\"' * 9000 + b'"}',
-        '{"a": "\u2028\xa0é", "b": "\\\\n\\\\\\" \\/ \\b\\f\\n\\r\\t"}'.encode(),
-    ]
-    seeds = (
-        b'{"a": [1, -20, 0], "b": {"c": "x\\"y\\\\", "d": true}, "e": null, "": ""}',
-        b'[{"session_id": "s\\n", "n": 1764000000000}, "\\u0041", [[], {}], 1.5e3, false]',
-    )
+    cases = [b'{"a": [1, 2.5, -0, 1e400, true, null, "\\u00e9"]}', b' \r\n\t{"a":1,"a":2}\n',
+             b"\xef\xbb\xbf{}", b"{} x", b"{}{}", b"\xff", "{}".encode("utf-16"), b'{"a": NaN}',
+             b"-Infinity", b'"\\ud800"', b"[" * 100000, b'{"a":' * 100000, b"\x0b{}", b"\xc2\xa0{}",
+             b"123456789012345678901", b'"no end', b'{"a": "' + b'\\"' * 9000 + b'"}',
+             '{"a": "\u2028\xa0é", "b": "\\\\n\\\\\\" \\/ \\b\\f\\n\\r\\t"}'.encode()]
+    seeds = (b'{"a": [1, -20, 0], "b": {"c": "x\\"y\\\\", "d": true}, "e": null, "": ""}',
+             b'[{"session_id": "s\\n", "n": 1764000000000}, "\\u0041", [[], {}], 1.5e3, false]')
     chance = random.Random(10)
     for _ in range(4000):  # what one or two changed bytes make of them
         text = bytearray(chance.choice(seeds))
         for _ in range(chance.randrange(1, 3)):
             at = chance.randrange(len(text))
-            text[at : at + chance.randrange(2)] = chance.choice(b'"\\{}[],: 01-.e\nntu').to_bytes(
-                1, "big"
-            )
+            text[at : at + chance.randrange(2)] = chance.choice(
+                b'"\\{}[],: 01-.e\nntu').to_bytes(1, "big")
         cases.append(bytes(text))
     for data in cases:
         assert repr(read(data)) == repr(slow(data)), data
@@ -873,25 +760,9 @@ def test_emit_parts():
         ),
     ):
         assert replayed(*lines) == parts, lines
-    rubbish = [
-        "",
-        "call",
-        "call x",
-        "call -5",
-        "call 99999999999999999",
-        "touch 5",
-        "touch 5 not/a/slug",
-        "touch 5 " + "x" * 500,
-        "end",
-        "end 5 a",
-        "end 5 a x 0",
-        "end 5 a -3 0",
-        "end 5 a %s 0" % ("9" * 5000),
-        "id zz",
-        "kept",
-        "\0\xff",
-        "rm -rf /",
-    ]
+    rubbish = ["", "call", "call x", "call -5", "call 99999999999999999", "touch 5",
+               "touch 5 not/a/slug", "touch 5 " + "x" * 500, "end", "end 5 a", "end 5 a x 0",
+               "end 5 a -3 0", "end 5 a %s 0" % ("9" * 5000), "id zz", "kept", "\0\xff", "rm -rf /"]
     assert replayed(call, *rubbish, "end 5 a - 0") == [(1, 1, 0, [])]
     assert emit.Record(b"\nkept a\n").kept == {"a"}
     for session in ("s", "☃ é", b"\xff/x".decode("utf-8", "surrogateescape"), "x" * 120):
@@ -983,8 +854,7 @@ def test_emit_small_rules():
     ):
         assert emit.parsed(argv) == (given, words)
     assert re.fullmatch(
-        r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid()
-    )
+        r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid())
     assert emit.github_login({"valid": True, "githubLogin": " octocat\n"}) == "octocat"
     name = "000000000000009-abababababab.json"
     assert emit.failures(name) == 0
@@ -1020,26 +890,16 @@ def test_emit_is_plain(tmp_path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = (
-                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            )
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
             assert not any(name.startswith("_") for name in names), names
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("exec", "eval", "compile", "__import__"), node.lineno
     before = sorted(os.listdir(str(tmp_path)))
     done = run(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            "-B",
-            "-c",
-            "import sys; sys.path.insert(0, %r); import emit; "
-            "print(sorted({'json', 're', 'subprocess', 'hashlib', 'select'} & set(sys.modules)))"
-            % str(ROOT),
-        ],
-        cwd=str(tmp_path),
-        env={"HOME": str(tmp_path)},
-    )
+        [sys.executable, "-I", "-S", "-B", "-c",
+         "import sys; sys.path.insert(0, %r); import emit; "
+         "print(sorted({'json', 're', 'subprocess', 'hashlib', 'select'} & set(sys.modules)))"
+         % str(ROOT)], cwd=str(tmp_path), env={"HOME": str(tmp_path)})
     assert (done.stdout, done.stderr, sorted(os.listdir(str(tmp_path)))) == ("[]\n", "", before)
     for line in ("def broken(:", "  (]"):
         (tmp_path / "emit.py").write_text(text.replace("def say(", line + "\ndef tell(", 1))
@@ -1071,13 +931,8 @@ def test_emit_refuses_endless_numbers(python, person):
     """Alike on all Pythons: without a limit, a million digits in a hook's JSON cost 4 s of work."""
     unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0)"
     for digits in (4300, 4301):
-        shown = person.emit(
-            "show",
-            python=python,
-            before=unlimited,
-            recorded=False,
-            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits),
-        )
+        shown = person.emit("show", python=python, before=unlimited, recorded=False,
+                            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits))
         assert (secret_hash("digits") in shown.stdout) == (digits == 4300), shown.stderr
     person.put("config.json", '{"telemetry": "opt-in", "x": %s}' % ("1" * 4301))
     status = person.emit("status", python=python, before=unlimited, env={"ASHLR_TELEMETRY": None})
@@ -1091,8 +946,7 @@ def test_emit_imports_no_more_than_it_needs(python, person):
         "import sys, os; known = ('json', 're', 'subprocess', 'hashlib', 'datetime', 'select')\n"
         "def leave(*status):\n"
         "  print([n for n in known if n in sys.modules]); sys.stdout.flush(); real(0)\n"
-        "real, os._exit, os.fork = os._exit, leave, leave\n"
-    )
+        "real, os._exit, os.fork = os._exit, leave, leave\n")
     person.put("config.json", {"telemetry": "opt-in", "theme": "dark"})
     person.put("last-project.json", {"sessionId": "x"})
     person.put("pro-token-cache.json", {"valid": True, "githubLogin": "somebody-else"})
@@ -1127,11 +981,9 @@ def repository(tmp_path_factory):
     git = ["git", "-C", str(path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(
-            git + command, check=True, env={"PATH": os.environ["PATH"], "HOME": str(path)}
-        )
+            git + command, check=True, env={"PATH": os.environ["PATH"], "HOME": str(path)})
     return path, subprocess.run(
-        [*git, "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE
-    ).stdout.decode().strip()
+        [*git, "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE).stdout.decode().strip()
 
 
 @pytest.fixture(scope="module")
@@ -1143,8 +995,7 @@ def ingest(tmp_path_factory):
         with contextlib.closing(sqlite3.connect(str(db))) as connection:
             connection.row_factory = sqlite3.Row
             found = connection.execute(
-                "SELECT * FROM session_events WHERE session_id_hash = ?", [secret_hash(session)]
-            )
+                "SELECT * FROM session_events WHERE session_id_hash = ?", [secret_hash(session)])
             return [dict(line) for line in found]
 
     with serving(db) as server:
@@ -1166,13 +1017,9 @@ def crowd(tmp_path_factory):
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=lambda: drip(listener.accept()[0]), daemon=True).start()
     with Odd(lambda n, body: None) as silent:
-        people = [
-            Person(tmp_path_factory.mktemp("crowd") / "home", silent.url),
-            Person(
-                tmp_path_factory.mktemp("drip") / "home",
-                "http://127.0.0.1:%d/" % listener.getsockname()[1],
-            ),
-        ]
+        people = [Person(tmp_path_factory.mktemp("crowd") / "home", silent.url),
+                  Person(tmp_path_factory.mktemp("drip") / "home",
+                         "http://127.0.0.1:%d/" % listener.getsockname()[1])]
         hooks = [
             subprocess.Popen(
                 [sys.executable, *HOOK],
@@ -1241,36 +1088,21 @@ def test_emit_whole_path(python, tmp_path, repository, ingest):
     (tmp_path / "package.json").write_text('{"version": "1.31.0"}')
     for n in range(9):  # git has 250 ms, which a machine under load may not give it the first time
         session = "whole-path-%d-%s" % (n, python)
-        person = Person(
-            tmp_path / str(n) / "zoë",
-            server.url,
-            CLAUDE_PROJECT_DIR="",
-            ASHLR_TELEMETRY="",
-            CLAUDE_PLUGIN_ROOT=str(tmp_path),
-        )
+        person = Person(tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="",
+                        ASHLR_TELEMETRY="", CLAUDE_PLUGIN_ROOT=str(tmp_path))
         person.put("config.json", {"theme": "dark", "telemetry": "opt-in"})
         person.put("pro-token-cache.json", {"valid": True, "githubLogin": login})
         bucket = emit.stats_bucket(os.getpid(), str(person.home))
-        person.put(
-            "stats.json",
-            {
-                "schemaVersion": 2,
-                "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}},
-            },
-        )
+        person.put("stats.json",
+                   {"schemaVersion": 2,
+                    "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}}})
         for name in ("first", "second"):
             person.emit("track", name, python=python, env={"CLAUDE_SESSION_ID": session})
-        hook = {
-            "session_id": session,
-            "transcript_path": "/secret/transcript.jsonl",
-            "cwd": str(repository[0]),
-            "hook_event_name": "SessionEnd",
-            "reason": "exit",
-            "permission_mode": "default",
-        }
+        hook = {"session_id": session, "transcript_path": "/secret/transcript.jsonl",
+                "cwd": str(repository[0]), "hook_event_name": "SessionEnd", "reason": "exit",
+                "permission_mode": "default"}
         done = person.emit(
-            python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"}
-        )
+            python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"})
         assert (done.returncode, done.stdout) == (0, "") and "1 answered 202" in done.stderr
         [stored] = row(session)
         if stored["branch_sha"]:
@@ -1279,15 +1111,10 @@ def test_emit_whole_path(python, tmp_path, repository, ingest):
     salt = "salt_%sQ%d" % (ended[:4], (int(ended[5:7]) + 2) // 3)
     assert ended[:19] <= received and stored.pop("id")
     assert stored == {
-        "identity_hash": secret_hash(MACHINE + salt),
-        "github_hash": secret_hash(login + salt),
-        "session_id_hash": secret_hash(session),
-        "tool_count": 42,
-        "tokens_saved": 9,
-        "branch_sha": repository[1][:12],
-        "discovery_refs_json": '["first","second"]',
-        "plugin_version": "1.31.0",
-    }
+        "identity_hash": secret_hash(MACHINE + salt), "github_hash": secret_hash(login + salt),
+        "session_id_hash": secret_hash(session), "tool_count": 42, "tokens_saved": 9,
+        "branch_sha": repository[1][:12], "discovery_refs_json": '["first","second"]',
+        "plugin_version": "1.31.0"}
     assert person.kept() == []
 
 
@@ -1384,10 +1211,7 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
     folder = "${CLAUDE_PLUGIN_ROOT}/scripts"
     with Odd() as server:
         env = {
-            **person.env,
-            "ASHLR_SESSION_EVENTS_URL": server.url,
-            "CLAUDE_PLUGIN_ROOT": str(plugin),
-        }
+            **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_PLUGIN_ROOT": str(plugin)}
         env["ASHLR_SESSION_EVENTS_WAIT"] = "20000"
         for host in ("claude", "codex", "copilot", "gemini", "qwen"):
             for more in ([], ["--folder", folder]):
@@ -1398,9 +1222,8 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
                 assert (folder in done.stdout) == bool(more)
                 assert (" a plugin/scripts" in done.stdout) != bool(more)
                 events = json.loads(done.stdout)["hooks"]
-                assert set(events) == {"SessionEnd", *events} and ("AfterTool" in events) == (
-                    host == "gemini"
-                )
+                assert set(events) == {"SessionEnd", *events}
+                assert ("AfterTool" in events) == (host == "gemini")
                 session = "hooks %s %s" % (host, bool(more))
                 for event in sorted(events, key=lambda event: event == "SessionEnd"):
                     [entry] = events[event]
@@ -1413,16 +1236,11 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
                 sent = json.loads(server.requests.pop()[2])
                 assert sent["session_id_hash"] == secret_hash(session)
                 assert (sent["tool_count"], sent["discovery_refs"]) == (
-                    len(events) - 1,
-                    ["by-hook"],
-                )
-    for args in (
-        (),
-        ("vim",),
-        ("claude", "x"),
-        ("claude", "--folder"),
-        ("claude", "--folder", "a", "b"),
-    ):
+                    len(events) - 1, ["by-hook"])
+    for args in ((), ("vim",),
+                 ("claude", "x"),
+                 ("claude", "--folder"),
+                 ("claude", "--folder", "a", "b")):
         done = person.emit("hooks", *args)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
@@ -1436,8 +1254,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
     plugin.write_text(done.stdout)
     path = person.discovery("by-plugin")
     for n, (ending, code) in enumerate(
-        (("await hooks.dispose()", 0), ("process.kill(process.pid)", 143))
-    ):
+            (("await hooks.dispose()", 0), ("process.kill(process.pid)", 143))):
         (tmp_path / "host.mjs").write_text(
             "import { SessionEvents } from './session-events.mjs'\n"
             "const hooks = await SessionEvents({ directory: %s })\n"
@@ -1445,8 +1262,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
             "  { tool, sessionID: 'node-%d', callID: 'x', args: { filePath: %s } },\n"
             "  { output: '' })\n"
             "%s\nawait new Promise(done => setTimeout(done, %d))\n"
-            % (json.dumps(str(person.home)), n, json.dumps(path), ending, 20000 * n)
-        )
+            % (json.dumps(str(person.home)), n, json.dumps(path), ending, 20000 * n))
         ran = run(["node", tmp_path / "host.mjs"], env=person.env)
         assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
     for n, kept in enumerate(person.kept()):
@@ -1474,8 +1290,7 @@ def test_emit_waits_for_no_input(python, tmp_path):
 
     cases = [(parent, {"input": data}) for data in share(rubbish, python)] + [
         (parent, {"preexec_fn": lambda: os.close(0)}),
-        ("large", {"input": large}),
-    ]
+        ("large", {"input": large})]
     with contextlib.ExitStack() as stack, open("/dev/zero", "rb") as endless:
         memory = 1 << 29, 1 << 29
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, memory)
@@ -1544,12 +1359,10 @@ def test_emit_hook_never_fails(python, tmp_path):
         breakage(person)
         way = ways[(n + 2 * list(EDGES.values()).index(python)) % 4]  # two ways for each breakage
         done = person.emit(
-            *way, python=python, input=b'{"session_id":"s","tool_input":{"path":"discoveries"}}'
-        )
+            *way, python=python, input=b'{"session_id":"s","tool_input":{"path":"discoveries"}}')
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), (name, way)
     done = person.emit(
-        python=python, env={"HOME": None, "ASHLR_TELEMETRY": None}, cwd=str(tmp_path)
-    )
+        python=python, env={"HOME": None, "ASHLR_TELEMETRY": None}, cwd=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -1564,10 +1377,8 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
     (tmp_path / "bin" / "git").write_text("#!/bin/sh\necho ran >> %s\n" % log)
     (tmp_path / "bin" / "git").chmod(0o755)
     with Odd() as server:
-        person.env.update(
-            PATH="%s:%s" % (tmp_path / "bin", person.env["PATH"]),
-            ASHLR_SESSION_EVENTS_URL=server.url,
-        )
+        person.env.update(PATH="%s:%s" % (tmp_path / "bin", person.env["PATH"]),
+                          ASHLR_SESSION_EVENTS_URL=server.url)
         (person.home / ".git").mkdir()
         person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
         person.put("session-events/sessions/" + "a" * 64, "call 5\n")
@@ -1577,10 +1388,8 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         (bare.ashlr / "machine-id").unlink()
         bare.hook("off", python=python)
         by_hand = bare.emit("track", "x", python=python)
-        assert (by_hand.returncode, by_hand.stdout) == (
-            0,
-            "",
-        ) and "not recorded: consent is off" in by_hand.stderr
+        assert (by_hand.returncode, by_hand.stdout) == (0, "")
+        assert "not recorded: consent is off" in by_hand.stderr
         assert (
             list(bare.home.rglob("*")) == [bare.ashlr] and not log.exists() and not server.requests
         )
@@ -1610,10 +1419,8 @@ def test_emit_no_deletes_what_waits_also_beside_a_broken_file(person):
 
 
 def test_emit_prints_no_password_of_a_proxy(person):
-    env = {
-        "http_proxy": "http:/somebody:hunter22@127.0.0.1:9",
-        "ASHLR_SESSION_EVENTS_URL": "http://example.test/x",
-    }
+    env = {"http_proxy": "http:/somebody:hunter22@127.0.0.1:9",
+           "ASHLR_SESSION_EVENTS_URL": "http://example.test/x"}
     SECRETS.add("hunter22")
     said = person.hook("proxy", "--wait", "20000", env=env)
     status = person.emit("status", env=env).stdout
@@ -1645,11 +1452,8 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
         person = Person(tmp_path / "home", server.url)
         for n in range(5):
             hook = subprocess.Popen(
-                [python, *HOOK],
-                env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+                [python, *HOOK], env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
+                stdin=subprocess.DEVNULL, start_new_session=True)
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
@@ -1662,10 +1466,7 @@ def test_emit_finds_its_version_when_named_by_a_relative_path(python, person, tm
     (tmp_path / "package.json").write_text('{"version": "7.7.7"}')
     with Odd() as server:
         env = {
-            **person.env,
-            "ASHLR_SESSION_EVENTS_URL": server.url,
-            "CLAUDE_SESSION_ID": "relative",
-        }
+            **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_SESSION_ID": "relative"}
         done = run([python, "-I", "-S", "emit.py"], cwd=str(tmp_path), env=env)
         assert done.returncode == 0
         until(lambda: server.requests)
@@ -1678,20 +1479,15 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
     with Odd(lambda n, body: None) as server:
         with (tmp_path / "open").open("w") as extra:
             done = person.emit(
-                python=python,
-                input=b'{"session_id":"leaves"}',
-                cwd=str(tmp_path),
-                pass_fds=[extra.fileno()],
-                env={"ASHLR_SESSION_EVENTS_URL": server.url},
-            )
+                python=python, input=b'{"session_id":"leaves"}', cwd=str(tmp_path),
+                pass_fds=[extra.fileno()], env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         until(lambda: server.requests)
         [sender] = person.senders()
         assert os.getsid(sender) == sender and os.readlink("/proc/%d/cwd" % sender) == "/"
         open_files = {os.readlink(path) for path in glob.glob("/proc/%d/fd/*" % sender)}
         ours = {
-            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")
-        }
+            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")}
         assert ours <= {str(person.ashlr / "session-events" / "flush.lock")}
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("leaves")]
         kept = [person.pending.parent, person.pending, *person.pending.iterdir()]
@@ -1762,9 +1558,8 @@ def test_emit_leaves_events_of_another_version(person):
     for n in range(10, 515):
         person.put("session-events/pending/%015d-%012x.json" % (now - 60000 + n, n), event(n))
     assert "without an answer" in person.hook("dead")
-    assert len(person.kept()) == 503 and all(
-        "schema_of_the_future" in kept for kept in person.kept()[:3]
-    )
+    assert len(person.kept()) == 503
+    assert all("schema_of_the_future" in kept for kept in person.kept()[:3])
     with Odd() as server:
         said = person.hook("newer", env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert "3 left to another version" in said and len(server.requests) == 501
@@ -1840,10 +1635,7 @@ def test_emit_sends_all_that_is_good(person):
         assert server.sessions() == [*expected[:-1], secret_hash("thousand"), expected[-1]]
         assert "secret" not in str(server.requests)
     assert {path.name for path in person.pending.iterdir()} == {
-        *foreign,
-        "%015d-%012x.json" % (now, 5005),
-        "%015d-%012x.json" % (now, 5006),
-    }
+        *foreign, "%015d-%012x.json" % (now, 5005), "%015d-%012x.json" % (now, 5006)}
     assert young.exists()
 
 
@@ -1862,29 +1654,22 @@ def test_emit_lets_500_events_wait_for_30_days(person):
 def test_emit_without_room_sends_at_once(python, tmp_path):
     """A full disk, and a folder that cannot be written: the event goes without the spool."""
     for n, (before, options) in enumerate(
-        (
-            (lambda person: person.put("session-events", "a file"), {}),
-            (
-                lambda person: None,
-                {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))},
-            ),
-        )
-    ):
+            ((lambda person: person.put("session-events", "a file"), {}),
+             (lambda person: None,
+              {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))}))):
         with Odd() as server:
             person = Person(tmp_path / str(n), server.url)
             before(person)
             assert "not kept" in person.hook("no-room", python=python, **options)
-            assert server.sessions() == [secret_hash("no-room")] and not list(
-                person.ashlr.rglob("*.tmp")
-            )
+            assert server.sessions() == [secret_hash("no-room")]
+            assert not list(person.ashlr.rglob("*.tmp"))
 
 
 def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
     """Variables of git's own hooks change nothing. A git that hangs costs 250 ms, no more."""
     with Odd() as server:
         person.env.update(
-            ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/"
-        )
+            ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/")
         for n in range(9):  # see above
             person.hook("git-%d" % n, "--dir", str(repository[0]))
             if json.loads(server.requests[-1][2])["branch_sha"]:
@@ -1895,8 +1680,7 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
         shas = [json.loads(body)["branch_sha"] for _, _, body in server.requests]
         assert shas[-2:] == [repository[1][:12], None]
         assert not any(
-            "sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders()
-        )
+            "sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders())
 
 
 @oldest_and_newest
@@ -1934,23 +1718,17 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
     """And no other: on a Mac, urllib would ask the system, which crashes after a fork."""
     with Odd() as proxy:
-        person.env.update(
-            ASHLR_SESSION_EVENTS_URL="http://me:secret-word@far.example/x",
-            http_proxy=proxy.url.rsplit("/", 2)[0],
-        )
+        person.env.update(ASHLR_SESSION_EVENTS_URL="http://me:secret-word@far.example/x",
+                          http_proxy=proxy.url.rsplit("/", 2)[0])
         SECRETS.add("secret-word")
         said = person.hook("proxy", python=python, before="sys.platform = 'darwin'")
         assert "http://far.example/x" in said
         [(path, headers, _)] = proxy.requests
-        assert (
-            path == "http://far.example/x"
-            and headers["Authorization"] == "Basic bWU6c2VjcmV0LXdvcmQ="
-        )
+        assert path == "http://far.example/x"
+        assert headers["Authorization"] == "Basic bWU6c2VjcmV0LXdvcmQ="
         person.hook(
-            "direct",
-            python=python,
-            env={"no_proxy": "far.example", "ASHLR_SESSION_EVENTS_URL": "http://far.example/x"},
-        )
+            "direct", python=python,
+            env={"no_proxy": "far.example", "ASHLR_SESSION_EVENTS_URL": "http://far.example/x"})
         assert len(proxy.requests) == 1
 
 
@@ -1961,25 +1739,15 @@ def test_emit_without_what_other_systems_lack(python, person):
     Without locks or select on pipes there is still an event.
     """
     took = "import os; del os.fork; "
-    lacks = (
-        "",
-        "del os.setsid",
-        "sys.modules['fcntl'] = None",
-        "import select; select.select = lambda *a: os.close(-1)",
-        "del os.killpg; del os.O_NONBLOCK",
-    )
+    lacks = ("", "del os.setsid", "sys.modules['fcntl'] = None",
+             "import select; select.select = lambda *a: os.close(-1)",
+             "del os.killpg; del os.O_NONBLOCK")
     with Odd() as server:
         for n, before in share(enumerate(lacks), python):
             session = "lacks-%d" % n
             person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-            done = person.emit(
-                "--wait",
-                "20000",
-                python=python,
-                before=took + (before or "pass"),
-                input=b'{"cwd": "/"}',
-                env={"CLAUDE_SESSION_ID": session},
-            )
+            done = person.emit("--wait", "20000", python=python, before=took + (before or "pass"),
+                               input=b'{"cwd": "/"}', env={"CLAUDE_SESSION_ID": session})
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
             assert server.sessions().pop() == secret_hash(session), before
         server.answer = lambda n, body: None
@@ -1989,36 +1757,24 @@ def test_emit_without_what_other_systems_lack(python, person):
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("no-fork")]
         done = person.emit(
             python=python,
-            before="import os; os.fork = lambda: (_ for _ in ()).throw(OSError(11, 'x'))",
-        )
+            before="import os; os.fork = lambda: (_ for _ in ()).throw(OSError(11, 'x'))")
         assert done.returncode == 0 and len(person.kept()) == 2 and not person.senders()
 
 
 def test_emit_of_a_parent_without_a_start_time(person):
     """Where /proc tells nothing, `ps` does; where neither, the text has an empty place."""
-    hidden = (
-        "import os; real = os.open; os.open = lambda path, *a, **k: "
-        "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)"
-    )
+    hidden = ("import os; real = os.open; os.open = lambda path, *a, **k: "
+              "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)")
     started = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(os.getpid())],
-        stdout=subprocess.PIPE,
-        env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
-    )
+        ["ps", "-o", "lstart=", "-p", str(os.getpid())], stdout=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C"})
     with Odd() as server:
-        for path, start in (
-            (os.environ["PATH"], started.stdout.decode().strip()),
-            ("/nonexistent", ""),
-        ):
-            person.emit(
-                "--wait",
-                "20000",
-                before=hidden,
-                env={"PATH": path, "ASHLR_SESSION_EVENTS_URL": server.url},
-            )
+        for path, start in ((os.environ["PATH"], started.stdout.decode().strip()),
+                            ("/nonexistent", "")):
+            person.emit("--wait", "20000", before=hidden,
+                        env={"PATH": path, "ASHLR_SESSION_EVENTS_URL": server.url})
             assert server.sessions().pop() == secret_hash(
-                "ppid:%d:%s:%s" % (os.getpid(), start, MACHINE)
-            )
+                "ppid:%d:%s:%s" % (os.getpid(), start, MACHINE))
 
 
 def test_emit_survives_kills(person):
@@ -2027,13 +1783,10 @@ def test_emit_survives_kills(person):
 
     def kill(n):
         session = "kill-%d" % n
-        with subprocess.Popen(
-            [sys.executable, *HOOK, "--wait", "20000"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**person.env, "CLAUDE_SESSION_ID": session, "ASHLR_TELEMETRY_DEBUG": "1"},
-        ) as process:
+        with subprocess.Popen([sys.executable, *HOOK, "--wait", "20000"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**person.env, "CLAUDE_SESSION_ID": session,
+                                   "ASHLR_TELEMETRY_DEBUG": "1"}) as process:
             said = b""
             if n % 2:  # at some instant after the capture
                 said = process.stderr.readline() + process.stderr.readline()
@@ -2054,8 +1807,7 @@ def test_emit_survives_kills(person):
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             list(pool.map(kill, range(50)))
         assert all(
-            emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*")
-        )
+            emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
         said = person.hook("after the kills")
         assert all(emit.is_event(json.loads(body)) for _, _, body in server.requests)
         assert set(captured) <= set(server.sessions()) and person.kept() == [], said
@@ -2224,8 +1976,7 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person):
         assert shown.stdout == "" and "nothing is new" in shown.stderr and shown.returncode == 0
         person.tool("again", person.discovery("two"), python=python)
         shown = person.emit(
-            "show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"}
-        )
+            "show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"})
         assert json.loads(shown.stdout)["session_id_hash"] == part[1]
         assert end("again") == [(part[1], 1, 0, ["two"])]
         stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
@@ -2258,12 +2009,9 @@ def test_emit_names_a_part_by_its_own_quarter(person):
     ]
     salts = ["salt_2026Q4", "salt_2027Q1"]
     assert [made["identity_hash"] for made in built] == [
-        secret_hash(MACHINE + salt) for salt in salts
-    ]
+        secret_hash(MACHINE + salt) for salt in salts]
     assert [made["session_id_hash"] for made in built] == [
-        secret_hash("q"),
-        secret_hash("q:part:2"),
-    ]
+        secret_hash("q"), secret_hash("q:part:2")]
     assert built[0]["ended_at"] == emit.iso(november / 1000) and part.number == 1
 
 
@@ -2274,8 +2022,7 @@ def test_emit_sends_sessions_that_never_ended(person):
     def silent(session, age, *lines):
         home = str(person.home)
         emit.append(
-            home, session, [line.replace("%d", "%d" % (1000 * (now - age))) for line in lines]
-        )
+            home, session, [line.replace("%d", "%d" % (1000 * (now - age))) for line in lines])
         os.utime(str(person.session_file(session)), (now - age,) * 2)
 
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
@@ -2301,11 +2048,9 @@ def test_emit_sends_sessions_that_never_ended(person):
             made = json.loads(body)
             assert sent.setdefault(made["session_id_hash"], made) is made
     hashes = [
-        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")
-    ]
+        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")]
     others = [
-        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")
-    ]
+        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")]
     assert set(sent) == {*hashes, *others}
     killed, ended, lost, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
@@ -2313,10 +2058,8 @@ def test_emit_sends_sessions_that_never_ended(person):
     assert (ended["tool_count"], lost["tool_count"], old["tool_count"]) == (1, 1, 1)
     salt = emit.salt(now - 91 * day)
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
-    assert (
-        not person.session_file("sid-forgotten").exists()
-        and person.session_file("sid-old").exists()
-    )
+    assert not person.session_file("sid-forgotten").exists()
+    assert person.session_file("sid-old").exists()
     assert person.session_file("sid-done").exists()
     # What is settled is not read again, and so grows no younger.
     file = person.session_file("sid-lost")
@@ -2705,8 +2448,7 @@ def test_emit_with_an_empty_home_writes_nowhere(person, tmp_path):
 def test_emit_shows_the_folder_to_nobody(person, tmp_path):
     """Git gets the project as its working directory, not in an argument that `ps` shows."""
     (tmp_path / "git").write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@" > ' + str(tmp_path / "ran")
-    )
+        '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@" > ' + str(tmp_path / "ran"))
     (tmp_path / "git").chmod(0o755)
     (person.home / ".git").mkdir()
     person.hook("folder", env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
@@ -2759,10 +2501,8 @@ def test_emit_takes_other_folders_for_discoveries(person):
 
 def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
     """A hook that fails before it knows anything returns 0 and prints nothing."""
-    done = person.emit(
-        before="import os; os.environb = None",
-        env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"},
-    )
+    done = person.emit(before="import os; os.environb = None",
+                       env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert person.kept() == []
 
@@ -2793,28 +2533,15 @@ def test_emit_commands(python, person, tmp_path):
         return json.loads(done.stdout)
 
     assert status() == {
-        "consent": "off",
-        "decided_by": "nobody said yes (emit.py on does)",
-        "capture": "possible",
-        "endpoint": "http://127.0.0.1:9/x?...",
-        "chosen_by": "ASHLR_SESSION_EVENTS_URL",
-        "waiting": 0,
-        "since": None,
-        "last_run": None,
-        "result": None,
-        "retry_at": None,
-    }
+        "consent": "off", "decided_by": "nobody said yes (emit.py on does)", "capture": "possible",
+        "endpoint": "http://127.0.0.1:9/x?...", "chosen_by": "ASHLR_SESSION_EVENTS_URL",
+        "waiting": 0, "since": None, "last_run": None, "result": None, "retry_at": None}
     on = person.emit("on", python=python)
-    assert (
-        on.returncode == 0
-        and len(on.stdout.splitlines()) == 4
-        and "http://127.0.0.1:9/x?..." in on.stdout
-    )
-    assert json.loads(config.read_text()) == {
-        "theme": "dark",
-        "n": [1.5, {"é": None}],
-        "telemetry": "opt-in",
-    }
+    assert on.returncode == 0
+    assert len(on.stdout.splitlines()) == 4
+    assert "http://127.0.0.1:9/x?..." in on.stdout
+    assert json.loads(config.read_text()) == {"theme": "dark",
+                                              "n": [1.5, {"é": None}], "telemetry": "opt-in"}
     assert config.stat().st_mode & 0o777 == 0o640
     assert person.emit("on", python=python).stdout == "on, as before\n"
     person.hook("status", python=python)
@@ -2825,42 +2552,31 @@ def test_emit_commands(python, person, tmp_path):
     assert re.search(r"^waiting    1\nsince      20", text, re.MULTILINE), text
 
     before = sorted((path, path.stat().st_mtime) for path in person.home.rglob("*"))
-    shown = person.emit(
-        "show",
-        python=python,
-        recorded=False,
-        env={"CLAUDE_SESSION_ID": "status-2"},
-        stdin=subprocess.DEVNULL,
-    )
+    shown = person.emit("show", python=python, recorded=False,
+                        env={"CLAUDE_SESSION_ID": "status-2"}, stdin=subprocess.DEVNULL)
     kept = dict(person.kept()[0], session_id_hash=secret_hash("status-2"), ended_at="")
     assert {**json.loads(shown.stdout), "ended_at": ""} == kept
     assert "127.0.0.1:9/x" in shown.stderr and "consent is off" not in shown.stderr
     assert sorted((path, path.stat().st_mtime) for path in person.home.rglob("*")) == before
 
     off = person.emit("off", python=python)
-    assert (
-        off.returncode == 0
-        and person.kept() == []
-        and json.loads(config.read_text())["telemetry"] == "off"
-    )
+    assert off.returncode == 0
+    assert person.kept() == []
+    assert json.loads(config.read_text())["telemetry"] == "off"
     assert "still off" in person.emit("on", python=python, env={"DO_NOT_TRACK": "1"}).stderr
     for text in ("{", "[]", '{"n": 1e999}', ""):
         config.write_text(text)
         done = person.emit("off", python=python)
-        assert (
-            done.returncode == 1
-            and len(done.stderr.splitlines()) == 1
-            and config.read_text() == text
-        )
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert config.read_text() == text
     for args in (("status", "x"), ("show", "x"), ("on", "x"), ("off", "--json"), ("bogus",)):
         done = person.emit(*args, python=python)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     fresh = Person(tmp_path / "fresh", ASHLR_TELEMETRY="")
     (fresh.ashlr / "machine-id").unlink()
-    assert (
-        "passing"
-        in fresh.emit("show", python=python, recorded=False, stdin=subprocess.DEVNULL).stderr
-    )
+    assert ("passing"
+            in fresh.emit("show", python=python, recorded=False, stdin=subprocess.DEVNULL).stderr)
     assert list(fresh.ashlr.iterdir()) == []
     done = fresh.emit("--help", python=python)
     assert done.returncode == 0 and "example:" in done.stdout
@@ -2885,14 +2601,11 @@ def test_emit_makes_one_machine_id(python, person):
         until(lambda: len(server.requests) == 7)
         machine = (person.ashlr / "machine-id").read_text()
         SECRETS.add(machine)
-        assert (
-            re.fullmatch(r"[0-9a-f-]{36}", machine)
-            and (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
-        )
+        assert re.fullmatch(r"[0-9a-f-]{36}", machine)
+        assert (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
         bodies = [json.loads(body) for _, _, body in server.requests]
         assert {body["identity_hash"] for body in bodies} == {
-            secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies
-        }
+            secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies}
 
 
 def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd):
@@ -2902,12 +2615,9 @@ def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd)
     del silent.requests[:]
     for n, person in enumerate(people):
         assert "answered 202" in person.hook(
-            "crowd-again-%d" % n, env={"ASHLR_SESSION_EVENTS_URL": silent.url}
-        )
+            "crowd-again-%d" % n, env={"ASHLR_SESSION_EVENTS_URL": silent.url})
     assert set(silent.sessions()) == {secret_hash("crowd-%d" % n) for n in range(51)} | {
-        secret_hash("crowd-again-0"),
-        secret_hash("crowd-again-1"),
-    }
+        secret_hash("crowd-again-0"), secret_hash("crowd-again-1")}
 
 
 # ==================================================================================================
@@ -3002,38 +2712,12 @@ BAD = [  # (field, value sent)
         for bad in ("", None, 1, "-1", "1" * 65, "1.0 beta", "1.0\n", "v/1", ABSENT)
     ],
 ]
-NOT_JSON = [
-    b"",
-    b" ",
-    b"{",
-    b"{}}",
-    b"nope",
-    b'{"a":NaN}',
-    b'{"a":Infinity}',
-    b"[-Infinity]",
-    b"\xff\xfe{\x00}\x00",
-    "{}".encode("utf-16"),
-    "{}".encode("utf-32"),
-    b"\xef\xbb\xbf{}",
-    b'{"a":"\xff"}',
-    b'{"a":"\xed\xa0\x80"}',
-    b"[" * 30000,
-    b'{"a":' * 10000,
-    b"'{}'",
-    b'{"a":01}',
-    b'{"a":"\n"}',
-]
+NOT_JSON = [b"", b" ", b"{", b"{}}", b"nope", b'{"a":NaN}', b'{"a":Infinity}', b"[-Infinity]",
+            b"\xff\xfe{\x00}\x00", "{}".encode("utf-16"), "{}".encode("utf-32"), b"\xef\xbb\xbf{}",
+            b'{"a":"\xff"}', b'{"a":"\xed\xa0\x80"}', b"[" * 30000, b'{"a":' * 10000, b"'{}'",
+            b'{"a":01}', b'{"a":"\n"}']
 NO_EVENT = [
-    b"[]",
-    b"null",
-    b"1",
-    b'"text"',
-    b"true",
-    b"[{}]",
-    b"1" * 5000,
-    b"-" + b"9" * 20000,
-    b"1e400",
-]
+    b"[]", b"null", b"1", b'"text"', b"true", b"[{}]", b"1" * 5000, b"-" + b"9" * 20000, b"1e400"]
 
 
 def with_field(field, value):
@@ -3052,11 +2736,9 @@ def as_sent(value, **options):
 @quick
 @pytest.mark.parametrize(("field", "value", "stored"), GOOD)
 def test_server_event_check_takes(field, value, stored):
-    stored = (
-        json.dumps(value, separators=(",", ":"))
-        if stored is None and field == "discovery_refs"
-        else stored
-    )
+    stored = (json.dumps(value, separators=(",", ":"))
+              if stored is None and field == "discovery_refs"
+              else stored)
     column = server.COLUMNS.index("discovery_refs_json" if field == "discovery_refs" else field)
     short = server.check_body(as_sent(with_field(field, value), separators=(",", ":")))
     spaced = server.check_body(as_sent(with_field(field, value), indent=1))
@@ -3080,22 +2762,15 @@ def test_server_event_check_refuses(field, value):
 
 @quick
 def test_server_event_check_names_every_fault_and_no_value():
-    wrong = dict(
-        EVENT, identity_hash="SECRET-1", tool_count="SECRET-2", discovery_refs=["ok", "SECRET 3", 5]
-    )
+    wrong = dict(EVENT, identity_hash="SECRET-1", tool_count="SECRET-2",
+                 discovery_refs=["ok", "SECRET 3", 5])
     del wrong["ended_at"]
     wrong.update({"note": "SECRET-4", "SECRET key": 1})
     answer = server.check_body(as_sent(wrong))
     told = json.loads(answer.payload)["issues"]
-    assert [issue["path"] for issue in told] == [
-        ["identity_hash"],
-        ["ended_at"],
-        ["tool_count"],
-        ["discovery_refs", 1],
-        ["discovery_refs", 2],
-        ["note"],
-        [],
-    ]
+    assert [issue["path"] for issue in told] == [["identity_hash"], ["ended_at"], ["tool_count"],
+                                                 ["discovery_refs", 1],
+                                                 ["discovery_refs", 2], ["note"], []]
     assert b"SECRET" not in answer.payload
     many = server.check_body(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
     assert len(many.payload) < 16384 and b"8900 more keys" in many.payload
@@ -3147,8 +2822,7 @@ def test_server_event_check_not_json(body):
 @pytest.mark.parametrize("body", NO_EVENT, ids=lambda body: repr(body[:20]))
 def test_server_event_check_no_event(body):
     assert json.loads(server.check_body(body).payload)["issues"] == [
-        {"path": [], "message": "must be a JSON object"}
-    ]
+        {"path": [], "message": "must be a JSON object"}]
 
 
 @quick
@@ -3167,8 +2841,7 @@ def test_server_short_check_is_the_long_one_sooner():
             assert row == server.check_event(server.parse_json(bytes(mutant)))
     assert taken > 1000
     for year, month, day in itertools.product(
-        ("0000", "0001", "1900", "2024", "9999"), range(14), range(33)
-    ):
+            ("0000", "0001", "1900", "2024", "9999"), range(14), range(33)):
         if (month, day) != (2, 29):  # which goes the long way
             same_check("%s-%02d-%02dT23:59:59.999Z" % (year, month, day))
     for moment in ("24:00:00.000", "23:60:00.000", "23:59:60.000", "19:59:59.000", "00:00:00.000"):
@@ -3214,8 +2887,7 @@ def insert_rows(db, refs):
             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at,"
             " discovery_refs_json, plugin_version)"
             " VALUES (?, ?, '2026-01-01T00:00:00.000Z', ?, '1')",
-            [(EVENT["identity_hash"], "%064x" % n, text) for n, text in enumerate(refs)],
-        )
+            [(EVENT["identity_hash"], "%064x" % n, text) for n, text in enumerate(refs)])
 
 
 def edges(db):
@@ -3258,8 +2930,7 @@ def test_server_migration_of_fresh_older_and_emptied_files(tmp_path):
                 connection.executescript(script)
         server.Store(str(db)).close()
         made[name] = {
-            row["name"]: row["sql"] for row in rows_of(db, "SELECT name, sql FROM sqlite_master")
-        }
+            row["name"]: row["sql"] for row in rows_of(db, "SELECT name, sql FROM sqlite_master")}
     assert made["fresh"] == made["empty"] == made["older"]
     assert server.Store(":memory:").db.execute(
         "SELECT count(*) FROM session_events"
@@ -3312,18 +2983,14 @@ def edited(module, folder, *changes):
 def version_2(folder):
     """server.py as it would be after a column was added."""
     return edited(
-        server,
-        folder,
+        server, folder,
         ("  plugin_version TEXT NOT NULL,\n", "  plugin_version TEXT NOT NULL,\n  host TEXT,\n"),
         ("PRAGMA user_version = 1;", "PRAGMA user_version = 2;"),
         ("FROM schema_before) <= 1", "FROM schema_before) <= 2"),
         ("'received_at')) = 11", "'received_at', 'host')) = 12"),
-        (
-            "    ), ADOPTION),\n",
-            "    ), ADOPTION),\n    Migration(2, ('host',),"
-            " 'ALTER TABLE session_events ADD COLUMN host TEXT;'),\n",
-        ),
-    )
+        ("    ), ADOPTION),\n",
+         "    ), ADOPTION),\n    Migration(2, ('host',),"
+         " 'ALTER TABLE session_events ADD COLUMN host TEXT;'),\n"))
 
 
 def scripted(db, *scripts):
@@ -3346,14 +3013,11 @@ def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
     """A file of version 1, another program's and a fresh one, opened by a pretended version 2."""
     later = version_2(tmp_path)
     fields = '    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),\n'
-    reader = edited(
-        session_events,
-        tmp_path,
-        ("SCHEMA_VERSION = 1\n", "SCHEMA_VERSION = 2\n"),
-        (fields, fields + '    ("host", "string or null", False, "[a-z]{1,16}"),\n'),
-        ("VERSION = range(10)", "VERSION, HOST = range(11)"),
-        ("branch, refs, version = row", "branch, refs, version, _ = row"),
-    )
+    reader = edited(session_events, tmp_path,
+                    ("SCHEMA_VERSION = 1\n", "SCHEMA_VERSION = 2\n"),
+                    (fields, fields + '    ("host", "string or null", False, "[a-z]{1,16}"),\n'),
+                    ("VERSION = range(10)", "VERSION, HOST = range(11)"),
+                    ("branch, refs, version = row", "branch, refs, version, _ = row"))
 
     def listed(program, path):
         """What a reader's program lists, and what it would ship."""
@@ -3394,13 +3058,9 @@ def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
 @quick
 def test_server_migration_that_fails_changes_nothing(tmp_path):
     later = edited(
-        server,
-        tmp_path,
-        (
-            "    ), ADOPTION),\n",
-            "    ), ADOPTION),\n    Migration(2, (), 'CREATE TABLE a (b); CREATE TABLE a (b);'),\n",
-        ),
-    )
+        server, tmp_path,
+        ("    ), ADOPTION),\n",
+         "    ), ADOPTION),\n    Migration(2, (), 'CREATE TABLE a (b); CREATE TABLE a (b);'),\n"))
     for name, script in (("one", FILE_OF_VERSION_1), ("other", OTHER_PROGRAM)):
         db = scripted(tmp_path / (name + ".db"), script)
         before = rows_of(db, "SELECT * FROM sqlite_master"), user_version(db)
@@ -3465,14 +3125,12 @@ def test_server_edges_follow_the_rows_whoever_writes(tmp_path):
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         connection.execute(
             "INSERT OR REPLACE INTO session_events SELECT 9, 'j', github_hash, 's', ended_at, 0, 0,"
-            " NULL, '[\"x\",\"x\"]', '1', received_at FROM session_events WHERE id = 1"
-        )
+            " NULL, '[\"x\",\"x\"]', '1', received_at FROM session_events WHERE id = 1")
         connection.execute("DELETE FROM session_events WHERE id = 1")
         with pytest.raises(sqlite3.OperationalError):
             connection.execute(
                 "INSERT INTO session_events (identity_hash, session_id_hash, ended_at,"
-                " plugin_version, discovery_refs_json) VALUES ('k', 'k', '', '', 'no json')"
-            )
+                " plugin_version, discovery_refs_json) VALUES ('k', 'k', '', '', 'no json')")
     assert edges(db) == [("b", 3), ("x", 9)]
 
 
@@ -3501,10 +3159,7 @@ def test_server_database_and_side_files_are_the_owners_only(tmp_path):
         with serving(tmp_path / "link") as running:
             assert post(running, event(1)).status == 202
             assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.glob("events*")} == {
-                "events.db": 0o600,
-                "events.db-wal": 0o600,
-                "events.db-shm": 0o600,
-            }
+                "events.db": 0o600, "events.db-wal": 0o600, "events.db-shm": 0o600}
     finally:
         os.umask(old)
     assert [p.name for p in tmp_path.glob("events*")] == ["events.db"]  # checkpointed and closed
@@ -3724,11 +3379,7 @@ ANSWERS.update(
     }.items()
 )
 ANSWERS["chunked in HTTP/1.0"] = (
-    CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100),
-    400,
-    None,
-    False,
-)
+    CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100), 400, None, False)
 ANSWERS.update(
     (
         "Host %r" % host,
@@ -3755,11 +3406,7 @@ ANSWERS.update(
 )
 ANSWERS["no Host"] = (BARE.replace(b"Host: localhost\r\n", b"") + b"\r\n" + BODY, 400, None, False)
 ANSWERS["no Host in HTTP/1.0"] = (
-    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"),
-    202,
-    OK_BODY,
-    False,
-)
+    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"), 202, OK_BODY, False)
 HEALTH = request(method="GET", target="/healthz")
 
 
@@ -3775,13 +3422,11 @@ def test_server_http_answers(one, name, way):
     data, status, body, stays = ANSWERS[name]
     with Wire(one) as wire:
         wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in (
-            [data]
-            if way == "whole"
-            else in_pieces(data)
-            if way == "byte by byte"
-            else [data + HEALTH]
-        ):
+        for piece in ([data]
+                      if way == "whole"
+                      else in_pieces(data)
+                      if way == "byte by byte"
+                      else [data + HEALTH]):
             if not wire.send(piece):
                 break
         reply = wire.reply(bodiless=name.startswith("HEAD"))
@@ -3789,14 +3434,10 @@ def test_server_http_answers(one, name, way):
         assert body is None or reply.body == body
         if status >= 400 and reply.body:
             assert set(json.loads(reply.body)) <= {"error", "issues"}
-        assert (
-            reply.headers["content-type"] == "application/json"
-            and reply.headers["cache-control"] == "no-store"
-        )
-        assert (
-            reply.headers["server"] == "session-events"
-            and "access-control-allow-origin" not in reply.headers
-        )
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["server"] == "session-events"
+        assert "access-control-allow-origin" not in reply.headers
         assert ("allow" in reply.headers) == (status == 405)
         assert (reply.headers.get("connection") == "close") == (not stays)
         if stays and way != "with another behind":
@@ -3819,9 +3460,7 @@ def test_server_http_paths_give_the_same_answers(one):
 
     bodies = [as_sent(with_field(*case[:2])) for case in GOOD + BAD] + NOT_JSON + NO_EVENT
     bodies += [
-        as_sent(EVENT)[:-1] + b', "tool_count": 1}',
-        as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}',
-    ]
+        as_sent(EVENT)[:-1] + b', "tool_count": 1}', as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}']
     for body in bodies:
         short = answer("/v1/session-events", body)
         assert short == answer("/v1/session-events?", body)
@@ -3848,8 +3487,7 @@ def test_server_http_pipeline_is_answered_in_order(one):
         assert [wire.reply().status for _ in bodies] == [202 if n % 3 else 400 for n in range(300)]
     assert post(one, event(("pipeline", 1))).body == OK_BODY
     stored = rows_of(
-        one.db, "SELECT count(*) AS n, count(DISTINCT session_id_hash) AS d FROM session_events"
-    )[0]
+        one.db, "SELECT count(*) AS n, count(DISTINCT session_id_hash) AS d FROM session_events")[0]
     assert stored["n"] == stored["d"]
 
 
@@ -3858,9 +3496,8 @@ def test_server_http_half_closed_client_gets_its_answers(one):
         with Wire(one) as wire:
             wire.send(request(BODY) * count)
             wire.sock.shutdown(socket.SHUT_WR)
-            assert [wire.reply().status for _ in range(count)] == [
-                202
-            ] * count and wire.reply() is None
+            assert [wire.reply().status for _ in range(count)] == [202] * count
+            assert wire.reply() is None
 
 
 def test_server_http_refused_client_that_goes_on_sending_reads_why(one):
@@ -4038,10 +3675,7 @@ def check_rules(turned):
             assert not c.answers and not c.queued
             assert bool(c.unsent) == (phase == server.WRITING)
             assert c not in crowd.backlog or phase in (
-                server.HANDSHAKE,
-                server.IDLE,
-                server.READING,
-            )
+                server.HANDSHAKE, server.IDLE, server.READING)
             assert c.held == c.reader.held() + len(c.unsent)
             assert phase != server.LINGERING or (c.closing and not c.held)
             assert c.mask or c in crowd.backlog
@@ -4078,11 +3712,9 @@ def test_server_connections_keep_the_rules_of_their_table():
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
                 clients.append([sock, b""])
             client = rng.choice(clients)
-            client[1] = (
-                client[1] or mutated(rng, rng.choice(valid))
-                if rng.random() < 0.3
-                else (client[1] or rng.choice(valid) * rng.choice((1, 1, 300)))
-            )
+            client[1] = (client[1] or mutated(rng, rng.choice(valid))
+                         if rng.random() < 0.3
+                         else (client[1] or rng.choice(valid) * rng.choice((1, 1, 300))))
             how = rng.random()
             with contextlib.suppress(OSError):
                 if how < 0.7:
@@ -4267,8 +3899,7 @@ def start_faults(folder):
         connection.executescript(OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""))
         connection.executescript(
             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
-            " VALUES ('i', 's', '', ''), ('i', 's', '', '')"
-        )
+            " VALUES ('i', 's', '', ''), ('i', 's', '', '')")
     for name, old, new in (
         ("tenant", "branch_sha TEXT,", "branch_sha TEXT, tenant TEXT NOT NULL,"),
         ("branch", "branch_sha TEXT,", "branch_sha TEXT NOT NULL DEFAULT '',"),
@@ -4297,9 +3928,7 @@ def start_faults(folder):
         "the same event twice": (["--db", folder / "twice.db"], "UNIQUE constraint failed"),
         "readable pepper": (["--db", fresh, "--pepper-file", folder / "open.pepper"], "chmod 600"),
         "no certificate": (
-            ["--db", fresh, "--tls-cert", folder / "no", "--tls-key", folder / "no"],
-            "TLS files",
-        ),
+            ["--db", fresh, "--tls-cert", folder / "no", "--tls-key", folder / "no"], "TLS files"),
     }
 
 
@@ -4308,19 +3937,15 @@ def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
         return run(program("server", "--port", 0, *flags))
 
     taken, cases = start_faults(tmp_path)
-    other, twice = (
-        (tmp_path / "other.db").read_bytes(),
-        rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"),
-    )
+    other, twice = ((tmp_path / "other.db").read_bytes(),
+                    rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"))
     with taken:
         starts = at_once(start, [flags for flags, _words in cases.values()])
     for (name, (_flags, words)), done in zip(cases.items(), starts):
         assert (done.returncode, done.stdout) == (2, ""), name
-        assert (
-            done.stderr.count("\n") == 1
-            and done.stderr.startswith("server.py: ")
-            and words in done.stderr
-        ), name
+        assert (done.stderr.count("\n") == 1
+                and done.stderr.startswith("server.py: ")
+                and words in done.stderr), name
     assert (tmp_path / "other.db").read_bytes() == other, "what is refused is left as it was"
     assert rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master") == twice
     wrong = (
@@ -4331,11 +3956,9 @@ def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
         ["--trusted-proxy", "10.0.0.0/99"],
     )
     for done in at_once(start, [[], *(["--db", tmp_path / "x.db", *flags] for flags in wrong)]):
-        assert (
-            done.returncode == 2
-            and "Traceback" not in done.stderr
-            and "server.py: error: " in done.stderr
-        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "server.py: error: " in done.stderr
 
 
 def test_server_running_for_fixtures(tmp_path):
@@ -4348,15 +3971,13 @@ def test_server_running_for_fixtures(tmp_path):
         for n, running in enumerate([*several, on_disk]):
             for m in range(n):
                 with urllib.request.urlopen(
-                    running.url, as_sent(event((n, m), tool_count=m)), timeout=30
-                ) as reply:
+                        running.url, as_sent(event((n, m), tool_count=m)), timeout=30) as reply:
                     assert (reply.status, reply.read()) == (202, OK_BODY)
         for n, running in enumerate([*several, on_disk]):
             stored = running.events()
             assert [row["tool_count"] for row in stored] == list(range(n))
             assert all(
-                row["discovery_refs"] == EVENT["discovery_refs"] and row["id"] for row in stored
-            )
+                row["discovery_refs"] == EVENT["discovery_refs"] and row["id"] for row in stored)
         on_disk.stop()
         on_disk.stop()
         with pytest.raises(RuntimeError):
@@ -4400,8 +4021,7 @@ class Load(threading.Thread):
             try:
                 wire = wire or Wire(self.target)
                 wire.sock.sendall(
-                    request(as_sent(value, separators=(",", ":")), headers=self.headers)
-                )
+                    request(as_sent(value, separators=(",", ":")), headers=self.headers))
                 reply = wire.reply()
                 if reply is None:
                     raise ConnectionError("no answer")
@@ -4475,14 +4095,8 @@ def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
 
         def start():
             env = dict(os.environ, LISTEN_FDS="1", NOTIFY_SOCKET=str(tmp_path / "notify"))
-            running = Server(
-                db,
-                "--port",
-                1,
-                wrapper=["bash", "-c", script, "-"],
-                env=env,
-                pass_fds=[listener.fileno()],
-            )
+            running = Server(db, "--port", 1, wrapper=["bash", "-c", script, "-"], env=env,
+                             pass_fds=[listener.fileno()])
             assert notices.recv(100) == b"READY=1"
             return running
 
@@ -4639,13 +4253,9 @@ def peak_megabytes(pid):
 @needs_linux
 def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
     """4,000 silent connections and 200 that send a byte a second beside one that behaves."""
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE,
-        (
-            min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
-            resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        ),
-    )
+    resource.setrlimit(resource.RLIMIT_NOFILE,
+                       (min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+                        resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with serving(
         tmp_path / "events.db", "--max-connections", 4400
     ) as running, contextlib.ExitStack() as stack:
@@ -4670,9 +4280,8 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
         stopped.set()
         dribbler.join()
         peak = peak_megabytes(running.process.pid)
-        print(
-            "p99 alone %.2f ms, beside the crowd %.2f ms; %d MB" % (alone * 1e3, beside * 1e3, peak)
-        )
+        print("p99 alone %.2f ms, beside the crowd %.2f ms; %d MB"
+              % (alone * 1e3, beside * 1e3, peak))
         assert beside < 2 * alone + 0.02  # 20 ms for what else this machine does
         assert peak < 120
 
@@ -4767,8 +4376,7 @@ def test_server_disk_full_file_system(tmp_path):
         disk / "events.db"
     ) as running:
         refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
-        )
+            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk")
 
 
 @needs_linux
@@ -4792,9 +4400,7 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
             assert ready(running) == 200
             assert running.stop() == 0
             assert [json.loads(line)["event"] for line in running.errors] == [
-                "store_unavailable",
-                "store_available",
-            ]
+                "store_unavailable", "store_available"]
         assert len(rows_of(disk / "events.db")) == 1
 
 
@@ -4805,8 +4411,7 @@ def test_server_disk_full_while_the_log_is_moved(tmp_path):
         disk / "events.db", before=OFTEN
     ) as running:
         refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
-        )
+            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk")
 
 
 @needs_linux
@@ -4820,8 +4425,7 @@ def test_server_file_system_turned_read_only(tmp_path):
         disk / "events.db"
     ) as running:
         device = os.path.realpath(
-            "/sys/dev/block/%d:%d" % (os.major(disk.stat().st_dev), os.minor(disk.stat().st_dev))
-        )
+            "/sys/dev/block/%d:%d" % (os.major(disk.stat().st_dev), os.minor(disk.stat().st_dev)))
         trigger = Path("/sys/fs/ext4", os.path.basename(device), "trigger_fs_error")
         if not trigger.exists():
             pytest.skip("this kernel has no way to provoke an ext4 error")
@@ -4842,8 +4446,7 @@ def test_server_database_at_its_size_limit(tmp_path):
                 connection.execute("DELETE FROM session_events WHERE id > 1 AND id % 2")
 
         statuses = [
-            post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)
-        ]
+            post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)]
         assert statuses[0] == 202 and statuses[-1] == 503 and sorted(statuses) == statuses
         until = time.monotonic() + 1.5  # longer than the last write is remembered
         while time.monotonic() < until:
@@ -4866,12 +4469,10 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
             pass
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         connection.execute(
-            "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'"
-        )
+            "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'")
         connection.execute(
             "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
-            " WHERE id = (SELECT max(id) FROM session_events)"
-        )
+            " WHERE id = (SELECT max(id) FROM session_events)")
     with contextlib.closing(server.Store(str(db), 200_000, retain_days=1)) as store:
         rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
         started = time.monotonic()
@@ -4886,15 +4487,10 @@ def test_server_lock_held_by_another_process(tmp_path):
     """503 for the turns meanwhile, each after 250 ms; then it goes on."""
     with serving(tmp_path / "events.db") as running:
         assert post(running, event(0)).status == 202
-        hold = (
-            "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
-            "db.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()"
-        )
-        other = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", hold, str(running.db)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        hold = ("import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+                "db.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()")
+        other = subprocess.Popen([sys.executable, "-I", "-S", "-c", hold, str(running.db)],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert other.stdout.readline() == b"held\n"
         started = time.monotonic()
         assert post(running, event(1)).status == 503
@@ -4995,26 +4591,21 @@ def test_server_rate_limit_is_a_token_bucket():
     limit = server.RateLimit(server.Rate(10, 60.0))
     one, other = (limit.bucket(ipaddress.ip_address(a)) for a in ("192.0.2.1", "192.0.2.2"))
     assert [limit.wait(one, 100.0) for _ in range(10)] == [0.0] * 10
-    assert limit.wait(one, 100.0) == pytest.approx(6.0) and limit.wait(one, 103.0) == pytest.approx(
-        3.0
-    )
+    assert limit.wait(one, 100.0) == pytest.approx(6.0)
+    assert limit.wait(one, 103.0) == pytest.approx(3.0)
     assert limit.wait(other, 103.0) == 0.0
     assert limit.wait(one, 106.0) == 0.0 and limit.wait(one, 106.0) > 0
     assert [limit.wait(one, 1000.0) for _ in range(11)].count(0.0) == 10
     same = {
-        limit.bucket(ipaddress.ip_address(a)) for a in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::")
-    }
+        limit.bucket(ipaddress.ip_address(a)) for a in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::")}
     assert len(same) == 1 and limit.bucket(ipaddress.ip_address("2001:db8:1:3::1")) not in same
-    assert (
-        limit.bucket(ipaddress.ip_address("127.8.8.8"))
-        is limit.bucket(ipaddress.ip_address("::1"))
-        is None
-    )
+    assert (limit.bucket(ipaddress.ip_address("127.8.8.8"))
+            is limit.bucket(ipaddress.ip_address("::1"))
+            is None)
     many = server.RateLimit(server.Rate(600, 60.0))
     for now in (0.1, 12345.678, 1e6 / 3):  # all at once, whatever the floats make of it
-        assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600 and many.wait(
-            b"%r" % now, now
-        ) > 0
+        assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600
+        assert many.wait(b"%r" % now, now) > 0
     rng = random.Random(6)
     for per_hour, seconds in (
         (5, 720),
@@ -5044,12 +4635,8 @@ def test_server_rate_limit_answers_429_with_retry_after(tmp_path):
 
         def statuses(client, count):
             for n in range(count):
-                wire.send(
-                    request(
-                        as_sent(event((client, n))),
-                        headers=["X-Forwarded-For: 203.0.113.1, " + client],
-                    )
-                )
+                wire.send(request(as_sent(event((client, n))),
+                                  headers=["X-Forwarded-For: 203.0.113.1, " + client]))
             return [wire.reply() for _ in range(count)]
 
         replies = statuses("198.51.100.7", 8)
@@ -5139,8 +4726,7 @@ def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, st
         before += (
             "import itertools\nserial = itertools.count()\n"
             "def write(*_): raise server.Unavailable('fault %d' % next(serial) + ' ' * 300)\n"
-            "server.Store.write = write"
-        )
+            "server.Store.write = write")
     argv = program("server", "--db", tmp_path / "events.db", "--port", "0", before=before)
     argv += ["--access-log"] * (stream == "stdout")
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -5215,12 +4801,10 @@ def test_server_no_address_survives_its_request():
             for n, address in enumerate(addresses):
                 sender = ["X-Forwarded-For: " + address, "X-Real-IP: " + address]
                 sender.append("Forwarded: for=" + address)
-                data = [
-                    request(as_sent(event(n)), headers=sender),
-                    request(as_sent(event(n)), headers=sender, target="/v1/session-events?"),
-                    request(headers=[*sender, "Transfer-Encoding: chunked"]) + chunks(BODY, 99),
-                    request(b"nope", headers=sender),
-                ][n % 4]
+                data = [request(as_sent(event(n)), headers=sender),
+                        request(as_sent(event(n)), headers=sender, target="/v1/session-events?"),
+                        request(headers=[*sender, "Transfer-Encoding: chunked"]) + chunks(BODY, 99),
+                        request(b"nope", headers=sender)][n % 4]
                 client.sendall(data)
                 turned.turn(10)
                 while not file.peek(1):
@@ -5268,28 +4852,9 @@ def test_server_logs_that_nobody_reads_stop_nothing(tmp_path):
 def certificate(folder, name):
     """A self-signed certificate for 127.0.0.1 and its key, as paths."""
     cert, key = folder / (name + ".crt"), folder / (name + ".key")
-    done = run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=" + name,
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            key,
-            "-out",
-            cert,
-        ]
-    )
+    done = run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=" + name,
+                "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert])
     assert done.returncode == 0, done.stderr
     return cert, key
 
@@ -5301,9 +4866,8 @@ def test_server_tls_in_the_loop(tmp_path):
     SIGHUP loads a new certificate. With a bad one the server keeps the old.
     """
     cert, key = certificate(tmp_path, "first")
-    with serving(
-        tmp_path / "events.db", "--tls-cert", cert, "--tls-key", key, "--request-seconds", 2
-    ) as running:
+    with serving(tmp_path / "events.db", "--tls-cert", cert, "--tls-key", key, "--request-seconds",
+                 2) as running:
 
         def https(n, **options):
             context = ssl.create_default_context(cafile=str(cert))
@@ -5329,11 +4893,8 @@ def test_server_tls_in_the_loop(tmp_path):
             assert https(2, maximum_version=ssl.TLSVersion.TLSv1_2) == ("first", "TLSv1.2")
             with pytest.raises((ssl.SSLError, ConnectionError)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                https(
-                    3,
-                    minimum_version=ssl.TLSVersion.TLSv1_1,
-                    maximum_version=ssl.TLSVersion.TLSv1_1,
-                )
+                https(3, minimum_version=ssl.TLSVersion.TLSv1_1,
+                      maximum_version=ssl.TLSVersion.TLSv1_1)
             plain.send(HEALTH)
             with contextlib.suppress(ConnectionError):
                 assert b"HTTP" not in plain.sock.recv(1000)
@@ -5430,8 +4991,7 @@ def test_server_handshakes_come_under_the_turns_time(tmp_path):
                 outside.wrap_bio(incoming, outgoing).do_handshake()
             hellos.append(outgoing.read())
         clients = [
-            stack.enter_context(socket.create_connection(turned.server_address)) for _ in hellos
-        ]
+            stack.enter_context(socket.create_connection(turned.server_address)) for _ in hellos]
         for client, hello in zip(clients, hellos):
             client.sendall(hello)
         longest = total = 0.0
@@ -5465,21 +5025,17 @@ def parse_metrics(text):
         label = r'[a-zA-Z_]\w*="(?:[^"\\\n]|\\[\\"n])*"'
         match = re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:%s,?)+)\})? (\S+)" % label, line)
         name, labels, value = match.groups()
-        base = (
-            re.sub("_(bucket|sum|count)$", "", name)
-            if families[open_family] == "histogram"
-            else name
-        )
+        base = (re.sub("_(bucket|sum|count)$", "", name)
+                if families[open_family] == "histogram"
+                else name)
         assert base == open_family and (families[base] != "counter" or name.endswith("_total"))
         assert labels not in samples.setdefault(name, {})
         samples[name][labels] = float(value)
     for name, kind in families.items():
         if kind == "histogram":
             buckets = samples[name + "_bucket"]
-            assert (
-                list(buckets.values()) == sorted(buckets.values())
-                and list(buckets)[-1] == 'le="+Inf"'
-            )
+            assert list(buckets.values()) == sorted(buckets.values())
+            assert list(buckets)[-1] == 'le="+Inf"'
             assert buckets['le="+Inf"'] == samples[name + "_count"][None]
     return samples
 
@@ -5501,22 +5057,13 @@ def test_server_metrics_on_their_own_listener(tmp_path):
         samples = parse_metrics(page)
         prefix = "session_events_"
         assert samples[prefix + "http_requests_total"] == {
-            'status="202"': 3,
-            'status="400"': 1,
-            'status="404"': 1,
-        }
+            'status="202"': 3, 'status="400"': 1, 'status="404"': 1}
         assert samples[prefix + "events_total"] == {
-            'result="already_there"': 1,
-            'result="stored"': 2,
-        }
+            'result="already_there"': 1, 'result="stored"': 2}
         assert samples[prefix + "refusals_total"] == {
-            'reason="not_an_event"': 1,
-            'reason="unknown_path"': 1,
-        }
-        assert (
-            samples[prefix + "turn_rows_sum"][None] == 3
-            and samples[prefix + "commit_seconds_count"][None] == 3
-        )
+            'reason="not_an_event"': 1, 'reason="unknown_path"': 1}
+        assert samples[prefix + "turn_rows_sum"][None] == 3
+        assert samples[prefix + "commit_seconds_count"][None] == 3
         assert samples[prefix + "database_bytes"][None] > 10000
         assert sum(samples[prefix + "connections"].values()) >= 1
         with Wire(running) as wire:
@@ -5584,8 +5131,7 @@ HEALTHY = [(0, 0, "steady for 10"), (5, 5, "steady for 10"), (10, 10, ""), (11, 
 )
 def test_server_retention_doubts_its_clock(newest, clocks):
     retention = server.Retention(
-        30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0
-    )
+        30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0)
     for wall, monotonic, reason in clocks:
         said = retention.wait(NOON + wall, monotonic)
         assert reason in said and bool(reason) == bool(said), (wall, monotonic, said)
@@ -5649,8 +5195,7 @@ def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, mo
                 sweep.retention.marks[0] = (0.0, 1000)
                 store.db.execute("DROP TABLE session_events")
                 store.db.execute(
-                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at, ended_at)"
-                )
+                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at, ended_at)")
                 store.db.executemany("INSERT INTO session_events VALUES (?, ?, ?)", left)
             store.sweep.delete(most)
             left = store.db.execute("SELECT * FROM session_events ORDER BY id").fetchall()
@@ -5672,8 +5217,7 @@ def old_and_new(db, *rows):
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         for count, age in rows:
             stamp = connection.execute(
-                "SELECT strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?)", (age,)
-            ).fetchone()[0]
+                "SELECT strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?)", (age,)).fetchone()[0]
             least = connection.execute("SELECT count(*) FROM session_events").fetchone()[0]
             connection.executemany(
                 server.INSERT_ONE,
@@ -5728,8 +5272,7 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
     db, clock = tmp_path / "events.db", tmp_path / "clock"
     old_and_new(db, (20, "-40 days"), (20, "-1 hour"))
     env = at_time(
-        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
-    )
+        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1")
     clock.write_text("@2000-01-01 00:00:00\n")
     quick = constants(server, STEADY_SECONDS=0.2, CLOCK_EVERY=0.1)
     with serving(db, "--retain-days", 30, env=env, before=quick) as running:
@@ -5770,10 +5313,8 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
         while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2024' LIMIT 1"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    print(
-        "p99 usual %.2f ms, during the sweep %.2f ms"
-        % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3)
-    )
+    print("p99 usual %.2f ms, during the sweep %.2f ms"
+          % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3))
     assert (
         p99(during.seconds) < 2 * p99(usual.seconds) + 0.02
     )  # 20 ms for what else this machine does
@@ -5900,10 +5441,8 @@ def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
         assert store.write([], 5) == (0, {}, 5) and len(ids_of(db)) == 38
         store.sweep.retention.steady_since -= 60
         assert store.sweep.due(time.monotonic(), 4, 0.0) == 5  # more are due, so there is no pause
-        store.db.execute(
-            "CREATE TRIGGER other BEFORE DELETE ON session_events"
-            " BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
-        )
+        store.db.execute("CREATE TRIGGER other BEFORE DELETE ON session_events"
+                         " BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
         new = [server.check_event(event(n)) for n in range(7, 9)]
         assert store.write(new, 5) == (2, {}, 0)  # another program's trigger costs no event
         assert store.sweep.due(time.monotonic(), 4, 0.0) == 0  # and is not asked in each turn
@@ -6098,8 +5637,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
 def test_server_backup_holds_nothing_of_deleted_rows(tmp_path):
     db = crowded(tmp_path / "events.db", 2000, secure=False)
     scripted(
-        db, "PRAGMA secure_delete = 0; DELETE FROM session_events WHERE id <= 1000 OR id % 50 = 7"
-    )
+        db, "PRAGMA secure_delete = 0; DELETE FROM session_events WHERE id <= 1000 OR id % 50 = 7")
     assert sha("session", 900).encode() in db.read_bytes()  # in free pages
     assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
     assert sha("session", 900).encode() not in (tmp_path / "copy.db").read_bytes()
@@ -6160,8 +5698,7 @@ def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
     """Lines on a file, one line that changes on a terminal; never a line for each step."""
     db = crowded(tmp_path / "events.db", 10000)
     often = (
-        "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0"
-    )
+        "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0")
     often += "\nserver.Command.__init__ = eager"
     done = command(db, "--backup", tmp_path / "one.db", patch=often)
     lines = done.stderr.splitlines()
@@ -6183,8 +5720,7 @@ def forgotten(*hashes):
     """What --forget prints for ClickHouse."""
     among = ", ".join("unhex('%s')" % text for text in hashes)
     return "ALTER TABLE session_events_raw DELETE WHERE identity_hash IN (%s)" % among + (
-        " OR github_hash IN (%s);\n" % among
-    )
+        " OR github_hash IN (%s);\n" % among)
 
 
 def forget(db, *words, **options):
@@ -6243,13 +5779,11 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
             assert set(client.failures) <= ({503} if not secure else set())
             assert len(client.accepted) > 20
     after = rows_of(db)
-    assert after[: len(before)] == before and rows_of(db, "PRAGMA integrity_check") == [
-        {"integrity_check": "ok"}
-    ]
+    assert after[: len(before)] == before
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert edges(db) == sorted(
         ((ref, row["id"]) for row in after for ref in json.loads(row["discovery_refs_json"])),
-        key=lambda edge: (edge[1], edge[0]),
-    )
+        key=lambda edge: (edge[1], edge[0]))
 
 
 @quick
@@ -6267,10 +5801,8 @@ def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypa
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
     """A server beside it answers every event while 1,000 rows go, a pause after each hundred."""
     db = crowded(tmp_path / "events.db", 2000, identities=2)
-    pauses = (
-        "server.READ_BATCH = 300\nsleep = server.time.sleep\n"
-        "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))"
-    )
+    pauses = ("server.READ_BATCH = 300\nsleep = server.time.sleep\n"
+              "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))")
     with serving(db) as running:
         clients = [Load(("many", n), running) for n in range(3)]
         for client in clients:
@@ -6289,9 +5821,8 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
     done = forget(db, sha("identity", 1))
     assert done.returncode == 1 and "copy.db" in done.stderr and "events.db" not in done.stderr
-    assert "deleted 10 events" in done.stderr and traces(tmp_path, sha("identity", 1)) == [
-        "copy.db"
-    ]
+    assert "deleted 10 events" in done.stderr
+    assert traces(tmp_path, sha("identity", 1)) == ["copy.db"]
     assert forget(tmp_path / "copy.db", sha("identity", 1)).returncode == 0
     done = forget(db, sha("identity", 1))
     assert done.returncode == 0 and "deleted 0 events" in done.stderr
@@ -6359,35 +5890,25 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(
-        program("server", "--db", db, "--forget", sha("identity", 1)),
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        timeout=60,
-    )
+        program("server", "--db", db, "--forget", sha("identity", 1)), stdin=subprocess.DEVNULL,
+        stdout=theirs, stderr=subprocess.PIPE, timeout=60)
     os.close(theirs)
     assert done.returncode == 1 and b"could not be printed: Broken pipe\n" in done.stderr
     assert done.stderr.count(b"\n") == 2 and traces(tmp_path, sha("identity", 1)) == []
     # Ctrl-C while hashes are typed in.
-    typed = (
-        "class Typed:\n  buffer = property(lambda self: self)\n"
-        "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
-        "sys.stdin = Typed()"
-    )
+    typed = ("class Typed:\n  buffer = property(lambda self: self)\n"
+             "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
+             "sys.stdin = Typed()")
     process = subprocess.Popen(
-        program("server", "--db", db, "--forget", "-", before=typed),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+        program("server", "--db", db, "--forget", "-", before=typed), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and process.stderr.read() == b"server.py: interrupted\n"
     process.communicate()
     # Another program's table has the hash: it says so, and the events are gone all the same.
     scripted(
-        db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events"
-    )
+        db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events")
     done = forget(db, sha("identity", 2))
     assert done.returncode == 1 and "another program's table" in done.stderr
     assert "deleted 10 events\ncopies are left in unused" in done.stderr
@@ -6399,8 +5920,7 @@ def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
     db = crowded(tmp_path / "events.db", 4000, identities=4)
     stop = (
         "def stop(self, text):\n  if text.startswith(%r): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "server.Command.show = stop"
-    )
+        "server.Command.show = stop")
     for where, left in (("deleted 300 ", 700), ("searching", 0)):
         done = forget(db, sha("identity", 1), patch=stop % where)
         assert done.returncode == 143 and done.stderr.endswith("server.py: interrupted\n")
@@ -6418,9 +5938,7 @@ def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
         clickhouse.ask(
             "INSERT INTO session_events_raw (id, identity_hash, github_hash, session_id_hash)"
             " SELECT %d, unhex('%s'), %s, unhex('%s')"
-            % (n, sha(identity), "unhex('%s')" % sha(login) if login else "NULL", sha(n)),
-            url,
-        )
+            % (n, sha(identity), "unhex('%s')" % sha(login) if login else "NULL", sha(n)), url)
     db = crowded(tmp_path / "events.db", 1)
     clickhouse.ask(forget(db, sha("a"), sha("y")).stdout.rstrip(";\n"), url)
     until(lambda: clickhouse.ask("SELECT id FROM session_events_raw", url) == [["3"]])
@@ -6429,17 +5947,7 @@ def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
 # -- Hostile input ---------------------------------------------------------------------------------
 
 SPLICES = (
-    b"\r\n",
-    b"\n",
-    b"\0",
-    b"\r\n\r\n",
-    b'"',
-    b"{",
-    b"[" * 5000,
-    b"9" * 5000,
-    b"\xff\xfe",
-    b": ",
-)
+    b"\r\n", b"\n", b"\0", b"\r\n\r\n", b'"', b"{", b"[" * 5000, b"9" * 5000, b"\xff\xfe", b": ")
 
 
 def mutated(rng, valid):
@@ -6477,13 +5985,9 @@ def test_server_fuzz(tmp_path):
     No descriptor and no good event is lost.
     """
     rng, answered = random.Random(20), collections.Counter()
-    valid = [
-        request(BODY),
-        request(b"{}"),
-        HEALTH,
-        request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
-        CHUNKED + chunks(BODY, 64),
-    ]
+    valid = [request(BODY), request(b"{}"), HEALTH,
+             request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
+             CHUNKED + chunks(BODY, 64)]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
         for hundred in range(80):
@@ -6510,11 +6014,9 @@ def test_server_fuzz(tmp_path):
                         answered[reply.status] += 1
             assert post(running, event(("fuzz", hundred))).status == 202
         print(dict(answered))
-        assert (
-            not [status for status in answered if status >= 500]
-            and answered[400] > 400
-            and answered[202] > 200
-        )
+        assert not [status for status in answered if status >= 500]
+        assert answered[400] > 400
+        assert answered[202] > 200
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/%d/fd" % running.process.pid)) > descriptors:
             assert time.monotonic() < deadline
@@ -10949,8 +10451,7 @@ def pieces(secret):
     """
     if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f-]{36}", secret):
         return {
-            secret[i : i + 7] for i in range(len(secret) - 6) if not secret[i : i + 7].isdigit()
-        }
+            secret[i : i + 7] for i in range(len(secret) - 6) if not secret[i : i + 7].isdigit()}
     return {secret}
 
 
