@@ -88,47 +88,33 @@ EVENT = {"identity_hash": hashlib.sha256(b"identity").hexdigest(),
          "discovery_refs": ["auth-jwt-flow", "rate-limit-buckets"], "plugin_version": "1.31.0"}
 
 
+MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
 # Known answers: shared with every other client and server of the contract.
-VECTORS = {
-    "identity": [
-        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-11-22",
-         "salt": "salt_2026Q4",
-         "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"},
-        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-12-31",
-         "salt": "salt_2026Q4",
-         "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"},
-        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2027-01-01",
-         "salt": "salt_2027Q1",
-         "identity_hash": "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e"},
-        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-03-31",
-         "salt": "salt_2026Q1",
-         "identity_hash": "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8"},
-        {"machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34", "utc_date": "2026-04-01",
-         "salt": "salt_2026Q2",
-         "identity_hash": "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a"},
-    ],
-    "github": [{"login": "octocat", "salt": "salt_2026Q4",
-                "github_hash": "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"}],
-    "session": [
-        {"session_id": "deterministic-session-id-xyz",
-         "session_id_hash": "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"}],
-    "stats_bucket": [
-        {"ppid": 4242, "HOME": "/home/dev", "bucket": "p184789d5"},
-        {"ppid": 1, "HOME": "", "bucket": "pe9ceaae8"},
-        {"ppid": 77, "HOME": "/home/zoë", "bucket": "p31e8963a"},
-    ],
-    "ended_at": [
-        ["2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"],
-        ["2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"],
-        ["2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"],
-    ],
-    "ended_at_refused": [
-        "2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
-        "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
-        "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", ""]}
+IDENTITIES = (  # of MACHINE: date, its quarter, hash
+    ("2026-11-22", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
+    ("2026-12-31", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
+    ("2027-01-01", "2027Q1", "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e"),
+    ("2026-03-31", "2026Q1", "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8"),
+    ("2026-04-01", "2026Q2", "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a"),
+)
+OCTOCAT = "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"  # in salt_2026Q4
+SESSION = "deterministic-session-id-xyz"
+SESSION_HASH = "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"
+BUCKETS = (  # parent's pid, HOME, bucket
+    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"))
+MOMENTS = (  # as an event may have them, and as they are stored
+    ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
+    ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
+    ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
+    ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
+    ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
+)
+NO_MOMENTS = ("2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
+              "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
+              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", "")
 
 
 def event(n, **changes):
@@ -274,7 +260,6 @@ EMIT = ROOT / "emit.py"
 # As hosts start it: so Python keeps the compiled program.
 CACHED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import emit; emit.run()"
 HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
-MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
     "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS])
@@ -341,6 +326,12 @@ class Person:
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         return done.stderr
 
+    def starts(self, session, *args, python=sys.executable, **options):
+        """The process of a session's end, which nobody has waited for."""
+        env = {**self.env, "CLAUDE_SESSION_ID": session, **options.pop("env", {})}
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.Popen([python, *HOOK, *args], env=env, **options)
+
     def session_file(self, session):
         secret_hash(session)
         name = emit.session_name(session)
@@ -356,6 +347,11 @@ class Person:
 
     def discovery(self, name):
         return str(self.home / ".ashlrcode/genome/sections/discoveries" / (name + ".md"))
+
+    def waits(self, at, n, text=None):
+        """Put what waits into the spool since `at` (ms): event `n`, or another text."""
+        name = "session-events/pending/%015d-%012x.json" % (at, n)
+        return self.put(name, event(n) if text is None else text)
 
     def kept(self):
         """What waits, oldest first."""
@@ -422,6 +418,14 @@ def person(tmp_path):
     return Person(tmp_path / "home")
 
 
+@pytest.fixture
+def received(person):
+    """The server to which the person sends. It takes everything."""
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        yield server
+
+
 def until(condition, seconds=60):
     """Wait for what happens in another process, where nothing can be awaited."""
     end = time.monotonic() + seconds
@@ -436,39 +440,24 @@ def until(condition, seconds=60):
 @quick
 def test_emit_known_hashes():
     """`vectors.json`, of the contract."""
-    for case in VECTORS["identity"]:
-        salt = emit.salt(calendar.timegm(time.strptime(case["utc_date"], "%Y-%m-%d")))
-        found = salt, emit.sha256_hex(case["machine_id"] + salt)
-        assert found == (case["salt"], case["identity_hash"])
-    for case in VECTORS["github"]:
-        assert emit.sha256_hex(case["login"] + case["salt"]) == case["github_hash"]
-    for case in VECTORS["session"]:
-        assert emit.sha256_hex(case["session_id"]) == case["session_id_hash"]
-    for case in VECTORS["stats_bucket"]:
-        assert emit.stats_bucket(case["ppid"], case["HOME"]) == case["bucket"]
+    for date, quarter, digest in IDENTITIES:
+        salt = emit.salt(calendar.timegm(time.strptime(date, "%Y-%m-%d")))
+        assert (salt, emit.sha256_hex(MACHINE + salt)) == ("salt_" + quarter, digest)
+    assert emit.sha256_hex("octocat" + "salt_2026Q4") == OCTOCAT
+    assert emit.sha256_hex(SESSION) == SESSION_HASH
+    for ppid, home, bucket in BUCKETS:
+        assert emit.stats_bucket(ppid, home) == bucket
     assert emit.sha256_hex("\ud800") != emit.sha256_hex("")  # a lone surrogate is no error
     assert emit.encoded(b"\xff/x".decode("utf-8", "surrogateescape")) == b"\xff/x"
 
 
-MOMENTS = (  # as an event may have them, and as they are stored
-    ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
-    ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
-    ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
-    ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
-    ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
-)
-
-
 @quick
 def test_emit_reads_and_writes_times():
-    for text, canonical in (*MOMENTS, *VECTORS["ended_at"]):
+    for text, canonical in MOMENTS:
         assert emit.iso(emit.instant(text)) == canonical
     for ms in range(0, 1000000, 977):  # no millisecond is lost in a float
         assert emit.iso((1795468789000 + ms) / 1000)[20:23] == "%03d" % (ms % 1000)
-    for text in (*VECTORS["ended_at_refused"], "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
+    for text in (*NO_MOMENTS, "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
                  "2026-05-22T12:34:56-00:60", "2026-5-22T12:34:56", "2026-05-22T12:34:6",
                  "2026-05-22T1٢:34:56Z", None, 5, []):
         with pytest.raises(ValueError):
@@ -1020,16 +1009,10 @@ def crowd(tmp_path_factory):
         people = [Person(tmp_path_factory.mktemp("crowd") / "home", silent.url),
                   Person(tmp_path_factory.mktemp("drip") / "home",
                          "http://127.0.0.1:%d/" % listener.getsockname()[1])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         hooks = [
-            subprocess.Popen(
-                [sys.executable, *HOOK],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**person.env, "CLAUDE_SESSION_ID": "crowd-%d" % n},
-            )
-            for n, person in enumerate([people[0]] * 50 + [people[1]])
-        ]
+            person.starts("crowd-%d" % n, **pipes)
+            for n, person in enumerate([people[0]] * 50 + [people[1]])]
         printed = [process.communicate(timeout=60)[0] for process in hooks]
         left, gone = time.monotonic(), []
 
@@ -1062,18 +1045,8 @@ def test_emit_sends_from_one_process_at_a_time(person):
         return 202, {}
 
     with Odd(answer) as server:
-        hooks = [
-            subprocess.Popen(
-                [sys.executable, *HOOK],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **person.env,
-                    "ASHLR_SESSION_EVENTS_URL": server.url,
-                    "CLAUDE_SESSION_ID": "turn-%d" % n,
-                },
-            )
-            for n in range(8)
-        ]
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        hooks = [person.starts("turn-%d" % n) for n in range(8)]
         assert [process.wait(60) for process in hooks] == [0] * 8
         until(lambda: not person.senders())
         assert sorted(server.sessions()) == sorted(secret_hash("turn-%d" % n) for n in range(8))
@@ -1182,23 +1155,21 @@ def recorded(shape, session, project, path, name=""):
     return known.get(name) or values.get(str(shape), "x" * 3000)
 
 
-def test_emit_understands_every_host(person):
+def test_emit_understands_every_host(person, received):
     """Session, project and discovery of each host's recorded input; a call counted for each."""
     person.env.update(CLAUDE_PROJECT_DIR="", CLAUDE_SESSION_ID="of the session outside")
     project = str(person.home / "app")
     path = project + "/.ashlrcode/genome/sections/discoveries/auth-flow.md"
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        for host, (tool, end) in KEYS.items():
-            for shape, args in ((tool, ["track"]), (tool, ["track"]), (end, ["--wait", "20000"])):
-                hook = json.dumps(recorded(shape, "host: " + host + "!", project, path))
-                done = person.emit(*args, input=hook.encode())
-                assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), host
-            sent = json.loads(server.requests.pop()[2])
-            assert sent["session_id_hash"] == secret_hash("host: " + host + "!"), host
-            assert (sent["tool_count"], sent["discovery_refs"]) == (2, ["auth-flow"]), host
-        person.emit("--wait", "20000", input=b"{}")  # only the environment speaks
-        assert server.sessions() == [secret_hash("of the session outside")]
+    for host, (tool, end) in KEYS.items():
+        for shape, args in ((tool, ["track"]), (tool, ["track"]), (end, ["--wait", "20000"])):
+            hook = json.dumps(recorded(shape, "host: " + host + "!", project, path))
+            done = person.emit(*args, input=hook.encode())
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), host
+        sent = json.loads(received.requests.pop()[2])
+        assert sent["session_id_hash"] == secret_hash("host: " + host + "!"), host
+        assert (sent["tool_count"], sent["discovery_refs"]) == (2, ["auth-flow"]), host
+    person.emit("--wait", "20000", input=b"{}")  # only the environment speaks
+    assert received.sessions() == [secret_hash("of the session outside")]
 
 
 def test_emit_prints_hooks_that_work(person, tmp_path):
@@ -1311,43 +1282,49 @@ def test_emit_waits_for_no_input(python, tmp_path):
     os.close(read)
 
 
+def folder_for(name):
+    """Put a folder where one of the person's files should be."""
+
+    def breakage(person):
+        path = person.ashlr / name
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        path.mkdir()
+
+    return breakage
+
+
+def text_for(text, *names):
+    return lambda person: [person.put(name, text) for name in names]
+
+
+def pipe_for(name):
+    return lambda person: os.mkfifo(str(person.ashlr / name))
+
+
+def variable(name, value):
+    return lambda person: person.env.update({name: value})
+
+
 BREAKAGES = {  # what somebody may have done to the folder: nothing may come of it but silence
-    "config is a folder": lambda person: (person.ashlr / "config.json").mkdir(),
-    "config is no JSON": lambda person: person.put("config.json", "{telemetry: on"),
-    "config is a pipe": lambda person: os.mkfifo(str(person.ashlr / "config.json")),
-    "machine-id is a folder": lambda person: [
-        (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").mkdir(),
-    ],
-    "machine-id is empty": lambda person: person.put("machine-id", "\n"),
-    "stats and the rest are rubbish": lambda person: [
-        person.put(name, "[" * 5000)
-        for name in (
-            "stats.json",
-            "last-project.json",
-            "pro-token-cache.json",
-            "session-events/last.json",
-        )
-    ],
-    "stats has numbers of thousands of digits": lambda person: person.put(
-        "stats.json", '{"sessions": %s}' % ("9" * 9000)
-    ),
+    "config is a folder": folder_for("config.json"),
+    "config is no JSON": text_for("{telemetry: on", "config.json"),
+    "config is a pipe": pipe_for("config.json"),
+    "machine-id is a folder": folder_for("machine-id"),
+    "machine-id is empty": text_for("\n", "machine-id"),
+    "the rest is rubbish": text_for(
+        "[" * 5000, "stats.json", "last-project.json", "pro-token-cache.json",
+        "session-events/last.json"),
+    "numbers of thousands of digits": text_for('{"sessions": %s}' % ("9" * 9000), "stats.json"),
     "stats has no end": lambda person: (person.ashlr / "stats.json").symlink_to("/dev/zero"),
-    "stats is a pipe": lambda person: os.mkfifo(str(person.ashlr / "stats.json")),
-    "the spool is a file": lambda person: person.put("session-events/pending", "x"),
+    "stats is a pipe": pipe_for("stats.json"),
+    "the spool is a file": text_for("x", "session-events/pending"),
     "there is no home": lambda person: (
-        shutil.rmtree(str(person.home)) or person.home.write_text("a file")
-    ),
-    "the URL is no URL": lambda person: person.env.update(
-        ASHLR_SESSION_EVENTS_URL="file:///etc/passwd"
-    ),
-    "the project is gone": lambda person: person.env.update(
-        CLAUDE_PROJECT_DIR="/nonexistent\nfolder"
-    ),
-    "nobody is there": lambda person: person.env.update(
-        ASHLR_SESSION_EVENTS_URL="http://nobody.invalid/"
-    ),
-    "PATH is empty": lambda person: person.env.update(PATH="/nonexistent"),
+        shutil.rmtree(str(person.home)) or person.home.write_text("a file")),
+    "the URL is no URL": variable("ASHLR_SESSION_EVENTS_URL", "file:///etc/passwd"),
+    "the project is gone": variable("CLAUDE_PROJECT_DIR", "/nonexistent\nfolder"),
+    "nobody is there": variable("ASHLR_SESSION_EVENTS_URL", "http://nobody.invalid/"),
+    "PATH is empty": variable("PATH", "/nonexistent"),
 }
 
 
@@ -1380,7 +1357,7 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         person.env.update(PATH="%s:%s" % (tmp_path / "bin", person.env["PATH"]),
                           ASHLR_SESSION_EVENTS_URL=server.url)
         (person.home / ".git").mkdir()
-        person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
+        person.waits(5, 5)
         person.put("session-events/sessions/" + "a" * 64, "call 5\n")
         person.hook("off", python=python, env={"DO_NOT_TRACK": "1"})
         assert person.kept() == [] and not list(person.ashlr.glob("session-events/sessions/*"))
@@ -1399,7 +1376,7 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
             (202, {}),
         )[1]
         for n in range(3):
-            person.put("session-events/pending/%015d-%012d.json" % (n, n), event(n))
+            person.waits(n, n)
         assert "consent is off" in person.hook("on", python=python)
         assert server.sessions() == [event(0)["session_id_hash"]] and person.kept() == []
         assert not (person.ashlr / "session-events" / "last.json").exists() and log.exists()
@@ -1413,7 +1390,7 @@ def test_emit_no_deletes_what_waits_also_beside_a_broken_file(person):
         ({"ASHLR_TELEMETRY": ""}, 1),
     ):
         person.put("config.json", "{broken")
-        person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
+        person.waits(5, 5)
         person.hook("no", env=env)
         assert len(person.kept()) == stays
 
@@ -1451,9 +1428,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
     with Odd() as server:
         person = Person(tmp_path / "home", server.url)
         for n in range(5):
-            hook = subprocess.Popen(
-                [python, *HOOK], env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
-                stdin=subprocess.DEVNULL, start_new_session=True)
+            hook = person.starts("hup-%d" % n, python=python, start_new_session=True)
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
@@ -1515,7 +1490,7 @@ def test_emit_empties_no_backlog(status, person):
     """A wrong token, address or network says nothing about the events; a portal's page neither."""
     now = int(time.time() * 1000) - 60000
     for n in range(15):
-        person.put("session-events/pending/%015d-%012x.json" % (now + n, n), event(n))
+        person.waits(now + n, n)
     with Odd(lambda n, body: (status, {}, b"<html>Log in</html>")) as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
         person.hook("backlog")
@@ -1535,7 +1510,7 @@ def test_emit_lets_no_failing_event_hold_up_the_rest(person):
     bad = {event(n)["session_id_hash"] for n in range(12)}
     now = int(time.time() * 1000) - 60000
     for n in range(20):
-        person.put("session-events/pending/%015d-%012x.json" % (now + n, n), event(n))
+        person.waits(now + n, n)
 
     def answer(n, body):
         return (500 if json.loads(body)["session_id_hash"] in bad else 202), {}
@@ -1553,10 +1528,10 @@ def test_emit_leaves_events_of_another_version(person):
     """Keys that this version does not know: not sent, not deleted, whatever the age and number."""
     for n in range(3):
         later = dict(event(n), schema_of_the_future=1)
-        person.put("session-events/pending/%015d-%012x.json" % (n + 1, n), later)
+        person.waits(n + 1, n, later)
     now = int(time.time() * 1000)
     for n in range(10, 515):
-        person.put("session-events/pending/%015d-%012x.json" % (now - 60000 + n, n), event(n))
+        person.waits(now - 60000 + n, n)
     assert "without an answer" in person.hook("dead")
     assert len(person.kept()) == 503
     assert all("schema_of_the_future" in kept for kept in person.kept()[:3])
@@ -1607,7 +1582,7 @@ def test_emit_sends_all_that_is_good(person):
     year = 365 * 86400 * 1000
     times = [now - year, *range(now - 998, now), now + year]
     for n, at in enumerate(times):
-        path = person.put("session-events/pending/%015d-%012x.json" % (at, n), event(n))
+        path = person.waits(at, n)
     # A key that stands twice is read once, and what was read is sent.
     path.write_text('{"plugin_version": "a secret", ' + path.read_text()[1:])
     bad = {
@@ -1642,9 +1617,9 @@ def test_emit_sends_all_that_is_good(person):
 def test_emit_lets_500_events_wait_for_30_days(person):
     now, day = int(time.time() * 1000), 86400 * 1000
     for n in range(520):
-        person.put("session-events/pending/%015d-%012x.json" % (now - day - 520 + n, n), event(n))
+        person.waits(now - day - 520 + n, n)
     for n in range(600, 605):
-        person.put("session-events/pending/%015d-%012x.json" % (now - 31 * day, n), event(n))
+        person.waits(now - 31 * day, n)
     assert "1 without an answer" in person.hook("dead")
     kept = [kept["session_id_hash"] for kept in person.kept()]
     assert kept == [event(n)["session_id_hash"] for n in range(21, 520)] + [secret_hash("dead")]
@@ -1684,7 +1659,7 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
 
 
 @oldest_and_newest
-def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
+def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path, received):
     """Empty and relative entries of PATH are skipped. Without a PATH no git runs."""
     project = tmp_path / "project"
     shutil.copytree(str(repository[0]), str(project))
@@ -1693,21 +1668,19 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
         (project / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
         (project / name).chmod(0o755)
     real, found = os.environ["PATH"], []
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
-            person.emit(
-                "--wait",
-                "20000",
-                "--dir",
-                str(project),
-                python=python,
-                cwd=str(project),
-                env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
-                before="import os; del os.fork",  # a sender of its own is in another folder
-                stdin=subprocess.DEVNULL,
-            )
-            found.append(json.loads(server.requests[-1][2])["branch_sha"])
+    for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
+        person.emit(
+            "--wait",
+            "20000",
+            "--dir",
+            str(project),
+            python=python,
+            cwd=str(project),
+            env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
+            before="import os; del os.fork",  # a sender of its own is in another folder
+            stdin=subprocess.DEVNULL,
+        )
+        found.append(json.loads(received.requests[-1][2])["branch_sha"])
     assert not (tmp_path / "ran").exists()
     assert (
         repository[1][:12] in found and found[3] is None
@@ -1761,32 +1734,36 @@ def test_emit_without_what_other_systems_lack(python, person):
         assert done.returncode == 0 and len(person.kept()) == 2 and not person.senders()
 
 
-def test_emit_of_a_parent_without_a_start_time(person):
+def test_emit_of_a_parent_without_a_start_time(tmp_path):
     """Where /proc tells nothing, `ps` does; where neither, the text has an empty place."""
-    hidden = ("import os; real = os.open; os.open = lambda path, *a, **k: "
-              "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)")
+    hidden = (
+        "import os; real = os.open; os.open = lambda path, *a, **k: "
+        "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)")
     started = subprocess.run(
         ["ps", "-o", "lstart=", "-p", str(os.getpid())], stdout=subprocess.PIPE,
         env={"PATH": os.environ["PATH"], "LC_ALL": "C"})
     with Odd() as server:
-        for path, start in ((os.environ["PATH"], started.stdout.decode().strip()),
-                            ("/nonexistent", "")):
-            person.emit("--wait", "20000", before=hidden,
-                        env={"PATH": path, "ASHLR_SESSION_EVENTS_URL": server.url})
-            assert server.sessions().pop() == secret_hash(
-                "ppid:%d:%s:%s" % (os.getpid(), start, MACHINE))
+
+        def session(path, n):
+            person = Person(tmp_path / str(n), server.url, PATH=path)
+            person.emit("--wait", "20000", before=hidden)
+            return server.sessions().pop()
+
+        text = "ppid:%d:%s:%s"
+        expected = secret_hash(text % (os.getpid(), started.stdout.decode().strip(), MACHINE))
+        tries = (session(os.environ["PATH"], n) for n in range(9))  # ps has 250 ms, as git has
+        assert expected in tries
+        assert session("/nonexistent", 9) == secret_hash(text % (os.getpid(), "", MACHINE))
 
 
-def test_emit_survives_kills(person):
+def test_emit_survives_kills(person, received):
     """A captured event survives a kill at a random instant: the next good run delivers it."""
     moments, captured = random.Random(4), []
 
     def kill(n):
-        session = "kill-%d" % n
-        with subprocess.Popen([sys.executable, *HOOK, "--wait", "20000"], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              env={**person.env, "CLAUDE_SESSION_ID": session,
-                                   "ASHLR_TELEMETRY_DEBUG": "1"}) as process:
+        session, pipes = "kill-%d" % n, dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        said = {"ASHLR_TELEMETRY_DEBUG": "1"}
+        with person.starts(session, "--wait", "20000", env=said, **pipes) as process:
             said = b""
             if n % 2:  # at some instant after the capture
                 said = process.stderr.readline() + process.stderr.readline()
@@ -1799,69 +1776,36 @@ def test_emit_survives_kills(person):
             if b"captured" in said:
                 captured.append(secret_hash(session))
 
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        begun = time.monotonic()
-        person.emit("--wait", "20000")
-        whole = 2 * (time.monotonic() - begun)  # of a run beside the others
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            list(pool.map(kill, range(50)))
-        assert all(
-            emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
-        said = person.hook("after the kills")
-        assert all(emit.is_event(json.loads(body)) for _, _, body in server.requests)
-        assert set(captured) <= set(server.sessions()) and person.kept() == [], said
-        assert len(captured) >= 25
+    begun = time.monotonic()
+    person.emit("--wait", "20000")
+    whole = 2 * (time.monotonic() - begun)  # of a run beside the others
+    at_once(kill, range(50), 6)
+    assert all(
+        emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
+    said = person.hook("after the kills")
+    assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
+    assert set(captured) <= set(received.sessions()) and person.kept() == [], said
+    assert len(captured) >= 25
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
 
 
-TOOLS = [  # as real hosts send them after a tool, the project being PROJECT
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Edit",
-        "tool_input": {
-            "file_path": "PROJECT/.ashlrcode/genome/sections/discoveries/auth-jwt-flow.md",
-            "old_string": "x",
-        },
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT/sub",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "NotebookEdit",
-        "tool_input": {"notebook_path": "../.ashlrcode/genome/sections/discoveries/rate.ipynb"},
-        "tool_response": {"ok": True},
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Grep",
-        "tool_input": {
-            "pattern": "x",
-            "path": "PROJECT/.ashlrcode/genome/sections/discoveries/other-way.md",
-        },
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Read",
-        "tool_input": {"file_path": "PROJECT/src/discoveries.py"},
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Bash",
-        "tool_input": {"command": "ls"},
-    },
-    {"session_id": "tool", "cwd": "PROJECT", "tool_input": ["discoveries"]},
-]
+def tool_call(name, tool_input, cwd="PROJECT", **more):
+    """What a real host sends after a tool, the project being PROJECT."""
+    call = {"session_id": "tool", "cwd": cwd, "hook_event_name": "PostToolUse"}
+    return {**call, "tool_name": name, "tool_input": tool_input, **more}
+
+
+FOLDER = ".ashlrcode/genome/sections/discoveries/"
+TOOLS = [
+    tool_call("Edit", {"file_path": "PROJECT/" + FOLDER + "auth-jwt-flow.md", "old_string": "x"}),
+    tool_call("NotebookEdit", {"notebook_path": "../" + FOLDER + "rate.ipynb"}, "PROJECT/sub",
+              tool_response={"ok": True}),
+    tool_call("Grep", {"pattern": "x", "path": "PROJECT/" + FOLDER + "other-way.md"}),
+    tool_call("Read", {"file_path": "PROJECT/src/discoveries.py"}),
+    tool_call("Bash", {"command": "ls"}),
+    {"session_id": "tool", "cwd": "PROJECT", "tool_input": ["discoveries"]}]
 
 
 @oldest_and_newest
@@ -1954,46 +1898,43 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
 
 
 @oldest_and_newest
-def test_emit_sends_a_part_for_each_end_that_meant_something(python, person):
+def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, received):
     """A session that is continued: what is new since the end before, by stats.json or by track."""
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
 
-        def end(session):
-            del server.requests[:]
-            said = person.hook(session, python=python)
-            sent = [json.loads(body) for _, _, body in server.requests]
-            assert ("nothing new" in said) == (sent == [])
-            names = ("session_id_hash", "tool_count", "tokens_saved", "discovery_refs")
-            return [tuple(event[name] for name in names) for event in sent]
+    def end(session):
+        del received.requests[:]
+        said = person.hook(session, python=python)
+        sent = [json.loads(body) for _, _, body in received.requests]
+        assert ("nothing new" in said) == (sent == [])
+        names = ("session_id_hash", "tool_count", "tokens_saved", "discovery_refs")
+        return [tuple(event[name] for name in names) for event in sent]
 
-        part = [secret_hash("again")] + [secret_hash("again:part:%d" % n) for n in range(2, 6)]
-        person.tool("again", python=python)
-        person.tool("again", person.discovery("one"), python=python)
-        assert end("again") == [(part[0], 2, 0, ["one"])]
-        assert end("again") == []
-        shown = person.emit("show", python=python, env={"CLAUDE_SESSION_ID": "again"})
-        assert shown.stdout == "" and "nothing is new" in shown.stderr and shown.returncode == 0
-        person.tool("again", person.discovery("two"), python=python)
-        shown = person.emit(
-            "show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"})
-        assert json.loads(shown.stdout)["session_id_hash"] == part[1]
-        assert end("again") == [(part[1], 1, 0, ["two"])]
-        stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
-        person.put("stats.json", stats)
-        assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
-        assert end("again") == []
-        stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
-        person.put("stats.json", stats)
-        person.tool("again", python=python)
-        assert end("again") == [(part[3], 2, 0, [])]
-        person.put("stats.json", {})  # tidied
-        assert end("again") == []
-        person.tool("again", python=python)
-        assert end("again") == [(part[4], 1, 0, [])]
-        record = emit.Record(person.session_file("again").read_bytes())
-        assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
-        assert person.emit("status", python=python).returncode == 0
+    part = [secret_hash("again")] + [secret_hash("again:part:%d" % n) for n in range(2, 6)]
+    person.tool("again", python=python)
+    person.tool("again", person.discovery("one"), python=python)
+    assert end("again") == [(part[0], 2, 0, ["one"])]
+    assert end("again") == []
+    shown = person.emit("show", python=python, env={"CLAUDE_SESSION_ID": "again"})
+    assert shown.stdout == "" and "nothing is new" in shown.stderr and shown.returncode == 0
+    person.tool("again", person.discovery("two"), python=python)
+    shown = person.emit("show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"})
+    assert json.loads(shown.stdout)["session_id_hash"] == part[1]
+    assert end("again") == [(part[1], 1, 0, ["two"])]
+    stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
+    person.put("stats.json", stats)
+    assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
+    assert end("again") == []
+    stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
+    person.put("stats.json", stats)
+    person.tool("again", python=python)
+    assert end("again") == [(part[3], 2, 0, [])]
+    person.put("stats.json", {})  # tidied
+    assert end("again") == []
+    person.tool("again", python=python)
+    assert end("again") == [(part[4], 1, 0, [])]
+    record = emit.Record(person.session_file("again").read_bytes())
+    assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
+    assert person.emit("status", python=python).returncode == 0
 
 
 @quick
@@ -2015,7 +1956,7 @@ def test_emit_names_a_part_by_its_own_quarter(person):
     assert built[0]["ended_at"] == emit.iso(november / 1000) and part.number == 1
 
 
-def test_emit_sends_sessions_that_never_ended(person):
+def test_emit_sends_sessions_that_never_ended(person, received):
     """Silent for a day: sent when another session ends, ended at the last call, and once."""
     day, now = 86400, time.time()
 
@@ -2039,14 +1980,12 @@ def test_emit_sends_sessions_that_never_ended(person):
     person.session_file("sid-a link").symlink_to(person.put("somebody's", "call 5\n"))
     for name in ("sid-a pipe", "sid-a folder", "sid-a link"):
         os.utime(str(person.session_file(name)), (now - 2 * day,) * 2)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.hook("sid-another")
-        person.hook("sid-and-another")
-        sent = {}
-        for _, _, body in server.requests:
-            made = json.loads(body)
-            assert sent.setdefault(made["session_id_hash"], made) is made
+    person.hook("sid-another")
+    person.hook("sid-and-another")
+    sent = {}
+    for _, _, body in received.requests:
+        made = json.loads(body)
+        assert sent.setdefault(made["session_id_hash"], made) is made
     hashes = [
         secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")]
     others = [
@@ -2074,9 +2013,7 @@ def test_emit_sends_sessions_that_never_ended(person):
 def test_emit_expires_by_age_and_overwrites_no_name(person):
     home, day, now = str(person.home), 86400, time.time()
     young, old, ahead = (
-        person.put("session-events/pending/%015d-%012x.json" % (1000 * (now - age * day), n), "{}")
-        for n, age in enumerate((29, 31, -400))
-    )
+        person.waits(1000 * (now - age * day), n, "{}") for n, age in enumerate((29, 31, -400)))
     emit.expire(home, now - 400 * day)
     assert young.exists() and old.exists() and ahead.exists()
     emit.expire(home, now)
@@ -2119,19 +2056,17 @@ HOSTILE = {  # what may stand where a session's file should
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
+def test_emit_ends_a_session_whose_file_is_hostile(kind, person, received):
     """The event goes all the same, and so does what waits."""
     path = person.session_file("sid-hostile")
     path.parent.mkdir(parents=True)
     theirs = person.put("session-events/a person's", "untouched")
     HOSTILE[kind](path)
-    person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.tool("sid-hostile", person.discovery("x"))
-        said = person.hook("sid-hostile")
-        assert set(server.sessions()) == {secret_hash("sid-hostile"), event(5)["session_id_hash"]}
-        assert person.kept() == [] and "failed" not in said, said
+    person.waits(5, 5)
+    person.tool("sid-hostile", person.discovery("x"))
+    said = person.hook("sid-hostile")
+    assert set(received.sessions()) == {secret_hash("sid-hostile"), event(5)["session_id_hash"]}
+    assert person.kept() == [] and "failed" not in said, said
     assert theirs.read_text() == "untouched"
 
 
@@ -2231,7 +2166,7 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
             if n:
                 person.env.pop("ASHLR_SESSION_EVENTS_WAIT")
             hook = b'{"session_id": "passing-%d"}' % n
-            person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
+            person.waits(5, 5)
             person.emit(python=python, input=hook, env=env)
             if not n:  # before what waits; 500 ms may be too short for a loaded machine
                 assert server.sessions()[0] == secret_hash("passing-0")
@@ -2247,9 +2182,9 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
 def test_emit_without_standard_streams(python, person):
     """Their numbers do not become those of the pipe by which the sender says that it is done."""
     with Odd() as server:
-        env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "closed"}
-        env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        hook = subprocess.Popen([python, *HOOK], env=env, preexec_fn=lambda: os.closerange(0, 3))
+        env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": server.url}
+        closed = {"preexec_fn": lambda: os.closerange(0, 3), "stdin": None}
+        hook = person.starts("closed", python=python, env=env, **closed)
         assert hook.wait(60) == 0
         assert server.sessions() == [secret_hash("closed")]
 
@@ -2257,11 +2192,9 @@ def test_emit_without_standard_streams(python, person):
 def test_emit_is_interrupted_in_silence(person):
     """Ctrl-C while the hook stays for the answer: no traceback, and the event is in the spool."""
     with Odd(lambda n, body: None) as silent:
-        env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "ctrl-c"}
-        env["ASHLR_SESSION_EVENTS_URL"] = silent.url
-        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
-        streams["stderr"] = subprocess.PIPE
-        with subprocess.Popen([sys.executable, *HOOK], env=env, **streams) as hook:
+        env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": silent.url}
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        with person.starts("ctrl-c", env=env, **pipes) as hook:
             until(lambda: silent.requests)
             hook.send_signal(signal.SIGINT)
             assert (hook.communicate(timeout=60), hook.returncode) == ((b"", b""), 0)
@@ -2360,18 +2293,16 @@ def test_emit_deletes_nothing_that_is_not_its_own(person, tmp_path):
         assert left == {*foreign, "A" * 64, *names[:2]}
 
 
-def test_emit_writes_through_no_link(person, tmp_path):
+def test_emit_writes_through_no_link(person, tmp_path, received):
     """A spool that is a link is not used: the event is sent at once, and `status` says why."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (person.ashlr / "session-events").mkdir()
     for link in ("pending", "sessions"):
         (person.ashlr / "session-events" / link).symlink_to(theirs)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.tool("linked", person.discovery("x"))
-        assert "not kept" in person.hook("linked")
-        assert server.sessions() == [secret_hash("linked")]
+    person.tool("linked", person.discovery("x"))
+    assert "not kept" in person.hook("linked")
+    assert received.sessions() == [secret_hash("linked")]
     assert list(theirs.iterdir()) == []
     done = person.emit("status")
     assert done.returncode == 1 and "symbolic link" in done.stdout
@@ -2382,19 +2313,17 @@ def test_emit_writes_through_no_link(person, tmp_path):
     assert list(theirs.iterdir()) == []
 
 
-def test_emit_sends_where_no_lock_can_be_had(person):
+def test_emit_sends_where_no_lock_can_be_had(person, received):
     """Somebody's folder stands where the lock should: the event arrives all the same."""
     (person.ashlr / "session-events" / "flush.lock").mkdir(parents=True)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        assert "failed" not in person.hook("lockless")
-        assert server.sessions() == [secret_hash("lockless")]
+    assert "failed" not in person.hook("lockless")
+    assert received.sessions() == [secret_hash("lockless")]
 
 
 def test_emit_keeps_no_more_than_its_limit_without_an_endpoint(person):
     """The oldest of too many events go, also while the endpoint is no URL."""
     for n in range(emit.WAITING_EVENTS + 10):
-        person.put("session-events/pending/%015d-%012x.json" % (time.time() * 1000 - n, n), "{}")
+        person.waits(time.time() * 1000 - n, n, "{}")
     person.env["ASHLR_SESSION_EVENTS_URL"] = "htp://127.0.0.1/"
     assert "is not a http" in person.hook("sent to no URL")
     assert len(os.listdir(str(person.pending))) == emit.WAITING_EVENTS
@@ -2403,17 +2332,13 @@ def test_emit_keeps_no_more_than_its_limit_without_an_endpoint(person):
 
 
 OBSTACLES = {  # why nothing can be captured, in words of `status`
-    "machine-id is empty": lambda person: person.put("machine-id", " \n"),
+    "machine-id is empty": text_for(" \n", "machine-id"),
     "leads nowhere": lambda person: [
         (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").symlink_to("nowhere"),
-    ],
-    "Is a directory": lambda person: [
-        (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").mkdir(),
-    ],
-    "Not a directory": lambda person: person.put("session-events", "a file"),
-    "no home folder": lambda person: person.env.update(HOME=""),
+        (person.ashlr / "machine-id").symlink_to("nowhere")],
+    "Is a directory": folder_for("machine-id"),
+    "Not a directory": text_for("a file", "session-events"),
+    "no home folder": variable("HOME", ""),
 }
 
 
@@ -2583,29 +2508,20 @@ def test_emit_commands(python, person, tmp_path):
 
 
 @oldest_and_newest
-def test_emit_makes_one_machine_id(python, person):
+def test_emit_makes_one_machine_id(python, person, received):
     """50 first sessions at once agree on one name, and nobody overwrites it."""
     (person.ashlr / "machine-id").unlink()
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        hooks = [
-            subprocess.Popen(
-                [python, *HOOK, "--wait", "20000"],
-                stdin=subprocess.DEVNULL,
-                env={**person.env, "CLAUDE_SESSION_ID": "first-%d" % n},
-            )
-            for n in range(6)
-        ]
-        assert [process.wait(60) for process in hooks] == [0] * 6
-        person.hook("first-7")
-        until(lambda: len(server.requests) == 7)
-        machine = (person.ashlr / "machine-id").read_text()
-        SECRETS.add(machine)
-        assert re.fullmatch(r"[0-9a-f-]{36}", machine)
-        assert (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
-        bodies = [json.loads(body) for _, _, body in server.requests]
-        assert {body["identity_hash"] for body in bodies} == {
-            secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies}
+    hooks = [person.starts("first-%d" % n, "--wait", "20000", python=python) for n in range(6)]
+    assert [process.wait(60) for process in hooks] == [0] * 6
+    person.hook("first-7")
+    until(lambda: len(received.requests) == 7)
+    machine = (person.ashlr / "machine-id").read_text()
+    SECRETS.add(machine)
+    assert re.fullmatch(r"[0-9a-f-]{36}", machine)
+    assert (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
+    bodies = [json.loads(body) for _, _, body in received.requests]
+    assert {body["identity_hash"] for body in bodies} == {
+        secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies}
 
 
 def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd):
@@ -2634,7 +2550,7 @@ GOOD = [  # (field, value sent, value stored): README, Contract 1, each row with
     ("github_hash", None, None),
     ("github_hash", ABSENT, None),
     ("session_id_hash", HEX, HEX),
-    *[("ended_at", *pair) for pair in VECTORS["ended_at"]],
+    *[("ended_at", *pair) for pair in MOMENTS],
     ("ended_at", "0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
     ("ended_at", "2024-02-29T23:59:59.9999-00:00", "2024-02-29T23:59:59.999Z"),
     ("tool_count", 0, 0),
@@ -2657,61 +2573,25 @@ GOOD = [  # (field, value sent, value stored): README, Contract 1, each row with
     ("plugin_version", "1", "1"),
     ("plugin_version", "1.2.3-rc.1+b_" + "9" * 51, "1.2.3-rc.1+b_" + "9" * 51),
 ]
-BAD = [  # (field, value sent)
-    *[
-        ("identity_hash", bad)
-        for bad in (
-            None,
-            "",
-            5,
-            True,
-            [HEX],
-            HEX[1:],
-            HEX + "0",
-            HEX.upper(),
-            HEX + "\n",
-            "g" + HEX[1:],
-            HEX[:-1] + "٣",
-            ABSENT,
-        )
-    ],
-    *[("github_hash", bad) for bad in ("", False, HEX + "\n", {}, "\ud800")],
-    *[("session_id_hash", bad) for bad in (None, HEX[1:], ABSENT)],
-    *[("ended_at", bad) for bad in VECTORS["ended_at_refused"]],
-    *[
-        ("ended_at", bad)
-        for bad in (
-            None,
-            1779453296,
-            ABSENT,
-            "2026-05-22T24:00:00Z",
-            "2026-05-22T12:60:00Z",
-            "2026-05-22T12:00:60Z",
-            "0000-01-01T00:00:00Z",
-            "0001-01-01T00:00:00+00:01",
-            "9999-12-31T23:59:59-00:01",
-            "2026-05-22T12:34:56.Z",
-            "2026-05-22T12:34:56,5Z",
-            "2026-05-22T12:34:56+0200",
-            "2026-05-22T12:34Z",
-            "2025-02-29T00:00:00Z",
-            "2026-05-22T12:34:56z",
-            " 2026-05-22T12:34:56Z",
-            "2026-05-22T12:34:5٦Z",
-        )
-    ],
-    *[
-        ("tool_count", bad)
-        for bad in (True, False, None, -1, 1_000_001, 5.5, "5", [5], 10**400, ABSENT)
-    ],
-    *[("tokens_saved", bad) for bad in (True, -1, 1_000_000_001, 0.1, ABSENT)],
-    *[("branch_sha", bad) for bad in ("", "abc123", "a" * 41, "abcdefg", 1234567, "abc1234\n")],
-    *[("discovery_refs", bad) for bad in (None, "a", {}, ["a"] * 201)],
-    *[
-        ("plugin_version", bad)
-        for bad in ("", None, 1, "-1", "1" * 65, "1.0 beta", "1.0\n", "v/1", ABSENT)
-    ],
-]
+REFUSED = {  # field: values that break its rule
+    "identity_hash": (
+        None, "", 5, True, [HEX], HEX[1:], HEX + "0", HEX.upper(), HEX + "\n", "g" + HEX[1:],
+        HEX[:-1] + "٣", ABSENT),
+    "github_hash": ("", False, HEX + "\n", {}, "\ud800"),
+    "session_id_hash": (None, HEX[1:], ABSENT),
+    "ended_at": (
+        *NO_MOMENTS, None, 1779453296, ABSENT, "2026-05-22T24:00:00Z", "2026-05-22T12:60:00Z",
+        "2026-05-22T12:00:60Z", "0000-01-01T00:00:00Z", "0001-01-01T00:00:00+00:01",
+        "9999-12-31T23:59:59-00:01", "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56,5Z",
+        "2026-05-22T12:34:56+0200", "2026-05-22T12:34Z", "2025-02-29T00:00:00Z",
+        "2026-05-22T12:34:56z", " 2026-05-22T12:34:56Z", "2026-05-22T12:34:5٦Z"),
+    "tool_count": (True, False, None, -1, 1_000_001, 5.5, "5", [5], 10**400, ABSENT),
+    "tokens_saved": (True, -1, 1_000_000_001, 0.1, ABSENT),
+    "branch_sha": ("", "abc123", "a" * 41, "abcdefg", 1234567, "abc1234\n"),
+    "discovery_refs": (None, "a", {}, ["a"] * 201),
+    "plugin_version": ("", None, 1, "-1", "1" * 65, "1.0 beta", "1.0\n", "v/1", ABSENT),
+}
+BAD = [(field, value) for field, values in REFUSED.items() for value in values]
 NOT_JSON = [b"", b" ", b"{", b"{}}", b"nope", b'{"a":NaN}', b'{"a":Infinity}', b"[-Infinity]",
             b"\xff\xfe{\x00}\x00", "{}".encode("utf-16"), "{}".encode("utf-32"), b"\xef\xbb\xbf{}",
             b'{"a":"\xff"}', b'{"a":"\xed\xa0\x80"}', b"[" * 30000, b'{"a":' * 10000, b"'{}'",
@@ -2905,8 +2785,7 @@ def test_server_schema_file_is_the_servers_to_the_letter():
 @quick
 def test_server_migration_of_a_file_that_another_program_made(tmp_path):
     db = tmp_path / "other.db"
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        connection.executescript(OTHER_PROGRAM)
+    scripted(db, OTHER_PROGRAM)
     insert_rows(db, ['["a","b","a"]', "[]", "no json", '{"k":["c"]}', '[1,"d",null]', ""])
     before = rows_of(db)
     for _ in range(2):  # opening twice changes nothing
@@ -2926,8 +2805,7 @@ def test_server_migration_of_fresh_older_and_emptied_files(tmp_path):
     for name, script in (("fresh", None), ("empty", ""), ("older", without_edges)):
         db = tmp_path / (name + ".db")
         if script is not None:
-            with contextlib.closing(sqlite3.connect(str(db))) as connection:
-                connection.executescript(script)
+            scripted(db, script)
         server.Store(str(db)).close()
         made[name] = {
             row["name"]: row["sql"] for row in rows_of(db, "SELECT name, sql FROM sqlite_master")}
@@ -2994,7 +2872,7 @@ def version_2(folder):
 
 
 def scripted(db, *scripts):
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+    with contextlib.closing(sqlite3.connect(str(db), timeout=30)) as connection:
         for script in scripts:
             connection.executescript(script)
     return db
@@ -3242,172 +3120,146 @@ def chunks(body, size):
     return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
 
-ANSWERS = {  # name: (request, status, body or None, whether the connection stays)
-    "event": (request(BODY), 202, OK_BODY, True),
-    "event again": (request(BODY), 202, OK_BODY, True),
-    "event of 64 KiB": (request(PADDED), 202, OK_BODY, True),
-    "any content type": (request(BODY, headers=["Content-Type: text/plain"]), 202, OK_BODY, True),
-    "close": (request(BODY, headers=["Connection: Keep-Alive, CLOSE"]), 202, OK_BODY, False),
-    "HTTP/1.0": (request(BODY, version="HTTP/1.0"), 202, OK_BODY, False),
-    "a query": (request(BODY, target="/v1/session-events?a=b"), 202, OK_BODY, True),
-    "absolute form": (
-        request(BODY, target="http://elsewhere/v1/session-events"),
-        202,
-        OK_BODY,
-        True,
-    ),
-    "an empty line before": (b"\r\n" + request(BODY), 202, OK_BODY, True),
-    "not JSON": (request(b"nope"), 400, b'{"error":"Invalid JSON body"}', True),
-    "no event": (request(b"[]"), 400, None, True),
-    "no body": (request(b""), 400, b'{"error":"Invalid JSON body"}', True),
-    "over 64 KiB": (request(PADDED + b" "), 413, None, False),
-    "a length beyond reason": (
-        BARE.replace(b"%d" % len(BODY), b"9" * 5000) + b"\r\n",
-        413,
-        None,
-        False,
-    ),
-    "a length with many zeros": (
-        BARE.replace(b"%d" % len(BODY), b"0" * 5000 + b"%d" % len(BODY)) + b"\r\n" + BODY,
-        202,
-        OK_BODY,
-        True,
-    ),
-    "no length": (request(), 411, None, False),
-    "chunked": (CHUNKED + chunks(BODY, 100), 202, OK_BODY, True),
-    "chunks of a byte": (CHUNKED + chunks(BODY, 1), 202, OK_BODY, True),
-    "chunks of 64 KiB": (CHUNKED + chunks(PADDED, 50000), 202, OK_BODY, True),
-    "chunks of nothing": (CHUNKED + b"000\r\n\r\n", 400, b'{"error":"Invalid JSON body"}', True),
-    "chunks over 64 KiB": (CHUNKED + chunks(PADDED + b" ", 4096), 413, None, False),
-    "a chunk over 64 KiB": (CHUNKED + b"10001\r\n", 413, None, False),
-    "a GET with chunks": (
-        CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz") + chunks(b"x" * 9, 5),
-        200,
-        OK_BODY,
-        True,
-    ),
-    "long head": (request(BODY, headers=["X-Long: " + "x" * 17000]), 431, None, False),
-    "many headers": (request(BODY, headers=["X-%d: y" % n for n in range(120)]), 431, None, False),
-    "unknown path": (
-        request(BODY, target="/v1/session-events/"),
-        404,
-        b'{"error":"Not found"}',
-        True,
-    ),
-    "two slashes": (
-        request(BODY, target="//v1/session-events"),
-        404,
-        b'{"error":"Not found"}',
-        True,
-    ),
-    "other method": (request(BODY, method="PUT"), 405, None, True),
-    "made-up method": (request(method="BREW"), 405, None, True),
-    "GET of the endpoint": (request(method="GET"), 405, None, True),
-    "OPTIONS": (request(method="OPTIONS"), 405, None, True),
-    "POST to health": (request(b"", target="/healthz"), 405, None, True),
-    "health": (request(method="GET", target="/healthz"), 200, OK_BODY, True),
-    "readiness": (request(method="GET", target="/readyz"), 200, OK_BODY, True),
-    "HEAD": (request(method="HEAD", target="/healthz"), 200, b"", True),
-    "HEAD of nothing": (request(method="HEAD", target="/nothing"), 404, b"", True),
-    "other expectation": (request(BODY, headers=["Expect: 200-ok"]), 417, None, False),
-    "two lengths": (BARE + b"Content-Length: 5\r\n\r\n" + BODY, 400, None, False),
-    "one length twice": (BARE + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, 400, None, False),
-    "a list of lengths": (BARE.replace(b"h: ", b"h: 5, ") + b"\r\n" + BODY, 400, None, False),
-    "a signed length": (BARE.replace(b"h: ", b"h: +") + b"\r\n" + BODY, 400, None, False),
-    "a hex length": (BARE.replace(b"h: ", b"h: 0x") + b"\r\n" + BODY, 400, None, False),
-    "an empty length": (
-        BARE.replace(b"h: %d" % len(BODY), b"h:") + b"\r\n" + BODY,
-        400,
-        None,
-        False,
-    ),
-    "length and chunked": (BARE + b"Transfer-Encoding: chunked\r\n\r\n" + BODY, 400, None, False),
-    "two hosts": (BARE + b"Host: other\r\n\r\n" + BODY, 400, None, False),
-    "blank before the colon": (
-        BARE.replace(b"Length:", b"Length :") + b"\r\n" + BODY,
-        400,
-        None,
-        False,
-    ),
-    "blank in front": (BARE + b" X-Folded: y\r\n\r\n" + BODY, 400, None, False),
-    "no colon": (BARE + b"X-Nothing\r\n\r\n" + BODY, 400, None, False),
-    "no name": (BARE + b": y\r\n\r\n" + BODY, 400, None, False),
-    "bare LF": (BARE.replace(b"\r\n", b"\n") + b"\n" + BODY, 400, None, False),
-    "one bare LF": (BARE + b"X-A: y\nX-B: z\r\n\r\n" + BODY, 400, None, False),
-    "bare CR": (BARE + b"X-A: y\rX-B: z\r\n\r\n" + BODY, 400, None, False),
-    "NUL": (BARE + b"X-A: \0\r\n\r\n" + BODY, 400, None, False),
-    "HTTP/0.9": (b"GET /healthz\r\n\r\n", 400, None, False),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, None, False),
-    "two blanks": (b"GET  /healthz HTTP/1.1\r\n\r\n", 400, None, False),
-    "small letters": (b"GET /healthz http/1.1\r\n\r\n", 400, None, False),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, False),
-}
-ANSWERS.update(
-    (name, (CHUNKED + body, 400, None, False))
-    for name, body in {
-        "a chunk's extension": b"2;a=b\r\n{}\r\n0\r\n\r\n",
-        "an extension of the last chunk": b"2\r\n{}\r\n0;a\r\n\r\n",
-        "a blank behind a chunk's size": b"2 \r\n{}\r\n0\r\n\r\n",
-        "a blank before a chunk's size": b" 2\r\n{}\r\n0\r\n\r\n",
-        "a chunk's size in hex with 0x": b"0x2\r\n{}\r\n0\r\n\r\n",
-        "a signed chunk's size": b"+2\r\n{}\r\n0\r\n\r\n",
-        "an endless chunk's size": b"0" * 17 + b"\r\n\r\n",
-        "a chunk without a size": b"\r\n{}\r\n0\r\n\r\n",
-        "a chunk's size with a bare LF": b"2\n{}\r\n0\r\n\r\n",
-        "a chunk with a bare LF": b"2\r\n{}\n0\r\n\r\n",
-        "a chunk's size with two CRs": b"2\r\r\n{}\r\n0\r\n\r\n",
-        "a chunk longer than its size": b"1\r\n{}\r\n0\r\n\r\n",
-        "a chunk shorter than its size": b"3\r\n{}\r\n0\r\n\r\n",
-        "a trailer": b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
-        "a trailer with a length": b"0\r\nContent-Length: 5\r\n\r\n",
-    }.items()
-)
-ANSWERS.update(
-    (name, (request(headers=lines) + b"0\r\n\r\n", 400, None, False))
-    for name, lines in {
-        "chunked twice": ["Transfer-Encoding: chunked, chunked"],
-        "chunked in two lines": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
-        "another coding": ["Transfer-Encoding: gzip"],
-        "another coding and chunked": ["Transfer-Encoding: gzip, chunked"],
-        "identity": ["Transfer-Encoding: identity"],
-        "chunked with a parameter": ["Transfer-Encoding: chunked;q=1"],
-        "no coding": ["Transfer-Encoding:"],
-        "xchunked": ["Transfer-Encoding: xchunked"],
-        "chunked behind a control character": ["Transfer-Encoding: \x0bchunked"],
-        "chunked and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
-        "chunked and no length": ["Transfer-Encoding: chunked", "Content-Length: 0"],
-    }.items()
-)
-ANSWERS["chunked in HTTP/1.0"] = (
-    CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100), 400, None, False)
-ANSWERS.update(
-    (
-        "Host %r" % host,
-        (BARE.replace(b"localhost", host) + b"\r\n" + BODY, status, None, status < 400),
-    )
-    for host, status in {
-        b"": 202,
-        b"events.example.org": 202,
-        b"192.0.2.1:8787": 202,
-        b"[2001:db8::1]:8787": 202,
-        b"a_b:": 202,
-        b"%61": 202,
-        b"a b": 400,
-        b"a/b": 400,
-        b"user@a": 400,
-        b"a:b": 400,
-        b"a:1:2": 400,
-        b"[::1": 400,
-        b"::1": 400,
-        b"%6": 400,
-        b"\xe4": 400,
-        b'"a"': 400,
-    }.items()
-)
-ANSWERS["no Host"] = (BARE.replace(b"Host: localhost\r\n", b"") + b"\r\n" + BODY, 400, None, False)
-ANSWERS["no Host in HTTP/1.0"] = (
-    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"), 202, OK_BODY, False)
 HEALTH = request(method="GET", target="/healthz")
+NOT_FOUND, NO_JSON = b'{"error":"Not found"}', b'{"error":"Invalid JSON body"}'
+
+
+def headed(text, more):
+    """The request of BARE and BODY with `more` in place of a text of its head."""
+    assert text in BARE
+    return BARE.replace(text, more) + b"\r\n" + BODY
+
+
+OUTCOMES = {  # (status, body or None, whether the connection stays): {name: request}
+    (202, OK_BODY, True): {
+        "event": request(BODY),
+        "event again": request(BODY),
+        "event of 64 KiB": request(PADDED),
+        "any content type": request(BODY, headers=["Content-Type: text/plain"]),
+        "a query": request(BODY, target="/v1/session-events?a=b"),
+        "absolute form": request(BODY, target="http://elsewhere/v1/session-events"),
+        "an empty line before": b"\r\n" + request(BODY),
+        "a length with many zeros": headed(b"%d" % len(BODY), b"0" * 5000 + b"%d" % len(BODY)),
+        "chunked": CHUNKED + chunks(BODY, 100),
+        "chunks of a byte": CHUNKED + chunks(BODY, 1),
+        "chunks of 64 KiB": CHUNKED + chunks(PADDED, 50000),
+        **{
+            "Host %r" % host: headed(b"localhost", host)
+            for host in (
+                b"", b"events.example.org", b"192.0.2.1:8787", b"[2001:db8::1]:8787", b"a_b:",
+                b"%61")
+        },
+    },
+    (202, OK_BODY, False): {
+        "close": request(BODY, headers=["Connection: Keep-Alive, CLOSE"]),
+        "HTTP/1.0": request(BODY, version="HTTP/1.0"),
+        "no Host in HTTP/1.0": headed(b"1.1\r\nHost: localhost", b"1.0"),
+    },
+    (200, OK_BODY, True): {
+        "health": HEALTH,
+        "readiness": request(method="GET", target="/readyz"),
+        "a GET with chunks": CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz")
+        + chunks(b"x" * 9, 5),
+    },
+    (200, b"", True): {"HEAD": request(method="HEAD", target="/healthz")},
+    (400, NO_JSON, True): {
+        "not JSON": request(b"nope"),
+        "no body": request(b""),
+        "chunks of nothing": CHUNKED + b"000\r\n\r\n",
+    },
+    (400, None, True): {"no event": request(b"[]")},
+    (404, NOT_FOUND, True): {
+        "unknown path": request(BODY, target="/v1/session-events/"),
+        "two slashes": request(BODY, target="//v1/session-events"),
+    },
+    (404, b"", True): {"HEAD of nothing": request(method="HEAD", target="/nothing")},
+    (405, None, True): {
+        "other method": request(BODY, method="PUT"),
+        "made-up method": request(method="BREW"),
+        "GET of the endpoint": request(method="GET"),
+        "OPTIONS": request(method="OPTIONS"),
+        "POST to health": request(b"", target="/healthz"),
+    },
+    (411, None, False): {"no length": request()},
+    (413, None, False): {
+        "over 64 KiB": request(PADDED + b" "),
+        "a length beyond reason": headed(b"%d" % len(BODY), b"9" * 5000)[: -len(BODY)],
+        "chunks over 64 KiB": CHUNKED + chunks(PADDED + b" ", 4096),
+        "a chunk over 64 KiB": CHUNKED + b"10001\r\n",
+    },
+    (417, None, False): {"other expectation": request(BODY, headers=["Expect: 200-ok"])},
+    (431, None, False): {
+        "long head": request(BODY, headers=["X-Long: " + "x" * 17000]),
+        "many headers": request(BODY, headers=["X-%d: y" % n for n in range(120)]),
+    },
+    (400, None, False): {
+        "two lengths": BARE + b"Content-Length: 5\r\n\r\n" + BODY,
+        "one length twice": BARE + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+        "a list of lengths": headed(b"h: ", b"h: 5, "),
+        "a signed length": headed(b"h: ", b"h: +"),
+        "a hex length": headed(b"h: ", b"h: 0x"),
+        "an empty length": headed(b"h: %d" % len(BODY), b"h:"),
+        "length and chunked": BARE + b"Transfer-Encoding: chunked\r\n\r\n" + BODY,
+        "no Host": headed(b"Host: localhost\r\n", b""),
+        "two hosts": BARE + b"Host: other\r\n\r\n" + BODY,
+        **{
+            "Host %r" % host: headed(b"localhost", host)
+            for host in (
+                b"a b", b"a/b", b"user@a", b"a:b", b"a:1:2", b"[::1", b"::1", b"%6", b"\xe4",
+                b'"a"')
+        },
+        "blank before the colon": headed(b"Length:", b"Length :"),
+        "blank in front": BARE + b" X-Folded: y\r\n\r\n" + BODY,
+        "no colon": BARE + b"X-Nothing\r\n\r\n" + BODY,
+        "no name": BARE + b": y\r\n\r\n" + BODY,
+        "bare LF": BARE.replace(b"\r\n", b"\n") + b"\n" + BODY,
+        "one bare LF": BARE + b"X-A: y\nX-B: z\r\n\r\n" + BODY,
+        "bare CR": BARE + b"X-A: y\rX-B: z\r\n\r\n" + BODY,
+        "NUL": BARE + b"X-A: \0\r\n\r\n" + BODY,
+        "HTTP/0.9": b"GET /healthz\r\n\r\n",
+        "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "two blanks": b"GET  /healthz HTTP/1.1\r\n\r\n",
+        "small letters": b"GET /healthz http/1.1\r\n\r\n",
+        "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        "chunked in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100),
+        "a chunk's extension": CHUNKED + b"2;a=b\r\n{}\r\n0\r\n\r\n",
+        "an extension of the last chunk": CHUNKED + b"2\r\n{}\r\n0;a\r\n\r\n",
+        "a blank behind a chunk's size": CHUNKED + b"2 \r\n{}\r\n0\r\n\r\n",
+        "a blank before a chunk's size": CHUNKED + b" 2\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size in hex with 0x": CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n",
+        "a signed chunk's size": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
+        "an endless chunk's size": CHUNKED + b"0" * 17 + b"\r\n\r\n",
+        "a chunk without a size": CHUNKED + b"\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size with a bare LF": CHUNKED + b"2\n{}\r\n0\r\n\r\n",
+        "a chunk with a bare LF": CHUNKED + b"2\r\n{}\n0\r\n\r\n",
+        "a chunk's size with two CRs": CHUNKED + b"2\r\r\n{}\r\n0\r\n\r\n",
+        "a chunk longer than its size": CHUNKED + b"1\r\n{}\r\n0\r\n\r\n",
+        "a chunk shorter than its size": CHUNKED + b"3\r\n{}\r\n0\r\n\r\n",
+        "a trailer": CHUNKED + b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
+        "a trailer with a length": CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
+        **{
+            "codings %r" % (lines,): request(headers=lines) + b"0\r\n\r\n"
+            for lines in (
+                ["Transfer-Encoding: chunked, chunked"],
+                ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+                ["Transfer-Encoding: gzip"],
+                ["Transfer-Encoding: gzip, chunked"],
+                ["Transfer-Encoding: identity"],
+                ["Transfer-Encoding: chunked;q=1"],
+                ["Transfer-Encoding:"],
+                ["Transfer-Encoding: xchunked"],
+                ["Transfer-Encoding: \x0bchunked"],
+                ["Transfer-Encoding: chunked", "Content-Length: 5"],
+                ["Transfer-Encoding: chunked", "Content-Length: 0"],
+            )
+        },
+    },
+}
+ANSWERS = {
+    name: (data, *outcome)
+    for outcome, requests in OUTCOMES.items()
+    for name, data in requests.items()
+}
 
 
 def in_pieces(data):
@@ -3844,24 +3696,28 @@ def test_server_spins_only_where_another_cpu_is_its_own():
 PYTHONS = {version: path for version, path in EMIT_PYTHONS.items() if version >= (3, 8)}
 
 
-@pytest.mark.parametrize("version", PYTHONS, ids="%d.%d".__mod__)
-def test_server_alone_in_a_folder(tmp_path, version):
+def test_server_alone_in_a_folder(tmp_path):
     """The one file serves on each Python: an event in, a row out.
 
     SIGTERM and Ctrl-C end it within 5 s with status 0.
     """
-    python = PYTHONS[version]
-    shutil.copy(ROOT / "server.py", tmp_path)
-    for n, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
-        running = Server(tmp_path / "events.db", argv=[python, str(tmp_path / "server.py")])
-        assert post(running, event(n)).status == 202
-        started = time.monotonic()
-        assert running.stop(signum) == 0 and time.monotonic() - started < 5
-        assert running.errors == []
-    assert [
-        (row["tool_count"], row["discovery_refs_json"]) for row in rows_of(tmp_path / "events.db")
-    ] == [(42, '["auth-jwt-flow","rate-limit-buckets"]')] * 2
-    assert not (tmp_path / "events.db-wal").exists()
+
+    def serves(python):
+        folder = tmp_path / hashlib.sha256(python.encode()).hexdigest()
+        folder.mkdir()
+        shutil.copy(ROOT / "server.py", folder)
+        for n, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
+            running = Server(folder / "events.db", argv=[python, str(folder / "server.py")])
+            assert post(running, event(n)).status == 202
+            started = time.monotonic()
+            assert running.stop(signum) == 0 and time.monotonic() - started < 5
+            assert running.errors == []
+        assert not (folder / "events.db-wal").exists()
+        rows = rows_of(folder / "events.db")
+        return [(row["tool_count"], row["discovery_refs_json"]) for row in rows]
+
+    expected = [(42, '["auth-jwt-flow","rate-limit-buckets"]')] * 2
+    assert dict(zip(PYTHONS, at_once(serves, PYTHONS.values()))) == dict.fromkeys(PYTHONS, expected)
 
 
 def test_server_ends_while_a_client_is_halfway(tmp_path):
@@ -3889,17 +3745,12 @@ def test_server_ends_while_a_client_is_halfway(tmp_path):
 def start_faults(folder):
     """Command lines that cannot work, and what the one line says."""
     (folder / "text.db").write_text("this is no database, and long enough to be seen as none" * 100)
-    with contextlib.closing(sqlite3.connect(str(folder / "newer.db"))) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    with contextlib.closing(sqlite3.connect(str(folder / "other.db"))) as connection:
-        connection.execute("CREATE TABLE session_events (id INTEGER PRIMARY KEY, name TEXT)")
-    with contextlib.closing(sqlite3.connect(str(folder / "half.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM + "PRAGMA user_version = 1")
-    with contextlib.closing(sqlite3.connect(str(folder / "twice.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""))
-        connection.executescript(
-            "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
-            " VALUES ('i', 's', '', ''), ('i', 's', '', '')")
+    scripted(folder / "newer.db", "PRAGMA user_version = 99")
+    scripted(folder / "other.db", "CREATE TABLE session_events (id INTEGER PRIMARY KEY, name TEXT)")
+    scripted(folder / "half.db", OTHER_PROGRAM, "PRAGMA user_version = 1")
+    scripted(folder / "twice.db", OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""),
+             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
+             " VALUES ('i', 's', '', ''), ('i', 's', '', '')")
     for name, old, new in (
         ("tenant", "branch_sha TEXT,", "branch_sha TEXT, tenant TEXT NOT NULL,"),
         ("branch", "branch_sha TEXT,", "branch_sha TEXT NOT NULL DEFAULT '',"),
@@ -3987,8 +3838,7 @@ def test_server_running_for_fixtures(tmp_path):
 
 def test_server_running_says_what_it_cannot_read(tmp_path):
     """Whoever asks gets an answer or an exception, also beside stop(), and also of odd rows."""
-    with contextlib.closing(sqlite3.connect(str(tmp_path / "other.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM)
+    scripted(tmp_path / "other.db", OTHER_PROGRAM)
     insert_rows(tmp_path / "other.db", ["no json"])
     with server.running(str(tmp_path / "other.db")) as running:
         with pytest.raises(ValueError):
@@ -4001,6 +3851,9 @@ def test_server_running_says_what_it_cannot_read(tmp_path):
 
 
 # -- Durability ------------------------------------------------------------------------------------
+
+# A checkpoint after every few rows.
+OFTEN = constants(server, CHECKPOINT_PAGES=100, FEW_PAGES=5)
 
 
 class Load(threading.Thread):
@@ -4060,26 +3913,28 @@ def p99(seconds):
     return sorted(seconds)[int(len(seconds) * 0.99)]
 
 
-def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
-    """12 times under load: every 202 is a row, the file is whole, and the next start is quick."""
+@pytest.mark.parametrize(
+    ("lives", "often"), [(12, False), (6, True)], ids=["usual", "in checkpoints"])
+def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path, lives, often):
+    """Killed under load: every 202 is a row, the file is whole, and the next start is quick."""
     db, rng, accepted, starts = tmp_path / "events.db", random.Random(50), set(), []
-    for life in range(12):
+    for life in range(lives):
         started = time.monotonic()
-        running = Server(db)
+        running = Server(db, before=OFTEN * often)
         starts.append(time.monotonic() - started)
         clients = [Load((life, n), running) for n in range(3)]
         for client in clients:
             client.start()
         clients[0].ending.wait(rng.uniform(0.02, 0.15))  # the moment is what is random here
-        running.stop(signal.SIGKILL)
+        running.stop(signal.SIGTERM if often and life % 3 == 0 else signal.SIGKILL)
         for client in clients:
             client.stop()
             accepted.update(client.accepted)
     stored = {row["session_id_hash"] for row in rows_of(db)}
-    assert len(accepted) > 200 and accepted <= stored
+    assert len(accepted) > 8 * lives and accepted <= stored
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert sum(len(json.loads(row["discovery_refs_json"])) for row in rows_of(db)) == len(edges(db))
-    assert sorted(starts)[6] < 5
+    assert sorted(starts)[lives // 2] < 5
 
 
 def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
@@ -4371,12 +4226,13 @@ def mounted(folder, *options):
 
 
 @needs_linux
-def test_server_disk_full_file_system(tmp_path):
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk, serving(
-        disk / "events.db"
-    ) as running:
-        refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk")
+@pytest.mark.parametrize(("size", "often"), [("1m", False), ("2m", True)])
+def test_server_disk_full_file_system(tmp_path, size, often):
+    """Also where the log can grow and the database cannot: every answer holds, and is said once."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=" + size, "tmpfs") as disk:
+        with serving(disk / "events.db", before=OFTEN * often) as running:
+            more = ["mount", "-o", "remount,size=64m", disk]
+            refused_until_it_works(running, lambda: run(more), "disk")
 
 
 @needs_linux
@@ -4393,8 +4249,7 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
             assert ready(running) == 503
             for n in range(5):
                 assert post(running, event(n)).status == 503
-            metrics = "http://127.0.0.1:%d/metrics" % port
-            assert urllib.request.urlopen(metrics, timeout=30).status == 200
+            assert metrics_at(port)
             (disk / "ballast").unlink()
             until(lambda: post(running, event(1)).status == 202)
             assert ready(running) == 200
@@ -4402,16 +4257,6 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
             assert [json.loads(line)["event"] for line in running.errors] == [
                 "store_unavailable", "store_available"]
         assert len(rows_of(disk / "events.db")) == 1
-
-
-@needs_linux
-def test_server_disk_full_while_the_log_is_moved(tmp_path):
-    """The database cannot grow, the log can: every answer holds, and the fault is said once."""
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk, serving(
-        disk / "events.db", before=OFTEN
-    ) as running:
-        refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk")
 
 
 @needs_linux
@@ -4440,19 +4285,14 @@ def test_server_file_system_turned_read_only(tmp_path):
 
 def test_server_database_at_its_size_limit(tmp_path):
     with serving(tmp_path / "events.db", "--max-db-bytes", 200_000) as running:
-
-        def mend():
-            with contextlib.closing(sqlite3.connect(str(running.db))) as connection, connection:
-                connection.execute("DELETE FROM session_events WHERE id > 1 AND id % 2")
-
         statuses = [
             post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)]
         assert statuses[0] == 202 and statuses[-1] == 503 and sorted(statuses) == statuses
-        until = time.monotonic() + 1.5  # longer than the last write is remembered
-        while time.monotonic() < until:
+        remembered = time.monotonic() + 1.5  # longer than the last write is
+        while time.monotonic() < remembered:
             assert ready(running) == 503
             time.sleep(0.1)
-        mend()
+        scripted(running.db, "DELETE FROM session_events WHERE id > 1 AND id % 2")
         assert post(running, event("small")).status == 202 and ready(running) == 200
         assert (tmp_path / "events.db").stat().st_size <= 200_000
 
@@ -4467,12 +4307,10 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
             == 202
         ):
             pass
-    with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-        connection.execute(
-            "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'")
-        connection.execute(
-            "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
-            " WHERE id = (SELECT max(id) FROM session_events)")
+    scripted(
+        db, "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'",
+        "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
+        " WHERE id = (SELECT max(id) FROM session_events)")
     with contextlib.closing(server.Store(str(db), 200_000, retain_days=1)) as store:
         rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
         started = time.monotonic()
@@ -4510,18 +4348,15 @@ def test_server_row_refused_by_another_programs_trigger(tmp_path, words):
     SECRETS.update(row["identity_hash"] for row in rows)
     port = free_port()
     with serving(db, "--metrics", "127.0.0.1:%d" % port) as running:
-        with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-            connection.execute(
-                "CREATE TRIGGER other BEFORE INSERT ON session_events WHEN NEW.identity_hash = '%s'"
-                " BEGIN SELECT RAISE(%s); END" % (rows[2]["identity_hash"], words)
-            )
+        trigger = "CREATE TRIGGER other BEFORE INSERT ON session_events"
+        trigger += " WHEN NEW.identity_hash = '%s' BEGIN SELECT RAISE(%s); END"
+        scripted(db, trigger % (rows[2]["identity_hash"], words))
         with Wire(running) as wire:
             wire.send(b"".join(request(as_sent(row)) for row in rows))
             replies = [wire.reply() for _ in rows]
         assert [reply.status for reply in replies] == [202, 202, 500, 202, 202]
         assert replies[2].body == b'{"error":"Insert failed"}'
-        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
-            counted = parse_metrics(page.read().decode())["session_events_events_total"]
+        counted = metrics_at(port)["session_events_events_total"]
         assert counted == {'result="already_there"': 0, 'result="stored"': 4}
         running.stop()
         assert len(rows_of(db)) == 4
@@ -5040,6 +4875,14 @@ def parse_metrics(text):
     return samples
 
 
+def metrics_at(port):
+    """`parse_metrics` of the page that a server shows there."""
+    with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
+        assert page.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        PRINTED.append(page.read())
+    return parse_metrics(PRINTED[-1].decode())
+
+
 def test_server_metrics_on_their_own_listener(tmp_path):
     port = free_port()
     with serving(tmp_path / "events.db", "--metrics", "127.0.0.1:%d" % port) as running:
@@ -5049,12 +4892,7 @@ def test_server_metrics_on_their_own_listener(tmp_path):
         with Wire(running) as public:
             public.send(request(method="GET", target="/metrics"))
             assert public.reply().status == 404
-        url = "http://127.0.0.1:%d/metrics" % port
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-            page = reply.read().decode()
-        PRINTED.append(page.encode())
-        samples = parse_metrics(page)
+        samples = metrics_at(port)
         prefix = "session_events_"
         assert samples[prefix + "http_requests_total"] == {
             'status="202"': 3, 'status="400"': 1, 'status="404"': 1}
@@ -5069,11 +4907,9 @@ def test_server_metrics_on_their_own_listener(tmp_path):
         with Wire(running) as wire:
             wire.send(b"".join(request(as_sent(event(("turn", n)))) for n in range(500)))
             assert [wire.reply().status for _ in range(500)] == [202] * 500
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            turns = parse_metrics(reply.read().decode())[prefix + "turn_rows_bucket"]
-        assert (
-            turns['le="64"'] == turns['le="+Inf"']
-        )  # one client's 32 a turn, twice where it was held up
+        turns = metrics_at(port)[prefix + "turn_rows_bucket"]
+        # One client's 32 a turn, twice where it was held up.
+        assert turns['le="64"'] == turns['le="+Inf"']
         assert any(server.__version__ in labels for labels in samples[prefix + "build_info"])
         with pytest.raises(urllib.error.HTTPError):  # events are not taken there
             urllib.request.urlopen("http://127.0.0.1:%d/v1/session-events" % port, BODY, timeout=30)
@@ -5239,10 +5075,6 @@ def old_and_new(db, *rows):
             )
 
 
-# A checkpoint after every few rows.
-OFTEN = constants(server, CHECKPOINT_PAGES=100, FEW_PAGES=5)
-
-
 def ids_of(db):
     return [row["id"] for row in rows_of(db, "SELECT id FROM session_events ORDER BY id")]
 
@@ -5372,8 +5204,7 @@ MARKS = """
 def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshipped):
     db = tmp_path / "events.db"
     old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        connection.executescript(marks)
+    scripted(db, marks)
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
         store.sweep.look_at_clocks()
         for _ in range(3):
@@ -5406,22 +5237,17 @@ def test_server_retention_goes_on_when_ship_has_confirmed(tmp_path):
     old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
     mark = "INSERT OR REPLACE INTO ship_marks VALUES ('a', 'n', %d, '')"
 
-    def ship(statement):
-        with contextlib.closing(sqlite3.connect(str(db), timeout=30)) as connection:
-            connection.executescript(statement)
-
     def waiting():
-        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
-            return parse_metrics(page.read().decode())["session_events_unshipped_ids"][None]
+        return metrics_at(port)["session_events_unshipped_ids"][None]
 
-    ship(MARKS + mark % 12)
+    scripted(db, MARKS + mark % 12)
     env = at_time(FAKETIME="+0 x40")
     flags = "--retain-days", 30, "--metrics", "127.0.0.1:%d" % port
     with serving(db, *flags, env=env) as running:
         assert running.says("not shipped yet")
         until(lambda: len(ids_of(db)) == 38)
         assert waiting() == 38
-        ship(mark % 45)
+        scripted(db, mark % 45)
         until(lambda: len(ids_of(db)) == 10)  # the next look is a minute later, here 1.5 s
         assert waiting() == 5
 
@@ -5525,23 +5351,6 @@ def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch,
             store.after_turn()
         assert (tmp_path / "events.db-wal").stat().st_size < 200 * 4120
     assert capfd.readouterr().err.count("checkpoint_failed") == 1
-
-
-def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
-    db, rng, accepted = tmp_path / "events.db", random.Random(9), set()
-    for life in range(6):
-        running = Server(db, before=OFTEN)
-        clients = [Load((life, n), running) for n in range(3)]
-        for client in clients:
-            client.start()
-        clients[0].ending.wait(rng.uniform(0.05, 0.2))  # the moment is what is random here
-        running.stop(signal.SIGKILL if life % 3 else signal.SIGTERM)
-        for client in clients:
-            client.stop()
-            accepted.update(client.accepted)
-    assert len(accepted) > 200
-    assert accepted <= {row["session_id_hash"] for row in rows_of(db)}
-    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
 
 
 def test_server_two_on_one_file_both_move_the_log(tmp_path):
@@ -8359,12 +8168,12 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
         chromium.events = []
         chromium.enter(view.url)
         for path in EVERY_PAGE:
-            seen = None
+            chromium.screen(390, 900, "dark")
+            chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
+            if axe:
+                chromium.js(axe + "; 0")
             for width, scheme in ((390, "dark"), (1024, "dark"), (1440, "light"), (390, "light")):
-                chromium.screen(width, 900, scheme)
-                if scheme != seen:  # the other width is a window that is resized
-                    chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
-                seen = scheme
+                chromium.screen(width, 900, scheme)  # a window that is resized, a theme that turns
                 where = (path, width, scheme)
                 assert chromium.js("document.documentElement.scrollWidth") == width, where
                 paper = chromium.js("getComputedStyle(document.body).backgroundColor")
@@ -8382,7 +8191,6 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                     == 0
                 ), where
                 if axe and (width, scheme) in ((390, "dark"), (1440, "light")):
-                    chromium.js(axe + "; 0")
                     found = chromium.js(
                         "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map("
                         "n => n.target + ' ' + n.failureSummary).join(' | ')))"
@@ -8566,7 +8374,7 @@ FRAME_TIMES = """new Promise(done => {
     }
   });
   const slider = document.getElementById("slider");
-  slider.value = slider.max * 0.2;  // enough frames, however slow the machine is
+  slider.value = slider.max * 0.6;  // enough frames, however slow the machine is
   slider.dispatchEvent(new Event("input"));
   document.getElementById("speed").value = "8";
   document.getElementById("play").click();
@@ -9062,9 +8870,8 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
 
     def agrees():
         whole(clickhouse, url, *nodes)
-        return {node: ship(dbs[node], url, "--check") for node in "ab"} == {
-            node: (0, text, "") for node, text in checks.items()
-        }
+        found = at_once(lambda node: ship(dbs[node], url, "--check"), "ab")
+        return found == [(0, checks[node], "") for node in "ab"]
 
     assert [shipped(dbs[node], url) for node in order] == [len(rows[node]) for node in order]
     assert agrees()
@@ -10223,19 +10030,19 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
 def test_ship_in_constant_memory(tmp_path, clickhouse):
     """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
     peaks = []
-    for count in (4_000, 24_000):
+    for count in (2_000, 12_000):
         db = stored(
             tmp_path / ("%d.db" % count),
             *(row(n, n % 50, refs=["x"], received_at="2026-05-22T12:00:00Z") for n in range(count)),
         )
         url = clickhouse.database()
-        status, out, err = ship(db, url, rows=2000, peak=True)
+        status, out, err = ship(db, url, rows=1000, peak=True)
         assert status == 0 and out.startswith("{:,} rows shipped".format(count)), err
-        assert ship(db, url, "--check", rows=2000)[0] == 0
+        assert ship(db, url, "--check", rows=1000)[0] == 0
         peaks.append(int(err))
-    assert peaks[1] < peaks[0] + 8_000  # KiB; 20,000 rows as Python objects would be 22,000
+    assert peaks[1] < peaks[0] + 6_000  # KiB; 10,000 rows as Python objects would be 11,000
     ours, theirs = os.openpty()
-    db, url = str(tmp_path / "4000.db"), clickhouse.database()
+    db, url = str(tmp_path / "2000.db"), clickhouse.database()
     subprocess.run(
         program("session_events", "ship", "--db", db, "--to", url),
         stdout=subprocess.DEVNULL,
@@ -10243,7 +10050,7 @@ def test_ship_in_constant_memory(tmp_path, clickhouse):
         timeout=120,
     )
     os.close(theirs)
-    assert b"4,000 rows shipped" in os.read(ours, 1 << 16)
+    assert b"2,000 rows shipped" in os.read(ours, 1 << 16)
     os.close(ours)
 
 
@@ -10399,11 +10206,8 @@ def test_house_numbers_of_the_contract_are_the_programs():
 def test_house_known_answers_of_the_readme():
     """README, Contract 4: its examples are what emit.py computes."""
     part = readme_part("### 4. Identity")
-    for known in VECTORS["identity"][:1]:
-        assert known["machine_id"] in part and known["identity_hash"] in part
-    assert VECTORS["github"][0]["github_hash"] in part
-    assert VECTORS["session"][0]["session_id_hash"] in part
-    assert VECTORS["stats_bucket"][0]["bucket"] in part
+    for known in (MACHINE, IDENTITIES[0][2], OCTOCAT, SESSION_HASH, BUCKETS[0][2]):
+        assert known in part
     keys = ", ".join("`%s`" % name for name in emit.SESSION_KEYS)
     assert keys in part.replace("\n", " ")
     assert all("`%s`" % name in part for name in emit.SESSION_VARIABLES)
