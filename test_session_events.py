@@ -9,6 +9,7 @@ recorded. The last test searches it for anything that could name a person or a s
 """
 
 import argparse
+import array
 import ast
 import base64
 import calendar
@@ -48,6 +49,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -79,92 +81,41 @@ PRINTED = []  # bytes: all that the programs printed
 # Texts that must not be found there: of a hash no 7 digits in a row, of any other text the whole.
 SECRETS = set()
 
-EVENT = {
-    "identity_hash": hashlib.sha256(b"identity").hexdigest(),
-    "github_hash": hashlib.sha256(b"login").hexdigest(),
-    "session_id_hash": hashlib.sha256(b"session").hexdigest(),
-    "ended_at": "2026-05-22T12:34:56.000Z",
-    "tool_count": 42,
-    "tokens_saved": 12345,
-    "branch_sha": "abc123def456",
-    "discovery_refs": ["auth-jwt-flow", "rate-limit-buckets"],
-    "plugin_version": "1.31.0",
-}
+EVENT = {"identity_hash": hashlib.sha256(b"identity").hexdigest(),
+         "github_hash": hashlib.sha256(b"login").hexdigest(),
+         "session_id_hash": hashlib.sha256(b"session").hexdigest(),
+         "ended_at": "2026-05-22T12:34:56.000Z", "tool_count": 42, "tokens_saved": 12345,
+         "branch_sha": "abc123def456",
+         "discovery_refs": ["auth-jwt-flow", "rate-limit-buckets"], "plugin_version": "1.31.0"}
 
 
+MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
 # Known answers: shared with every other client and server of the contract.
-VECTORS = {
-    "identity": [
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-11-22",
-            "salt": "salt_2026Q4",
-            "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-12-31",
-            "salt": "salt_2026Q4",
-            "identity_hash": "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2027-01-01",
-            "salt": "salt_2027Q1",
-            "identity_hash": "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-03-31",
-            "salt": "salt_2026Q1",
-            "identity_hash": "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8",
-        },
-        {
-            "machine_id": "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34",
-            "utc_date": "2026-04-01",
-            "salt": "salt_2026Q2",
-            "identity_hash": "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a",
-        },
-    ],
-    "github": [
-        {
-            "login": "octocat",
-            "salt": "salt_2026Q4",
-            "github_hash": "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763",
-        }
-    ],
-    "session": [
-        {
-            "session_id": "deterministic-session-id-xyz",
-            "session_id_hash": "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754",
-        }
-    ],
-    "stats_bucket": [
-        {"ppid": 4242, "HOME": "/home/dev", "bucket": "p184789d5"},
-        {"ppid": 1, "HOME": "", "bucket": "pe9ceaae8"},
-        {"ppid": 77, "HOME": "/home/zoë", "bucket": "p31e8963a"},
-    ],
-    "ended_at": [
-        ["2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"],
-        ["2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"],
-        ["2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"],
-        ["2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"],
-    ],
-    "ended_at_refused": [
-        "2026/05/22",
-        "2026-05-22",
-        "2026-02-30T00:00:00Z",
-        "2026-05-22T24:00:01Z",
-        "2026-05-22T12:34:56Z\n",
-        "2026-05-22T12:34:56Zgarbage",
-        "٢٠٢٦-05-22T12:34:56Z",
-        "2026-05-22 12:34:56Z",
-        "2026-05-22T12:34:56+25:00",
-        "",
-    ],
-}
+IDENTITIES = (  # of MACHINE: date, its quarter, hash
+    ("2026-11-22", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
+    ("2026-12-31", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
+    ("2027-01-01", "2027Q1", "abbaee7c39f908b0d3b0cf0d6bc7a237829ba2824a461a37d5deacb4e292bd3e"),
+    ("2026-03-31", "2026Q1", "960d7e513cd934e93aaeb25981ae0c09f9ce4595aba2f87679be3d8d2b89a0e8"),
+    ("2026-04-01", "2026Q2", "8224fa9c62f5dfd963578817e0e03c719b0bac8f3a96190cad628e158ccefb9a"),
+)
+OCTOCAT = "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"  # in salt_2026Q4
+SESSION = "deterministic-session-id-xyz"
+SESSION_HASH = "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"
+BUCKETS = (  # parent's pid, HOME, bucket
+    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"))
+MOMENTS = (  # as an event may have them, and as they are stored
+    ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
+    ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
+    ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
+    ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
+    ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
+    ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
+)
+NO_MOMENTS = ("2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
+              "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
+              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", "")
 
 
 def event(n, **changes):
@@ -190,16 +141,22 @@ def interpreters(oldest):
     candidates = glob.glob(os.path.expanduser("~/.pyenv/versions/3.*/bin/python3"))
     candidates += [shutil.which("python3.%d" % minor) or "" for minor in range(oldest[1], 20)]
     for path in filter(None, candidates):
-        probe = subprocess.run(
-            [path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        probe = subprocess.run([path, "-I", "-S", "-c", "import sys; print(*sys.version_info[:2])"],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if probe.returncode == 0:
             version = tuple(map(int, probe.stdout.split()))
             if version >= oldest:
                 found.setdefault(version, path)
     return dict(sorted(found.items()))
+
+
+def at_once(function, cases, most=0):
+    """What `function` returns for each case, in order. As many run at once as there are CPUs.
+
+    Where they do little but wait, it may be `most`.
+    """
+    with concurrent.futures.ThreadPoolExecutor(most or os.cpu_count()) as pool:
+        return list(pool.map(function, cases))
 
 
 def run(argv, **options):
@@ -210,43 +167,197 @@ def run(argv, **options):
     options.setdefault("stdin", None if "input" in options else subprocess.DEVNULL)
     if options["stdin"] is None:
         del options["stdin"]
-    done = subprocess.run(
-        list(map(str, argv)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        timeout=options.pop("timeout", 60),
-        **options,
-    )
+    done = subprocess.run(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=options.pop("timeout", 60), **options)
+    return recorded_texts(done)
+
+
+def recorded_texts(done):
+    """A process that has ended; both outputs are recorded, and become text."""
     PRINTED.extend((done.stdout, done.stderr))
-    done.stdout, done.stderr = (
-        done.stdout.decode("utf-8", "replace"),
-        done.stderr.decode("utf-8", "replace"),
-    )
+    done.stdout = done.stdout.decode("utf-8", "replace")
+    done.stderr = done.stderr.decode("utf-8", "replace")
     return done
 
 
-class Server:
-    """A real `server.py` process. `.url` is the endpoint. `.stop()` returns its exit status."""
+def program(module, *flags, before=""):
+    """The command line that runs a program of this folder, after the statements `before`.
 
-    def __init__(
-        self, db, *flags, python=sys.executable, script=ROOT / "server.py", wrapper=(), **options
-    ):
-        argv = [*wrapper, python, str(script), "--db", str(db), "--port", "0", *map(str, flags)]
+    Python keeps what it compiled, and looks for no installed packages: so a start is quick.
+    """
+    code = "import os, signal, sys; sys.path.insert(0, sys.argv.pop(1)); import %s\n%s\n"
+    code = code % (module, before) + "sys.exit(%s.main())" % module
+    return [sys.executable, "-I", "-S", "-c", code, str(ROOT), *map(str, flags)]
+
+
+# A process that has imported the programs, and forks for each request: a line of JSON, and beside
+# it the descriptors of the three streams and of a pipe. Into that go the pid and, later, how the
+# program ended. It ends with the tests. So a start takes 0.02 s, and not the 0.2 s of the imports.
+STARTER = """import array, gc, json, os, signal, socket, sys
+sys.path.insert(0, sys.argv[1])
+import server, session_events
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+asked = socket.socket(fileno=os.dup(0))
+gc.freeze()
+while True:
+    line, fds = b"", array.array("i")
+    while line[-1:] != b"\\n":
+        piece, beside, _, _ = asked.recvmsg(65536, socket.CMSG_SPACE(4 * fds.itemsize))
+        if not piece:
+            sys.exit()
+        line += piece
+        for _, _, numbers in beside:
+            fds.frombytes(numbers)
+    if not os.fork():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        child = os.fork()
+        if not child:
+            break
+        for fd in fds[:3]:
+            os.close(fd)
+        os.write(fds[3], b"%d\\n" % child)
+        os.write(fds[3], b"%d\\n" % os.waitpid(child, 0)[1])
+        os._exit(0)
+    for fd in fds:
+        os.close(fd)
+asked.close()
+for number, fd in enumerate(fds):
+    if number < 3:
+        os.dup2(fd, number)
+    os.close(fd)
+sys.stdin, sys.stdout = open(0, encoding="utf-8"), open(1, "w", encoding="utf-8")
+sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+request = json.loads(line)
+os.chdir(request["cwd"])
+os.environ.clear()
+os.environ.update(request["env"])
+sys.argv = [request["module"] + ".py", *request["flags"]]
+exec(request["before"])
+sys.exit(getattr(sys.modules[request["module"]], "main")())
+"""
+STARTING = threading.Lock()
+
+
+@functools.lru_cache(maxsize=None)
+def starter():
+    """(the socket to the one STARTER, its process)."""
+    ours, theirs = socket.socketpair()
+    argv = [sys.executable, "-I", "-S", "-c", STARTER, str(ROOT)]
+    with theirs:
+        return ours, subprocess.Popen(argv, stdin=theirs)
+
+
+class Forked:
+    """A process that STARTER forked, in the ways of `subprocess.Popen`."""
+
+    def __init__(self, module, *flags, before="", env=None, cwd=None, **streams):
+        theirs = []
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            where, ours = streams.get(name), None
+            if where == subprocess.PIPE:
+                ends = os.pipe()
+                theirs.append(ends[number > 0])
+                ours = os.fdopen(ends[number == 0], "rb" if number else "wb")
+            elif where == subprocess.DEVNULL:
+                theirs.append(os.open(os.devnull, os.O_RDWR))
+            else:
+                theirs.append(os.dup(where if isinstance(where, int) else where.fileno()))
+            setattr(self, name, ours)
+        report, end = os.pipe()
+        theirs.append(end)
+        self.args, self.returncode, self.report = (module, *flags), None, os.fdopen(report, "rb", 0)
+        self.waiting = threading.Lock()
+        request = {"module": module, "flags": list(map(str, flags)), "before": before}
+        request.update(env=dict(os.environ if env is None else env), cwd=str(cwd or os.getcwd()))
+        beside = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs)
+        with STARTING:
+            starter()[0].sendmsg([json.dumps(request).encode() + b"\n"], [beside])
+        for fd in theirs:
+            os.close(fd)
+        self.pid = int(self.report.readline())
+
+    def wait(self, timeout=None):
+        with self.waiting:
+            if self.returncode is None:
+                if not select.select([self.report], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                status = int(self.report.readline())
+                killed = os.WIFSIGNALED(status)
+                self.returncode = -os.WTERMSIG(status) if killed else os.WEXITSTATUS(status)
+                self.report.close()
+            return self.returncode
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, signum):
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def communicate(self, text=b"", timeout=60):
+        """What it said in both streams. It is killed when the time is over."""
+        limit = threading.Timer(timeout, self.kill)
+        limit.start()
+        if self.stdin:
+            with contextlib.suppress(BrokenPipeError), self.stdin:
+                self.stdin.write(text)
+        said = at_once(lambda pipe: pipe and pipe.read(), (self.stdout, self.stderr), 2)
+        self.wait()
+        limit.cancel()
+        return tuple(said)
+
+
+def start(module, *flags, before="", **options):
+    """A process of a program of this folder, after the statements `before`."""
+    if {"preexec_fn", "pass_fds"} & set(options) or "LD_PRELOAD" in (options.get("env") or ()):
+        return subprocess.Popen(program(module, *flags, before=before), **options)
+    return Forked(module, *flags, before=before, **options)
+
+
+def ended(module, *flags, text=b"", timeout=60, **options):
+    """What `start` starts, when it has ended, as `subprocess.run` returns it, with bytes."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = start(module, *flags, **pipes, **options)
+    out, err = process.communicate(text, timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def constants(module, **values):
+    """Statements that give constants of a program other values."""
+    assert all(hasattr(module, name) for name in values)
+    return "".join("%s.%s = %r\n" % (module.__name__, *item) for item in values.items())
+
+
+class Server:
+    """A real `server.py` process. `.url` is the endpoint. `.stop()` returns its exit status.
+
+    `argv` begins its command line where that is not this Python's with server.py from here.
+    """
+
+    def __init__(self, db, *flags, before="", argv=(), wrapper=(), **options):
+        flags = ["--db", str(db), "--port", "0", *map(str, flags)]
+        options.update(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.db = db
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            **options,
-        )
+        if wrapper or argv:
+            argv = [*wrapper, *(argv or program("server", before=before)), *flags]
+            self.process = subprocess.Popen(argv, **options)
+        else:
+            self.process = start("server", *flags, before=before, **options)
         self.output, self.errors, self.news = [], [], threading.Condition()  # lines so far
         first = self.process.stdout.readline()
         PRINTED.append(first)
-        self.drains = [
-            self.drain(self.process.stdout, self.output),
-            self.drain(self.process.stderr, self.errors),
-        ]
+        self.drains = [self.drain(self.process.stdout, self.output),
+                       self.drain(self.process.stderr, self.errors)]
         match = re.fullmatch(r"listening on (https?://(.+):(\d+))\n", first.decode())
         if not match:
             self.stop()
@@ -299,16 +410,14 @@ def serving(db, *flags, **options):
 EMIT = ROOT / "emit.py"
 # As hosts start it: so Python keeps the compiled program.
 CACHED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import emit; emit.run()"
-MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
+HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
-    "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS]
-)
+    "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS])
 EDGES = {version: EMIT_PYTHONS[version] for version in (min(EMIT_PYTHONS), max(EMIT_PYTHONS))}
 # Every Python meets one whole way of each kind. What depends on no version meets these two.
 oldest_and_newest = pytest.mark.parametrize(
-    "python", EDGES.values(), ids=["%d.%d" % version for version in EDGES]
-)
+    "python", EDGES.values(), ids=["%d.%d" % version for version in EDGES])
 
 
 def share(cases, python):
@@ -350,20 +459,15 @@ class Person:
     def emit(self, *args, python=sys.executable, before="", recorded=True, **options):
         """Run emit.py. The statements `before` run first and take something from the system."""
         options["env"] = {
-            name: value for name, value in {**self.env, **options.pop("env", {})}.items() if value
-        }
-        code = "import sys; " + before + CACHED.replace("import sys", "")
-        argv = [python, "-I", "-S", "-c", code if before else CACHED, str(ROOT)]
+            name: value for name, value in {**self.env, **options.pop("env", {})}.items() if value}
+        argv = [python, *HOOK]
+        if before:
+            argv[4] = "import sys; " + before + CACHED.replace("import sys", "")
         if recorded:
             return run([*argv, *args], **options)
         return subprocess.run(
-            [*map(str, argv), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=60,
-            **options,
-        )
+            [*map(str, argv), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, timeout=60, **options)
 
     def hook(self, session, *args, **options):
         """End a session and wait for its sender, which keeps standard error open for debugging."""
@@ -372,6 +476,12 @@ class Person:
         done = self.emit(*args, env=env, **options)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         return done.stderr
+
+    def starts(self, session, *args, python=sys.executable, **options):
+        """The process of a session's end, which nobody has waited for."""
+        env = {**self.env, "CLAUDE_SESSION_ID": session, **options.pop("env", {})}
+        options.setdefault("stdin", subprocess.DEVNULL)
+        return subprocess.Popen([python, *HOOK, *args], env=env, **options)
 
     def session_file(self, session):
         secret_hash(session)
@@ -388,6 +498,11 @@ class Person:
 
     def discovery(self, name):
         return str(self.home / ".ashlrcode/genome/sections/discoveries" / (name + ".md"))
+
+    def waits(self, at, n, text=None):
+        """Put what waits into the spool since `at` (ms): event `n`, or another text."""
+        name = "session-events/pending/%015d-%012x.json" % (at, n)
+        return self.put(name, event(n) if text is None else text)
 
     def kept(self):
         """What waits, oldest first."""
@@ -454,6 +569,14 @@ def person(tmp_path):
     return Person(tmp_path / "home")
 
 
+@pytest.fixture
+def received(person):
+    """The server to which the person sends. It takes everything."""
+    with Odd() as server:
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        yield server
+
+
 def until(condition, seconds=60):
     """Wait for what happens in another process, where nothing can be awaited."""
     end = time.monotonic() + seconds
@@ -468,50 +591,26 @@ def until(condition, seconds=60):
 @quick
 def test_emit_known_hashes():
     """`vectors.json`, of the contract."""
-    for case in VECTORS["identity"]:
-        salt = emit.salt(calendar.timegm(time.strptime(case["utc_date"], "%Y-%m-%d")))
-        found = salt, emit.sha256_hex(case["machine_id"] + salt)
-        assert found == (case["salt"], case["identity_hash"])
-    for case in VECTORS["github"]:
-        assert emit.sha256_hex(case["login"] + case["salt"]) == case["github_hash"]
-    for case in VECTORS["session"]:
-        assert emit.sha256_hex(case["session_id"]) == case["session_id_hash"]
-    for case in VECTORS["stats_bucket"]:
-        assert emit.stats_bucket(case["ppid"], case["HOME"]) == case["bucket"]
+    for date, quarter, digest in IDENTITIES:
+        salt = emit.salt(calendar.timegm(time.strptime(date, "%Y-%m-%d")))
+        assert (salt, emit.sha256_hex(MACHINE + salt)) == ("salt_" + quarter, digest)
+    assert emit.sha256_hex("octocat" + "salt_2026Q4") == OCTOCAT
+    assert emit.sha256_hex(SESSION) == SESSION_HASH
+    for ppid, home, bucket in BUCKETS:
+        assert emit.stats_bucket(ppid, home) == bucket
     assert emit.sha256_hex("\ud800") != emit.sha256_hex("")  # a lone surrogate is no error
     assert emit.encoded(b"\xff/x".decode("utf-8", "surrogateescape")) == b"\xff/x"
 
 
-MOMENTS = (  # as an event may have them, and as they are stored
-    ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T14:34:56.5+02:00", "2026-05-22T12:34:56.500Z"),
-    ("2026-05-22T12:34:56", "2026-05-22T12:34:56.000Z"),
-    ("2026-05-22T12:34:56.123456789Z", "2026-05-22T12:34:56.123Z"),
-    ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
-    ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
-    ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
-)
-
-
 @quick
 def test_emit_reads_and_writes_times():
-    for text, canonical in (*MOMENTS, *VECTORS["ended_at"]):
+    for text, canonical in MOMENTS:
         assert emit.iso(emit.instant(text)) == canonical
     for ms in range(0, 1000000, 977):  # no millisecond is lost in a float
         assert emit.iso((1795468789000 + ms) / 1000)[20:23] == "%03d" % (ms % 1000)
-    for text in (
-        *VECTORS["ended_at_refused"],
-        "2026-05-22T12:34:56.Z",
-        "2026-05-22T12:34:56+5:00",
-        "2026-05-22T12:34:56-00:60",
-        "2026-5-22T12:34:56",
-        "2026-05-22T12:34:6",
-        "2026-05-22T1٢:34:56Z",
-        None,
-        5,
-        [],
-    ):
+    for text in (*NO_MOMENTS, "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
+                 "2026-05-22T12:34:56-00:60", "2026-5-22T12:34:56", "2026-05-22T12:34:6",
+                 "2026-05-22T1٢:34:56Z", None, 5, []):
         with pytest.raises(ValueError):
             emit.instant(text)
 
@@ -537,8 +636,7 @@ def test_emit_reads_and_writes_times():
         (False, {"DO_NOT_TRACK": "false"}, "opt-in"),
         (True, {"DO_NOT_TRACK": " 0 "}, "opt-in"),
         (True, {"DO_NOT_TRACK": " "}, "opt-in"),
-    ],
-)
+    ])
 def test_emit_consent(allowed, env, said):
     assert emit.consent(env, said)[0] is allowed
 
@@ -549,33 +647,15 @@ def test_emit_endpoint():
         ({}, "http://127.0.0.1:8787/v1/session-events"),
         ({"ASHLR_API_URL": " "}, "http://127.0.0.1:8787/v1/session-events"),
         ({"ASHLR_API_URL": "https://a.example//"}, "https://a.example/v1/session-events"),
-        (
-            {"ASHLR_API_URL": "https://a.example", "ASHLR_SESSION_EVENTS_URL": "http://b/x?y"},
-            "http://b/x?y",
-        ),
+        ({"ASHLR_API_URL": "https://a.example", "ASHLR_SESSION_EVENTS_URL": "http://b/x?y"},
+         "http://b/x?y"),
     ):
         assert emit.checked_url(emit.endpoint(env)[0])[0] == url
     assert emit.checked_url("https://me:p%40ss@host:8443/x?token=1#f") == (
-        "https://host:8443/x?token=1",
-        "Basic bWU6cEBzcw==",
-        "https://host:8443/x?...",
-    )
-    for url in (
-        "",
-        "file:///etc/passwd",
-        "ftp://h/",
-        "http://",
-        "http://h:0/",
-        "http://h:99999/",
-        "http://h:x/",
-        "h/x",
-        "http://h/a b",
-        "http://h/\r\nX: y",
-        "http://h/é",
-        "javascript:x",
-        "http://[::1/",
-        "http://h/" + "x" * 5000,
-    ):
+        "https://host:8443/x?token=1", "Basic bWU6cEBzcw==", "https://host:8443/x?...")
+    for url in ("", "file:///etc/passwd", "ftp://h/", "http://", "http://h:0/", "http://h:99999/",
+                "http://h:x/", "h/x", "http://h/a b", "http://h/\r\nX: y", "http://h/é",
+                "javascript:x", "http://[::1/", "http://h/" + "x" * 5000):
         with pytest.raises(ValueError) as error:
             emit.checked_url(url)
         assert len(url) < 8 or url not in str(error.value)
@@ -591,8 +671,7 @@ def test_emit_counts():
             "s1": {"calls": 5, "tokensSaved": 7.9},
             "s2": {"calls": 10, "tokensSaved": 100},
             "p1": {"calls": 1},
-        },
-    }
+        }}
     for known, project, expected in (
         (stats, {}, (6, 7)),
         (stats, fresh, (16, 107)),
@@ -607,16 +686,9 @@ def test_emit_counts():
         ({"sessions": [1]}, {}, (None, 0)),
         ({"sessions": {"s1": 5, "s3": {"calls": 9}}}, {}, (None, 0)),  # no bucket of this session
         ({"sessions": {"s1": {"calls": -3, "tokensSaved": "9"}, "p1": None}}, {}, (0, 0)),
-        (
-            {
-                "sessions": {
-                    "s1": {"calls": True, "tokensSaved": float("nan")},
-                    "p1": {"calls": 1e300},
-                }
-            },
-            {},
-            (1000000000, 0),
-        ),
+        ({"sessions": {"s1": {"calls": True, "tokensSaved": float("nan")}, "p1": {"calls": 1e300}}},
+         {},
+         (1000000000, 0)),
         ({"sessions": {"s1": {"calls": 2e6, "tokensSaved": 5e9}}}, {}, (2000000, 1000000000)),
     ):
         assert emit.counts(known, project, ["s1", "p1"], now) == expected
@@ -733,18 +805,14 @@ def test_emit_knows_its_events():
 @quick
 def test_emit_builds_what_the_server_accepts():
     """At every edge of every field, and on the server's short path."""
-    for changes in (
-        {},
-        {"github_hash": None, "branch_sha": None, "discovery_refs": []},
-        {"tool_count": 0, "tokens_saved": 0},
-        {"tool_count": 1000000, "tokens_saved": 1000000000},
-        {"branch_sha": "a" * 7},
-        {"branch_sha": "0" * 40},
-        {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]},
-        {"plugin_version": "0"},
-        {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46},
-        {"ended_at": "2000-12-31T23:59:59.999Z"},
-    ):
+    for changes in ({},
+                    {"github_hash": None, "branch_sha": None, "discovery_refs": []},
+                    {"tool_count": 0, "tokens_saved": 0},
+                    {"tool_count": 1000000, "tokens_saved": 1000000000}, {"branch_sha": "a" * 7},
+                    {"branch_sha": "0" * 40},
+                    {"discovery_refs": ["%03d" % n + "x._:-" * 25 for n in range(200)]},
+                    {"plugin_version": "0"}, {"plugin_version": "1.2.3-rc.1+build_5" + "x" * 46},
+                    {"ended_at": "2000-12-31T23:59:59.999Z"}):
         built = event("builds", **changes)
         assert emit.is_event(built)
         assert json.loads(emit.as_sent(built)) == built
@@ -776,39 +844,21 @@ def test_emit_reads_json_like_json():
             raise ValueError("a key appears twice")
         return dict(pairs)
 
-    cases = [
-        b'{"a": [1, 2.5, -0, 1e400, true, null, "\\u00e9"]}',
-        b' \r\n\t{"a":1,"a":2}\n',
-        b' {"b": {"a": 2.5, "a": 1}}',
-        b"\xef\xbb\xbf{}",
-        b"{} x",
-        b"{}{}",
-        b"\xff",
-        "{}".encode("utf-16"),
-        b'{"a": NaN}',
-        b"-Infinity",
-        b'"\\ud800"',
-        b"[" * 100000,
-        b'{"a":' * 100000,
-        b"\x0b{}",
-        b"\xc2\xa0{}",
-        b"123456789012345678901",
-        b'"no end',
-        b'{"a": "' + b'\\"' * 9000 + b'"}',
-        '{"a": "\u2028\xa0é", "b": "\\\\n\\\\\\" \\/ \\b\\f\\n\\r\\t"}'.encode(),
-    ]
-    seeds = (
-        b'{"a": [1, -20, 0], "b": {"c": "x\\"y\\\\", "d": true}, "e": null, "": ""}',
-        b'[{"session_id": "s\\n", "n": 1764000000000}, "\\u0041", [[], {}], 1.5e3, false]',
-    )
+    cases = [b'{"a": [1, 2.5, -0, 1e400, true, null, "\\u00e9"]}', b' \r\n\t{"a":1,"a":2}\n',
+             b' {"b": {"a": 2.5, "a": 1}}',
+             b"\xef\xbb\xbf{}", b"{} x", b"{}{}", b"\xff", "{}".encode("utf-16"), b'{"a": NaN}',
+             b"-Infinity", b'"\\ud800"', b"[" * 100000, b'{"a":' * 100000, b"\x0b{}", b"\xc2\xa0{}",
+             b"123456789012345678901", b'"no end', b'{"a": "' + b'\\"' * 9000 + b'"}',
+             '{"a": "\u2028\xa0é", "b": "\\\\n\\\\\\" \\/ \\b\\f\\n\\r\\t"}'.encode()]
+    seeds = (b'{"a": [1, -20, 0], "b": {"c": "x\\"y\\\\", "d": true}, "e": null, "": ""}',
+             b'[{"session_id": "s\\n", "n": 1764000000000}, "\\u0041", [[], {}], 1.5e3, false]')
     chance = random.Random(10)
     for _ in range(4000):  # what one or two changed bytes make of them
         text = bytearray(chance.choice(seeds))
         for _ in range(chance.randrange(1, 3)):
             at = chance.randrange(len(text))
-            text[at : at + chance.randrange(2)] = chance.choice(b'"\\{}[],: 01-.e\nntu').to_bytes(
-                1, "big"
-            )
+            text[at : at + chance.randrange(2)] = chance.choice(
+                b'"\\{}[],: 01-.e\nntu').to_bytes(1, "big")
         cases.append(bytes(text))
     for data in cases:
         assert repr(read(data)) == repr(slow(data)), data
@@ -832,10 +882,8 @@ def test_emit_parts():
         (["end 5 a - 0"], [(1, 0, 0, [])]),  # nothing happened, but it ended
         (["end 5 a - 0", "end 6 b - 0", "end 7 c - 0"], [(1, 0, 0, [])]),
         ([call, touch + "x", "end 5 a - 0", "end 6 b - 0"], [(1, 1, 0, ["x"])]),
-        (
-            [call, call, "end 5 a - 0", call, touch + "x", touch + "x", "end 6 b - 0"],
-            [(1, 2, 0, []), (2, 1, 0, ["x"])],
-        ),
+        ([call, call, "end 5 a - 0", call, touch + "x", touch + "x", "end 6 b - 0"],
+         [(1, 2, 0, []), (2, 1, 0, ["x"])]),
         (["end 5 a 40 900", "end 6 b 42 950"], [(1, 40, 900, []), (2, 2, 50, [])]),
         ([call, "end 5 a 40 900", "end 6 b 40 900"], [(1, 40, 900, [])]),
         # stats.json was tidied: nothing is reported twice, and calls are counted again.
@@ -844,31 +892,13 @@ def test_emit_parts():
         # Its bucket came later: the calls that track saw are not reported twice.
         ([call, "end 5 a - 0", "end 6 b 3 1"], [(1, 1, 0, []), (2, 2, 1, [])]),
         # A discovery is news in each part that touched it.
-        (
-            [touch + "x", "end 5 a - 0", touch + "x", "end 6 b - 0"],
-            [(1, 0, 0, ["x"]), (2, 0, 0, ["x"])],
-        ),
+        ([touch + "x", "end 5 a - 0", touch + "x", "end 6 b - 0"],
+         [(1, 0, 0, ["x"]), (2, 0, 0, ["x"])]),
     ):
         assert replayed(*lines) == parts, lines
-    rubbish = [
-        "",
-        "call",
-        "call x",
-        "call -5",
-        "call 99999999999999999",
-        "touch 5",
-        "touch 5 not/a/slug",
-        "touch 5 " + "x" * 500,
-        "end",
-        "end 5 a",
-        "end 5 a x 0",
-        "end 5 a -3 0",
-        "end 5 a %s 0" % ("9" * 5000),
-        "id zz",
-        "kept",
-        "\0\xff",
-        "rm -rf /",
-    ]
+    rubbish = ["", "call", "call x", "call -5", "call 99999999999999999", "touch 5",
+               "touch 5 not/a/slug", "touch 5 " + "x" * 500, "end", "end 5 a", "end 5 a x 0",
+               "end 5 a -3 0", "end 5 a %s 0" % ("9" * 5000), "id zz", "kept", "\0\xff", "rm -rf /"]
     assert replayed(call, *rubbish, "end 5 a - 0") == [(1, 1, 0, [])]
     assert emit.Record(b"\nkept a\n").kept == {"a"}
     for session in ("s", "☃ é", b"\xff/x".decode("utf-8", "surrogateescape"), "x" * 120):
@@ -960,8 +990,7 @@ def test_emit_small_rules():
     ):
         assert emit.parsed(argv) == (given, words)
     assert re.fullmatch(
-        r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid()
-    )
+        r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid())
     assert emit.github_login({"valid": True, "githubLogin": " octocat\n"}) == "octocat"
     name = "000000000000009-abababababab.json"
     assert emit.failures(name) == 0
@@ -997,26 +1026,16 @@ def test_emit_is_plain(tmp_path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = (
-                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-            )
+                [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
             assert not any(name.startswith("_") for name in names), names
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("exec", "eval", "compile", "__import__"), node.lineno
     before = sorted(os.listdir(str(tmp_path)))
     done = run(
-        [
-            sys.executable,
-            "-I",
-            "-S",
-            "-B",
-            "-c",
-            "import sys; sys.path.insert(0, %r); import emit; "
-            "print(sorted({'json', 're', 'subprocess', 'hashlib', 'select'} & set(sys.modules)))"
-            % str(ROOT),
-        ],
-        cwd=str(tmp_path),
-        env={"HOME": str(tmp_path)},
-    )
+        [sys.executable, "-I", "-S", "-B", "-c",
+         "import sys; sys.path.insert(0, %r); import emit; "
+         "print(sorted({'json', 're', 'subprocess', 'hashlib', 'select'} & set(sys.modules)))"
+         % str(ROOT)], cwd=str(tmp_path), env={"HOME": str(tmp_path)})
     assert (done.stdout, done.stderr, sorted(os.listdir(str(tmp_path)))) == ("[]\n", "", before)
     for line in ("def broken(:", "  (]"):
         (tmp_path / "emit.py").write_text(text.replace("def say(", line + "\ndef tell(", 1))
@@ -1048,13 +1067,8 @@ def test_emit_refuses_endless_numbers(python, person):
     """Alike on all Pythons: without a limit, a million digits in a hook's JSON cost 4 s of work."""
     unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0)"
     for digits in (4300, 4301):
-        shown = person.emit(
-            "show",
-            python=python,
-            before=unlimited,
-            recorded=False,
-            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits),
-        )
+        shown = person.emit("show", python=python, before=unlimited, recorded=False,
+                            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits))
         assert (secret_hash("digits") in shown.stdout) == (digits == 4300), shown.stderr
     person.put("config.json", '{"telemetry": "opt-in", "x": %s}' % ("1" * 4301))
     status = person.emit("status", python=python, before=unlimited, env={"ASHLR_TELEMETRY": None})
@@ -1068,8 +1082,7 @@ def test_emit_imports_no_more_than_it_needs(python, person):
         "import sys, os; known = ('json', 're', 'subprocess', 'hashlib', 'datetime', 'select')\n"
         "def leave(*status):\n"
         "  print([n for n in known if n in sys.modules]); sys.stdout.flush(); real(0)\n"
-        "real, os._exit, os.fork = os._exit, leave, leave\n"
-    )
+        "real, os._exit, os.fork = os._exit, leave, leave\n")
     person.put("config.json", {"telemetry": "opt-in", "theme": "dark"})
     person.put("last-project.json", {"sessionId": "x"})
     person.put("pro-token-cache.json", {"valid": True, "githubLogin": "somebody-else"})
@@ -1104,11 +1117,9 @@ def repository(tmp_path_factory):
     git = ["git", "-C", str(path), "-c", "user.name=x", "-c", "user.email=x@example.com"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(
-            git + command, check=True, env={"PATH": os.environ["PATH"], "HOME": str(path)}
-        )
+            git + command, check=True, env={"PATH": os.environ["PATH"], "HOME": str(path)})
     return path, subprocess.run(
-        [*git, "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE
-    ).stdout.decode().strip()
+        [*git, "rev-parse", "HEAD"], check=True, stdout=subprocess.PIPE).stdout.decode().strip()
 
 
 @pytest.fixture(scope="module")
@@ -1120,8 +1131,7 @@ def ingest(tmp_path_factory):
         with contextlib.closing(sqlite3.connect(str(db))) as connection:
             connection.row_factory = sqlite3.Row
             found = connection.execute(
-                "SELECT * FROM session_events WHERE session_id_hash = ?", [secret_hash(session)]
-            )
+                "SELECT * FROM session_events WHERE session_id_hash = ?", [secret_hash(session)])
             return [dict(line) for line in found]
 
     with serving(db) as server:
@@ -1143,23 +1153,13 @@ def crowd(tmp_path_factory):
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=lambda: drip(listener.accept()[0]), daemon=True).start()
     with Odd(lambda n, body: None) as silent:
-        people = [
-            Person(tmp_path_factory.mktemp("crowd") / "home", silent.url),
-            Person(
-                tmp_path_factory.mktemp("drip") / "home",
-                "http://127.0.0.1:%d/" % listener.getsockname()[1],
-            ),
-        ]
+        people = [Person(tmp_path_factory.mktemp("crowd") / "home", silent.url),
+                  Person(tmp_path_factory.mktemp("drip") / "home",
+                         "http://127.0.0.1:%d/" % listener.getsockname()[1])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         hooks = [
-            subprocess.Popen(
-                [sys.executable, "-I", "-S", str(EMIT)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**person.env, "CLAUDE_SESSION_ID": "crowd-%d" % n},
-            )
-            for n, person in enumerate([people[0]] * 50 + [people[1]])
-        ]
+            person.starts("crowd-%d" % n, **pipes)
+            for n, person in enumerate([people[0]] * 50 + [people[1]])]
         printed = [process.communicate(timeout=60)[0] for process in hooks]
         left, gone = time.monotonic(), []
 
@@ -1192,18 +1192,8 @@ def test_emit_sends_from_one_process_at_a_time(person):
         return 202, {}
 
     with Odd(answer) as server:
-        hooks = [
-            subprocess.Popen(
-                [sys.executable, "-I", "-S", str(EMIT)],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **person.env,
-                    "ASHLR_SESSION_EVENTS_URL": server.url,
-                    "CLAUDE_SESSION_ID": "turn-%d" % n,
-                },
-            )
-            for n in range(8)
-        ]
+        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
+        hooks = [person.starts("turn-%d" % n) for n in range(8)]
         assert [process.wait(60) for process in hooks] == [0] * 8
         until(lambda: not person.senders())
         assert sorted(server.sessions()) == sorted(secret_hash("turn-%d" % n) for n in range(8))
@@ -1218,36 +1208,21 @@ def test_emit_whole_path(python, tmp_path, repository, ingest):
     (tmp_path / "package.json").write_text('{"version": "1.31.0"}')
     for n in range(9):  # git has 250 ms, which a machine under load may not give it the first time
         session = "whole-path-%d-%s" % (n, python)
-        person = Person(
-            tmp_path / str(n) / "zoë",
-            server.url,
-            CLAUDE_PROJECT_DIR="",
-            ASHLR_TELEMETRY="",
-            CLAUDE_PLUGIN_ROOT=str(tmp_path),
-        )
+        person = Person(tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="",
+                        ASHLR_TELEMETRY="", CLAUDE_PLUGIN_ROOT=str(tmp_path))
         person.put("config.json", {"theme": "dark", "telemetry": "opt-in"})
         person.put("pro-token-cache.json", {"valid": True, "githubLogin": login})
         bucket = emit.stats_bucket(os.getpid(), str(person.home))
-        person.put(
-            "stats.json",
-            {
-                "schemaVersion": 2,
-                "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}},
-            },
-        )
+        person.put("stats.json",
+                   {"schemaVersion": 2,
+                    "sessions": {session: {"calls": 40, "tokensSaved": 9}, bucket: {"calls": 2}}})
         for name in ("first", "second"):
             person.emit("track", name, python=python, env={"CLAUDE_SESSION_ID": session})
-        hook = {
-            "session_id": session,
-            "transcript_path": "/secret/transcript.jsonl",
-            "cwd": str(repository[0]),
-            "hook_event_name": "SessionEnd",
-            "reason": "exit",
-            "permission_mode": "default",
-        }
+        hook = {"session_id": session, "transcript_path": "/secret/transcript.jsonl",
+                "cwd": str(repository[0]), "hook_event_name": "SessionEnd", "reason": "exit",
+                "permission_mode": "default"}
         done = person.emit(
-            python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"}
-        )
+            python=python, input=json.dumps(hook).encode(), env={"ASHLR_TELEMETRY_DEBUG": "1"})
         assert (done.returncode, done.stdout) == (0, "") and "1 answered 202" in done.stderr
         [stored] = row(session)
         if stored["branch_sha"]:
@@ -1256,15 +1231,10 @@ def test_emit_whole_path(python, tmp_path, repository, ingest):
     salt = "salt_%sQ%d" % (ended[:4], (int(ended[5:7]) + 2) // 3)
     assert ended[:19] <= received and stored.pop("id")
     assert stored == {
-        "identity_hash": secret_hash(MACHINE + salt),
-        "github_hash": secret_hash(login + salt),
-        "session_id_hash": secret_hash(session),
-        "tool_count": 42,
-        "tokens_saved": 9,
-        "branch_sha": repository[1][:12],
-        "discovery_refs_json": '["first","second"]',
-        "plugin_version": "1.31.0",
-    }
+        "identity_hash": secret_hash(MACHINE + salt), "github_hash": secret_hash(login + salt),
+        "session_id_hash": secret_hash(session), "tool_count": 42, "tokens_saved": 9,
+        "branch_sha": repository[1][:12], "discovery_refs_json": '["first","second"]',
+        "plugin_version": "1.31.0"}
     assert person.kept() == []
 
 
@@ -1332,23 +1302,21 @@ def recorded(shape, session, project, path, name=""):
     return known.get(name) or values.get(str(shape), "x" * 3000)
 
 
-def test_emit_understands_every_host(person):
+def test_emit_understands_every_host(person, received):
     """Session, project and discovery of each host's recorded input; a call counted for each."""
     person.env.update(CLAUDE_PROJECT_DIR="", CLAUDE_SESSION_ID="of the session outside")
     project = str(person.home / "app")
     path = project + "/.ashlrcode/genome/sections/discoveries/auth-flow.md"
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        for host, (tool, end) in KEYS.items():
-            for shape, args in ((tool, ["track"]), (tool, ["track"]), (end, ["--wait", "20000"])):
-                hook = json.dumps(recorded(shape, "host: " + host + "!", project, path))
-                done = person.emit(*args, input=hook.encode())
-                assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), host
-            sent = json.loads(server.requests.pop()[2])
-            assert sent["session_id_hash"] == secret_hash("host: " + host + "!"), host
-            assert (sent["tool_count"], sent["discovery_refs"]) == (2, ["auth-flow"]), host
-        person.emit("--wait", "20000", input=b"{}")  # only the environment speaks
-        assert server.sessions() == [secret_hash("of the session outside")]
+    for host, (tool, end) in KEYS.items():
+        for shape, args in ((tool, ["track"]), (tool, ["track"]), (end, ["--wait", "20000"])):
+            hook = json.dumps(recorded(shape, "host: " + host + "!", project, path))
+            done = person.emit(*args, input=hook.encode())
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), host
+        sent = json.loads(received.requests.pop()[2])
+        assert sent["session_id_hash"] == secret_hash("host: " + host + "!"), host
+        assert (sent["tool_count"], sent["discovery_refs"]) == (2, ["auth-flow"]), host
+    person.emit("--wait", "20000", input=b"{}")  # only the environment speaks
+    assert received.sessions() == [secret_hash("of the session outside")]
 
 
 def test_emit_prints_hooks_that_work(person, tmp_path):
@@ -1361,10 +1329,7 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
     folder = "${CLAUDE_PLUGIN_ROOT}/scripts"
     with Odd() as server:
         env = {
-            **person.env,
-            "ASHLR_SESSION_EVENTS_URL": server.url,
-            "CLAUDE_PLUGIN_ROOT": str(plugin),
-        }
+            **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_PLUGIN_ROOT": str(plugin)}
         env["ASHLR_SESSION_EVENTS_WAIT"] = "20000"
         for host in ("claude", "codex", "copilot", "gemini", "qwen"):
             for more in ([], ["--folder", folder]):
@@ -1375,9 +1340,8 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
                 assert (folder in done.stdout) == bool(more)
                 assert (" a plugin/scripts" in done.stdout) != bool(more)
                 events = json.loads(done.stdout)["hooks"]
-                assert set(events) == {"SessionEnd", *events} and ("AfterTool" in events) == (
-                    host == "gemini"
-                )
+                assert set(events) == {"SessionEnd", *events}
+                assert ("AfterTool" in events) == (host == "gemini")
                 session = "hooks %s %s" % (host, bool(more))
                 for event in sorted(events, key=lambda event: event == "SessionEnd"):
                     [entry] = events[event]
@@ -1390,16 +1354,11 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
                 sent = json.loads(server.requests.pop()[2])
                 assert sent["session_id_hash"] == secret_hash(session)
                 assert (sent["tool_count"], sent["discovery_refs"]) == (
-                    len(events) - 1,
-                    ["by-hook"],
-                )
-    for args in (
-        (),
-        ("vim",),
-        ("claude", "x"),
-        ("claude", "--folder"),
-        ("claude", "--folder", "a", "b"),
-    ):
+                    len(events) - 1, ["by-hook"])
+    for args in ((), ("vim",),
+                 ("claude", "x"),
+                 ("claude", "--folder"),
+                 ("claude", "--folder", "a", "b")):
         done = person.emit("hooks", *args)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
@@ -1413,8 +1372,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
     plugin.write_text(done.stdout)
     path = person.discovery("by-plugin")
     for n, (ending, code) in enumerate(
-        (("await hooks.dispose()", 0), ("process.kill(process.pid)", 143))
-    ):
+            (("await hooks.dispose()", 0), ("process.kill(process.pid)", 143))):
         (tmp_path / "host.mjs").write_text(
             "import { SessionEvents } from './session-events.mjs'\n"
             "const hooks = await SessionEvents({ directory: %s })\n"
@@ -1422,8 +1380,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
             "  { tool, sessionID: 'node-%d', callID: 'x', args: { filePath: %s } },\n"
             "  { output: '' })\n"
             "%s\nawait new Promise(done => setTimeout(done, %d))\n"
-            % (json.dumps(str(person.home)), n, json.dumps(path), ending, 20000 * n)
-        )
+            % (json.dumps(str(person.home)), n, json.dumps(path), ending, 20000 * n))
         ran = run(["node", tmp_path / "host.mjs"], env=person.env)
         assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
     for n, kept in enumerate(person.kept()):
@@ -1439,94 +1396,102 @@ def test_emit_waits_for_no_input(python, tmp_path):
     parent = "ppid:%d:%s:%s" % (os.getpid(), started, MACHINE)
     rubbish = b"", b"{", b"[]", b"\xff\xfe", b'{"session_id": 7}', b'{"session_id": " "}'
     large = json.dumps({"session_id": "large", "x": "}" * 3000000}).encode()
-    with Odd() as server:
 
-        def ends(session, **options):
-            person = Person(tmp_path / str(len(os.listdir(str(tmp_path)))), server.url)
+    number = itertools.count()
+
+    def ends(case):
+        session, options = case
+        with Odd() as server:
+            person = Person(tmp_path / str(next(number)), server.url)
             person.emit("--wait", "20000", python=python, **options)
             assert server.sessions() == [secret_hash(session)]
-            del server.requests[:]
 
-        for data in share(rubbish, python):
-            ends(parent, input=data)
-        ends(parent, preexec_fn=lambda: os.close(0))
-        ends("large", input=large)
+    cases = [(parent, {"input": data}) for data in share(rubbish, python)] + [
+        (parent, {"preexec_fn": lambda: os.close(0)}),
+        ("large", {"input": large})]
+    with contextlib.ExitStack() as stack, open("/dev/zero", "rb") as endless:
+        memory = 1 << 29, 1 << 29
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_AS, memory)
+        cases.append((parent, {"stdin": endless, "preexec_fn": limit}))
         for data, session in ((b'{"session_id": "unclosed"}\n', "unclosed"), (b"", parent)):
             read, write = os.pipe()
+            for end in (read, write):
+                stack.callback(os.close, end)
             os.write(write, data)
-            ends(session, stdin=read)
-            os.close(write)
-            os.close(read)
-        read, write = os.pipe()  # the rest may come later than the first byte must
-        os.write(write, b'{"session_id": ')
-        rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
-        rest.start()
-        ends("in two", stdin=read)
-        rest.join()
-        os.close(read)
-        with open("/dev/zero", "rb") as endless:
-            memory = 1 << 29, 1 << 29
-            ends(
-                parent,
-                stdin=endless,
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, memory),
-            )
+            cases.append((session, {"stdin": read}))
+        at_once(ends, cases, 4)  # most of them wait
+    read, write = os.pipe()  # the rest may come later than the first byte must
+    os.write(write, b'{"session_id": ')
+    rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
+    rest.start()
+    ends(("in two", {"stdin": read}))
+    rest.join()
+    os.close(read)
+
+
+def folder_for(name):
+    """Put a folder where one of the person's files should be."""
+
+    def breakage(person):
+        path = person.ashlr / name
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        path.mkdir()
+
+    return breakage
+
+
+def text_for(text, *names):
+    return lambda person: [person.put(name, text) for name in names]
+
+
+def pipe_for(name):
+    return lambda person: os.mkfifo(str(person.ashlr / name))
+
+
+def variable(name, value):
+    return lambda person: person.env.update({name: value})
 
 
 BREAKAGES = {  # what somebody may have done to the folder: nothing may come of it but silence
-    "config is a folder": lambda person: (person.ashlr / "config.json").mkdir(),
-    "config is no JSON": lambda person: person.put("config.json", "{telemetry: on"),
-    "config is a pipe": lambda person: os.mkfifo(str(person.ashlr / "config.json")),
-    "machine-id is a folder": lambda person: [
-        (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").mkdir(),
-    ],
-    "machine-id is empty": lambda person: person.put("machine-id", "\n"),
-    "stats and the rest are rubbish": lambda person: [
-        person.put(name, "[" * 5000)
-        for name in (
-            "stats.json",
-            "last-project.json",
-            "pro-token-cache.json",
-            "session-events/last.json",
-        )
-    ],
-    "stats has numbers of thousands of digits": lambda person: person.put(
-        "stats.json", '{"sessions": %s}' % ("9" * 9000)
-    ),
+    "config is a folder": folder_for("config.json"),
+    "config is no JSON": text_for("{telemetry: on", "config.json"),
+    "config is a pipe": pipe_for("config.json"),
+    "machine-id is a folder": folder_for("machine-id"),
+    "machine-id is empty": text_for("\n", "machine-id"),
+    "the rest is rubbish": text_for(
+        "[" * 5000, "stats.json", "last-project.json", "pro-token-cache.json",
+        "session-events/last.json"),
+    "numbers of thousands of digits": text_for('{"sessions": %s}' % ("9" * 9000), "stats.json"),
     "stats has no end": lambda person: (person.ashlr / "stats.json").symlink_to("/dev/zero"),
-    "stats is a pipe": lambda person: os.mkfifo(str(person.ashlr / "stats.json")),
-    "the spool is a file": lambda person: person.put("session-events/pending", "x"),
+    "stats is a pipe": pipe_for("stats.json"),
+    "the spool is a file": text_for("x", "session-events/pending"),
     "there is no home": lambda person: (
-        shutil.rmtree(str(person.home)) or person.home.write_text("a file")
-    ),
-    "the URL is no URL": lambda person: person.env.update(
-        ASHLR_SESSION_EVENTS_URL="file:///etc/passwd"
-    ),
-    "the project is gone": lambda person: person.env.update(
-        CLAUDE_PROJECT_DIR="/nonexistent\nfolder"
-    ),
-    "nobody is there": lambda person: person.env.update(
-        ASHLR_SESSION_EVENTS_URL="http://nobody.invalid/"
-    ),
-    "PATH is empty": lambda person: person.env.update(PATH="/nonexistent"),
+        shutil.rmtree(str(person.home)) or person.home.write_text("a file")),
+    "the URL is no URL": variable("ASHLR_SESSION_EVENTS_URL", "file:///etc/passwd"),
+    "the project is gone": variable("CLAUDE_PROJECT_DIR", "/nonexistent\nfolder"),
+    "nobody is there": variable("ASHLR_SESSION_EVENTS_URL", "http://nobody.invalid/"),
+    "PATH is empty": variable("PATH", "/nonexistent"),
 }
 
 
 @oldest_and_newest
 def test_emit_hook_never_fails(python, tmp_path):
     ways = [(), ("--wait", "1"), ("--wait", "400", "--nonsense", "x"), ("track",)]
-    for n, (name, breakage) in enumerate(BREAKAGES.items()):
+    hook = b'{"session_id":"s","tool_input":{"path":"discoveries"}}'
+
+    def run_broken(case):
+        n, name = case
         person = Person(tmp_path / str(n))
-        breakage(person)
+        BREAKAGES[name](person)
         way = ways[(n + 2 * list(EDGES.values()).index(python)) % 4]  # two ways for each breakage
-        done = person.emit(
-            *way, python=python, input=b'{"session_id":"s","tool_input":{"path":"discoveries"}}'
-        )
+        done = person.emit(*way, python=python, input=hook)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), (name, way)
+
+    at_once(run_broken, enumerate(BREAKAGES))
+    person = Person(tmp_path / "homeless")
     done = person.emit(
-        python=python, env={"HOME": None, "ASHLR_TELEMETRY": None}, cwd=str(tmp_path)
-    )
+        python=python, env={"HOME": None, "ASHLR_TELEMETRY": None}, cwd=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -1541,12 +1506,10 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
     (tmp_path / "bin" / "git").write_text("#!/bin/sh\necho ran >> %s\n" % log)
     (tmp_path / "bin" / "git").chmod(0o755)
     with Odd() as server:
-        person.env.update(
-            PATH="%s:%s" % (tmp_path / "bin", person.env["PATH"]),
-            ASHLR_SESSION_EVENTS_URL=server.url,
-        )
+        person.env.update(PATH="%s:%s" % (tmp_path / "bin", person.env["PATH"]),
+                          ASHLR_SESSION_EVENTS_URL=server.url)
         (person.home / ".git").mkdir()
-        person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
+        person.waits(5, 5)
         person.put("session-events/sessions/" + "a" * 64, "call 5\n")
         person.hook("off", python=python, env={"DO_NOT_TRACK": "1"})
         assert person.kept() == [] and not list(person.ashlr.glob("session-events/sessions/*"))
@@ -1554,10 +1517,8 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         (bare.ashlr / "machine-id").unlink()
         bare.hook("off", python=python)
         by_hand = bare.emit("track", "x", python=python)
-        assert (by_hand.returncode, by_hand.stdout) == (
-            0,
-            "",
-        ) and "not recorded: consent is off" in by_hand.stderr
+        assert (by_hand.returncode, by_hand.stdout) == (0, "")
+        assert "not recorded: consent is off" in by_hand.stderr
         assert (
             list(bare.home.rglob("*")) == [bare.ashlr] and not log.exists() and not server.requests
         )
@@ -1567,7 +1528,7 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
             (202, {}),
         )[1]
         for n in range(3):
-            person.put("session-events/pending/%015d-%012d.json" % (n, n), event(n))
+            person.waits(n, n)
         assert "consent is off" in person.hook("on", python=python)
         assert server.sessions() == [event(0)["session_id_hash"]] and person.kept() == []
         assert not (person.ashlr / "session-events" / "last.json").exists() and log.exists()
@@ -1582,16 +1543,14 @@ def test_emit_no_deletes_what_waits_also_beside_a_broken_file(person):
     ):
         # Twice is broken too: nobody can tell which of the two the person means.
         person.put("config.json", '{"telemetry": "off", "telemetry": "opt-in"}')
-        person.put("session-events/pending/%015d-000000000000.json" % 5, event(5))
+        person.waits(5, 5)
         person.hook("no", env=env)
         assert len(person.kept()) == stays
 
 
 def test_emit_prints_no_password_of_a_proxy(person):
-    env = {
-        "http_proxy": "http:/somebody:hunter22@127.0.0.1:9",
-        "ASHLR_SESSION_EVENTS_URL": "http://example.test/x",
-    }
+    env = {"http_proxy": "http:/somebody:hunter22@127.0.0.1:9",
+           "ASHLR_SESSION_EVENTS_URL": "http://example.test/x"}
     SECRETS.add("hunter22")
     said = person.hook("proxy", "--wait", "20000", env=env)
     status = person.emit("status", env=env).stdout
@@ -1621,16 +1580,14 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
     """A terminal that closes as the hook ends takes no event with it."""
     with Odd() as server:
         person = Person(tmp_path / "home", server.url)
-        for n in range(5):
-            hook = subprocess.Popen(
-                [python, "-I", "-S", EMIT],
-                env={**person.env, "CLAUDE_SESSION_ID": "hup-%d" % n},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+
+        def hangs_up(n):
+            hook = person.starts("hup-%d" % n, python=python, start_new_session=True)
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
+
+        at_once(hangs_up, range(5))
         until(lambda: len(set(server.sessions())) == 5)
 
 
@@ -1640,10 +1597,7 @@ def test_emit_finds_its_version_when_named_by_a_relative_path(python, person, tm
     (tmp_path / "package.json").write_text('{"version": "7.7.7"}')
     with Odd() as server:
         env = {
-            **person.env,
-            "ASHLR_SESSION_EVENTS_URL": server.url,
-            "CLAUDE_SESSION_ID": "relative",
-        }
+            **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_SESSION_ID": "relative"}
         done = run([python, "-I", "-S", "emit.py"], cwd=str(tmp_path), env=env)
         assert done.returncode == 0
         until(lambda: server.requests)
@@ -1656,20 +1610,15 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
     with Odd(lambda n, body: None) as server:
         with (tmp_path / "open").open("w") as extra:
             done = person.emit(
-                python=python,
-                input=b'{"session_id":"leaves"}',
-                cwd=str(tmp_path),
-                pass_fds=[extra.fileno()],
-                env={"ASHLR_SESSION_EVENTS_URL": server.url},
-            )
+                python=python, input=b'{"session_id":"leaves"}', cwd=str(tmp_path),
+                pass_fds=[extra.fileno()], env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         until(lambda: server.requests)
         [sender] = person.senders()
         assert os.getsid(sender) == sender and os.readlink("/proc/%d/cwd" % sender) == "/"
         open_files = {os.readlink(path) for path in glob.glob("/proc/%d/fd/*" % sender)}
         ours = {
-            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")
-        }
+            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")}
         assert ours <= {str(person.ashlr / "session-events" / "flush.lock")}
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("leaves")]
         kept = [person.pending.parent, person.pending, *person.pending.iterdir()]
@@ -1683,12 +1632,17 @@ def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
         answers = [(status, b"", 0) for status in (202, 400, 413, 422)]  # how many files stay
         answers += [(200, b'{"ok":true}', 0), (200, b"<html>a captive portal</html>", 1)]
         answers += [(status, b"", 1) for status in (204, 301, 307, 401, 403, 404, 405, 410, 500)]
-        for status, body, stays in share(answers, python):
-            with Odd(lambda n, _, a=(status, {"Location": elsewhere.url}, body): a) as server:
+
+        def sends(case):
+            status, body, stays = case
+            answer = status, {"Location": elsewhere.url}, body
+            with Odd(lambda n, _: answer) as server:
                 person = Person(tmp_path / ("%d%d" % (status, stays)), server.url)
                 said = person.hook("answer-%d" % status, "--wait", "20000", python=python)
                 assert "1 answered %d" % status in said and len(server.requests) == 1
                 assert len(person.kept()) == stays
+
+        at_once(sends, share(answers, python))
         assert not elsewhere.requests
 
 
@@ -1697,7 +1651,7 @@ def test_emit_empties_no_backlog(status, person):
     """A wrong token, address or network says nothing about the events; a portal's page neither."""
     now = int(time.time() * 1000) - 60000
     for n in range(15):
-        person.put("session-events/pending/%015d-%012x.json" % (now + n, n), event(n))
+        person.waits(now + n, n)
     with Odd(lambda n, body: (status, {}, b"<html>Log in</html>")) as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
         person.hook("backlog")
@@ -1717,7 +1671,7 @@ def test_emit_lets_no_failing_event_hold_up_the_rest(person):
     bad = {event(n)["session_id_hash"] for n in range(12)}
     now = int(time.time() * 1000) - 60000
     for n in range(20):
-        person.put("session-events/pending/%015d-%012x.json" % (now + n, n), event(n))
+        person.waits(now + n, n)
 
     def answer(n, body):
         return (500 if json.loads(body)["session_id_hash"] in bad else 202), {}
@@ -1734,11 +1688,11 @@ def test_emit_lets_no_failing_event_hold_up_the_rest(person):
 def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
     """A server that never ends its answer ends the sender's time: the next one begins elsewhere."""
     for n in range(2):
-        person.put("session-events/pending/%015d-%012x.json" % (1000 + n, n), event(n))
+        person.waits(1000 + n, n)
     arrived = threading.Event()
     with Odd(lambda n, body: (arrived.set(), None)[1]) as server:
         env = {**person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_SESSION_ID": "drip"}
-        run([sys.executable, "-I", "-S", EMIT], env=env)
+        run([sys.executable, *HOOK], env=env)
         assert arrived.wait(60)
         for pid in person.senders():
             os.kill(pid, signal.SIGKILL)
@@ -1752,14 +1706,13 @@ def test_emit_leaves_events_of_another_version(person):
     """Keys that this version does not know: not sent, not deleted, whatever the age and number."""
     for n in range(3):
         later = dict(event(n), schema_of_the_future=1)
-        person.put("session-events/pending/%015d-%012x.json" % (n + 1, n), later)
+        person.waits(n + 1, n, later)
     now = int(time.time() * 1000)
     for n in range(10, 515):
-        person.put("session-events/pending/%015d-%012x.json" % (now - 60000 + n, n), event(n))
+        person.waits(now - 60000 + n, n)
     assert "without an answer" in person.hook("dead")
-    assert len(person.kept()) == 503 and all(
-        "schema_of_the_future" in kept for kept in person.kept()[:3]
-    )
+    assert len(person.kept()) == 503
+    assert all("schema_of_the_future" in kept for kept in person.kept()[:3])
     with Odd() as server:
         said = person.hook("newer", env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert "3 left to another version" in said and len(server.requests) == 501
@@ -1780,9 +1733,10 @@ def test_emit_gives_retry_after_to_the_endpoint_that_said_it(person):
 
 def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
     later = email.utils.formatdate(time.time() + 3600, usegmt=True)
-    for n, wish in enumerate(("3600", later)):
-        with Odd(lambda n, body, wish=wish: (503, {"Retry-After": wish})) as server:
-            person = Person(tmp_path / str(n), server.url)
+
+    def obeys(wish):
+        with Odd(lambda n, body: (503, {"Retry-After": wish})) as server:
+            person = Person(tmp_path / wish, server.url)
             person.hook("retry-1")
             assert "asked for nothing before" in person.hook("retry-2")
             assert len(server.requests) == 1
@@ -1797,6 +1751,8 @@ def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
                 person.hook("retry-%d" % (3 + n))
                 assert person.kept() == []
 
+    at_once(obeys, ("3600", later), 2)
+
 
 def test_emit_sends_all_that_is_good(person):
     """1,000 events wait among rubbish. Each is sent once, the oldest first.
@@ -1807,7 +1763,7 @@ def test_emit_sends_all_that_is_good(person):
     year = 365 * 86400 * 1000
     times = [now - year, *range(now - 998, now), now + year]
     for n, at in enumerate(times):
-        path = person.put("session-events/pending/%015d-%012x.json" % (at, n), event(n))
+        path = person.waits(at, n)
     bad = {
         # A key that stands twice makes it no event.
         "%015d-%012x.json" % (now, 4999): '{"plugin_version": "a secret", ' + path.read_text()[1:],
@@ -1835,19 +1791,16 @@ def test_emit_sends_all_that_is_good(person):
         assert server.sessions() == [*expected[:-1], secret_hash("thousand"), expected[-1]]
         assert "secret" not in str(server.requests)
     assert {path.name for path in person.pending.iterdir()} == {
-        *foreign,
-        "%015d-%012x.json" % (now, 5005),
-        "%015d-%012x.json" % (now, 5006),
-    }
+        *foreign, "%015d-%012x.json" % (now, 5005), "%015d-%012x.json" % (now, 5006)}
     assert young.exists()
 
 
 def test_emit_lets_500_events_wait_for_30_days(person):
     now, day = int(time.time() * 1000), 86400 * 1000
     for n in range(520):
-        person.put("session-events/pending/%015d-%012x.json" % (now - day - 520 + n, n), event(n))
+        person.waits(now - day - 520 + n, n)
     for n in range(600, 605):
-        person.put("session-events/pending/%015d-%012x.json" % (now - 31 * day, n), event(n))
+        person.waits(now - 31 * day, n)
     assert "1 without an answer" in person.hook("dead")
     kept = [kept["session_id_hash"] for kept in person.kept()]
     assert kept == [event(n)["session_id_hash"] for n in range(21, 520)] + [secret_hash("dead")]
@@ -1857,29 +1810,22 @@ def test_emit_lets_500_events_wait_for_30_days(person):
 def test_emit_without_room_sends_at_once(python, tmp_path):
     """A full disk, and a folder that cannot be written: the event goes without the spool."""
     for n, (before, options) in enumerate(
-        (
-            (lambda person: person.put("session-events", "a file"), {}),
-            (
-                lambda person: None,
-                {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))},
-            ),
-        )
-    ):
+            ((lambda person: person.put("session-events", "a file"), {}),
+             (lambda person: None,
+              {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))}))):
         with Odd() as server:
             person = Person(tmp_path / str(n), server.url)
             before(person)
             assert "not kept" in person.hook("no-room", python=python, **options)
-            assert server.sessions() == [secret_hash("no-room")] and not list(
-                person.ashlr.rglob("*.tmp")
-            )
+            assert server.sessions() == [secret_hash("no-room")]
+            assert not list(person.ashlr.rglob("*.tmp"))
 
 
 def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
     """Variables of git's own hooks change nothing. A git that hangs costs 250 ms, no more."""
     with Odd() as server:
         person.env.update(
-            ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/"
-        )
+            ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/")
         for n in range(9):  # see above
             person.hook("git-%d" % n, "--dir", str(repository[0]))
             if json.loads(server.requests[-1][2])["branch_sha"]:
@@ -1890,12 +1836,11 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
         shas = [json.loads(body)["branch_sha"] for _, _, body in server.requests]
         assert shas[-2:] == [repository[1][:12], None]
         assert not any(
-            "sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders()
-        )
+            "sleep" in Path("/proc/%d/cmdline" % pid).read_text() for pid in person.senders())
 
 
 @oldest_and_newest
-def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
+def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path, received):
     """Empty and relative entries of PATH are skipped. Without a PATH no git runs."""
     project = tmp_path / "project"
     shutil.copytree(str(repository[0]), str(project))
@@ -1904,21 +1849,19 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
         (project / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
         (project / name).chmod(0o755)
     real, found = os.environ["PATH"], []
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
-            person.emit(
-                "--wait",
-                "20000",
-                "--dir",
-                str(project),
-                python=python,
-                cwd=str(project),
-                env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
-                before="import os; del os.fork",  # a sender of its own is in another folder
-                stdin=subprocess.DEVNULL,
-            )
-            found.append(json.loads(server.requests[-1][2])["branch_sha"])
+    for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
+        person.emit(
+            "--wait",
+            "20000",
+            "--dir",
+            str(project),
+            python=python,
+            cwd=str(project),
+            env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
+            before="import os; del os.fork",  # a sender of its own is in another folder
+            stdin=subprocess.DEVNULL,
+        )
+        found.append(json.loads(received.requests[-1][2])["branch_sha"])
     assert not (tmp_path / "ran").exists()
     assert (
         repository[1][:12] in found and found[3] is None
@@ -1929,23 +1872,17 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
     """And no other: on a Mac, urllib would ask the system, which crashes after a fork."""
     with Odd() as proxy:
-        person.env.update(
-            ASHLR_SESSION_EVENTS_URL="http://me:secret-word@far.example/x",
-            http_proxy=proxy.url.rsplit("/", 2)[0],
-        )
+        person.env.update(ASHLR_SESSION_EVENTS_URL="http://me:secret-word@far.example/x",
+                          http_proxy=proxy.url.rsplit("/", 2)[0])
         SECRETS.add("secret-word")
         said = person.hook("proxy", python=python, before="sys.platform = 'darwin'")
         assert "http://far.example/x" in said
         [(path, headers, _)] = proxy.requests
-        assert (
-            path == "http://far.example/x"
-            and headers["Authorization"] == "Basic bWU6c2VjcmV0LXdvcmQ="
-        )
+        assert path == "http://far.example/x"
+        assert headers["Authorization"] == "Basic bWU6c2VjcmV0LXdvcmQ="
         person.hook(
-            "direct",
-            python=python,
-            env={"no_proxy": "far.example", "ASHLR_SESSION_EVENTS_URL": "http://far.example/x"},
-        )
+            "direct", python=python,
+            env={"no_proxy": "far.example", "ASHLR_SESSION_EVENTS_URL": "http://far.example/x"})
         assert len(proxy.requests) == 1
 
 
@@ -1956,25 +1893,15 @@ def test_emit_without_what_other_systems_lack(python, person):
     Without locks or select on pipes there is still an event.
     """
     took = "import os; del os.fork; "
-    lacks = (
-        "",
-        "del os.setsid",
-        "sys.modules['fcntl'] = None",
-        "import select; select.select = lambda *a: os.close(-1)",
-        "del os.killpg; del os.O_NONBLOCK",
-    )
+    lacks = ("", "del os.setsid", "sys.modules['fcntl'] = None",
+             "import select; select.select = lambda *a: os.close(-1)",
+             "del os.killpg; del os.O_NONBLOCK")
     with Odd() as server:
         for n, before in share(enumerate(lacks), python):
             session = "lacks-%d" % n
             person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-            done = person.emit(
-                "--wait",
-                "20000",
-                python=python,
-                before=took + (before or "pass"),
-                input=b'{"cwd": "/"}',
-                env={"CLAUDE_SESSION_ID": session},
-            )
+            done = person.emit("--wait", "20000", python=python, before=took + (before or "pass"),
+                               input=b'{"cwd": "/"}', env={"CLAUDE_SESSION_ID": session})
             assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
             assert server.sessions().pop() == secret_hash(session), before
         server.answer = lambda n, body: None
@@ -1984,51 +1911,39 @@ def test_emit_without_what_other_systems_lack(python, person):
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("no-fork")]
         done = person.emit(
             python=python,
-            before="import os; os.fork = lambda: (_ for _ in ()).throw(OSError(11, 'x'))",
-        )
+            before="import os; os.fork = lambda: (_ for _ in ()).throw(OSError(11, 'x'))")
         assert done.returncode == 0 and len(person.kept()) == 2 and not person.senders()
 
 
-def test_emit_of_a_parent_without_a_start_time(person):
+def test_emit_of_a_parent_without_a_start_time(tmp_path):
     """Where /proc tells nothing, `ps` does; where neither, the text has an empty place."""
-    hidden = (
-        "import os; real = os.open; os.open = lambda path, *a, **k: "
-        "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)"
-    )
+    hidden = ("import os; real = os.open; os.open = lambda path, *a, **k: "
+              "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)")
     started = subprocess.run(
-        ["ps", "-o", "lstart=", "-p", str(os.getpid())],
-        stdout=subprocess.PIPE,
-        env={"PATH": os.environ["PATH"], "LC_ALL": "C"},
-    )
+        ["ps", "-o", "lstart=", "-p", str(os.getpid())], stdout=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C"})
     with Odd() as server:
-        for path, start in (
-            (os.environ["PATH"], started.stdout.decode().strip()),
-            ("/nonexistent", ""),
-        ):
-            person.emit(
-                "--wait",
-                "20000",
-                before=hidden,
-                env={"PATH": path, "ASHLR_SESSION_EVENTS_URL": server.url},
-            )
-            assert server.sessions().pop() == secret_hash(
-                "ppid:%d:%s:%s" % (os.getpid(), start, MACHINE)
-            )
+
+        def session(path, n):
+            person = Person(tmp_path / str(n), server.url, PATH=path)
+            person.emit("--wait", "20000", before=hidden)
+            return server.sessions().pop()
+
+        text = "ppid:%d:%s:%s"
+        expected = secret_hash(text % (os.getpid(), started.stdout.decode().strip(), MACHINE))
+        tries = (session(os.environ["PATH"], n) for n in range(9))  # ps has 250 ms, as git has
+        assert expected in tries
+        assert session("/nonexistent", 9) == secret_hash(text % (os.getpid(), "", MACHINE))
 
 
-def test_emit_survives_kills(person):
+def test_emit_survives_kills(person, received):
     """A captured event survives a kill at a random instant: the next good run delivers it."""
     moments, captured = random.Random(4), []
 
     def kill(n):
-        session = "kill-%d" % n
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", str(EMIT), "--wait", "20000"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**person.env, "CLAUDE_SESSION_ID": session, "ASHLR_TELEMETRY_DEBUG": "1"},
-        ) as process:
+        session, pipes = "kill-%d" % n, dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        said = {"ASHLR_TELEMETRY_DEBUG": "1"}
+        with person.starts(session, "--wait", "20000", env=said, **pipes) as process:
             said = b""
             if n % 2:  # at some instant after the capture
                 said = process.stderr.readline() + process.stderr.readline()
@@ -2041,70 +1956,36 @@ def test_emit_survives_kills(person):
             if b"captured" in said:
                 captured.append(secret_hash(session))
 
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        begun = time.monotonic()
-        person.emit("--wait", "20000")
-        whole = 2 * (time.monotonic() - begun)  # of a run beside the others
-        with concurrent.futures.ThreadPoolExecutor(6) as pool:
-            list(pool.map(kill, range(80)))
-        assert all(
-            emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*")
-        )
-        said = person.hook("after the kills")
-        assert all(emit.is_event(json.loads(body)) for _, _, body in server.requests)
-        assert set(captured) <= set(server.sessions()) and person.kept() == [], said
-        assert len(captured) >= 40
+    begun = time.monotonic()
+    person.emit("--wait", "20000")
+    whole = 2 * (time.monotonic() - begun)  # of a run beside the others
+    at_once(kill, range(50), 6)
+    assert all(
+        emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
+    said = person.hook("after the kills")
+    assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
+    assert set(captured) <= set(received.sessions()) and person.kept() == [], said
+    assert len(captured) >= 25
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
 
 
-TOOLS = [  # as real hosts send them after a tool, the project being PROJECT
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Edit",
-        "tool_input": {
-            "file_path": "PROJECT/.ashlrcode/genome/sections/discoveries/auth-jwt-flow.md",
-            "old_string": "x",
-        },
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT/sub",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "NotebookEdit",
-        "tool_input": {"notebook_path": "../.ashlrcode/genome/sections/discoveries/rate.ipynb"},
-        "tool_response": {"ok": True},
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Grep",
-        "tool_input": {
-            "pattern": "x",
-            "path": "PROJECT/.ashlrcode/genome/sections/discoveries/other-way.md",
-        },
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Read",
-        "tool_input": {"file_path": "PROJECT/src/discoveries.py"},
-    },
-    {
-        "session_id": "tool",
-        "cwd": "PROJECT",
-        "hook_event_name": "PostToolUse",
-        "tool_name": "Bash",
-        "tool_input": {"command": "ls"},
-    },
-    {"session_id": "tool", "cwd": "PROJECT", "tool_input": ["discoveries"]},
-]
+def tool_call(name, tool_input, cwd="PROJECT", **more):
+    """What a real host sends after a tool, the project being PROJECT."""
+    call = {"session_id": "tool", "cwd": cwd, "hook_event_name": "PostToolUse"}
+    return {**call, "tool_name": name, "tool_input": tool_input, **more}
+
+
+FOLDER = ".ashlrcode/genome/sections/discoveries/"
+TOOLS = [
+    tool_call("Edit", {"file_path": "PROJECT/" + FOLDER + "auth-jwt-flow.md", "old_string": "x"}),
+    tool_call("NotebookEdit", {"notebook_path": "../" + FOLDER + "rate.ipynb"}, "PROJECT/sub",
+              tool_response={"ok": True}),
+    tool_call("Grep", {"pattern": "x", "path": "PROJECT/" + FOLDER + "other-way.md"}),
+    tool_call("Read", {"file_path": "PROJECT/src/discoveries.py"}),
+    tool_call("Bash", {"command": "ls"}),
+    {"session_id": "tool", "cwd": "PROJECT", "tool_input": ["discoveries"]}]
 
 
 @oldest_and_newest
@@ -2153,7 +2034,7 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
 def test_emit_tracks_64_at_once(person):
     """Tool hooks that run at the same moment lose nothing, and nothing of a session's end."""
     env = {**person.env, "CLAUDE_SESSION_ID": "many"}
-    argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT), "track"]
+    argv = [sys.executable, *HOOK, "track"]
     call = person.put("call", {"cwd": "/", "tool_name": "x"})
     hooks = []
     for n in range(64):
@@ -2172,18 +2053,16 @@ def test_emit_tracks_64_at_once(person):
 
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """One host does that on `/quit`: one event, with every discovery, however they fall."""
-    argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
-    for n in range(60):
+    for n in range(30):
         session = "thrice-%d" % n
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
         emit.append(str(person.home), session, lines)
-    env = dict(person.env)
-    key = env["ASHLR_SESSION_EVENTS_URL"]  # the senders have nothing to do
-    person.put("session-events/last.json", {"retry_at": {key: time.time() + 3600}})
-    for n in range(60):
+    env = {**person.env, "ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
+    for n in range(30):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
+        argv = [sys.executable, *HOOK]
         ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
         for process in ends:
             process.stdin.write(hook)
@@ -2192,54 +2071,50 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 60
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
+    assert len(person.kept()) == len(found) == 30
+    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(30)}
     for kept in found.values():
         assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
 
 
 @oldest_and_newest
-def test_emit_sends_a_part_for_each_end_that_meant_something(python, person):
+def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, received):
     """A session that is continued: what is new since the end before, by stats.json or by track."""
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
 
-        def end(session):
-            del server.requests[:]
-            said = person.hook(session, python=python)
-            sent = [json.loads(body) for _, _, body in server.requests]
-            assert ("nothing new" in said) == (sent == [])
-            names = ("session_id_hash", "tool_count", "tokens_saved", "discovery_refs")
-            return [tuple(event[name] for name in names) for event in sent]
+    def end(session):
+        del received.requests[:]
+        said = person.hook(session, python=python)
+        sent = [json.loads(body) for _, _, body in received.requests]
+        assert ("nothing new" in said) == (sent == [])
+        names = ("session_id_hash", "tool_count", "tokens_saved", "discovery_refs")
+        return [tuple(event[name] for name in names) for event in sent]
 
-        part = [secret_hash("again")] + [secret_hash("again:part:%d" % n) for n in range(2, 6)]
-        person.tool("again", python=python)
-        person.tool("again", person.discovery("one"), python=python)
-        assert end("again") == [(part[0], 2, 0, ["one"])]
-        assert end("again") == []
-        shown = person.emit("show", python=python, env={"CLAUDE_SESSION_ID": "again"})
-        assert shown.stdout == "" and "nothing is new" in shown.stderr and shown.returncode == 0
-        person.tool("again", person.discovery("two"), python=python)
-        shown = person.emit(
-            "show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"}
-        )
-        assert json.loads(shown.stdout)["session_id_hash"] == part[1]
-        assert end("again") == [(part[1], 1, 0, ["two"])]
-        stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
-        person.put("stats.json", stats)
-        assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
-        assert end("again") == []
-        stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
-        person.put("stats.json", stats)
-        person.tool("again", python=python)
-        assert end("again") == [(part[3], 2, 0, [])]
-        person.put("stats.json", {})  # tidied
-        assert end("again") == []
-        person.tool("again", python=python)
-        assert end("again") == [(part[4], 1, 0, [])]
-        record = emit.Record(person.session_file("again").read_bytes())
-        assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
-        assert person.emit("status", python=python).returncode == 0
+    part = [secret_hash("again")] + [secret_hash("again:part:%d" % n) for n in range(2, 6)]
+    person.tool("again", python=python)
+    person.tool("again", person.discovery("one"), python=python)
+    assert end("again") == [(part[0], 2, 0, ["one"])]
+    assert end("again") == []
+    shown = person.emit("show", python=python, env={"CLAUDE_SESSION_ID": "again"})
+    assert shown.stdout == "" and "nothing is new" in shown.stderr and shown.returncode == 0
+    person.tool("again", person.discovery("two"), python=python)
+    shown = person.emit("show", python=python, recorded=False, env={"CLAUDE_SESSION_ID": "again"})
+    assert json.loads(shown.stdout)["session_id_hash"] == part[1]
+    assert end("again") == [(part[1], 1, 0, ["two"])]
+    stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
+    person.put("stats.json", stats)
+    assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
+    assert end("again") == []
+    stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
+    person.put("stats.json", stats)
+    person.tool("again", python=python)
+    assert end("again") == [(part[3], 2, 0, [])]
+    person.put("stats.json", {})  # tidied
+    assert end("again") == []
+    person.tool("again", python=python)
+    assert end("again") == [(part[4], 1, 0, [])]
+    record = emit.Record(person.session_file("again").read_bytes())
+    assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
+    assert person.emit("status", python=python).returncode == 0
 
 
 @quick
@@ -2255,24 +2130,20 @@ def test_emit_names_a_part_by_its_own_quarter(person):
     ]
     salts = ["salt_2026Q4", "salt_2027Q1"]
     assert [made["identity_hash"] for made in built] == [
-        secret_hash(MACHINE + salt) for salt in salts
-    ]
+        secret_hash(MACHINE + salt) for salt in salts]
     assert [made["session_id_hash"] for made in built] == [
-        secret_hash("q"),
-        secret_hash("q:part:2"),
-    ]
+        secret_hash("q"), secret_hash("q:part:2")]
     assert built[0]["ended_at"] == emit.iso(november / 1000) and part.number == 1
 
 
-def test_emit_sends_sessions_that_never_ended(person):
+def test_emit_sends_sessions_that_never_ended(person, received):
     """Silent for a day: sent when another session ends, ended at the last call, and once."""
     day, now = 86400, time.time()
 
     def silent(session, age, *lines):
         home = str(person.home)
         emit.append(
-            home, session, [line.replace("%d", "%d" % (1000 * (now - age))) for line in lines]
-        )
+            home, session, [line.replace("%d", "%d" % (1000 * (now - age))) for line in lines])
         os.utime(str(person.session_file(session)), (now - age,) * 2)
 
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
@@ -2289,20 +2160,16 @@ def test_emit_sends_sessions_that_never_ended(person):
     person.session_file("sid-a link").symlink_to(person.put("somebody's", "call 5\n"))
     for name in ("sid-a pipe", "sid-a folder", "sid-a link"):
         os.utime(str(person.session_file(name)), (now - 2 * day,) * 2)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.hook("sid-another")
-        person.hook("sid-and-another")
-        sent = {}
-        for _, _, body in server.requests:
-            made = json.loads(body)
-            assert sent.setdefault(made["session_id_hash"], made) is made
+    person.hook("sid-another")
+    person.hook("sid-and-another")
+    sent = {}
+    for _, _, body in received.requests:
+        made = json.loads(body)
+        assert sent.setdefault(made["session_id_hash"], made) is made
     hashes = [
-        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")
-    ]
+        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")]
     others = [
-        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")
-    ]
+        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")]
     assert set(sent) == {*hashes, *others}
     killed, ended, lost, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
@@ -2310,10 +2177,8 @@ def test_emit_sends_sessions_that_never_ended(person):
     assert (ended["tool_count"], lost["tool_count"], old["tool_count"]) == (1, 1, 1)
     salt = emit.salt(now - 91 * day)
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
-    assert (
-        not person.session_file("sid-forgotten").exists()
-        and person.session_file("sid-old").exists()
-    )
+    assert not person.session_file("sid-forgotten").exists()
+    assert person.session_file("sid-old").exists()
     assert person.session_file("sid-done").exists()
     # What is settled is not read again, and so grows no younger.
     file = person.session_file("sid-lost")
@@ -2328,9 +2193,7 @@ def test_emit_sends_sessions_that_never_ended(person):
 def test_emit_expires_by_age_and_overwrites_no_name(person):
     home, day, now = str(person.home), 86400, time.time()
     young, old, ahead = (
-        person.put("session-events/pending/%015d-%012x.json" % (1000 * (now - age * day), n), "{}")
-        for n, age in enumerate((29, 31, -400))
-    )
+        person.waits(1000 * (now - age * day), n, "{}") for n, age in enumerate((29, 31, -400)))
     emit.expire(home, now - 400 * day)
     assert young.exists() and old.exists() and ahead.exists()
     emit.expire(home, now)
@@ -2373,19 +2236,17 @@ HOSTILE = {  # what may stand where a session's file should
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_emit_ends_a_session_whose_file_is_hostile(kind, person):
+def test_emit_ends_a_session_whose_file_is_hostile(kind, person, received):
     """The event goes all the same, and so does what waits."""
     path = person.session_file("sid-hostile")
     path.parent.mkdir(parents=True)
     theirs = person.put("session-events/a person's", "untouched")
     HOSTILE[kind](path)
-    person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.tool("sid-hostile", person.discovery("x"))
-        said = person.hook("sid-hostile")
-        assert set(server.sessions()) == {secret_hash("sid-hostile"), event(5)["session_id_hash"]}
-        assert person.kept() == [] and "failed" not in said, said
+    person.waits(5, 5)
+    person.tool("sid-hostile", person.discovery("x"))
+    said = person.hook("sid-hostile")
+    assert set(received.sessions()) == {secret_hash("sid-hostile"), event(5)["session_id_hash"]}
+    assert person.kept() == [] and "failed" not in said, said
     assert theirs.read_text() == "untouched"
 
 
@@ -2466,10 +2327,13 @@ def has_unshare():
 def test_emit_captures_before_everything_ends(person):
     """The namespace ends, and all that runs in it, as soon as the hook returns: 20 of 20."""
     command = "%s -I -S -c '%s' %s" % (sys.executable, CACHED, ROOT)
-    for n in range(20):
+
+    def unshared(n):
         env = {**person.env, "CLAUDE_SESSION_ID": "unshared-%d" % n}
         done = run(["unshare", "-pf", "sh", "-c", command], env=env)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    at_once(unshared, range(20))
     found = {kept["session_id_hash"] for kept in person.kept()}
     assert found == {secret_hash("unshared-%d" % n) for n in range(20)}
     assert all(emit.is_event(kept) for kept in person.kept())
@@ -2484,7 +2348,7 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
             if n:
                 person.env.pop("ASHLR_SESSION_EVENTS_WAIT")
             hook = b'{"session_id": "passing-%d"}' % n
-            person.put("session-events/pending/%015d-%012x.json" % (5, 5), event(5))
+            person.waits(5, 5)
             person.emit(python=python, input=hook, env=env)
             if not n:  # before what waits; 500 ms may be too short for a loaded machine
                 assert server.sessions()[0] == secret_hash("passing-0")
@@ -2500,10 +2364,9 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
 def test_emit_without_standard_streams(python, person):
     """Their numbers do not become those of the pipe by which the sender says that it is done."""
     with Odd() as server:
-        env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "closed"}
-        env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        argv = [python, "-I", "-S", "-c", CACHED, str(ROOT)]
-        hook = subprocess.Popen(argv, env=env, preexec_fn=lambda: os.closerange(0, 3))
+        env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": server.url}
+        closed = {"preexec_fn": lambda: os.closerange(0, 3), "stdin": None}
+        hook = person.starts("closed", python=python, env=env, **closed)
         assert hook.wait(60) == 0
         assert server.sessions() == [secret_hash("closed")]
 
@@ -2511,11 +2374,9 @@ def test_emit_without_standard_streams(python, person):
 def test_emit_is_interrupted_in_silence(person):
     """Ctrl-C while the hook stays for the answer: no traceback, and the event is in the spool."""
     with Odd(lambda n, body: None) as silent:
-        env = {**person.env, "ASHLR_SESSION_EVENTS_WAIT": "20000", "CLAUDE_SESSION_ID": "ctrl-c"}
-        env["ASHLR_SESSION_EVENTS_URL"] = silent.url
-        argv = [sys.executable, "-I", "-S", "-c", CACHED, str(ROOT)]
+        env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": silent.url}
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-        with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, **pipes) as hook:
+        with person.starts("ctrl-c", env=env, **pipes) as hook:
             until(lambda: silent.requests)
             hook.send_signal(signal.SIGINT)
             assert (hook.communicate(timeout=60), hook.returncode) == ((b"", b""), 0)
@@ -2614,18 +2475,16 @@ def test_emit_deletes_nothing_that_is_not_its_own(person, tmp_path):
         assert left == {*foreign, "A" * 64, *names[:2]}
 
 
-def test_emit_writes_through_no_link(person, tmp_path):
+def test_emit_writes_through_no_link(person, tmp_path, received):
     """A spool that is a link is not used: the event is sent at once, and `status` says why."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (person.ashlr / "session-events").mkdir()
     for link in ("pending", "sessions"):
         (person.ashlr / "session-events" / link).symlink_to(theirs)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        person.tool("linked", person.discovery("x"))
-        assert "not kept" in person.hook("linked")
-        assert server.sessions() == [secret_hash("linked")]
+    person.tool("linked", person.discovery("x"))
+    assert "not kept" in person.hook("linked")
+    assert received.sessions() == [secret_hash("linked")]
     assert list(theirs.iterdir()) == []
     done = person.emit("status")
     assert done.returncode == 1 and "symbolic link" in done.stdout
@@ -2636,19 +2495,17 @@ def test_emit_writes_through_no_link(person, tmp_path):
     assert list(theirs.iterdir()) == []
 
 
-def test_emit_sends_where_no_lock_can_be_had(person):
+def test_emit_sends_where_no_lock_can_be_had(person, received):
     """Somebody's folder stands where the lock should: the event arrives all the same."""
     (person.ashlr / "session-events" / "flush.lock").mkdir(parents=True)
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        assert "failed" not in person.hook("lockless")
-        assert server.sessions() == [secret_hash("lockless")]
+    assert "failed" not in person.hook("lockless")
+    assert received.sessions() == [secret_hash("lockless")]
 
 
 def test_emit_keeps_no_more_than_its_limit_without_an_endpoint(person):
     """The oldest of too many events go, also while the endpoint is no URL."""
     for n in range(emit.WAITING_EVENTS + 10):
-        person.put("session-events/pending/%015d-%012x.json" % (time.time() * 1000 - n, n), "{}")
+        person.waits(time.time() * 1000 - n, n, "{}")
     person.env["ASHLR_SESSION_EVENTS_URL"] = "htp://127.0.0.1/"
     assert "is not a http" in person.hook("sent to no URL")
     assert len(os.listdir(str(person.pending))) == emit.WAITING_EVENTS
@@ -2657,17 +2514,13 @@ def test_emit_keeps_no_more_than_its_limit_without_an_endpoint(person):
 
 
 OBSTACLES = {  # why nothing can be captured, in words of `status`
-    "machine-id is empty": lambda person: person.put("machine-id", " \n"),
+    "machine-id is empty": text_for(" \n", "machine-id"),
     "leads nowhere": lambda person: [
         (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").symlink_to("nowhere"),
-    ],
-    "Is a directory": lambda person: [
-        (person.ashlr / "machine-id").unlink(),
-        (person.ashlr / "machine-id").mkdir(),
-    ],
-    "Not a directory": lambda person: person.put("session-events", "a file"),
-    "no home folder": lambda person: person.env.update(HOME=""),
+        (person.ashlr / "machine-id").symlink_to("nowhere")],
+    "Is a directory": folder_for("machine-id"),
+    "Not a directory": text_for("a file", "session-events"),
+    "no home folder": variable("HOME", ""),
 }
 
 
@@ -2702,8 +2555,7 @@ def test_emit_with_an_empty_home_writes_nowhere(person, tmp_path):
 def test_emit_shows_the_folder_to_nobody(person, tmp_path):
     """Git gets the project as its working directory, not in an argument that `ps` shows."""
     (tmp_path / "git").write_text(
-        '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@" > ' + str(tmp_path / "ran")
-    )
+        '#!/bin/sh\nprintf "%s\\n" "$PWD" "$@" > ' + str(tmp_path / "ran"))
     (tmp_path / "git").chmod(0o755)
     (person.home / ".git").mkdir()
     person.hook("folder", env={"PATH": "%s:%s" % (tmp_path, os.environ["PATH"])})
@@ -2756,10 +2608,8 @@ def test_emit_takes_other_folders_for_discoveries(person):
 
 def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
     """A hook that fails before it knows anything returns 0 and prints nothing."""
-    done = person.emit(
-        before="import os; os.environb = None",
-        env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"},
-    )
+    done = person.emit(before="import os; os.environb = None",
+                       env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert person.kept() == []
 
@@ -2790,28 +2640,15 @@ def test_emit_commands(python, person, tmp_path):
         return json.loads(done.stdout)
 
     assert status() == {
-        "consent": "off",
-        "decided_by": "nobody said yes (emit.py on does)",
-        "capture": "possible",
-        "endpoint": "http://127.0.0.1:9/x?...",
-        "chosen_by": "ASHLR_SESSION_EVENTS_URL",
-        "waiting": 0,
-        "since": None,
-        "last_run": None,
-        "result": None,
-        "retry_at": None,
-    }
+        "consent": "off", "decided_by": "nobody said yes (emit.py on does)", "capture": "possible",
+        "endpoint": "http://127.0.0.1:9/x?...", "chosen_by": "ASHLR_SESSION_EVENTS_URL",
+        "waiting": 0, "since": None, "last_run": None, "result": None, "retry_at": None}
     on = person.emit("on", python=python)
-    assert (
-        on.returncode == 0
-        and len(on.stdout.splitlines()) == 4
-        and "http://127.0.0.1:9/x?..." in on.stdout
-    )
-    assert json.loads(config.read_text()) == {
-        "theme": "dark",
-        "n": [1.5, {"é": None}],
-        "telemetry": "opt-in",
-    }
+    assert on.returncode == 0
+    assert len(on.stdout.splitlines()) == 4
+    assert "http://127.0.0.1:9/x?..." in on.stdout
+    assert json.loads(config.read_text()) == {"theme": "dark",
+                                              "n": [1.5, {"é": None}], "telemetry": "opt-in"}
     assert config.stat().st_mode & 0o777 == 0o640
     assert person.emit("on", python=python).stdout == "on, as before\n"
     person.hook("status", python=python)
@@ -2822,74 +2659,51 @@ def test_emit_commands(python, person, tmp_path):
     assert re.search(r"^waiting    1\nsince      20", text, re.MULTILINE), text
 
     before = sorted((path, path.stat().st_mtime) for path in person.home.rglob("*"))
-    shown = person.emit(
-        "show",
-        python=python,
-        recorded=False,
-        env={"CLAUDE_SESSION_ID": "status-2"},
-        stdin=subprocess.DEVNULL,
-    )
+    shown = person.emit("show", python=python, recorded=False,
+                        env={"CLAUDE_SESSION_ID": "status-2"}, stdin=subprocess.DEVNULL)
     kept = dict(person.kept()[0], session_id_hash=secret_hash("status-2"), ended_at="")
     assert {**json.loads(shown.stdout), "ended_at": ""} == kept
     assert "127.0.0.1:9/x" in shown.stderr and "consent is off" not in shown.stderr
     assert sorted((path, path.stat().st_mtime) for path in person.home.rglob("*")) == before
 
     off = person.emit("off", python=python)
-    assert (
-        off.returncode == 0
-        and person.kept() == []
-        and json.loads(config.read_text())["telemetry"] == "off"
-    )
+    assert off.returncode == 0
+    assert person.kept() == []
+    assert json.loads(config.read_text())["telemetry"] == "off"
     assert "still off" in person.emit("on", python=python, env={"DO_NOT_TRACK": "1"}).stderr
     for text in ("{", "[]", '{"n": 1e999}', ""):
         config.write_text(text)
         done = person.emit("off", python=python)
-        assert (
-            done.returncode == 1
-            and len(done.stderr.splitlines()) == 1
-            and config.read_text() == text
-        )
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert config.read_text() == text
     for args in (("status", "x"), ("show", "x"), ("on", "x"), ("off", "--json"), ("bogus",)):
         done = person.emit(*args, python=python)
         assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     fresh = Person(tmp_path / "fresh", ASHLR_TELEMETRY="")
     (fresh.ashlr / "machine-id").unlink()
-    assert (
-        "passing"
-        in fresh.emit("show", python=python, recorded=False, stdin=subprocess.DEVNULL).stderr
-    )
+    assert ("passing"
+            in fresh.emit("show", python=python, recorded=False, stdin=subprocess.DEVNULL).stderr)
     assert list(fresh.ashlr.iterdir()) == []
     done = fresh.emit("--help", python=python)
     assert done.returncode == 0 and "example:" in done.stdout
 
 
 @oldest_and_newest
-def test_emit_makes_one_machine_id(python, person):
+def test_emit_makes_one_machine_id(python, person, received):
     """50 first sessions at once agree on one name, and nobody overwrites it."""
     (person.ashlr / "machine-id").unlink()
-    with Odd() as server:
-        person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        hooks = [
-            subprocess.Popen(
-                [python, "-I", "-S", str(EMIT), "--wait", "20000"],
-                stdin=subprocess.DEVNULL,
-                env={**person.env, "CLAUDE_SESSION_ID": "first-%d" % n},
-            )
-            for n in range(6)
-        ]
-        assert [process.wait(60) for process in hooks] == [0] * 6
-        person.hook("first-7")
-        until(lambda: len(server.requests) == 7)
-        machine = (person.ashlr / "machine-id").read_text()
-        SECRETS.add(machine)
-        assert (
-            re.fullmatch(r"[0-9a-f-]{36}", machine)
-            and (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
-        )
-        bodies = [json.loads(body) for _, _, body in server.requests]
-        assert {body["identity_hash"] for body in bodies} == {
-            secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies
-        }
+    hooks = [person.starts("first-%d" % n, "--wait", "20000", python=python) for n in range(6)]
+    assert [process.wait(60) for process in hooks] == [0] * 6
+    person.hook("first-7")
+    until(lambda: len(received.requests) == 7)
+    machine = (person.ashlr / "machine-id").read_text()
+    SECRETS.add(machine)
+    assert re.fullmatch(r"[0-9a-f-]{36}", machine)
+    assert (person.ashlr / "machine-id").stat().st_mode & 0o777 == 0o600
+    bodies = [json.loads(body) for _, _, body in received.requests]
+    assert {body["identity_hash"] for body in bodies} == {
+        secret_hash(machine + emit.salt(emit.instant(body["ended_at"]))) for body in bodies}
 
 
 def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd):
@@ -2899,12 +2713,9 @@ def test_emit_of_50_sessions_at_once_leaves_no_process_and_loses_no_event(crowd)
     del silent.requests[:]
     for n, person in enumerate(people):
         assert "answered 202" in person.hook(
-            "crowd-again-%d" % n, env={"ASHLR_SESSION_EVENTS_URL": silent.url}
-        )
+            "crowd-again-%d" % n, env={"ASHLR_SESSION_EVENTS_URL": silent.url})
     assert set(silent.sessions()) == {secret_hash("crowd-%d" % n) for n in range(51)} | {
-        secret_hash("crowd-again-0"),
-        secret_hash("crowd-again-1"),
-    }
+        secret_hash("crowd-again-0"), secret_hash("crowd-again-1")}
 
 
 # ==================================================================================================
@@ -2921,7 +2732,7 @@ GOOD = [  # (field, value sent, value stored): README, Contract 1, each row with
     ("github_hash", None, None),
     ("github_hash", ABSENT, None),
     ("session_id_hash", HEX, HEX),
-    *[("ended_at", *pair) for pair in VECTORS["ended_at"]],
+    *[("ended_at", *pair) for pair in MOMENTS],
     ("ended_at", "0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
     ("ended_at", "2024-02-29T23:59:59.9999-00:00", "2024-02-29T23:59:59.999Z"),
     ("tool_count", 0, 0),
@@ -2944,93 +2755,31 @@ GOOD = [  # (field, value sent, value stored): README, Contract 1, each row with
     ("plugin_version", "1", "1"),
     ("plugin_version", "1.2.3-rc.1+b_" + "9" * 51, "1.2.3-rc.1+b_" + "9" * 51),
 ]
-BAD = [  # (field, value sent)
-    *[
-        ("identity_hash", bad)
-        for bad in (
-            None,
-            "",
-            5,
-            True,
-            [HEX],
-            HEX[1:],
-            HEX + "0",
-            HEX.upper(),
-            HEX + "\n",
-            "g" + HEX[1:],
-            HEX[:-1] + "٣",
-            ABSENT,
-        )
-    ],
-    *[("github_hash", bad) for bad in ("", False, HEX + "\n", {}, "\ud800")],
-    *[("session_id_hash", bad) for bad in (None, HEX[1:], ABSENT)],
-    *[("ended_at", bad) for bad in VECTORS["ended_at_refused"]],
-    *[
-        ("ended_at", bad)
-        for bad in (
-            None,
-            1779453296,
-            ABSENT,
-            "2026-05-22T24:00:00Z",
-            "2026-05-22T12:60:00Z",
-            "2026-05-22T12:00:60Z",
-            "0000-01-01T00:00:00Z",
-            "0001-01-01T00:00:00+00:01",
-            "9999-12-31T23:59:59-00:01",
-            "2026-05-22T12:34:56.Z",
-            "2026-05-22T12:34:56,5Z",
-            "2026-05-22T12:34:56+0200",
-            "2026-05-22T12:34Z",
-            "2025-02-29T00:00:00Z",
-            "2026-05-22T12:34:56z",
-            " 2026-05-22T12:34:56Z",
-            "2026-05-22T12:34:5٦Z",
-        )
-    ],
-    *[
-        ("tool_count", bad)
-        for bad in (True, False, None, -1, 1_000_001, 5.5, "5", [5], 10**400, ABSENT)
-    ],
-    *[("tokens_saved", bad) for bad in (True, -1, 1_000_000_001, 0.1, ABSENT)],
-    *[("branch_sha", bad) for bad in ("", "abc123", "a" * 41, "abcdefg", 1234567, "abc1234\n")],
-    *[("discovery_refs", bad) for bad in (None, "a", {}, ["a"] * 201)],
-    *[
-        ("plugin_version", bad)
-        for bad in ("", None, 1, "-1", "1" * 65, "1.0 beta", "1.0\n", "v/1", ABSENT)
-    ],
-]
-NOT_JSON = [
-    b"",
-    b" ",
-    b"{",
-    b"{}}",
-    b"nope",
-    b'{"a":NaN}',
-    b'{"a":Infinity}',
-    b"[-Infinity]",
-    b"\xff\xfe{\x00}\x00",
-    "{}".encode("utf-16"),
-    "{}".encode("utf-32"),
-    b"\xef\xbb\xbf{}",
-    b'{"a":"\xff"}',
-    b'{"a":"\xed\xa0\x80"}',
-    b"[" * 30000,
-    b'{"a":' * 10000,
-    b"'{}'",
-    b'{"a":01}',
-    b'{"a":"\n"}',
-]
+REFUSED = {  # field: values that break its rule
+    "identity_hash": (
+        None, "", 5, True, [HEX], HEX[1:], HEX + "0", HEX.upper(), HEX + "\n", "g" + HEX[1:],
+        HEX[:-1] + "٣", ABSENT),
+    "github_hash": ("", False, HEX + "\n", {}, "\ud800"),
+    "session_id_hash": (None, HEX[1:], ABSENT),
+    "ended_at": (
+        *NO_MOMENTS, None, 1779453296, ABSENT, "2026-05-22T24:00:00Z", "2026-05-22T12:60:00Z",
+        "2026-05-22T12:00:60Z", "0000-01-01T00:00:00Z", "0001-01-01T00:00:00+00:01",
+        "9999-12-31T23:59:59-00:01", "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56,5Z",
+        "2026-05-22T12:34:56+0200", "2026-05-22T12:34Z", "2025-02-29T00:00:00Z",
+        "2026-05-22T12:34:56z", " 2026-05-22T12:34:56Z", "2026-05-22T12:34:5٦Z"),
+    "tool_count": (True, False, None, -1, 1_000_001, 5.5, "5", [5], 10**400, ABSENT),
+    "tokens_saved": (True, -1, 1_000_000_001, 0.1, ABSENT),
+    "branch_sha": ("", "abc123", "a" * 41, "abcdefg", 1234567, "abc1234\n"),
+    "discovery_refs": (None, "a", {}, ["a"] * 201),
+    "plugin_version": ("", None, 1, "-1", "1" * 65, "1.0 beta", "1.0\n", "v/1", ABSENT),
+}
+BAD = [(field, value) for field, values in REFUSED.items() for value in values]
+NOT_JSON = [b"", b" ", b"{", b"{}}", b"nope", b'{"a":NaN}', b'{"a":Infinity}', b"[-Infinity]",
+            b"\xff\xfe{\x00}\x00", "{}".encode("utf-16"), "{}".encode("utf-32"), b"\xef\xbb\xbf{}",
+            b'{"a":"\xff"}', b'{"a":"\xed\xa0\x80"}', b"[" * 30000, b'{"a":' * 10000, b"'{}'",
+            b'{"a":01}', b'{"a":"\n"}']
 NO_EVENT = [
-    b"[]",
-    b"null",
-    b"1",
-    b'"text"',
-    b"true",
-    b"[{}]",
-    b"1" * 5000,
-    b"-" + b"9" * 20000,
-    b"1e400",
-]
+    b"[]", b"null", b"1", b'"text"', b"true", b"[{}]", b"1" * 5000, b"-" + b"9" * 20000, b"1e400"]
 
 
 def with_field(field, value):
@@ -3049,11 +2798,9 @@ def as_sent(value, **options):
 @quick
 @pytest.mark.parametrize(("field", "value", "stored"), GOOD)
 def test_server_event_check_takes(field, value, stored):
-    stored = (
-        json.dumps(value, separators=(",", ":"))
-        if stored is None and field == "discovery_refs"
-        else stored
-    )
+    stored = (json.dumps(value, separators=(",", ":"))
+              if stored is None and field == "discovery_refs"
+              else stored)
     column = server.COLUMNS.index("discovery_refs_json" if field == "discovery_refs" else field)
     short = server.check_body(as_sent(with_field(field, value), separators=(",", ":")))
     spaced = server.check_body(as_sent(with_field(field, value), indent=1))
@@ -3077,22 +2824,15 @@ def test_server_event_check_refuses(field, value):
 
 @quick
 def test_server_event_check_names_every_fault_and_no_value():
-    wrong = dict(
-        EVENT, identity_hash="SECRET-1", tool_count="SECRET-2", discovery_refs=["ok", "SECRET 3", 5]
-    )
+    wrong = dict(EVENT, identity_hash="SECRET-1", tool_count="SECRET-2",
+                 discovery_refs=["ok", "SECRET 3", 5])
     del wrong["ended_at"]
     wrong.update({"note": "SECRET-4", "SECRET key": 1})
     answer = server.check_body(as_sent(wrong))
     told = json.loads(answer.payload)["issues"]
-    assert [issue["path"] for issue in told] == [
-        ["identity_hash"],
-        ["ended_at"],
-        ["tool_count"],
-        ["discovery_refs", 1],
-        ["discovery_refs", 2],
-        ["note"],
-        [],
-    ]
+    assert [issue["path"] for issue in told] == [["identity_hash"], ["ended_at"], ["tool_count"],
+                                                 ["discovery_refs", 1],
+                                                 ["discovery_refs", 2], ["note"], []]
     assert b"SECRET" not in answer.payload
     many = server.check_body(as_sent(dict.fromkeys(map(str, range(9000)), 1)))
     assert len(many.payload) < 16384 and b"8900 more keys" in many.payload
@@ -3144,8 +2884,7 @@ def test_server_event_check_not_json(body):
 @pytest.mark.parametrize("body", NO_EVENT, ids=lambda body: repr(body[:20]))
 def test_server_event_check_no_event(body):
     assert json.loads(server.check_body(body).payload)["issues"] == [
-        {"path": [], "message": "must be a JSON object"}
-    ]
+        {"path": [], "message": "must be a JSON object"}]
 
 
 @quick
@@ -3164,8 +2903,7 @@ def test_server_short_check_is_the_long_one_sooner():
             assert row == server.check_event(server.parse_json(bytes(mutant)))
     assert taken > 1000
     for year, month, day in itertools.product(
-        ("0000", "0001", "1900", "2024", "9999"), range(14), range(33)
-    ):
+            ("0000", "0001", "1900", "2024", "9999"), range(14), range(33)):
         if (month, day) != (2, 29):  # which goes the long way
             same_check("%s-%02d-%02dT23:59:59.999Z" % (year, month, day))
     for moment in ("24:00:00.000", "23:60:00.000", "23:59:60.000", "19:59:59.000", "00:00:00.000"):
@@ -3211,8 +2949,7 @@ def insert_rows(db, refs):
             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at,"
             " discovery_refs_json, plugin_version)"
             " VALUES (?, ?, '2026-01-01T00:00:00.000Z', ?, '1')",
-            [(EVENT["identity_hash"], "%064x" % n, text) for n, text in enumerate(refs)],
-        )
+            [(EVENT["identity_hash"], "%064x" % n, text) for n, text in enumerate(refs)])
 
 
 def edges(db):
@@ -3230,8 +2967,7 @@ def test_server_schema_file_is_the_servers_to_the_letter():
 @quick
 def test_server_migration_of_a_file_that_another_program_made(tmp_path):
     db = tmp_path / "other.db"
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        connection.executescript(OTHER_PROGRAM)
+    scripted(db, OTHER_PROGRAM)
     insert_rows(db, ['["a","b","a"]', "[]", "no json", '{"k":["c"]}', '[1,"d",null]', ""])
     before = rows_of(db)
     for _ in range(2):  # opening twice changes nothing
@@ -3251,12 +2987,10 @@ def test_server_migration_of_fresh_older_and_emptied_files(tmp_path):
     for name, script in (("fresh", None), ("empty", ""), ("older", without_edges)):
         db = tmp_path / (name + ".db")
         if script is not None:
-            with contextlib.closing(sqlite3.connect(str(db))) as connection:
-                connection.executescript(script)
+            scripted(db, script)
         server.Store(str(db)).close()
         made[name] = {
-            row["name"]: row["sql"] for row in rows_of(db, "SELECT name, sql FROM sqlite_master")
-        }
+            row["name"]: row["sql"] for row in rows_of(db, "SELECT name, sql FROM sqlite_master")}
     assert made["fresh"] == made["empty"] == made["older"]
     assert server.Store(":memory:").db.execute(
         "SELECT count(*) FROM session_events"
@@ -3309,22 +3043,18 @@ def edited(module, folder, *changes):
 def version_2(folder):
     """server.py as it would be after a column was added."""
     return edited(
-        server,
-        folder,
+        server, folder,
         ("  plugin_version TEXT NOT NULL,\n", "  plugin_version TEXT NOT NULL,\n  host TEXT,\n"),
         ("PRAGMA user_version = 1;", "PRAGMA user_version = 2;"),
         ("FROM schema_before) <= 1", "FROM schema_before) <= 2"),
         ("'received_at')) = 11", "'received_at', 'host')) = 12"),
-        (
-            "    ), ADOPTION),\n",
-            "    ), ADOPTION),\n    Migration(2, ('host',),"
-            " 'ALTER TABLE session_events ADD COLUMN host TEXT;'),\n",
-        ),
-    )
+        ("    ), ADOPTION),\n",
+         "    ), ADOPTION),\n    Migration(2, ('host',),"
+         " 'ALTER TABLE session_events ADD COLUMN host TEXT;'),\n"))
 
 
 def scripted(db, *scripts):
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
+    with contextlib.closing(sqlite3.connect(str(db), timeout=30)) as connection:
         for script in scripts:
             connection.executescript(script)
     return db
@@ -3343,14 +3073,11 @@ def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
     """A file of version 1, another program's and a fresh one, opened by a pretended version 2."""
     later = version_2(tmp_path)
     fields = '    ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),\n'
-    reader = edited(
-        session_events,
-        tmp_path,
-        ("SCHEMA_VERSION = 1\n", "SCHEMA_VERSION = 2\n"),
-        (fields, fields + '    ("host", "string or null", False, "[a-z]{1,16}"),\n'),
-        ("VERSION = range(10)", "VERSION, HOST = range(11)"),
-        ("branch, refs, version = row", "branch, refs, version, _ = row"),
-    )
+    reader = edited(session_events, tmp_path,
+                    ("SCHEMA_VERSION = 1\n", "SCHEMA_VERSION = 2\n"),
+                    (fields, fields + '    ("host", "string or null", False, "[a-z]{1,16}"),\n'),
+                    ("VERSION = range(10)", "VERSION, HOST = range(11)"),
+                    ("branch, refs, version = row", "branch, refs, version, _ = row"))
 
     def listed(program, path):
         """What a reader's program lists, and what it would ship."""
@@ -3391,13 +3118,9 @@ def test_server_migrations_bring_every_older_file_to_a_later_version(tmp_path):
 @quick
 def test_server_migration_that_fails_changes_nothing(tmp_path):
     later = edited(
-        server,
-        tmp_path,
-        (
-            "    ), ADOPTION),\n",
-            "    ), ADOPTION),\n    Migration(2, (), 'CREATE TABLE a (b); CREATE TABLE a (b);'),\n",
-        ),
-    )
+        server, tmp_path,
+        ("    ), ADOPTION),\n",
+         "    ), ADOPTION),\n    Migration(2, (), 'CREATE TABLE a (b); CREATE TABLE a (b);'),\n"))
     for name, script in (("one", FILE_OF_VERSION_1), ("other", OTHER_PROGRAM)):
         db = scripted(tmp_path / (name + ".db"), script)
         before = rows_of(db, "SELECT * FROM sqlite_master"), user_version(db)
@@ -3462,14 +3185,12 @@ def test_server_edges_follow_the_rows_whoever_writes(tmp_path):
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         connection.execute(
             "INSERT OR REPLACE INTO session_events SELECT 9, 'j', github_hash, 's', ended_at, 0, 0,"
-            " NULL, '[\"x\",\"x\"]', '1', received_at FROM session_events WHERE id = 1"
-        )
+            " NULL, '[\"x\",\"x\"]', '1', received_at FROM session_events WHERE id = 1")
         connection.execute("DELETE FROM session_events WHERE id = 1")
         with pytest.raises(sqlite3.OperationalError):
             connection.execute(
                 "INSERT INTO session_events (identity_hash, session_id_hash, ended_at,"
-                " plugin_version, discovery_refs_json) VALUES ('k', 'k', '', '', 'no json')"
-            )
+                " plugin_version, discovery_refs_json) VALUES ('k', 'k', '', '', 'no json')")
     assert edges(db) == [("b", 3), ("x", 9)]
 
 
@@ -3498,10 +3219,7 @@ def test_server_database_and_side_files_are_the_owners_only(tmp_path):
         with serving(tmp_path / "link") as running:
             assert post(running, event(1)).status == 202
             assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.glob("events*")} == {
-                "events.db": 0o600,
-                "events.db-wal": 0o600,
-                "events.db-shm": 0o600,
-            }
+                "events.db": 0o600, "events.db-wal": 0o600, "events.db-shm": 0o600}
     finally:
         os.umask(old)
     assert [p.name for p in tmp_path.glob("events*")] == ["events.db"]  # checkpointed and closed
@@ -3584,180 +3302,147 @@ def chunks(body, size):
     return b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
 
 
-ANSWERS = {  # name: (request, status, body or None, whether the connection stays)
-    "event": (request(BODY), 202, OK_BODY, True),
-    "event again": (request(BODY), 202, OK_BODY, True),
-    "event of 64 KiB": (request(PADDED), 202, OK_BODY, True),
-    "any content type": (request(BODY, headers=["Content-Type: text/plain"]), 202, OK_BODY, True),
-    "close": (request(BODY, headers=["Connection: Keep-Alive, CLOSE"]), 202, OK_BODY, False),
-    "HTTP/1.0": (request(BODY, version="HTTP/1.0"), 202, OK_BODY, False),
-    "a query": (request(BODY, target="/v1/session-events?a=b"), 202, OK_BODY, True),
-    "absolute form": (
-        request(BODY, target="http://elsewhere/v1/session-events"),
-        202,
-        OK_BODY,
-        True,
-    ),
-    "an empty line before": (b"\r\n" + request(BODY), 202, OK_BODY, True),
-    "not JSON": (request(b"nope"), 400, b'{"error":"Invalid JSON body"}', True),
-    "no event": (request(b"[]"), 400, None, True),
-    "no body": (request(b""), 400, b'{"error":"Invalid JSON body"}', True),
-    "over 64 KiB": (request(PADDED + b" "), 413, None, False),
-    "a length beyond reason": (
-        BARE.replace(b"%d" % len(BODY), b"9" * 5000) + b"\r\n",
-        413,
-        None,
-        False,
-    ),
-    "a length with many zeros": (
-        BARE.replace(b"%d" % len(BODY), b"0" * 5000 + b"%d" % len(BODY)) + b"\r\n" + BODY,
-        202,
-        OK_BODY,
-        True,
-    ),
-    "no length": (request(), 411, None, False),
-    "chunked": (CHUNKED + chunks(BODY, 100), 202, OK_BODY, True),
-    "chunks of a byte": (CHUNKED + chunks(BODY, 1), 202, OK_BODY, True),
-    "chunks of 64 KiB": (CHUNKED + chunks(PADDED, 50000), 202, OK_BODY, True),
-    "chunks of nothing": (CHUNKED + b"000\r\n\r\n", 400, b'{"error":"Invalid JSON body"}', True),
-    "chunks over 64 KiB": (CHUNKED + chunks(PADDED + b" ", 4096), 413, None, False),
-    "a chunk over 64 KiB": (CHUNKED + b"10001\r\n", 413, None, False),
-    "a GET with chunks": (
-        CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz") + chunks(b"x" * 9, 5),
-        200,
-        OK_BODY,
-        True,
-    ),
-    "long head": (request(BODY, headers=["X-Long: " + "x" * 17000]), 431, None, False),
-    "many headers": (request(BODY, headers=["X-%d: y" % n for n in range(120)]), 431, None, False),
-    "unknown path": (
-        request(BODY, target="/v1/session-events/"),
-        404,
-        b'{"error":"Not found"}',
-        True,
-    ),
-    "two slashes": (
-        request(BODY, target="//v1/session-events"),
-        404,
-        b'{"error":"Not found"}',
-        True,
-    ),
-    "other method": (request(BODY, method="PUT"), 405, None, True),
-    "made-up method": (request(method="BREW"), 405, None, True),
-    "GET of the endpoint": (request(method="GET"), 405, None, True),
-    "OPTIONS": (request(method="OPTIONS"), 405, None, True),
-    "POST to health": (request(b"", target="/healthz"), 405, None, True),
-    "health": (request(method="GET", target="/healthz"), 200, OK_BODY, True),
-    "readiness": (request(method="GET", target="/readyz"), 200, OK_BODY, True),
-    "HEAD": (request(method="HEAD", target="/healthz"), 200, b"", True),
-    "HEAD of nothing": (request(method="HEAD", target="/nothing"), 404, b"", True),
-    "other expectation": (request(BODY, headers=["Expect: 200-ok"]), 417, None, False),
-    "two lengths": (BARE + b"Content-Length: 5\r\n\r\n" + BODY, 400, None, False),
-    "one length twice": (BARE + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY, 400, None, False),
-    "a list of lengths": (BARE.replace(b"h: ", b"h: 5, ") + b"\r\n" + BODY, 400, None, False),
-    "a signed length": (BARE.replace(b"h: ", b"h: +") + b"\r\n" + BODY, 400, None, False),
-    "a hex length": (BARE.replace(b"h: ", b"h: 0x") + b"\r\n" + BODY, 400, None, False),
-    "an empty length": (
-        BARE.replace(b"h: %d" % len(BODY), b"h:") + b"\r\n" + BODY,
-        400,
-        None,
-        False,
-    ),
-    "length and chunked": (BARE + b"Transfer-Encoding: chunked\r\n\r\n" + BODY, 400, None, False),
-    "two hosts": (BARE + b"Host: other\r\n\r\n" + BODY, 400, None, False),
-    "blank before the colon": (
-        BARE.replace(b"Length:", b"Length :") + b"\r\n" + BODY,
-        400,
-        None,
-        False,
-    ),
-    "blank in front": (BARE + b" X-Folded: y\r\n\r\n" + BODY, 400, None, False),
-    "no colon": (BARE + b"X-Nothing\r\n\r\n" + BODY, 400, None, False),
-    "no name": (BARE + b": y\r\n\r\n" + BODY, 400, None, False),
-    "bare LF": (BARE.replace(b"\r\n", b"\n") + b"\n" + BODY, 400, None, False),
-    "one bare LF": (BARE + b"X-A: y\nX-B: z\r\n\r\n" + BODY, 400, None, False),
-    "bare CR": (BARE + b"X-A: y\rX-B: z\r\n\r\n" + BODY, 400, None, False),
-    "NUL": (BARE + b"X-A: \0\r\n\r\n" + BODY, 400, None, False),
-    "HTTP/0.9": (b"GET /healthz\r\n\r\n", 400, None, False),
-    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, None, False),
-    "two blanks": (b"GET  /healthz HTTP/1.1\r\n\r\n", 400, None, False),
-    "small letters": (b"GET /healthz http/1.1\r\n\r\n", 400, None, False),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, None, False),
-}
-ANSWERS.update(
-    (name, (CHUNKED + body, 400, None, False))
-    for name, body in {
-        "a chunk's extension": b"2;a=b\r\n{}\r\n0\r\n\r\n",
-        "an extension of the last chunk": b"2\r\n{}\r\n0;a\r\n\r\n",
-        "a blank behind a chunk's size": b"2 \r\n{}\r\n0\r\n\r\n",
-        "a blank before a chunk's size": b" 2\r\n{}\r\n0\r\n\r\n",
-        "a chunk's size in hex with 0x": b"0x2\r\n{}\r\n0\r\n\r\n",
-        "a signed chunk's size": b"+2\r\n{}\r\n0\r\n\r\n",
-        "an endless chunk's size": b"0" * 17 + b"\r\n\r\n",
-        "a chunk without a size": b"\r\n{}\r\n0\r\n\r\n",
-        "a chunk's size with a bare LF": b"2\n{}\r\n0\r\n\r\n",
-        "a chunk with a bare LF": b"2\r\n{}\n0\r\n\r\n",
-        "a chunk's size with two CRs": b"2\r\r\n{}\r\n0\r\n\r\n",
-        "a chunk longer than its size": b"1\r\n{}\r\n0\r\n\r\n",
-        "a chunk shorter than its size": b"3\r\n{}\r\n0\r\n\r\n",
-        "a trailer": b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
-        "a trailer with a length": b"0\r\nContent-Length: 5\r\n\r\n",
-    }.items()
-)
-ANSWERS.update(
-    (name, (request(headers=lines) + b"0\r\n\r\n", 400, None, False))
-    for name, lines in {
-        "chunked twice": ["Transfer-Encoding: chunked, chunked"],
-        "chunked in two lines": ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
-        "another coding": ["Transfer-Encoding: gzip"],
-        "another coding and chunked": ["Transfer-Encoding: gzip, chunked"],
-        "identity": ["Transfer-Encoding: identity"],
-        "chunked with a parameter": ["Transfer-Encoding: chunked;q=1"],
-        "no coding": ["Transfer-Encoding:"],
-        "xchunked": ["Transfer-Encoding: xchunked"],
-        "chunked behind a control character": ["Transfer-Encoding: \x0bchunked"],
-        "chunked and a length": ["Transfer-Encoding: chunked", "Content-Length: 5"],
-        "chunked and no length": ["Transfer-Encoding: chunked", "Content-Length: 0"],
-    }.items()
-)
-ANSWERS["chunked in HTTP/1.0"] = (
-    CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100),
-    400,
-    None,
-    False,
-)
-ANSWERS.update(
-    (
-        "Host %r" % host,
-        (BARE.replace(b"localhost", host) + b"\r\n" + BODY, status, None, status < 400),
-    )
-    for host, status in {
-        b"": 202,
-        b"events.example.org": 202,
-        b"192.0.2.1:8787": 202,
-        b"[2001:db8::1]:8787": 202,
-        b"a_b:": 202,
-        b"%61": 202,
-        b"a b": 400,
-        b"a/b": 400,
-        b"user@a": 400,
-        b"a:b": 400,
-        b"a:1:2": 400,
-        b"[::1": 400,
-        b"::1": 400,
-        b"%6": 400,
-        b"\xe4": 400,
-        b'"a"': 400,
-    }.items()
-)
-ANSWERS["no Host"] = (BARE.replace(b"Host: localhost\r\n", b"") + b"\r\n" + BODY, 400, None, False)
-ANSWERS["no Host in HTTP/1.0"] = (
-    ANSWERS["no Host"][0].replace(b"1.1", b"1.0"),
-    202,
-    OK_BODY,
-    False,
-)
 HEALTH = request(method="GET", target="/healthz")
+COSTLY = request(as_sent(dict.fromkeys(map(str, range(100)), 1)))  # 1 KB in, 8 KB out
+NOT_FOUND, NO_JSON = b'{"error":"Not found"}', b'{"error":"Invalid JSON body"}'
+
+
+def headed(text, more):
+    """The request of BARE and BODY with `more` in place of a text of its head."""
+    assert text in BARE
+    return BARE.replace(text, more) + b"\r\n" + BODY
+
+
+OUTCOMES = {  # (status, body or None, whether the connection stays): {name: request}
+    (202, OK_BODY, True): {
+        "event": request(BODY),
+        "event again": request(BODY),
+        "event of 64 KiB": request(PADDED),
+        "any content type": request(BODY, headers=["Content-Type: text/plain"]),
+        "a query": request(BODY, target="/v1/session-events?a=b"),
+        "absolute form": request(BODY, target="http://elsewhere/v1/session-events"),
+        "an empty line before": b"\r\n" + request(BODY),
+        "a length with many zeros": headed(b"%d" % len(BODY), b"0" * 5000 + b"%d" % len(BODY)),
+        "chunked": CHUNKED + chunks(BODY, 100),
+        "chunks of a byte": CHUNKED + chunks(BODY, 1),
+        "chunks of 64 KiB": CHUNKED + chunks(PADDED, 50000),
+        **{
+            "Host %r" % host: headed(b"localhost", host)
+            for host in (
+                b"", b"events.example.org", b"192.0.2.1:8787", b"[2001:db8::1]:8787", b"a_b:",
+                b"%61")
+        },
+    },
+    (202, OK_BODY, False): {
+        "close": request(BODY, headers=["Connection: Keep-Alive, CLOSE"]),
+        "HTTP/1.0": request(BODY, version="HTTP/1.0"),
+        "no Host in HTTP/1.0": headed(b"1.1\r\nHost: localhost", b"1.0"),
+    },
+    (200, OK_BODY, True): {
+        "health": HEALTH,
+        "readiness": request(method="GET", target="/readyz"),
+        "a GET with chunks": CHUNKED.replace(b"POST /v1/session-events", b"GET /healthz")
+        + chunks(b"x" * 9, 5),
+    },
+    (200, b"", True): {"HEAD": request(method="HEAD", target="/healthz")},
+    (400, NO_JSON, True): {
+        "not JSON": request(b"nope"),
+        "no body": request(b""),
+        "chunks of nothing": CHUNKED + b"000\r\n\r\n",
+    },
+    (400, None, True): {"no event": request(b"[]")},
+    (404, NOT_FOUND, True): {
+        "unknown path": request(BODY, target="/v1/session-events/"),
+        "two slashes": request(BODY, target="//v1/session-events"),
+    },
+    (404, b"", True): {"HEAD of nothing": request(method="HEAD", target="/nothing")},
+    (405, None, True): {
+        "other method": request(BODY, method="PUT"),
+        "made-up method": request(method="BREW"),
+        "GET of the endpoint": request(method="GET"),
+        "OPTIONS": request(method="OPTIONS"),
+        "POST to health": request(b"", target="/healthz"),
+    },
+    (411, None, False): {"no length": request()},
+    (413, None, False): {
+        "over 64 KiB": request(PADDED + b" "),
+        "a length beyond reason": headed(b"%d" % len(BODY), b"9" * 5000)[: -len(BODY)],
+        "chunks over 64 KiB": CHUNKED + chunks(PADDED + b" ", 4096),
+        "a chunk over 64 KiB": CHUNKED + b"10001\r\n",
+    },
+    (417, None, False): {"other expectation": request(BODY, headers=["Expect: 200-ok"])},
+    (431, None, False): {
+        "long head": request(BODY, headers=["X-Long: " + "x" * 17000]),
+        "many headers": request(BODY, headers=["X-%d: y" % n for n in range(120)]),
+    },
+    (400, None, False): {
+        "two lengths": BARE + b"Content-Length: 5\r\n\r\n" + BODY,
+        "one length twice": BARE + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY,
+        "a list of lengths": headed(b"h: ", b"h: 5, "),
+        "a signed length": headed(b"h: ", b"h: +"),
+        "a hex length": headed(b"h: ", b"h: 0x"),
+        "an empty length": headed(b"h: %d" % len(BODY), b"h:"),
+        "length and chunked": BARE + b"Transfer-Encoding: chunked\r\n\r\n" + BODY,
+        "no Host": headed(b"Host: localhost\r\n", b""),
+        "two hosts": BARE + b"Host: other\r\n\r\n" + BODY,
+        **{
+            "Host %r" % host: headed(b"localhost", host)
+            for host in (
+                b"a b", b"a/b", b"user@a", b"a:b", b"a:1:2", b"[::1", b"::1", b"%6", b"\xe4",
+                b'"a"')
+        },
+        "blank before the colon": headed(b"Length:", b"Length :"),
+        "blank in front": BARE + b" X-Folded: y\r\n\r\n" + BODY,
+        "no colon": BARE + b"X-Nothing\r\n\r\n" + BODY,
+        "no name": BARE + b": y\r\n\r\n" + BODY,
+        "bare LF": BARE.replace(b"\r\n", b"\n") + b"\n" + BODY,
+        "one bare LF": BARE + b"X-A: y\nX-B: z\r\n\r\n" + BODY,
+        "bare CR": BARE + b"X-A: y\rX-B: z\r\n\r\n" + BODY,
+        "NUL": BARE + b"X-A: \0\r\n\r\n" + BODY,
+        "HTTP/0.9": b"GET /healthz\r\n\r\n",
+        "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        "two blanks": b"GET  /healthz HTTP/1.1\r\n\r\n",
+        "small letters": b"GET /healthz http/1.1\r\n\r\n",
+        "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        "chunked in HTTP/1.0": CHUNKED.replace(b"1.1", b"1.0") + chunks(BODY, 100),
+        "a chunk's extension": CHUNKED + b"2;a=b\r\n{}\r\n0\r\n\r\n",
+        "an extension of the last chunk": CHUNKED + b"2\r\n{}\r\n0;a\r\n\r\n",
+        "a blank behind a chunk's size": CHUNKED + b"2 \r\n{}\r\n0\r\n\r\n",
+        "a blank before a chunk's size": CHUNKED + b" 2\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size in hex with 0x": CHUNKED + b"0x2\r\n{}\r\n0\r\n\r\n",
+        "a signed chunk's size": CHUNKED + b"+2\r\n{}\r\n0\r\n\r\n",
+        "an endless chunk's size": CHUNKED + b"0" * 17 + b"\r\n\r\n",
+        "a chunk without a size": CHUNKED + b"\r\n{}\r\n0\r\n\r\n",
+        "a chunk's size with a bare LF": CHUNKED + b"2\n{}\r\n0\r\n\r\n",
+        "a chunk with a bare LF": CHUNKED + b"2\r\n{}\n0\r\n\r\n",
+        "a chunk's size with two CRs": CHUNKED + b"2\r\r\n{}\r\n0\r\n\r\n",
+        "a chunk longer than its size": CHUNKED + b"1\r\n{}\r\n0\r\n\r\n",
+        "a chunk shorter than its size": CHUNKED + b"3\r\n{}\r\n0\r\n\r\n",
+        "a trailer": CHUNKED + b"2\r\n{}\r\n0\r\nX-A: b\r\n\r\n",
+        "a trailer with a length": CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n",
+        **{
+            "codings %r" % (lines,): request(headers=lines) + b"0\r\n\r\n"
+            for lines in (
+                ["Transfer-Encoding: chunked, chunked"],
+                ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+                ["Transfer-Encoding: gzip"],
+                ["Transfer-Encoding: gzip, chunked"],
+                ["Transfer-Encoding: identity"],
+                ["Transfer-Encoding: chunked;q=1"],
+                ["Transfer-Encoding:"],
+                ["Transfer-Encoding: xchunked"],
+                ["Transfer-Encoding: \x0bchunked"],
+                ["Transfer-Encoding: chunked", "Content-Length: 5"],
+                ["Transfer-Encoding: chunked", "Content-Length: 0"],
+            )
+        },
+    },
+}
+ANSWERS = {
+    name: (data, *outcome)
+    for outcome, requests in OUTCOMES.items()
+    for name, data in requests.items()
+}
 
 
 def in_pieces(data):
@@ -3772,13 +3457,11 @@ def test_server_http_answers(one, name, way):
     data, status, body, stays = ANSWERS[name]
     with Wire(one) as wire:
         wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in (
-            [data]
-            if way == "whole"
-            else in_pieces(data)
-            if way == "byte by byte"
-            else [data + HEALTH]
-        ):
+        for piece in ([data]
+                      if way == "whole"
+                      else in_pieces(data)
+                      if way == "byte by byte"
+                      else [data + HEALTH]):
             if not wire.send(piece):
                 break
         reply = wire.reply(bodiless=name.startswith("HEAD"))
@@ -3786,14 +3469,10 @@ def test_server_http_answers(one, name, way):
         assert body is None or reply.body == body
         if status >= 400 and reply.body:
             assert set(json.loads(reply.body)) <= {"error", "issues"}
-        assert (
-            reply.headers["content-type"] == "application/json"
-            and reply.headers["cache-control"] == "no-store"
-        )
-        assert (
-            reply.headers["server"] == "session-events"
-            and "access-control-allow-origin" not in reply.headers
-        )
+        assert reply.headers["content-type"] == "application/json"
+        assert reply.headers["cache-control"] == "no-store"
+        assert reply.headers["server"] == "session-events"
+        assert "access-control-allow-origin" not in reply.headers
         assert ("allow" in reply.headers) == (status == 405)
         assert (reply.headers.get("connection") == "close") == (not stays)
         if stays and way != "with another behind":
@@ -3816,9 +3495,7 @@ def test_server_http_paths_give_the_same_answers(one):
 
     bodies = [as_sent(with_field(*case[:2])) for case in GOOD + BAD] + NOT_JSON + NO_EVENT
     bodies += [
-        as_sent(EVENT)[:-1] + b', "tool_count": 1}',
-        as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}',
-    ]
+        as_sent(EVENT)[:-1] + b', "tool_count": 1}', as_sent(EVENT)[:-1] + b', "a": 1, "a": 1}']
     for body in bodies:
         short = answer("/v1/session-events", body)
         assert short == answer("/v1/session-events?", body)
@@ -3845,8 +3522,7 @@ def test_server_http_pipeline_is_answered_in_order(one):
         assert [wire.reply().status for _ in bodies] == [202 if n % 3 else 400 for n in range(300)]
     assert post(one, event(("pipeline", 1))).body == OK_BODY
     stored = rows_of(
-        one.db, "SELECT count(*) AS n, count(DISTINCT session_id_hash) AS d FROM session_events"
-    )[0]
+        one.db, "SELECT count(*) AS n, count(DISTINCT session_id_hash) AS d FROM session_events")[0]
     assert stored["n"] == stored["d"]
 
 
@@ -3855,9 +3531,8 @@ def test_server_http_half_closed_client_gets_its_answers(one):
         with Wire(one) as wire:
             wire.send(request(BODY) * count)
             wire.sock.shutdown(socket.SHUT_WR)
-            assert [wire.reply().status for _ in range(count)] == [
-                202
-            ] * count and wire.reply() is None
+            assert [wire.reply().status for _ in range(count)] == [202] * count
+            assert wire.reply() is None
 
 
 def test_server_http_refused_client_that_goes_on_sending_reads_why(one):
@@ -3968,7 +3643,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
 
     rng, outcomes = random.Random(11), collections.Counter()
     strict = re.compile(rb"((?:0*[1-9a-fA-F][0-9a-fA-F]*\r\n.*\r\n)*?)0+\r\n\r\n", re.DOTALL)
-    for _ in range(3000):
+    for _ in range(1200):
         tail = bytearray(chunks(bytes(rng.randrange(256) for _ in range(30)), rng.randrange(1, 31)))
         for _ in range(rng.choice((0, 1, 1, 2))):
             at = rng.randrange(len(tail))
@@ -3987,7 +3662,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
         outcomes[type(whole[-1]).__name__, len(whole)] += 1
         if len(whole) == 3 and whole[-1] == 0:
             assert strict.match(bytes(tail)) and whole[1] == (GET_LINE, b"")
-    assert outcomes["int", 3] > 300 and outcomes["tuple", 1] > 300, outcomes
+    assert outcomes["int", 3] > 120 and outcomes["tuple", 1] > 120, outcomes
 
 
 @quick
@@ -4035,10 +3710,7 @@ def check_rules(turned):
             assert not c.answers and not c.queued
             assert bool(c.unsent) == (phase == server.WRITING)
             assert c not in crowd.backlog or phase in (
-                server.HANDSHAKE,
-                server.IDLE,
-                server.READING,
-            )
+                server.HANDSHAKE, server.IDLE, server.READING)
             assert c.held == c.reader.held() + len(c.unsent)
             assert phase != server.LINGERING or (c.closing and not c.held)
             assert c.mask or c in crowd.backlog
@@ -4053,9 +3725,7 @@ def test_server_connections_keep_the_rules_of_their_table():
     rng, seen = random.Random(7), set()
     valid = [request(BODY), CHUNKED + chunks(BODY, 99), HEALTH, request(BODY) * 40, b"\0\r\n\r\n"]
     valid += [request(BODY, headers=["Expect: 100-continue"]), request(b"[" * 60000)]
-    valid += [
-        request(as_sent(dict.fromkeys(map(str, range(100)), 1))) * 4 + end for end in (b"", b"\0\n")
-    ]
+    valid += [COSTLY * 4 + end for end in (b"", b"\0\n")]
     limits = server.Limits(request_seconds=0.05, idle_seconds=0.05, write_seconds=0.05)
     with turning(limits=limits) as turned, pytest.MonkeyPatch.context() as patched:
         move = turned.connections.move
@@ -4075,11 +3745,9 @@ def test_server_connections_keep_the_rules_of_their_table():
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
                 clients.append([sock, b""])
             client = rng.choice(clients)
-            client[1] = (
-                client[1] or mutated(rng, rng.choice(valid))
-                if rng.random() < 0.3
-                else (client[1] or rng.choice(valid) * rng.choice((1, 1, 300)))
-            )
+            client[1] = (client[1] or mutated(rng, rng.choice(valid))
+                         if rng.random() < 0.3
+                         else (client[1] or rng.choice(valid) * rng.choice((1, 1, 300))))
             how = rng.random()
             with contextlib.suppress(OSError):
                 if how < 0.7:
@@ -4209,24 +3877,28 @@ def test_server_spins_only_where_another_cpu_is_its_own():
 PYTHONS = {version: path for version, path in EMIT_PYTHONS.items() if version >= (3, 8)}
 
 
-@pytest.mark.parametrize("version", PYTHONS, ids="%d.%d".__mod__)
-def test_server_alone_in_a_folder(tmp_path, version):
+def test_server_alone_in_a_folder(tmp_path):
     """The one file serves on each Python: an event in, a row out.
 
     SIGTERM and Ctrl-C end it within 5 s with status 0.
     """
-    python = PYTHONS[version]
-    shutil.copy(ROOT / "server.py", tmp_path)
-    for n, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
-        running = Server(tmp_path / "events.db", python=python, script=tmp_path / "server.py")
-        assert post(running, event(n)).status == 202
-        started = time.monotonic()
-        assert running.stop(signum) == 0 and time.monotonic() - started < 5
-        assert running.errors == []
-    assert [
-        (row["tool_count"], row["discovery_refs_json"]) for row in rows_of(tmp_path / "events.db")
-    ] == [(42, '["auth-jwt-flow","rate-limit-buckets"]')] * 2
-    assert not (tmp_path / "events.db-wal").exists()
+
+    def serves(python):
+        folder = tmp_path / hashlib.sha256(python.encode()).hexdigest()
+        folder.mkdir()
+        shutil.copy(ROOT / "server.py", folder)
+        for n, signum in enumerate((signal.SIGTERM, signal.SIGINT)):
+            running = Server(folder / "events.db", argv=[python, str(folder / "server.py")])
+            assert post(running, event(n)).status == 202
+            started = time.monotonic()
+            assert running.stop(signum) == 0 and time.monotonic() - started < 5
+            assert running.errors == []
+        assert not (folder / "events.db-wal").exists()
+        rows = rows_of(folder / "events.db")
+        return [(row["tool_count"], row["discovery_refs_json"]) for row in rows]
+
+    expected = [(42, '["auth-jwt-flow","rate-limit-buckets"]')] * 2
+    assert dict(zip(PYTHONS, at_once(serves, PYTHONS.values()))) == dict.fromkeys(PYTHONS, expected)
 
 
 def test_server_ends_while_a_client_is_halfway(tmp_path):
@@ -4254,18 +3926,12 @@ def test_server_ends_while_a_client_is_halfway(tmp_path):
 def start_faults(folder):
     """Command lines that cannot work, and what the one line says."""
     (folder / "text.db").write_text("this is no database, and long enough to be seen as none" * 100)
-    with contextlib.closing(sqlite3.connect(str(folder / "newer.db"))) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    with contextlib.closing(sqlite3.connect(str(folder / "other.db"))) as connection:
-        connection.execute("CREATE TABLE session_events (id INTEGER PRIMARY KEY, name TEXT)")
-    with contextlib.closing(sqlite3.connect(str(folder / "half.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM + "PRAGMA user_version = 1")
-    with contextlib.closing(sqlite3.connect(str(folder / "twice.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""))
-        connection.executescript(
-            "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
-            " VALUES ('i', 's', '', ''), ('i', 's', '', '')"
-        )
+    scripted(folder / "newer.db", "PRAGMA user_version = 99")
+    scripted(folder / "other.db", "CREATE TABLE session_events (id INTEGER PRIMARY KEY, name TEXT)")
+    scripted(folder / "half.db", OTHER_PROGRAM, "PRAGMA user_version = 1")
+    scripted(folder / "twice.db", OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""),
+             "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
+             " VALUES ('i', 's', '', ''), ('i', 's', '', '')")
     for name, old, new in (
         ("tenant", "branch_sha TEXT,", "branch_sha TEXT, tenant TEXT NOT NULL,"),
         ("branch", "branch_sha TEXT,", "branch_sha TEXT NOT NULL DEFAULT '',"),
@@ -4294,36 +3960,24 @@ def start_faults(folder):
         "the same event twice": (["--db", folder / "twice.db"], "UNIQUE constraint failed"),
         "readable pepper": (["--db", fresh, "--pepper-file", folder / "open.pepper"], "chmod 600"),
         "no certificate": (
-            ["--db", fresh, "--tls-cert", folder / "no", "--tls-key", folder / "no"],
-            "TLS files",
-        ),
+            ["--db", fresh, "--tls-cert", folder / "no", "--tls-key", folder / "no"], "TLS files"),
     }
-
-
-def at_once(function, cases):
-    """What `function` returns for each case, in order. As many run at once as there are CPUs."""
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, cases))
 
 
 def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
     def start(flags):
-        return run([sys.executable, ROOT / "server.py", "--port", 0, *flags])
+        return recorded_texts(ended("server", "--port", 0, *flags))
 
     taken, cases = start_faults(tmp_path)
-    other, twice = (
-        (tmp_path / "other.db").read_bytes(),
-        rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"),
-    )
+    other, twice = ((tmp_path / "other.db").read_bytes(),
+                    rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"))
     with taken:
         starts = at_once(start, [flags for flags, _words in cases.values()])
     for (name, (_flags, words)), done in zip(cases.items(), starts):
         assert (done.returncode, done.stdout) == (2, ""), name
-        assert (
-            done.stderr.count("\n") == 1
-            and done.stderr.startswith("server.py: ")
-            and words in done.stderr
-        ), name
+        assert (done.stderr.count("\n") == 1
+                and done.stderr.startswith("server.py: ")
+                and words in done.stderr), name
     assert (tmp_path / "other.db").read_bytes() == other, "what is refused is left as it was"
     assert rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master") == twice
     wrong = (
@@ -4334,11 +3988,9 @@ def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
         ["--trusted-proxy", "10.0.0.0/99"],
     )
     for done in at_once(start, [[], *(["--db", tmp_path / "x.db", *flags] for flags in wrong)]):
-        assert (
-            done.returncode == 2
-            and "Traceback" not in done.stderr
-            and "server.py: error: " in done.stderr
-        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "server.py: error: " in done.stderr
 
 
 def test_server_running_for_fixtures(tmp_path):
@@ -4351,15 +4003,13 @@ def test_server_running_for_fixtures(tmp_path):
         for n, running in enumerate([*several, on_disk]):
             for m in range(n):
                 with urllib.request.urlopen(
-                    running.url, as_sent(event((n, m), tool_count=m)), timeout=30
-                ) as reply:
+                        running.url, as_sent(event((n, m), tool_count=m)), timeout=30) as reply:
                     assert (reply.status, reply.read()) == (202, OK_BODY)
         for n, running in enumerate([*several, on_disk]):
             stored = running.events()
             assert [row["tool_count"] for row in stored] == list(range(n))
             assert all(
-                row["discovery_refs"] == EVENT["discovery_refs"] and row["id"] for row in stored
-            )
+                row["discovery_refs"] == EVENT["discovery_refs"] and row["id"] for row in stored)
         on_disk.stop()
         on_disk.stop()
         with pytest.raises(RuntimeError):
@@ -4369,8 +4019,7 @@ def test_server_running_for_fixtures(tmp_path):
 
 def test_server_running_says_what_it_cannot_read(tmp_path):
     """Whoever asks gets an answer or an exception, also beside stop(), and also of odd rows."""
-    with contextlib.closing(sqlite3.connect(str(tmp_path / "other.db"))) as connection:
-        connection.executescript(OTHER_PROGRAM)
+    scripted(tmp_path / "other.db", OTHER_PROGRAM)
     insert_rows(tmp_path / "other.db", ["no json"])
     with server.running(str(tmp_path / "other.db")) as running:
         with pytest.raises(ValueError):
@@ -4383,6 +4032,9 @@ def test_server_running_says_what_it_cannot_read(tmp_path):
 
 
 # -- Durability ------------------------------------------------------------------------------------
+
+# A checkpoint after every few rows.
+OFTEN = constants(server, CHECKPOINT_PAGES=100, FEW_PAGES=5)
 
 
 class Load(threading.Thread):
@@ -4403,8 +4055,7 @@ class Load(threading.Thread):
             try:
                 wire = wire or Wire(self.target)
                 wire.sock.sendall(
-                    request(as_sent(value, separators=(",", ":")), headers=self.headers)
-                )
+                    request(as_sent(value, separators=(",", ":")), headers=self.headers))
                 reply = wire.reply()
                 if reply is None:
                     raise ConnectionError("no answer")
@@ -4443,26 +4094,28 @@ def p99(seconds):
     return sorted(seconds)[int(len(seconds) * 0.99)]
 
 
-def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path):
-    """20 times under load: every 202 is a row, the file is whole, and the next start is quick."""
+@pytest.mark.parametrize(
+    ("lives", "often"), [(12, False), (6, True)], ids=["usual", "in checkpoints"])
+def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path, lives, often):
+    """Killed under load: every 202 is a row, the file is whole, and the next start is quick."""
     db, rng, accepted, starts = tmp_path / "events.db", random.Random(50), set(), []
-    for life in range(20):
+    for life in range(lives):
         started = time.monotonic()
-        running = Server(db)
+        running = Server(db, before=OFTEN * often)
         starts.append(time.monotonic() - started)
         clients = [Load((life, n), running) for n in range(3)]
         for client in clients:
             client.start()
         clients[0].ending.wait(rng.uniform(0.02, 0.15))  # the moment is what is random here
-        running.stop(signal.SIGKILL)
+        running.stop(signal.SIGTERM if often and life % 3 == 0 else signal.SIGKILL)
         for client in clients:
             client.stop()
             accepted.update(client.accepted)
     stored = {row["session_id_hash"] for row in rows_of(db)}
-    assert len(accepted) > 200 and accepted <= stored
+    assert len(accepted) > 8 * lives and accepted <= stored
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert sum(len(json.loads(row["discovery_refs_json"])) for row in rows_of(db)) == len(edges(db))
-    assert sorted(starts)[10] < 5
+    assert sorted(starts)[lives // 2] < 5
 
 
 def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
@@ -4478,14 +4131,8 @@ def test_server_restart_by_socket_activation_fails_no_request(tmp_path):
 
         def start():
             env = dict(os.environ, LISTEN_FDS="1", NOTIFY_SOCKET=str(tmp_path / "notify"))
-            running = Server(
-                db,
-                "--port",
-                1,
-                wrapper=["bash", "-c", script, "-"],
-                env=env,
-                pass_fds=[listener.fileno()],
-            )
+            running = Server(db, "--port", 1, wrapper=["bash", "-c", script, "-"], env=env,
+                             pass_fds=[listener.fileno()])
             assert notices.recv(100) == b"READY=1"
             return running
 
@@ -4558,8 +4205,8 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
             deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             deaf.sock.settimeout(0.2)
             with contextlib.suppress(OSError):
-                for _ in range(400):  # until the server reads no more
-                    deaf.sock.sendall(HEALTH * 200)
+                for _ in range(2500):  # until the server reads no more
+                    deaf.sock.sendall(COSTLY)
             for byte in HEALTH[:-1]:
                 if (
                     not dribbling.send(bytes([byte]))
@@ -4642,17 +4289,13 @@ def peak_megabytes(pid):
 @needs_linux
 def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
     """4,000 silent connections and 200 that send a byte a second beside one that behaves."""
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE,
-        (
-            min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
-            resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-        ),
-    )
+    resource.setrlimit(resource.RLIMIT_NOFILE,
+                       (min(8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+                        resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with serving(
         tmp_path / "events.db", "--max-connections", 4400
     ) as running, contextlib.ExitStack() as stack:
-        alone = p99(loaded(running, "alone", 1000).seconds)
+        alone = p99(loaded(running, "alone", 400).seconds)
         crowd = [
             stack.enter_context(socket.create_connection((running.host, running.port)))
             for _ in range(4200)
@@ -4669,13 +4312,12 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
 
         dribbler = threading.Thread(target=dribble)
         dribbler.start()
-        beside = p99(loaded(running, "beside", 1000).seconds)
+        beside = p99(loaded(running, "beside", 400).seconds)
         stopped.set()
         dribbler.join()
         peak = peak_megabytes(running.process.pid)
-        print(
-            "p99 alone %.2f ms, beside the crowd %.2f ms; %d MB" % (alone * 1e3, beside * 1e3, peak)
-        )
+        print("p99 alone %.2f ms, beside the crowd %.2f ms; %d MB"
+              % (alone * 1e3, beside * 1e3, peak))
         assert beside < 2 * alone + 0.02  # 20 ms for what else this machine does
         assert peak < 120
 
@@ -4694,15 +4336,12 @@ def test_server_client_that_pipelines_without_reading_starves_nobody(tmp_path):
 
         flooder = threading.Thread(target=flood, daemon=True)
         flooder.start()
-        assert p99(loaded(running, "modest", 500).seconds) < 2
-        costly = (
-            request(as_sent(dict.fromkeys(map(str, range(100)), 1))) * 32
-        )  # 1 KB in, 8 KB out, each
+        assert p99(loaded(running, "modest", 100).seconds) < 2
         with contextlib.ExitStack() as stack:
             deaf = [stack.enter_context(Wire(running)) for _ in range(100)]
             for wire in deaf:
-                wire.send(costly)
-            assert p99(loaded(running, "beside the deaf", 200).seconds) < 2
+                wire.send(COSTLY * 32)
+            assert p99(loaded(running, "beside the deaf", 100).seconds) < 2
             assert peak_megabytes(running.process.pid) < 120
         assert peak_megabytes(running.process.pid) < 120
         greedy.sock.shutdown(socket.SHUT_RDWR)
@@ -4765,13 +4404,13 @@ def mounted(folder, *options):
 
 
 @needs_linux
-def test_server_disk_full_file_system(tmp_path):
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk, serving(
-        disk / "events.db"
-    ) as running:
-        refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
-        )
+@pytest.mark.parametrize(("size", "often"), [("1m", False), ("2m", True)])
+def test_server_disk_full_file_system(tmp_path, size, often):
+    """Also where the log can grow and the database cannot: every answer holds, and is said once."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=" + size, "tmpfs") as disk:
+        with serving(disk / "events.db", before=OFTEN * often) as running:
+            more = ["mount", "-o", "remount,size=64m", disk]
+            refused_until_it_works(running, lambda: run(more), "disk")
 
 
 @needs_linux
@@ -4788,28 +4427,14 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
             assert ready(running) == 503
             for n in range(5):
                 assert post(running, event(n)).status == 503
-            metrics = "http://127.0.0.1:%d/metrics" % port
-            assert urllib.request.urlopen(metrics, timeout=30).status == 200
+            assert metrics_at(port)
             (disk / "ballast").unlink()
             until(lambda: post(running, event(1)).status == 202)
             assert ready(running) == 200
             assert running.stop() == 0
             assert [json.loads(line)["event"] for line in running.errors] == [
-                "store_unavailable",
-                "store_available",
-            ]
+                "store_unavailable", "store_available"]
         assert len(rows_of(disk / "events.db")) == 1
-
-
-@needs_linux
-def test_server_disk_full_while_the_log_is_moved(tmp_path):
-    """The database cannot grow, the log can: every answer holds, and the fault is said once."""
-    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=2m", "tmpfs") as disk, serving(
-        disk / "events.db", script=often(tmp_path)
-    ) as running:
-        refused_until_it_works(
-            running, lambda: run(["mount", "-o", "remount,size=64m", disk]), "disk"
-        )
 
 
 @needs_linux
@@ -4823,8 +4448,7 @@ def test_server_file_system_turned_read_only(tmp_path):
         disk / "events.db"
     ) as running:
         device = os.path.realpath(
-            "/sys/dev/block/%d:%d" % (os.major(disk.stat().st_dev), os.minor(disk.stat().st_dev))
-        )
+            "/sys/dev/block/%d:%d" % (os.major(disk.stat().st_dev), os.minor(disk.stat().st_dev)))
         trigger = Path("/sys/fs/ext4", os.path.basename(device), "trigger_fs_error")
         if not trigger.exists():
             pytest.skip("this kernel has no way to provoke an ext4 error")
@@ -4839,20 +4463,14 @@ def test_server_file_system_turned_read_only(tmp_path):
 
 def test_server_database_at_its_size_limit(tmp_path):
     with serving(tmp_path / "events.db", "--max-db-bytes", 200_000) as running:
-
-        def mend():
-            with contextlib.closing(sqlite3.connect(str(running.db))) as connection, connection:
-                connection.execute("DELETE FROM session_events WHERE id > 1 AND id % 2")
-
         statuses = [
-            post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)
-        ]
+            post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)]
         assert statuses[0] == 202 and statuses[-1] == 503 and sorted(statuses) == statuses
-        until = time.monotonic() + 1.5  # longer than the last write is remembered
-        while time.monotonic() < until:
+        remembered = time.monotonic() + 1.5  # longer than the last write is
+        while time.monotonic() < remembered:
             assert ready(running) == 503
             time.sleep(0.1)
-        mend()
+        scripted(running.db, "DELETE FROM session_events WHERE id > 1 AND id % 2")
         assert post(running, event("small")).status == 202 and ready(running) == 200
         assert (tmp_path / "events.db").stat().st_size <= 200_000
 
@@ -4867,14 +4485,10 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
             == 202
         ):
             pass
-    with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-        connection.execute(
-            "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'"
-        )
-        connection.execute(
-            "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
-            " WHERE id = (SELECT max(id) FROM session_events)"
-        )
+    scripted(
+        db, "UPDATE session_events SET received_at = '2020-01-01T00:00:00Z', ended_at = '2019'",
+        "UPDATE session_events SET received_at = strftime('%Y-%m-%dT%H:%M:%SZ', 'now')"
+        " WHERE id = (SELECT max(id) FROM session_events)")
     with contextlib.closing(server.Store(str(db), 200_000, retain_days=1)) as store:
         rows = [server.check_event(event("new", discovery_refs=["r" * 100] * 100))]
         started = time.monotonic()
@@ -4889,15 +4503,10 @@ def test_server_lock_held_by_another_process(tmp_path):
     """503 for the turns meanwhile, each after 250 ms; then it goes on."""
     with serving(tmp_path / "events.db") as running:
         assert post(running, event(0)).status == 202
-        hold = (
-            "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
-            "db.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()"
-        )
-        other = subprocess.Popen(
-            [sys.executable, "-c", hold, str(running.db)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        hold = ("import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+                "db.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()")
+        other = subprocess.Popen([sys.executable, "-I", "-S", "-c", hold, str(running.db)],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert other.stdout.readline() == b"held\n"
         started = time.monotonic()
         assert post(running, event(1)).status == 503
@@ -4917,18 +4526,15 @@ def test_server_row_refused_by_another_programs_trigger(tmp_path, words):
     SECRETS.update(row["identity_hash"] for row in rows)
     port = free_port()
     with serving(db, "--metrics", "127.0.0.1:%d" % port) as running:
-        with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
-            connection.execute(
-                "CREATE TRIGGER other BEFORE INSERT ON session_events WHEN NEW.identity_hash = '%s'"
-                " BEGIN SELECT RAISE(%s); END" % (rows[2]["identity_hash"], words)
-            )
+        trigger = "CREATE TRIGGER other BEFORE INSERT ON session_events"
+        trigger += " WHEN NEW.identity_hash = '%s' BEGIN SELECT RAISE(%s); END"
+        scripted(db, trigger % (rows[2]["identity_hash"], words))
         with Wire(running) as wire:
             wire.send(b"".join(request(as_sent(row)) for row in rows))
             replies = [wire.reply() for _ in rows]
         assert [reply.status for reply in replies] == [202, 202, 500, 202, 202]
         assert replies[2].body == b'{"error":"Insert failed"}'
-        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
-            counted = parse_metrics(page.read().decode())["session_events_events_total"]
+        counted = metrics_at(port)["session_events_events_total"]
         assert counted == {'result="already_there"': 0, 'result="stored"': 4}
         running.stop()
         assert len(rows_of(db)) == 4
@@ -4998,26 +4604,21 @@ def test_server_rate_limit_is_a_token_bucket():
     limit = server.RateLimit(server.Rate(10, 60.0))
     one, other = (limit.bucket(ipaddress.ip_address(a)) for a in ("192.0.2.1", "192.0.2.2"))
     assert [limit.wait(one, 100.0) for _ in range(10)] == [0.0] * 10
-    assert limit.wait(one, 100.0) == pytest.approx(6.0) and limit.wait(one, 103.0) == pytest.approx(
-        3.0
-    )
+    assert limit.wait(one, 100.0) == pytest.approx(6.0)
+    assert limit.wait(one, 103.0) == pytest.approx(3.0)
     assert limit.wait(other, 103.0) == 0.0
     assert limit.wait(one, 106.0) == 0.0 and limit.wait(one, 106.0) > 0
     assert [limit.wait(one, 1000.0) for _ in range(11)].count(0.0) == 10
     same = {
-        limit.bucket(ipaddress.ip_address(a)) for a in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::")
-    }
+        limit.bucket(ipaddress.ip_address(a)) for a in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::")}
     assert len(same) == 1 and limit.bucket(ipaddress.ip_address("2001:db8:1:3::1")) not in same
-    assert (
-        limit.bucket(ipaddress.ip_address("127.8.8.8"))
-        is limit.bucket(ipaddress.ip_address("::1"))
-        is None
-    )
+    assert (limit.bucket(ipaddress.ip_address("127.8.8.8"))
+            is limit.bucket(ipaddress.ip_address("::1"))
+            is None)
     many = server.RateLimit(server.Rate(600, 60.0))
     for now in (0.1, 12345.678, 1e6 / 3):  # all at once, whatever the floats make of it
-        assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600 and many.wait(
-            b"%r" % now, now
-        ) > 0
+        assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600
+        assert many.wait(b"%r" % now, now) > 0
     rng = random.Random(6)
     for per_hour, seconds in (
         (5, 720),
@@ -5047,12 +4648,8 @@ def test_server_rate_limit_answers_429_with_retry_after(tmp_path):
 
         def statuses(client, count):
             for n in range(count):
-                wire.send(
-                    request(
-                        as_sent(event((client, n))),
-                        headers=["X-Forwarded-For: 203.0.113.1, " + client],
-                    )
-                )
+                wire.send(request(as_sent(event((client, n))),
+                                  headers=["X-Forwarded-For: 203.0.113.1, " + client]))
             return [wire.reply() for _ in range(count)]
 
         replies = statuses("198.51.100.7", 8)
@@ -5100,11 +4697,8 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
         (CHUNKED + chunks(BODY, 9), "POST /v1/session-events", 202),
         (request(method="GET", target="/healthz"), "GET /healthz", 200),
         (request(method="GET", target="/home/somebody/secret-path"), "-", 404),
-        (
-            request(b"nope", target="/v1/session-events?secret-query"),
-            "POST /v1/session-events",
-            400,
-        ),
+        (request(b"nope", target="/v1/session-events?secret-query"), "POST /v1/session-events",
+         400),
         (request(BODY, method="PUT"), "PUT /v1/session-events", 405),
         (request(method="SECRET"), "- /v1/session-events", 405),
         (request(), "POST /v1/session-events", 411),
@@ -5119,14 +4713,17 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
         (CHUNKED + chunks(BODY, 9)[:-3], "POST /v1/session-events", 408),
         (b"POST /v1/sess", "-", 408),
     ]
-    with serving(tmp_path / "events.db", "--access-log", "--request-seconds", 0.3) as running:
-        for data, _, status in cases:
-            with Wire(running) as wire:
+    flags = "--access-log", "--request-seconds", 0.3
+    with serving(tmp_path / "events.db", *flags) as running:
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(running)) for _ in cases]
+            for wire, (data, _, _) in zip(wires, cases):
                 wire.send(data)
-                assert wire.reply().status == status
+            assert [wire.reply().status for wire in wires] == [status for _, _, status in cases]
         running.stop()
         logged = [json.loads(line) for line in running.output]
-    assert [(e["route"], e["status"]) for e in logged] == [(r, s) for _, r, s in cases]
+    said = sorted((entry["route"], entry["status"]) for entry in logged)
+    assert said == sorted(case[1:] for case in cases)
     assert all(set(entry) == {"time", "route", "status"} for entry in logged)
     SECRETS.update(("secret-path", "secret-query", "SECRET"))
 
@@ -5135,20 +4732,15 @@ def test_server_access_log_only_when_asked_and_without_names(tmp_path):
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, stream):
     """With a full pipe everything is answered. The count of lost lines is logged afterwards."""
-    script = "import server, sys; server.LOG_SECONDS = 0.0; sys.exit(server.main())"
+    before = constants(server, LOG_SECONDS=0.0)
     if stream == "stderr":  # a store whose fault is another one each time, and a line for each
-        script = (
-            "import itertools, server, sys\nserver.LOG_SECONDS = 0.0\nserial = itertools.count()\n"
+        before += (
+            "import itertools\nserial = itertools.count()\n"
             "def write(*_): raise server.Unavailable('fault %d' % next(serial) + ' ' * 300)\n"
-            "server.Store.write = write\nsys.exit(server.main())"
-        )
-    argv = [sys.executable, "-c", script, "--db", str(tmp_path / "events.db"), "--port", "0"]
-    process = subprocess.Popen(
-        [*argv, "--access-log"] if stream == "stdout" else argv,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+            "server.Store.write = write")
+    argv = program("server", "--db", tmp_path / "events.db", "--port", "0", before=before)
+    argv += ["--access-log"] * (stream == "stdout")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     address = process.stdout.readline().decode().rpartition("//")[2].split(":")
     pipe = getattr(process, stream)
     where = argparse.Namespace(host=address[0], port=int(address[1]))
@@ -5220,12 +4812,10 @@ def test_server_no_address_survives_its_request():
             for n, address in enumerate(addresses):
                 sender = ["X-Forwarded-For: " + address, "X-Real-IP: " + address]
                 sender.append("Forwarded: for=" + address)
-                data = [
-                    request(as_sent(event(n)), headers=sender),
-                    request(as_sent(event(n)), headers=sender, target="/v1/session-events?"),
-                    request(headers=[*sender, "Transfer-Encoding: chunked"]) + chunks(BODY, 99),
-                    request(b"nope", headers=sender),
-                ][n % 4]
+                data = [request(as_sent(event(n)), headers=sender),
+                        request(as_sent(event(n)), headers=sender, target="/v1/session-events?"),
+                        request(headers=[*sender, "Transfer-Encoding: chunked"]) + chunks(BODY, 99),
+                        request(b"nope", headers=sender)][n % 4]
                 client.sendall(data)
                 turned.turn(10)
                 while not file.peek(1):
@@ -5254,16 +4844,8 @@ def test_server_no_address_survives_its_request():
 
 def test_server_logs_that_nobody_reads_stop_nothing(tmp_path):
     """Closed readers of standard output and error stop nothing, nor does SIGHUP without TLS."""
-    argv = [
-        sys.executable,
-        ROOT / "server.py",
-        "--db",
-        tmp_path / "events.db",
-        "--port",
-        "0",
-        "--access-log",
-    ]
-    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = program("server", "--db", tmp_path / "events.db", "--port", "0", "--access-log")
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     address = process.stdout.readline().decode().rpartition("//")[2].split(":")
     process.stdout.close()
     process.stderr.close()
@@ -5281,28 +4863,9 @@ def test_server_logs_that_nobody_reads_stop_nothing(tmp_path):
 def certificate(folder, name):
     """A self-signed certificate for 127.0.0.1 and its key, as paths."""
     cert, key = folder / (name + ".crt"), folder / (name + ".key")
-    done = run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=" + name,
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            key,
-            "-out",
-            cert,
-        ]
-    )
+    done = run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=" + name,
+                "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert])
     assert done.returncode == 0, done.stderr
     return cert, key
 
@@ -5314,9 +4877,8 @@ def test_server_tls_in_the_loop(tmp_path):
     SIGHUP loads a new certificate. With a bad one the server keeps the old.
     """
     cert, key = certificate(tmp_path, "first")
-    with serving(
-        tmp_path / "events.db", "--tls-cert", cert, "--tls-key", key, "--request-seconds", 2
-    ) as running:
+    with serving(tmp_path / "events.db", "--tls-cert", cert, "--tls-key", key, "--request-seconds",
+                 2) as running:
 
         def https(n, **options):
             context = ssl.create_default_context(cafile=str(cert))
@@ -5342,11 +4904,8 @@ def test_server_tls_in_the_loop(tmp_path):
             assert https(2, maximum_version=ssl.TLSVersion.TLSv1_2) == ("first", "TLSv1.2")
             with pytest.raises((ssl.SSLError, ConnectionError)), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                https(
-                    3,
-                    minimum_version=ssl.TLSVersion.TLSv1_1,
-                    maximum_version=ssl.TLSVersion.TLSv1_1,
-                )
+                https(3, minimum_version=ssl.TLSVersion.TLSv1_1,
+                      maximum_version=ssl.TLSVersion.TLSv1_1)
             plain.send(HEALTH)
             with contextlib.suppress(ConnectionError):
                 assert b"HTTP" not in plain.sock.recv(1000)
@@ -5443,8 +5002,7 @@ def test_server_handshakes_come_under_the_turns_time(tmp_path):
                 outside.wrap_bio(incoming, outgoing).do_handshake()
             hellos.append(outgoing.read())
         clients = [
-            stack.enter_context(socket.create_connection(turned.server_address)) for _ in hellos
-        ]
+            stack.enter_context(socket.create_connection(turned.server_address)) for _ in hellos]
         for client, hello in zip(clients, hellos):
             client.sendall(hello)
         longest = total = 0.0
@@ -5478,23 +5036,27 @@ def parse_metrics(text):
         label = r'[a-zA-Z_]\w*="(?:[^"\\\n]|\\[\\"n])*"'
         match = re.fullmatch(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:%s,?)+)\})? (\S+)" % label, line)
         name, labels, value = match.groups()
-        base = (
-            re.sub("_(bucket|sum|count)$", "", name)
-            if families[open_family] == "histogram"
-            else name
-        )
+        base = (re.sub("_(bucket|sum|count)$", "", name)
+                if families[open_family] == "histogram"
+                else name)
         assert base == open_family and (families[base] != "counter" or name.endswith("_total"))
         assert labels not in samples.setdefault(name, {})
         samples[name][labels] = float(value)
     for name, kind in families.items():
         if kind == "histogram":
             buckets = samples[name + "_bucket"]
-            assert (
-                list(buckets.values()) == sorted(buckets.values())
-                and list(buckets)[-1] == 'le="+Inf"'
-            )
+            assert list(buckets.values()) == sorted(buckets.values())
+            assert list(buckets)[-1] == 'le="+Inf"'
             assert buckets['le="+Inf"'] == samples[name + "_count"][None]
     return samples
+
+
+def metrics_at(port):
+    """`parse_metrics` of the page that a server shows there."""
+    with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
+        assert page.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        PRINTED.append(page.read())
+    return parse_metrics(PRINTED[-1].decode())
 
 
 def test_server_metrics_on_their_own_listener(tmp_path):
@@ -5506,40 +5068,24 @@ def test_server_metrics_on_their_own_listener(tmp_path):
         with Wire(running) as public:
             public.send(request(method="GET", target="/metrics"))
             assert public.reply().status == 404
-        url = "http://127.0.0.1:%d/metrics" % port
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            assert reply.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
-            page = reply.read().decode()
-        PRINTED.append(page.encode())
-        samples = parse_metrics(page)
+        samples = metrics_at(port)
         prefix = "session_events_"
         assert samples[prefix + "http_requests_total"] == {
-            'status="202"': 3,
-            'status="400"': 1,
-            'status="404"': 1,
-        }
+            'status="202"': 3, 'status="400"': 1, 'status="404"': 1}
         assert samples[prefix + "events_total"] == {
-            'result="already_there"': 1,
-            'result="stored"': 2,
-        }
+            'result="already_there"': 1, 'result="stored"': 2}
         assert samples[prefix + "refusals_total"] == {
-            'reason="not_an_event"': 1,
-            'reason="unknown_path"': 1,
-        }
-        assert (
-            samples[prefix + "turn_rows_sum"][None] == 3
-            and samples[prefix + "commit_seconds_count"][None] == 3
-        )
+            'reason="not_an_event"': 1, 'reason="unknown_path"': 1}
+        assert samples[prefix + "turn_rows_sum"][None] == 3
+        assert samples[prefix + "commit_seconds_count"][None] == 3
         assert samples[prefix + "database_bytes"][None] > 10000
         assert sum(samples[prefix + "connections"].values()) >= 1
         with Wire(running) as wire:
             wire.send(b"".join(request(as_sent(event(("turn", n)))) for n in range(500)))
             assert [wire.reply().status for _ in range(500)] == [202] * 500
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            turns = parse_metrics(reply.read().decode())[prefix + "turn_rows_bucket"]
-        assert (
-            turns['le="64"'] == turns['le="+Inf"']
-        )  # one client's 32 a turn, twice where it was held up
+        turns = metrics_at(port)[prefix + "turn_rows_bucket"]
+        # One client's 32 a turn, twice where it was held up.
+        assert turns['le="64"'] == turns['le="+Inf"']
         assert any(server.__version__ in labels for labels in samples[prefix + "build_info"])
         with pytest.raises(urllib.error.HTTPError):  # events are not taken there
             urllib.request.urlopen("http://127.0.0.1:%d/v1/session-events" % port, BODY, timeout=30)
@@ -5565,15 +5111,9 @@ HEALTHY = [(0, 0, "steady for 10"), (5, 5, "steady for 10"), (10, 10, ""), (11, 
         (-31 * DAYS, [(0, 0, "every row"), (86399, 86399, "every row"), (86400, 86400, "")]),
         # A start in 2038, and one in 2000 that is corrected.
         (-12 * 365 * DAYS, [(10, 10, "every row"), (3600, 3600, "every row")]),
-        (
-            26 * 365 * DAYS,
-            [
-                (0, 0, "not from the past"),
-                (900, 900, "not from the past"),
-                (26 * 365 * DAYS + 901, 901, "steady for 10"),
-                (26 * 365 * DAYS + 911, 911, ""),
-            ],
-        ),
+        (26 * 365 * DAYS, [
+            (0, 0, "not from the past"), (900, 900, "not from the past"),
+            (26 * 365 * DAYS + 901, 901, "steady for 10"), (26 * 365 * DAYS + 911, 911, "")]),
         (float("nan"), [(10, 10, "not from the past"), (86400, 86400, "")]),
         # A jump while running, and a clock that comes back.
         (
@@ -5597,8 +5137,7 @@ HEALTHY = [(0, 0, "steady for 10"), (5, 5, "steady for 10"), (10, 10, ""), (11, 
 )
 def test_server_retention_doubts_its_clock(newest, clocks):
     retention = server.Retention(
-        30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0
-    )
+        30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0)
     for wall, monotonic, reason in clocks:
         said = retention.wait(NOON + wall, monotonic)
         assert reason in said and bool(reason) == bool(said), (wall, monotonic, said)
@@ -5654,7 +5193,7 @@ def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, mo
     ]
     for restarts in (False, True):
         left, store = list(rows), None
-        for _ in range(30):
+        for _ in range(len(rows) + 2):
             if store is None or restarts:
                 store = server.Store(":memory:", retain_days=1)
                 sweep = store.sweep
@@ -5662,8 +5201,7 @@ def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, mo
                 sweep.retention.marks[0] = (0.0, 1000)
                 store.db.execute("DROP TABLE session_events")
                 store.db.execute(
-                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at, ended_at)"
-                )
+                    "CREATE TABLE session_events (id INTEGER PRIMARY KEY, received_at, ended_at)")
                 store.db.executemany("INSERT INTO session_events VALUES (?, ?, ?)", left)
             store.sweep.delete(most)
             left = store.db.execute("SELECT * FROM session_events ORDER BY id").fetchall()
@@ -5685,44 +5223,12 @@ def old_and_new(db, *rows):
     with contextlib.closing(sqlite3.connect(str(db))) as connection, connection:
         for count, age in rows:
             stamp = connection.execute(
-                "SELECT strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?)", (age,)
-            ).fetchone()[0]
+                "SELECT strftime('%Y-%m-%dT%H:%M:%SZ', 'now', ?)", (age,)).fetchone()[0]
             least = connection.execute("SELECT count(*) FROM session_events").fetchone()[0]
-            connection.executemany(
-                server.INSERT_ONE,
-                (
-                    (
-                        "%064x" % (n % 999),
-                        None,
-                        "%064x" % n,
-                        "2019-01-01T00:00:00.000Z",
-                        1,
-                        1,
-                        None,
-                        '["old","r%d"]' % (n % 50),
-                        "1",
-                        stamp,
-                    )
-                    for n in range(least, least + count)
-                ),
-            )
-
-
-def altered(folder, settings):
-    """A script that runs server.py with other constants."""
-    script = folder / "altered.py"
-    script.write_text(
-        "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import server\n"
-        "for name, value in %r.items():\n"
-        "    assert hasattr(server, name); setattr(server, name, value)\n"
-        "sys.exit(server.main())" % (str(ROOT), settings)
-    )
-    return script
-
-
-def often(folder):
-    """server.py with a checkpoint after every few rows."""
-    return altered(folder, {"CHECKPOINT_PAGES": 100, "FEW_PAGES": 5})
+            for n in range(least, least + count):
+                who, refs = ("%064x" % (n % 999), None, "%064x" % n), '["old","r%d"]' % (n % 50)
+                row = (*who, "2019-01-01T00:00:00.000Z", 1, 1, None, refs, "1", stamp)
+                connection.execute(server.INSERT_ONE, row)
 
 
 def ids_of(db):
@@ -5754,11 +5260,10 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
     db, clock = tmp_path / "events.db", tmp_path / "clock"
     old_and_new(db, (20, "-40 days"), (20, "-1 hour"))
     env = at_time(
-        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1"
-    )
+        FAKETIME_TIMESTAMP_FILE=str(clock), FAKETIME_NO_CACHE="1", FAKETIME_DONT_FAKE_MONOTONIC="1")
     clock.write_text("@2000-01-01 00:00:00\n")
-    script = altered(tmp_path, {"STEADY_SECONDS": 0.2, "CLOCK_EVERY": 0.1})
-    with serving(db, "--retain-days", 30, env=env, script=script) as running:
+    quick = constants(server, STEADY_SECONDS=0.2, CLOCK_EVERY=0.1)
+    with serving(db, "--retain-days", 30, env=env, before=quick) as running:
         assert running.says("not from the past")
         for n in range(20):
             assert post(running, event(n)).status == 202
@@ -5782,24 +5287,22 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
 def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
     """What is older goes, a piece at a time, while events come in; what is younger stays."""
     db = tmp_path / "events.db"
-    count = int(os.environ.get("TEST_ROWS", "10000"))
+    count = int(os.environ.get("TEST_ROWS", "4000"))
     old_and_new(db, (count, "-2000 days"), (10, "-2 days"))
     with serving(db) as running:
-        usual = loaded(running, "usual", 1000)
+        usual = loaded(running, "usual", 400)
     # The 10 seconds in which the clock has to be steady take half a second.
     env = at_time(FAKETIME="+0 x20") if FAKETIME else None
     started = time.monotonic()
     with serving(db, "--retain-days", 3, env=env) as running:
         assert running.says("sweep_begins") and time.monotonic() - started < 30
-        during = loaded(running, "during", 1000)
+        during = loaded(running, "during", 400)
         deadline = time.monotonic() + 60 + count / 2000
         while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2024' LIMIT 1"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    print(
-        "p99 usual %.2f ms, during the sweep %.2f ms"
-        % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3)
-    )
+    print("p99 usual %.2f ms, during the sweep %.2f ms"
+          % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3))
     assert (
         p99(during.seconds) < 2 * p99(usual.seconds) + 0.02
     )  # 20 ms for what else this machine does
@@ -5857,8 +5360,7 @@ MARKS = """
 def test_server_retention_waits_for_shipping(tmp_path, capfd, marks, left, unshipped):
     db = tmp_path / "events.db"
     old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        connection.executescript(marks)
+    scripted(db, marks)
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
         store.sweep.look_at_clocks()
         for _ in range(3):
@@ -5891,22 +5393,17 @@ def test_server_retention_goes_on_when_ship_has_confirmed(tmp_path):
     old_and_new(db, (40, "-40 days"), (10, "-1 hour"))
     mark = "INSERT OR REPLACE INTO ship_marks VALUES ('a', 'n', %d, '')"
 
-    def ship(statement):
-        with contextlib.closing(sqlite3.connect(str(db), timeout=30)) as connection:
-            connection.executescript(statement)
-
     def waiting():
-        with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as page:
-            return parse_metrics(page.read().decode())["session_events_unshipped_ids"][None]
+        return metrics_at(port)["session_events_unshipped_ids"][None]
 
-    ship(MARKS + mark % 12)
+    scripted(db, MARKS + mark % 12)
     env = at_time(FAKETIME="+0 x40")
     flags = "--retain-days", 30, "--metrics", "127.0.0.1:%d" % port
     with serving(db, *flags, env=env) as running:
         assert running.says("not shipped yet")
         until(lambda: len(ids_of(db)) == 38)
         assert waiting() == 38
-        ship(mark % 45)
+        scripted(db, mark % 45)
         until(lambda: len(ids_of(db)) == 10)  # the next look is a minute later, here 1.5 s
         assert waiting() == 5
 
@@ -5926,10 +5423,8 @@ def test_server_swept_rows_that_came_back_are_not_counted(tmp_path):
         assert store.write([], 5) == (0, {}, 5) and len(ids_of(db)) == 38
         store.sweep.retention.steady_since -= 60
         assert store.sweep.due(time.monotonic(), 4, 0.0) == 5  # more are due, so there is no pause
-        store.db.execute(
-            "CREATE TRIGGER other BEFORE DELETE ON session_events"
-            " BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
-        )
+        store.db.execute("CREATE TRIGGER other BEFORE DELETE ON session_events"
+                         " BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
         new = [server.check_event(event(n)) for n in range(7, 9)]
         assert store.write(new, 5) == (2, {}, 0)  # another program's trigger costs no event
         assert store.sweep.due(time.monotonic(), 4, 0.0) == 0  # and is not asked in each turn
@@ -6014,30 +5509,13 @@ def test_server_without_a_thread_the_commits_move_the_log(tmp_path, monkeypatch,
     assert capfd.readouterr().err.count("checkpoint_failed") == 1
 
 
-def test_server_sigkill_in_checkpoints_loses_nothing(tmp_path):
-    db, rng, accepted = tmp_path / "events.db", random.Random(9), set()
-    for life in range(6):
-        running = Server(db, script=often(tmp_path))
-        clients = [Load((life, n), running) for n in range(3)]
-        for client in clients:
-            client.start()
-        clients[0].ending.wait(rng.uniform(0.05, 0.2))  # the moment is what is random here
-        running.stop(signal.SIGKILL if life % 3 else signal.SIGTERM)
-        for client in clients:
-            client.stop()
-            accepted.update(client.accepted)
-    assert len(accepted) > 200
-    assert accepted <= {row["session_id_hash"] for row in rows_of(db)}
-    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
-
-
 def test_server_two_on_one_file_both_move_the_log(tmp_path):
     db = tmp_path / "events.db"
-    with serving(db, script=often(tmp_path)) as one, serving(db, script=often(tmp_path)) as two:
+    with serving(db, before=OFTEN) as one, serving(db, before=OFTEN) as two:
         clients = [Load(n, running) for n, running in enumerate((one, two, one, two))]
         for client in clients:
             client.start()
-        until(lambda: all(len(client.accepted) > 150 for client in clients))
+        until(lambda: all(len(client.accepted) > 75 for client in clients))
         for client in clients:
             client.stop()
     stored = {row["session_id_hash"] for row in rows_of(db)}
@@ -6051,39 +5529,33 @@ def test_server_two_on_one_file_both_move_the_log(tmp_path):
 
 def command(db, *flags, patch="", **options):
     """server.py with these flags as a process of its own, its module changed by `patch` first."""
-    script = "import os, signal, sys, server\n%s\nsys.exit(server.main())" % patch
-    env = dict(os.environ, PYTHONPATH=str(ROOT))
-    return run([sys.executable, "-c", script, "--db", db, *flags], env=env, **options)
+    text = options.pop("input", b"")
+    return recorded_texts(ended("server", "--db", db, *flags, before=patch, text=text, **options))
 
 
-def crowded(db, count, who=lambda n: n % 50, secure=True):
-    """A database of `count` events of which each is of identity and login `who(n)`; n is its id."""
-    store = server.Store(str(db))
-    store.db.execute("PRAGMA synchronous = OFF")
-    store.db.execute("PRAGMA secure_delete = %d" % secure)
-    for start in range(1, count + 1, 500):
-        store.db.execute("BEGIN")
-        store.db.executemany(
-            server.INSERT_ONE,
-            (
-                (
-                    sha("identity", who(n)),
-                    sha("login", who(n)),
-                    sha("session", n),
-                    "2026-01-01T00:00:00.000Z",
-                    1,
-                    1,
-                    None,
-                    '["a","r%d"]' % (n % 9),
-                    "1",
-                    "2026-01-01T00:00:00Z",
-                )
-                for n in range(start, min(start + 500, count + 1))
-            ),
-        )
-        store.db.execute("COMMIT")
-    store.close()
+def crowded(db, count, identities=50, secure=True):
+    """A database of `count` events, of which n is of identity and login `n % identities`."""
+    db.write_bytes(crowd_bytes(count, identities, secure))
     return db
+
+
+@functools.lru_cache(maxsize=None)
+def crowd_bytes(count, identities, secure):
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "events.db")
+        store = server.Store(path)
+        store.db.execute("PRAGMA synchronous = OFF")
+        store.db.execute("PRAGMA secure_delete = %d" % secure)
+        refs, moment = '["a","r%d"]', "2026-01-01T00:00:00"
+        for start in range(1, count + 1, 500):
+            store.db.execute("BEGIN")
+            for n in range(start, min(start + 500, count + 1)):
+                who = sha("identity", n % identities), sha("login", n % identities)
+                row = (*who, sha("session", n), moment + ".000Z", 1, 1, None, refs % (n % 9), "1")
+                store.db.execute(server.INSERT_ONE, (*row, moment + "Z"))
+            store.db.execute("COMMIT")
+        store.close()
+        return Path(path).read_bytes()
 
 
 def fenced(heading):
@@ -6094,14 +5566,14 @@ def fenced(heading):
 
 def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
     """The copy is whole and has every event answered before; README's steps bring it back."""
-    db, copy = crowded(tmp_path / "events.db", 20000), tmp_path / "events-backup.db"
+    db, copy = crowded(tmp_path / "events.db", 10000), tmp_path / "events-backup.db"
     with serving(db) as running:
         clients = [Load(("backup", n), running) for n in range(3)]
         for client in clients:
             client.start()
         until(lambda: all(len(client.accepted) > 50 for client in clients))
         before = {session for client in clients for session in list(client.accepted)}
-        done = run([sys.executable, ROOT / "server.py", "--db", db, "--backup", copy])
+        done = command(db, "--backup", copy)
         assert (done.returncode, done.stderr) == (0, "") and "events-backup.db: " in done.stdout
         for client in clients:
             client.stop()
@@ -6112,7 +5584,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
     assert rows_of(copy, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     rows = rows_of(copy)
     assert before <= {row["session_id_hash"] for row in rows}
-    assert [row["id"] for row in rows[:20000]] == list(range(1, 20001))
+    assert [row["id"] for row in rows[:10000]] == list(range(1, 10001))
     # Restored, as README says, over a server that was killed and left its -wal file.
     with serving(db) as running:
         assert post(running, event("after the backup")).status == 202
@@ -6131,8 +5603,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
 def test_server_backup_holds_nothing_of_deleted_rows(tmp_path):
     db = crowded(tmp_path / "events.db", 2000, secure=False)
     scripted(
-        db, "PRAGMA secure_delete = 0; DELETE FROM session_events WHERE id <= 1000 OR id % 50 = 7"
-    )
+        db, "PRAGMA secure_delete = 0; DELETE FROM session_events WHERE id <= 1000 OR id % 50 = 7")
     assert sha("session", 900).encode() in db.read_bytes()  # in free pages
     assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
     assert sha("session", 900).encode() not in (tmp_path / "copy.db").read_bytes()
@@ -6148,28 +5619,40 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     # Ctrl-C in the middle of the copy: from the function that shows the progress.
     stop = "server.Command.show = lambda *_: " + kill
     late = "take = server.take_name\nserver.take_name = lambda a, b: (open(b, 'x'), take(a, b))"
-    for source, target, patch, status, words in (
-        (db, "taken.db", "", 2, "is there already"),
-        (db, ".", "", 2, "is there already"),
-        (db, "events.db", "", 2, "is there already"),
-        (db, "events.db-wal", "", 2, "own files"),
-        (db, "none/copy.db", "", 2, "No such file"),
-        (":memory:", "copy.db", "", 2, "is no file"),
-        ("none.db", "copy.db", "", 2, "there is no file none.db"),
-        ("other.db", "copy.db", "", 2, "holds no session events"),
-        ("text.db", "copy.db", "", 2, "not a database"),
-        (db, "copy.db", stop % "SIGINT", 130, "interrupted"),
-        (db, "copy.db", stop % "SIGTERM", 143, "interrupted"),
-        (db, "copy.db", late, 1, "appeared meanwhile"),
-    ):
-        before = {p.name for p in tmp_path.iterdir()}
-        done = command(source, "--backup", target, patch=patch, cwd=str(tmp_path))
-        assert (done.returncode, done.stdout) == (status, ""), (target, done.stderr)
+    not_begun = (
+        (db, "taken.db", "is there already"),
+        (db, ".", "is there already"),
+        (db, "events.db", "is there already"),
+        (db, "events.db-wal", "own files"),
+        (db, "none/copy.db", "No such file"),
+        (":memory:", "copy.db", "is no file"),
+        ("none.db", "copy.db", "there is no file none.db"),
+        ("other.db", "copy.db", "holds no session events"),
+        ("text.db", "copy.db", "not a database"),
+    )
+    begun = (
+        (stop % "SIGINT", 130, "interrupted"),
+        (stop % "SIGTERM", 143, "interrupted"),
+        (late, 1, "appeared meanwhile"),
+    )
+
+    def backup(source, target, patch=""):
+        return command(source, "--backup", target, patch=patch, cwd=str(tmp_path))
+
+    def refused(done, status, words):
+        assert (done.returncode, done.stdout) == (status, ""), (words, done.stderr)
         assert done.stderr.startswith("server.py: ") and words in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
+
+    there = {p.name for p in tmp_path.iterdir()}
+    for case, done in zip(not_begun, at_once(lambda case: backup(*case[:2]), not_begun)):
+        refused(done, 2, case[2])
+    assert {p.name for p in tmp_path.iterdir()} == there
+    for patch, status, words in begun:
+        refused(backup(db, "copy.db", patch), status, words)
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / "copy.db").unlink()  # the one that appeared meanwhile
-        assert {p.name for p in tmp_path.iterdir()} == before
+        assert {p.name for p in tmp_path.iterdir()} == there
     assert taken.read_text() == "mine"
     assert len(rows_of(db)) == 5000
 
@@ -6191,22 +5674,16 @@ def test_server_backup_on_another_file_system_also_a_full_one(tmp_path):
 
 def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
     """Lines on a file, one line that changes on a terminal; never a line for each step."""
-    db = crowded(tmp_path / "events.db", 20000)
+    db = crowded(tmp_path / "events.db", 10000)
     often = (
-        "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0"
-    )
+        "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0")
     often += "\nserver.Command.__init__ = eager"
     done = command(db, "--backup", tmp_path / "one.db", patch=often)
     lines = done.stderr.splitlines()
     assert len(lines) > 2 and all(re.fullmatch(r"backup: \d+ of \d+ MB \(\d+%\)", x) for x in lines)
-    script = "import server\n%s\nserver.main()" % often
     ours, theirs = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, "--db", str(db), "--backup", str(tmp_path / "two.db")],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
+    argv = program("server", "--db", db, "--backup", tmp_path / "two.db", before=often)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     said = b""
     with contextlib.suppress(OSError):  # how Linux tells the end
@@ -6221,8 +5698,7 @@ def forgotten(*hashes):
     """What --forget prints for ClickHouse."""
     among = ", ".join("unhex('%s')" % text for text in hashes)
     return "ALTER TABLE session_events_raw DELETE WHERE identity_hash IN (%s)" % among + (
-        " OR github_hash IN (%s);\n" % among
-    )
+        " OR github_hash IN (%s);\n" % among)
 
 
 def forget(db, *words, **options):
@@ -6281,13 +5757,11 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
             assert set(client.failures) <= ({503} if not secure else set())
             assert len(client.accepted) > 20
     after = rows_of(db)
-    assert after[: len(before)] == before and rows_of(db, "PRAGMA integrity_check") == [
-        {"integrity_check": "ok"}
-    ]
+    assert after[: len(before)] == before
+    assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert edges(db) == sorted(
         ((ref, row["id"]) for row in after for ref in json.loads(row["discovery_refs_json"])),
-        key=lambda edge: (edge[1], edge[0]),
-    )
+        key=lambda edge: (edge[1], edge[0]))
 
 
 @quick
@@ -6304,11 +5778,9 @@ def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypa
 
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
     """A server beside it answers every event while 1,000 rows go, a pause after each hundred."""
-    db = crowded(tmp_path / "events.db", 2000, who=lambda n: n % 2)
-    pauses = (
-        "server.READ_BATCH = 300\nsleep = server.time.sleep\n"
-        "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))"
-    )
+    db = crowded(tmp_path / "events.db", 2000, identities=2)
+    pauses = ("server.READ_BATCH = 300\nsleep = server.time.sleep\n"
+              "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))")
     with serving(db) as running:
         clients = [Load(("many", n), running) for n in range(3)]
         for client in clients:
@@ -6327,9 +5799,8 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     assert command(db, "--backup", tmp_path / "copy.db").returncode == 0
     done = forget(db, sha("identity", 1))
     assert done.returncode == 1 and "copy.db" in done.stderr and "events.db" not in done.stderr
-    assert "deleted 10 events" in done.stderr and traces(tmp_path, sha("identity", 1)) == [
-        "copy.db"
-    ]
+    assert "deleted 10 events" in done.stderr
+    assert traces(tmp_path, sha("identity", 1)) == ["copy.db"]
     assert forget(tmp_path / "copy.db", sha("identity", 1)).returncode == 0
     done = forget(db, sha("identity", 1))
     assert done.returncode == 0 and "deleted 0 events" in done.stderr
@@ -6390,44 +5861,32 @@ def test_server_forget_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_server_forget_with_odd_input_and_output(tmp_path):
-    db, argv = crowded(tmp_path / "events.db", 500), [sys.executable, str(ROOT / "server.py")]
-    argv += ["--db", str(db), "--forget"]
+    db = crowded(tmp_path / "events.db", 500)
     done = forget(db, "-", input=b"\xff\xfe\x00")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     # Nobody reads the statement: the deleting goes on, and the exit status says it.
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(
-        [*argv, sha("identity", 1)],
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        timeout=60,
-    )
+        program("server", "--db", db, "--forget", sha("identity", 1)), stdin=subprocess.DEVNULL,
+        stdout=theirs, stderr=subprocess.PIPE, timeout=60)
     os.close(theirs)
     assert done.returncode == 1 and b"could not be printed: Broken pipe\n" in done.stderr
     assert done.stderr.count(b"\n") == 2 and traces(tmp_path, sha("identity", 1)) == []
     # Ctrl-C while hashes are typed in.
-    typed = (
-        "import sys, server\nclass Typed:\n  buffer = property(lambda self: self)\n"
-        "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
-        "sys.stdin = Typed()\nsys.exit(server.main())"
-    )
+    typed = ("class Typed:\n  buffer = property(lambda self: self)\n"
+             "  def read(self): print('reading', flush=True); return sys.__stdin__.buffer.read()\n"
+             "sys.stdin = Typed()")
     process = subprocess.Popen(
-        [sys.executable, "-c", typed, *argv[2:], "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(os.environ, PYTHONPATH=str(ROOT)),
-    )
+        program("server", "--db", db, "--forget", "-", before=typed), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"reading\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and process.stderr.read() == b"server.py: interrupted\n"
     process.communicate()
     # Another program's table has the hash: it says so, and the events are gone all the same.
     scripted(
-        db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events"
-    )
+        db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events")
     done = forget(db, sha("identity", 2))
     assert done.returncode == 1 and "another program's table" in done.stderr
     assert "deleted 10 events\ncopies are left in unused" in done.stderr
@@ -6436,11 +5895,10 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
 
 
 def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
-    db = crowded(tmp_path / "events.db", 4000, who=lambda n: n % 4)
+    db = crowded(tmp_path / "events.db", 4000, identities=4)
     stop = (
         "def stop(self, text):\n  if text.startswith(%r): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "server.Command.show = stop"
-    )
+        "server.Command.show = stop")
     for where, left in (("deleted 300 ", 700), ("searching", 0)):
         done = forget(db, sha("identity", 1), patch=stop % where)
         assert done.returncode == 143 and done.stderr.endswith("server.py: interrupted\n")
@@ -6458,9 +5916,7 @@ def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
         clickhouse.ask(
             "INSERT INTO session_events_raw (id, identity_hash, github_hash, session_id_hash)"
             " SELECT %d, unhex('%s'), %s, unhex('%s')"
-            % (n, sha(identity), "unhex('%s')" % sha(login) if login else "NULL", sha(n)),
-            url,
-        )
+            % (n, sha(identity), "unhex('%s')" % sha(login) if login else "NULL", sha(n)), url)
     db = crowded(tmp_path / "events.db", 1)
     clickhouse.ask(forget(db, sha("a"), sha("y")).stdout.rstrip(";\n"), url)
     until(lambda: clickhouse.ask("SELECT id FROM session_events_raw", url) == [["3"]])
@@ -6469,17 +5925,7 @@ def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
 # -- Hostile input ---------------------------------------------------------------------------------
 
 SPLICES = (
-    b"\r\n",
-    b"\n",
-    b"\0",
-    b"\r\n\r\n",
-    b'"',
-    b"{",
-    b"[" * 5000,
-    b"9" * 5000,
-    b"\xff\xfe",
-    b": ",
-)
+    b"\r\n", b"\n", b"\0", b"\r\n\r\n", b'"', b"{", b"[" * 5000, b"9" * 5000, b"\xff\xfe", b": ")
 
 
 def mutated(rng, valid):
@@ -6516,17 +5962,13 @@ def test_server_fuzz(tmp_path):
 
     No descriptor and no good event is lost.
     """
-    rng, answered, good = random.Random(20), collections.Counter(), 0
-    valid = [
-        request(BODY),
-        request(b"{}"),
-        HEALTH,
-        request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
-        CHUNKED + chunks(BODY, 64),
-    ]
+    rng, answered = random.Random(20), collections.Counter()
+    valid = [request(BODY), request(b"{}"), HEALTH,
+             request(BODY, headers=["Connection: close", "Expect: 100-continue"]),
+             CHUNKED + chunks(BODY, 64)]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
-        for hundred in range(200):
+        for hundred in range(80):
             wires = []
             for _ in range(100):
                 data = mutated(rng, rng.choice(valid))
@@ -6549,20 +5991,17 @@ def test_server_fuzz(tmp_path):
                             break
                         answered[reply.status] += 1
             assert post(running, event(("fuzz", hundred))).status == 202
-            good += 1
         print(dict(answered))
-        assert (
-            not [status for status in answered if status >= 500]
-            and answered[400] > 1000
-            and answered[202] > 500
-        )
+        assert not [status for status in answered if status >= 500]
+        assert answered[400] > 400
+        assert answered[202] > 200
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/%d/fd" % running.process.pid)) > descriptors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert running.stop() == 0 and running.errors == []
     stored = {row["session_id_hash"] for row in rows_of(tmp_path / "events.db")}
-    assert {event(("fuzz", n))["session_id_hash"] for n in range(200)} <= stored
+    assert {event(("fuzz", n))["session_id_hash"] for n in range(80)} <= stored
 
 
 # ==================================================================================================
@@ -6611,14 +6050,7 @@ def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **cha
 
 def read(*argv, **options):
     """One command of session_events.py. Not recorded: it is made to show sessions."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "session_events.py"), *map(str, argv)],
-        timeout=60,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    done = ended("session_events", *argv, **options)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     assert "Traceback" not in done.stderr
     return done
@@ -7829,15 +7261,7 @@ def test_reader_as_a_program(tmp_path):
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
     process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "session_events.py"),
-            "export",
-            "--days",
-            "60",
-            "--db",
-            str(db),
-        ],
+        program("session_events", "export", "--days", 60, "--db", db),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -7850,13 +7274,12 @@ def test_reader_as_a_program(tmp_path):
 # -- The database file -----------------------------------------------------------------------------
 
 
-PEAK = """import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
+# A program that says at its end how much memory it took at most, in KiB.
+PEAK = """import atexit
+def said():
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(end.code, peak.split()[1], file=sys.stderr)
+    print(peak.split()[1], file=sys.stderr)
+atexit.register(said)
 """
 
 
@@ -7873,30 +7296,20 @@ def test_reader_export_in_constant_memory(tmp_path):
         )
         if os.path.exists("/proc/self/status"):
             done = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    PEAK,
-                    str(ROOT / "session_events.py"),
-                    "export",
-                    "--db",
-                    db,
-                    *IN_MAY,
-                ],
+                program("session_events", "export", "--db", db, *IN_MAY, before=PEAK),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 timeout=120,
             )
-            status, peak = done.stderr.split()[-2:]
-            assert status == b"0" and done.stdout.count(b"\n") == count
-            peaks.append(int(peak))
+            assert done.returncode == 0 and done.stdout.count(b"\n") == count
+            peaks.append(int(done.stderr))
     assert (
         not peaks or peaks[1] < peaks[0] + 7_000
     )  # KiB; 12,500 rows as Python objects would be 17,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
         subprocess.run(
-            [sys.executable, str(ROOT / "session_events.py"), "export", "--db", db, *IN_MAY],
+            program("session_events", "export", "--db", db, *IN_MAY),
             stdout=subprocess.DEVNULL,
             stderr=theirs,
             timeout=120,
@@ -8040,9 +7453,11 @@ class View:
             if name not in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
         }
         environment.pop(session_events.ADMIN_TOKEN_VARIABLE, None)
-        command = ["view", "--db", str(db)] if db else ["demo"]
+        command = program("session_events", "view", "--db", db)
+        if not db:  # as a person starts it
+            command = [sys.executable, str(ROOT / "session_events.py"), "demo"]
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "session_events.py"), *command, "--port", "0", *flags],
+            [*command, "--port", "0", *flags],
             env=dict(environment, **variables),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -8915,12 +8330,12 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
         chromium.events = []
         chromium.enter(view.url)
         for path in EVERY_PAGE:
-            seen = None
+            chromium.screen(390, 900, "dark")
+            chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
+            if axe:
+                chromium.js(axe + "; 0")
             for width, scheme in ((390, "dark"), (1024, "dark"), (1440, "light"), (390, "light")):
-                chromium.screen(width, 900, scheme)
-                if scheme != seen:  # the other width is a window that is resized
-                    chromium.open(view.base + path + "?ref=x&" + MAY_QUERY)
-                seen = scheme
+                chromium.screen(width, 900, scheme)  # a window that is resized, a theme that turns
                 where = (path, width, scheme)
                 assert chromium.js("document.documentElement.scrollWidth") == width, where
                 paper = chromium.js("getComputedStyle(document.body).backgroundColor")
@@ -8938,7 +8353,6 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                     == 0
                 ), where
                 if axe and (width, scheme) in ((390, "dark"), (1440, "light")):
-                    chromium.js(axe + "; 0")
                     found = chromium.js(
                         "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map("
                         "n => n.target + ' ' + n.failureSummary).join(' | ')))"
@@ -9122,7 +8536,7 @@ FRAME_TIMES = """new Promise(done => {
     }
   });
   const slider = document.getElementById("slider");
-  slider.value = slider.max * 0.2;  // enough frames, however slow the machine is
+  slider.value = slider.max * 0.6;  // enough frames, however slow the machine is
   slider.dispatchEvent(new Event("input"));
   document.getElementById("speed").value = "8";
   document.getElementById("play").click();
@@ -9354,37 +8768,16 @@ def clickhouse(tmp_path_factory):
     house.stop()
 
 
-SMALL = """import sys, session_events as s
-s.SHIP_ROWS, s.FOLLOW_SECONDS = %d, .2
-try:
-    sys.exit(s.main())
-finally:
-    peak = [line for line in open("/proc/self/status") if line.startswith("VmHWM")] if %d else []
-    print(*peak, file=sys.stderr)
-"""
 NAMES_NOBODY = re.compile(r"[0-9a-f]{17,}|auth-jwt-flow|open sesame").search
 
 
 def shipper(db, url, *flags, rows=200, env=(), peak=False):
     """A `ship` process, in batches of `rows`."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SMALL % (rows, peak),
-            "ship",
-            "--db",
-            str(db),
-            "--to",
-            url,
-            *map(str, flags),
-        ],
-        cwd=str(ROOT),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(os.environ, **dict(env)),
-    )
+    small = constants(session_events, SHIP_ROWS=rows, FOLLOW_SECONDS=0.2) + PEAK * peak
+    flags = "--db", db, "--to", url, *flags
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = dict(os.environ, **dict(env))
+    return start("session_events", "ship", *flags, before=small, env=env, **streams)
 
 
 def finished(process):
@@ -9636,9 +9029,8 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
 
     def agrees():
         whole(clickhouse, url, *nodes)
-        return {node: ship(dbs[node], url, "--check") for node in "ab"} == {
-            node: (0, text, "") for node, text in checks.items()
-        }
+        found = at_once(lambda node: ship(dbs[node], url, "--check"), "ab")
+        return found == [(0, checks[node], "") for node in "ab"]
 
     assert [shipped(dbs[node], url) for node in order] == [len(rows[node]) for node in order]
     assert agrees()
@@ -10220,20 +9612,9 @@ def test_ship_gives_a_silent_peer_up(tmp_path):
     db = stored(tmp_path / "a.db", *many(2))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = "http://127.0.0.1:%d/" % silent.getsockname()[1]
-        done = run(
-            [
-                sys.executable,
-                "-c",
-                "import sys, session_events as s\ns.SHIP_SILENCE = .5\nsys.exit(s.main())",
-                "ship",
-                "--db",
-                db,
-                "--to",
-                url,
-            ],
-            cwd=str(ROOT),
-            timeout=25,
-        )
+        impatient = constants(session_events, SHIP_SILENCE=0.5)
+        flags = "ship", "--db", db, "--to", url
+        done = recorded_texts(ended("session_events", *flags, before=impatient, timeout=25))
     assert done.returncode == 1 and "says nothing for" in done.stderr
 
 
@@ -10245,26 +9626,10 @@ def test_ship_is_watched(tmp_path, clickhouse):
     db = stored(tmp_path / "a.db", *many(300))
     relay = Relay(clickhouse.port)
     by_relay = url.replace(str(clickhouse.port), str(relay.port))
-    quick = (
-        "import sys, session_events as s\n"
-        "s.FOLLOW_SECONDS, s.SHIP_STATUS_SECONDS = .1, .3\n"
-        "sys.exit(s.main())"
-    )
+    flags = "--db", db, "--to", by_relay, "--follow", "--metrics", "127.0.0.1:%d" % port
+    quick = constants(session_events, FOLLOW_SECONDS=0.1, SHIP_STATUS_SECONDS=0.3)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            quick,
-            "ship",
-            "--db",
-            db,
-            "--to",
-            by_relay,
-            "--follow",
-            "--metrics",
-            "127.0.0.1:%d" % port,
-        ],
-        cwd=str(ROOT),
+        program("session_events", "ship", *flags, before=quick),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -10824,27 +10189,27 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
 def test_ship_in_constant_memory(tmp_path, clickhouse):
     """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
     peaks = []
-    for count in (4_000, 24_000):
+    for count in (2_000, 12_000):
         db = stored(
             tmp_path / ("%d.db" % count),
             *(row(n, n % 50, refs=["x"], received_at="2026-05-22T12:00:00Z") for n in range(count)),
         )
         url = clickhouse.database()
-        status, out, err = ship(db, url, rows=2000, peak=True)
+        status, out, err = ship(db, url, rows=1000, peak=True)
         assert status == 0 and out.startswith("{:,} rows shipped".format(count)), err
-        assert ship(db, url, "--check", rows=2000)[0] == 0
-        peaks.append(int(err.split()[1]))
-    assert peaks[1] < peaks[0] + 8_000  # KiB; 20,000 rows as Python objects would be 22,000
+        assert ship(db, url, "--check", rows=1000)[0] == 0
+        peaks.append(int(err))
+    assert peaks[1] < peaks[0] + 6_000  # KiB; 10,000 rows as Python objects would be 11,000
     ours, theirs = os.openpty()
-    db, url = str(tmp_path / "4000.db"), clickhouse.database()
+    db, url = str(tmp_path / "2000.db"), clickhouse.database()
     subprocess.run(
-        [sys.executable, str(ROOT / "session_events.py"), "ship", "--db", db, "--to", url],
+        program("session_events", "ship", "--db", db, "--to", url),
         stdout=subprocess.DEVNULL,
         stderr=theirs,
         timeout=120,
     )
     os.close(theirs)
-    assert b"4,000 rows shipped" in os.read(ours, 1 << 16)
+    assert b"2,000 rows shipped" in os.read(ours, 1 << 16)
     os.close(ours)
 
 
@@ -10963,17 +10328,9 @@ def test_house_environment_variables_are_in_the_readme():
 def test_house_flags_of_the_others_are_in_the_readme():
     """README names each flag of emit.py and of ship, and no flag that no program has."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    helps = {
-        name: run([sys.executable, ROOT / program, *more, "--help"]).stdout
-        for name, program, more in (
-            ("emit", "emit.py", []),
-            ("server", "server.py", []),
-            ("ship", "session_events.py", ["ship"]),
-            ("view", "session_events.py", ["view"]),
-            ("graph", "session_events.py", ["graph"]),
-            ("discoveries", "session_events.py", ["discoveries"]),
-        )
-    }
+    helps = {name: read(name, "--help").stdout for name in ("ship", "view", "graph", "discoveries")}
+    helps["server"] = recorded_texts(ended("server", "--help")).stdout
+    helps["emit"] = run([sys.executable, *HOOK, "--help"]).stdout
     flags = {name: set(re.findall(r"--[a-z][a-z-]+", words)) for name, words in helps.items()}
     for name in ("emit", "ship"):
         for flag in flags[name] - {"--help", "--version", "--json"}:
@@ -11007,11 +10364,8 @@ def test_house_numbers_of_the_contract_are_the_programs():
 def test_house_known_answers_of_the_readme():
     """README, Contract 4: its examples are what emit.py computes."""
     part = readme_part("### 4. Identity")
-    for known in VECTORS["identity"][:1]:
-        assert known["machine_id"] in part and known["identity_hash"] in part
-    assert VECTORS["github"][0]["github_hash"] in part
-    assert VECTORS["session"][0]["session_id_hash"] in part
-    assert VECTORS["stats_bucket"][0]["bucket"] in part
+    for known in (MACHINE, IDENTITIES[0][2], OCTOCAT, SESSION_HASH, BUCKETS[0][2]):
+        assert known in part
     keys = ", ".join("`%s`" % name for name in emit.SESSION_KEYS)
     assert keys in part.replace("\n", " ")
     assert all("`%s`" % name in part for name in emit.SESSION_VARIABLES)
@@ -11059,8 +10413,7 @@ def pieces(secret):
     """
     if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f-]{36}", secret):
         return {
-            secret[i : i + 7] for i in range(len(secret) - 6) if not secret[i : i + 7].isdigit()
-        }
+            secret[i : i + 7] for i in range(len(secret) - 6) if not secret[i : i + 7].isdigit()}
     return {secret}
 
 
