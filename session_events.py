@@ -3061,11 +3061,11 @@ class RowsRefused(Refused):
 SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# ClickHouse's DateTime holds the years 1970 to 2105.
-usual_line = re.compile("\t".join([
-    "(?P<received_at>(?=19[7-9]|20|210[0-5])%s)" % STORED.pattern,
-    *("(?P<%s>%s)" % (name, cell_pattern(kind, rule)) for name, kind, _, rule in FIELDS)]),
-    re.ASCII).fullmatch
+# Its groups: the date of received_at (ClickHouse's DateTime holds the years 1970 to 2105),
+# ended_at, the date of that.
+usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *(
+    ("(%s)" if rule == "moment" else "(?:%s)") % cell_pattern(kind, rule)
+    for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
 
 
 class Shipped(NamedTuple):
@@ -3112,7 +3112,7 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
     size, months = 0, set()
     for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
         match = usual_line(line or "")
-        if not match or None in map(midnight, (match["received_at"][:10], match["ended_at"][:10])):
+        if not match or midnight(match[1]) is None or midnight(match[3]) is None:
             try:
                 match = usual_line(odd_line(reader, row_id))
             except Unfit:
@@ -3120,9 +3120,12 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
                     break
                 raise
             assert match
-        first, last = ship_span(match["received_at"][:10])
-        rows.append(Shipped(row_id, max(first, min(last, match["ended_at"])), match.string))
-        months.add(rows[-1].ended[:7])
+        received, ended, _ = match.groups()
+        first, last = ship_span(received)
+        if not first <= ended <= last:  # in a tenth of the time of min and max
+            ended = max(first, min(last, ended))
+        rows.append(Shipped(row_id, ended, match.string))
+        months.add(ended[:7])
         size += len(match.string)
         if len(months) == SHIP_MONTHS or size >= SHIP_BYTES:
             break
@@ -3170,9 +3173,11 @@ SHIP_HELD = "SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW  # the months tha
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
 SHIP_TABLES = (  # name, name on each shard, columns, engine, key
     (SHIP_RAW, "session_events_local", ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS),
-     "ReplacingMergeTree({}seniority) " + BY_MONTH, "identity_hash, session_id_hash"),
+     "ReplacingMergeTree({}seniority) %s ORDER BY ({})" % BY_MONTH,
+     "identity_hash, session_id_hash"),
     (SHIP_NODES, SHIP_NODES + "_local", "node String, pepper String, seen UInt32",
-     "ReplacingMergeTree({}seen)", "node"))
+     "ReplacingMergeTree({}seen) ORDER BY ({})", "node"))
+SHIP_ON = " ON CLUSTER '%s'"
 # {0}, since 18.16 takes another host's default database for that of a name without one.
 SHIP_VIEWS = {"session_events": """
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
@@ -3190,18 +3195,16 @@ FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id GROUP BY disco
 def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
     """The statements that make the tables and the views; with `cluster` (a name in ClickHouse's
     remote_servers) a replicated table on each shard, and one that spreads over them."""
-    on = " ON CLUSTER '%s'" % cluster if cluster else ""
-    made = []
+    on, made = SHIP_ON % cluster if cluster else "", []
     for name, local, columns, merging, key in SHIP_TABLES:
-        create = "CREATE TABLE IF NOT EXISTS %s.%%s%s (%s) ENGINE = %%s" % (database, on, columns)
-        engine = merging.format("") + " ORDER BY (%s)" % key
+        engines = {name: merging.format("", key)}
         if cluster:
             path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
-            made.append(create % (
-                local, "Replicated%s ORDER BY (%s)" % (merging.format(path), key)))
-            engine = "Distributed('%s', '%s', %s, cityHash64(%s))" % (
-                cluster, database, local, key)
-        made.append(create % (name, engine))
+            engines = {local: "Replicated" + merging.format(path, key),
+                       name: "Distributed('%s', '%s', %s, cityHash64(%s))" % (
+                           cluster, database, local, key)}
+        made += ["CREATE TABLE IF NOT EXISTS %s.%s%s (%s) ENGINE = %s" % (
+            database, table, on, columns, engine) for table, engine in engines.items()]
     return made + ["CREATE VIEW IF NOT EXISTS %s.%s%s AS%s" % (
         database, name, on, select.format(database)) for name, select in SHIP_VIEWS.items()]
 
@@ -3214,7 +3217,7 @@ def ship_migration(cluster: Optional[str], database: str) -> str:
     return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
             "\nDROP TABLE {0}_old{1};").format(
         "%s.%s" % (database, SHIP_TABLES[0][bool(cluster)]),
-        " ON CLUSTER '%s'" % cluster if cluster else "",
+        SHIP_ON % cluster if cluster else "",
         ship_ddl(cluster, database)[0], RAW_NAMES, RAW_NAMES.replace(" ended,", " %s," % clamped))
 
 
@@ -3423,12 +3426,8 @@ def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
 
 
 class Shipment:
-    """One database file and one destination.
-
-    The file is opened anew for each step, so that one that was put in its place is noticed. What
-    was confirmed stands in the file itself, so that a restored file, a copy, or two that ship at
-    once are no special cases: the mark belongs to the rows beside it. Sending a row again changes
-    nothing."""
+    """One database file and one destination. What was confirmed stands in the file, which is opened
+    anew for each step: a restored file, a copy, or two ships at once are no special cases."""
 
     def __init__(self, path: str, house: ClickHouse, say: Callable[..., None]) -> None:
         """`say(event, why=...)` is told what is remarkable."""
@@ -3518,10 +3517,10 @@ class Shipment:
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
         up = max(self.house.numbers("SELECT uptime()"), default=0)
         # ClickHouse's start seems late rather than early.
-        if moment_text(now_ms() - up * 1000) > mark.confirmed_at:
-            return mark.synced_id, "ClickHouse was started after the last rows were confirmed"
-        if mark.confirmed_at > moment_text(now_ms() + 2000):
-            return mark.synced_id, "the mark lies in the future"
+        if not (moment_text(now_ms() - up * 1000) <= mark.confirmed_at
+                <= moment_text(now_ms() + 2000)):
+            return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
+                                    " the mark lies in the future")
         return None
 
     def step(self) -> bool:
@@ -3534,9 +3533,8 @@ class Shipment:
         sent = now_ms()
         if mark is NO_MARK:
             self.begin()
-        elif doubt:
-            if self.move(mark, doubt[0], sent):
-                self.say("again", why="rows go once more: " + doubt[1])
+        elif doubt and self.move(mark, doubt[0], sent):
+            self.say("again", why="rows go once more: " + doubt[1])
         elif rows and self.taken(mark, rows):
             self.move(mark, rows[-1].id, sent, rows[-1])
             self.rows_shipped += len(rows)
@@ -3544,25 +3542,25 @@ class Shipment:
 
     def taken(self, mark: Mark, rows: Sequence[Shipped]) -> bool:
         """Inserts rows; False if they are refused, and half of them shall be tried next. Before a
-        row is blamed, one that ClickHouse took before goes once more: if it is refused, too, no
-        row is at fault. Raises Unfit, Later, Refused."""
+        row is blamed, one that was taken before goes once more. Raises Unfit, Later, Refused."""
         try:
             self.house.insert(mark.node, rows)
+            self.most = SHIP_ROWS
+            return True
         except RowsRefused as error:
-            if len(rows) > 1:
-                self.most = len(rows) // 2
-                return False
+            refused = error
+        if len(rows) > 1:
+            self.most = len(rows) // 2
+            return False
+        try:
             with reading(self.path) as reader:
                 before = self.confirmed(reader, mark, 1)
-            try:
-                if before:
-                    self.house.insert(mark.node, before)
-            except RowsRefused:
-                raise Later("%s; and refuses a row that it took before" % error) from None
-            raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
-                rows[0].id, error)) from None
-        self.most = SHIP_ROWS
-        return True
+            if before:
+                self.house.insert(mark.node, before)
+        except RowsRefused:
+            raise Later("%s; and refuses a row that it took before" % refused) from None
+        raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+            rows[0].id, refused))
 
     def status(self) -> Dict[str, int]:
         """How far it is. Raises Refused."""
