@@ -3400,8 +3400,8 @@ SHIP_MARK_COLUMNS = re.findall("([a-z_]+) (?:TEXT|INTEGER)", SHIP_MARKS)
 SHIP_MOVE = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
     synced_id = min(:to, CASE WHEN confirmed_at <= :old THEN last_id
                               WHEN next_at <= :old THEN next_id ELSE synced_id END),
-    next_id = min(:to, CASE WHEN next_at <= :old THEN last_id ELSE next_id END),
-    next_at = CASE WHEN next_at <= :old THEN confirmed_at ELSE next_at END
+    next_id = min(:to, CASE WHEN next_at BETWEEN :old AND :at THEN next_id ELSE last_id END),
+    next_at = CASE WHEN next_at BETWEEN :old AND :at THEN next_at ELSE min(confirmed_at, :at) END
   WHERE destination = :destination AND node = :node AND last_id = :last_id
     AND (:received IS NULL OR EXISTS (SELECT 1 FROM session_events WHERE id = :to
       AND received_at = :received AND identity_hash = :identity AND session_id_hash = :session))"""
@@ -3507,7 +3507,7 @@ class Shipment:
             "SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'")]
         if mark.last_id > max([n for n in used if isinstance(n, int)], default=SHIP_LEAST):
             return SHIP_LEAST, "the mark is not of this file's rows"
-        if time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
+        if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
             return None
         self.looked = time.monotonic()
         sample = self.confirmed(reader, mark, SHIP_SAMPLE)

@@ -9952,8 +9952,22 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         with session_events.reading(db) as reader:
             assert shipment.mark(reader).synced_id == synced
         assert not shipment.move(mark, 960, 0)  # the mark is not the one that was read
+    # A clock that was ahead for a while does not hold that place for ever.
+    aged(
+        "UPDATE ship_marks SET synced_id = 100, last_id = 900, next_at = '2999-01-01T00:00:00.000Z'"
+    )
+    for minute in (6, 14, 17):
+        with session_events.reading(db) as reader:
+            mark = shipment.mark(reader)
+        assert mark.synced_id == 100
+        assert shipment.move(mark, 900, session_events.instant("2026-05-01T12:%02d:00Z" % minute))
+    with session_events.reading(db) as reader:
+        assert shipment.mark(reader).synced_id == 900
     aged("UPDATE ship_marks SET confirmed_at = '2999-01-01T00:00:00.000Z', synced_id = 900,"
          " last_id = 900")
+    shipment.looked = time.monotonic() + 1e9  # a clock that went back does not keep it from asking
+    with session_events.reading(db) as reader:
+        assert shipment.doubt(reader, shipment.mark(reader))
     assert ship(db, url)[0] == 0
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
