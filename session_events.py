@@ -3331,11 +3331,11 @@ class ClickHouse:
         if code is None and status not in (408, 429, 500, 502, 503, 504):
             return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
                            "HTTP port?" % (self.name, status))
-        why = "status %d" % status if code is None else (
-            "its error %d; its log has the words under query_id %s" % (code, query_id))
+        why = "its error %s; its log has the words under query_id %s" % (code, query_id)
         if rows and code in SHIP_DATA_ERRORS:
             return RowsRefused("%s refuses: %s" % (self.name, why))
-        return Later("%s cannot take it now (%s)" % (self.name, why))
+        return Later("%s cannot take it now (%s)" % (
+            self.name, "status %d" % status if code is None else why))
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
@@ -3352,16 +3352,15 @@ class ClickHouse:
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
-        except socket.timeout:
-            raise Later("%s says nothing for %.0f s" % (self.name, self.silence)) from None
-        except OSError as error:
-            raise Later("cannot reach %s: %s" % (
-                self.name, error.strerror or str(error) or type(error).__name__)) from None
         except http.client.HTTPException as error:
-            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (
-                self.name, type(error).__name__)) from None
+            why = "it broke off its answer, or it is no HTTP (%s)" % type(error).__name__
+        except socket.timeout:
+            why = "it says nothing for %.0f s" % self.silence
+        except OSError as error:
+            why = error.strerror or str(error) or type(error).__name__
         finally:
             connection.close()
+        raise Later("cannot reach %s: %s" % (self.name, why))
 
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes the tables and views that are missing. Raises Refused where the table has an older
@@ -3379,11 +3378,12 @@ class ClickHouse:
             for statement in ship_ddl(cluster, database):
                 self.ask(statement)
 
-    def differing_pepper(self, node: str, pepper: str) -> bool:
-        """Writes the fingerprint of this node's pepper; True if another node's differs."""
-        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (SHIP_NODES, node, pepper))
-        return self.numbers("SELECT count() FROM (SELECT argMax(pepper, seen) AS last FROM %s "
-                            "GROUP BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
+    def peppers(self, node: str, fingerprint: str) -> int:
+        """Writes the fingerprint of this node's pepper; how many different ones all nodes have."""
+        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (
+            SHIP_NODES, node, fingerprint))
+        return sum(self.numbers("SELECT uniqExact(last) FROM (SELECT argMax(pepper, seen) AS last"
+                                " FROM %s GROUP BY node)" % SHIP_NODES))
 
 
 # -- The mark, in the file; one step --
@@ -3585,12 +3585,13 @@ class Shipment:
             pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
                                 "session_events_pepper ORDER BY rowid DESC") or ("",)
         fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
-        if self.house.differing_pepper(mark.node, fingerprint):
+        if self.house.peppers(mark.node, fingerprint) > 1:
             self.say("warning", why="the nodes of this ClickHouse have different peppers "
                      "(server.py --pepper-file): a developer is somebody else on each of them")
 
 
 # -- The commands: once, --follow, --check --
+
 
 def back_off(failures: int, chance: float) -> float:
     """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
@@ -3621,14 +3622,13 @@ class ShipMetrics(http.server.BaseHTTPRequestHandler):
         except Refused as error:
             self.send_error(503, visible(str(error)))
             return
-        page = "".join("# TYPE session_events_ship_{0} {1}\nsession_events_ship_{0} {2}\n".format(
-            name, "counter" if name == "rows_total" else "gauge", value)
-            for name, value in values.items()).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(page)))
         self.end_headers()
-        self.wfile.write(page)
+        for name, value in values.items():
+            self.wfile.write(b"# TYPE session_events_ship_%b %b\nsession_events_ship_%b %d\n" % (
+                name.encode(), b"counter" if name == "rows_total" else b"gauge",
+                name.encode(), value))
 
     def log_message(self, *_: Any) -> None:
         """Nothing: the log is about shipping."""
