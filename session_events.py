@@ -3039,6 +3039,7 @@ SHIP_LATE, SHIP_EARLY = 366, 1  # days by which `ended` may lie before and after
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
 SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
 SHIP_SAMPLE = 100  # confirmed rows that are looked for, to see whether the table was emptied
+SHIP_ANSWER_BYTES = 64 << 20  # most of one answer
 SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
 FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
 
@@ -3122,10 +3123,8 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
             assert match
         received, ended, _ = match.groups()
         first, last = ship_span(received)
-        if not first <= ended <= last:  # in a tenth of the time of min and max
-            ended = max(first, min(last, ended))
-        rows.append(Shipped(row_id, ended, match.string))
-        months.add(ended[:7])
+        rows.append(Shipped(row_id, max(first, min(last, ended)), match.string))
+        months.add(rows[-1].ended[:7])
         size += len(match.string)
         if len(months) == SHIP_MONTHS or size >= SHIP_BYTES:
             break
@@ -3211,14 +3210,14 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
     """The statements that take the rows of an older layout over, on each shard."""
-    clamped = ("toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at))"
-               " - %d), toInt64(toUInt32(received_at)) + %d), 'UTC')" % (
-                   SHIP_LATE * 86_400, SHIP_EARLY * 86_400))
+    table, on = SHIP_TABLES[0][bool(cluster)], SHIP_ON % cluster if cluster else ""
+    arrival = "toInt64(toUInt32(received_at))"
+    clamped = "toDateTime(least(greatest(toInt64(toUInt32(ended)), %s - %d), %s + %d), 'UTC')" % (
+        arrival, SHIP_LATE * 86_400, arrival, SHIP_EARLY * 86_400)
     return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
             "\nDROP TABLE {0}_old{1};").format(
-        "%s.%s" % (database, SHIP_TABLES[0][bool(cluster)]),
-        SHIP_ON % cluster if cluster else "",
-        ship_ddl(cluster, database)[0], RAW_NAMES, RAW_NAMES.replace(" ended,", " %s," % clamped))
+        "%s.%s" % (database, table), on, ship_ddl(cluster, database)[0], RAW_NAMES,
+        RAW_NAMES.replace(" ended,", " %s," % clamped))
 
 
 # -- ClickHouse over HTTP --
@@ -3348,7 +3347,10 @@ class ClickHouse:
                 # It may have refused before it read everything, and then says why.
                 connection.request("POST", self.path + "?" + query, body, dict(headers))
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            said = answer.read(SHIP_ANSWER_BYTES)
+            if answer.length:
+                raise http.client.IncompleteRead(said)
+            return answer.status, said
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
@@ -3594,16 +3596,15 @@ class Shipment:
 
 
 def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
-    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
-    together."""
+    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS.
+    `chance` (0 to 1) takes off up to half of it, so that nodes do not come back together."""
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
 def ship_log(event: str, **details: Any) -> None:
     """One line of JSON on standard error."""
-    print(json.dumps({"time": moment_text(now_ms()), "event": event, **details}), file=sys.stderr,
-          flush=True)
+    line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
+    print(line, file=sys.stderr, flush=True)
 
 
 class ShipMetrics(http.server.BaseHTTPRequestHandler):

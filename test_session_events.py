@@ -10448,6 +10448,7 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("ended_at", "2026-04-31T00:00:00.000Z"),
         ("received_at", "2026-02-30T00:00:00Z"),
         ("received_at", "now"),
+        ("received_at", b"2026-05-22T12:34:56Z"),
         ("github_hash", r"\N"),
         ("plugin_version", None),
         ("discovery_refs_json", "['a']"),
