@@ -3607,40 +3607,36 @@ def ship_log(event: str, **details: Any) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class ShipMetrics(http.server.BaseHTTPRequestHandler):
-    """Answers GET /metrics in Prometheus' text form."""
-
-    timeout = 10
-    shipment: Shipment
-
-    def do_GET(self) -> None:
-        if self.path != "/metrics":
-            self.send_error(404)
-            return
-        try:
-            values = {**self.shipment.status(), "waiting": int(self.shipment.waiting),
-                      "rows_total": self.shipment.rows_shipped}
-        except Refused as error:
-            self.send_error(503, visible(str(error)))
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.end_headers()
-        for name, value in values.items():
-            self.wfile.write(b"# TYPE session_events_ship_%b %b\nsession_events_ship_%b %d\n" % (
-                name.encode(), b"counter" if name == "rows_total" else b"gauge",
-                name.encode(), value))
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the log is about shipping."""
-
-
 def serve_metrics(text: str, shipment: Shipment) -> None:
-    """Serves ShipMetrics at the address `text`, in a thread. Raises Usage."""
+    """Answers GET /metrics at the address `text` in Prometheus' text form, in a thread. Raises
+    Usage."""
+    class Metrics(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            if self.path != "/metrics":
+                self.send_error(404)
+                return
+            try:
+                values = {**shipment.status(), "waiting": int(shipment.waiting),
+                          "rows_total": shipment.rows_shipped}
+            except Refused as error:
+                self.send_error(503, visible(str(error)))
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.end_headers()
+            self.wfile.write("".join(
+                "# TYPE session_events_ship_{0} {1}\nsession_events_ship_{0} {2}\n".format(
+                    name, "counter" if name == "rows_total" else "gauge", value)
+                for name, value in values.items()).encode())
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: the log is about shipping."""
+
     host, _, port = text.rpartition(":")
-    ShipMetrics.shipment = shipment
     try:
-        server = http.server.ThreadingHTTPServer((host, int(port)), ShipMetrics)
+        server = http.server.ThreadingHTTPServer((host, int(port)), Metrics)
     except (OSError, OverflowError, ValueError) as error:
         raise Usage("--metrics takes an address to listen on, such as 127.0.0.1:9101: %s"
                     % error) from None
@@ -3691,20 +3687,19 @@ def ship_check(shipment: Shipment) -> int:
         if not rows:
             break
         last, found = rows[-1].id, shipment.house.found(rows)
+        sums["in the view"] += len(found)
         for row in rows:
             if row.id in found:
-                when, what = "", "in the view"
-            elif row.id > mark.last_id:
-                when, what = row.line[:10], "waiting to be shipped"
+                continue
+            when, what = row.line[:10], "missing"
+            if row.id > mark.last_id:
+                what = "waiting to be shipped"
             elif months and row.month not in months:
                 when, what = row.ended[:7], "in dropped months"
-            else:
-                when, what = row.line[:10], "missing"
             sums[what] += 1
             lacking[when, what] += 1
     for (when, what), n in sorted(lacking.items()):
-        if when:
-            print("{}  {:,} {}".format(when, n, what))
+        print("{}  {:,} {}".format(when, n, what))
     print("{:,} sessions in the file: {}{}".format(
         sum(sums.values()), ", ".join("{:,} {}".format(sums[what], what) for what in (
             "in the view", "missing", "waiting to be shipped", "in dropped months")),
