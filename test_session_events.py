@@ -10145,6 +10145,15 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     status, out, _ = ship(db, url, "--check")
     assert status == 0 and "2026-04  " in out and " in dropped months" in out, out
     assert shipped(db, url) == 0  # it stays dropped
+    late = stored(
+        tmp_path / "c.db",
+        *many(7, 7000, received_at="2027-01-15T00:00:00Z", ended_at="2027-01-10T00:00:00.000Z")[2:],
+    )
+    assert shipped(late, url) == 5
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202701", url)
+    assert shipped(late, url) == 0  # also where none of the file's last rows is left
+    status, out, _ = ship(late, url, "--check")
+    assert status == 0 and "2027-01  5 in dropped months\n" in out, out
 
 
 @needs_linux
@@ -10203,6 +10212,11 @@ def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickho
     assert marks(db) == [30]
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 40
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(5, 900))
+    shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
+    shipment.most = 1  # as after a refused row; what is taken ends that
+    assert [shipment.step() for _ in range(3)] == [True, True, False]
 
 
 def test_ship_gives_a_silent_peer_up(tmp_path):
@@ -10393,6 +10407,9 @@ def test_ship_months(tmp_path, clickhouse):
             for n in range(240)
         ),
     )
+    with session_events.reading(slow) as reader:  # ClickHouse since 19 takes 100 at once
+        batch = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20_000)
+    assert len({sent.month for sent in batch}) == session_events.SHIP_MONTHS < 100
     assert shipped(slow, url, rows=20_000) == 240 and ship(slow, url, "--check")[0] == 0
     # The same session on two nodes, received at times so different that `ended` is in two months.
     one = many(2, 50_000)[:1]
