@@ -10154,6 +10154,9 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     assert shipped(late, url) == 0  # also where none of the file's last rows is left
     status, out, _ = ship(late, url, "--check")
     assert status == 0 and "2027-01  5 in dropped months\n" in out, out
+    clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
+    status, out, _ = ship(late, url, "--check")  # an empty table is no table without old months
+    assert status == 1 and "2027-01-15  5 missing\n" in out, out
 
 
 @needs_linux
@@ -10428,6 +10431,7 @@ def test_ship_months(tmp_path, clickhouse):
     clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION " + first[1], url)
     (second,) = clickhouse.ask(mine, url)
     assert second[0] == "3" and second[1] != first[1]
+    assert ship(tmp_path / "one.db", url, "--check")[:2] == (0, SAME % (1, 1))
 
 
 def test_ship_rows_by_the_rules(tmp_path):
