@@ -66,7 +66,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import types
 import urllib.parse
 import uuid
 import webbrowser
@@ -314,13 +313,17 @@ def moment_lines(text: bytes, count: int) -> bool:
             and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
 
 
+def cell_pattern(kind: str, rule: Any) -> str:
+    """The pattern of a cell as server.py writes it. An empty one stands for NULL."""
+    if kind == "array":
+        return r'\[\]|\["{0}"(?:,"{0}"){{0,{1}}}\]'.format(rule[1], rule[0] - 1)
+    if kind == "number":
+        return "[0-9]+"
+    return STORED.pattern if rule == "moment" else rule + "|" * (kind == "string or null")
+
+
 def pattern_lines(kind: str, rule: Any) -> Lines:
-    if kind == "array":  # as server.py writes it
-        most, item = rule
-        rule = r'\[\]|\["{0}"(?:,"{0}"){{0,{1}}}\]'.format(item, most - 1)
-    elif kind == "string or null":
-        rule += "|"
-    fits = re.compile(b"(?:(?:%s)\n)*" % rule.encode()).fullmatch
+    fits = re.compile(b"(?:(?:%s)\n)*" % cell_pattern(kind, rule).encode()).fullmatch
     return lambda text, count: text.count(b"\n") == count - 1 and fits(text + b"\n") is not None
 
 
@@ -3036,11 +3039,9 @@ SHIP_LATE, SHIP_EARLY = 366, 1  # days by which `ended` may lie before and after
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
 SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
 SHIP_SAMPLE = 100  # confirmed rows that are looked for, to see whether the table was emptied
+SHIP_ANSWER_BYTES = 64 << 20  # most of one answer
 SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
-SHIP_ANSWER_BYTES = 64 << 20
 FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
-
-is_number = re.compile(r"-?[0-9]{1,20}").fullmatch
 
 
 class Unfit(Refused):
@@ -3055,39 +3056,17 @@ class RowsRefused(Refused):
     """ClickHouse finds fault with the rows of an INSERT."""
 
 
-# -- Rows: SQLite makes a line of text of each, one regular expression checks the line, and it is
-# what ClickHouse gets. So what is checked is what is sent. --
+# -- Rows: SQLite makes a line of text of each, one pattern checks it, and ClickHouse gets it --
 
-
-# A date that exists. 29 February is left to `odd_line`.
-SHIP_DATE = ("-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])"
-             "|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)")
-SHIP_TIME = "T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
-
-
-def ship_form(kind: str, rule: Any) -> Tuple[str, str]:
-    """The condition in SQL that the column {0} of a field keeps, and the pattern of its text."""
-    if kind == "number":
-        return "typeof({0}) = 'integer' AND {0} BETWEEN %d AND %d" % rule, "[0-9]+"
-    if kind == "string or null":  # NULL is \\N in ClickHouse's TabSeparated
-        return "({0} IS NULL OR typeof({0}) = 'text' AND {0} <> '\\N')", r"(?:%s|\\N)" % rule
-    if kind == "array":
-        rule = r'\[(?:"{0}"(?:,"{0}"){{0,{1}}})?\]'.format(rule[1], rule[0] - 1)
-    elif rule == "moment":
-        rule = r"(?P<ended>(?!0000)[0-9]{4}%s%s\.[0-9]{3}Z)" % (SHIP_DATE, SHIP_TIME)
-    return "typeof({0}) = 'text'", rule
-
-
-SHIP_FIELDS = {name + "_json" if kind == "array" else name: (kind, *ship_form(kind, rule))
-               for name, kind, _, rule in FIELDS}
-# The line is NULL where a cell has another type than its field.
-SHIP_SQL = "SELECT id, CASE WHEN %s THEN received_at || '\t' || %s END FROM session_events" % (
-    " AND ".join(["typeof(received_at) = 'text'", *(
-        condition.format(name) for name, (_, condition, _) in SHIP_FIELDS.items())]),
-    " || '\t' || ".join("ifnull(%s, '\\N')" % name if "null" in kind else name
-                        for name, (kind, _, _) in SHIP_FIELDS.items()))
-usual_line = re.compile("(?:19[7-9][0-9]|20[0-9][0-9]|210[0-5])%s%sZ\t%s" % (
-    SHIP_DATE, SHIP_TIME, "\t".join(form for _, _, form in SHIP_FIELDS.values()))).fullmatch
+# The line is NULL where a cell has another type than its field. In it, NULL is an empty cell.
+SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
+    "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
+    " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
+# Its groups: the date of received_at (ClickHouse's DateTime holds the years 1970 to 2105),
+# ended_at, the date of that.
+usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *(
+    ("(%s)" if rule == "moment" else "(?:%s)") % cell_pattern(kind, rule)
+    for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
 
 
 class Shipped(NamedTuple):
@@ -3112,23 +3091,19 @@ def ship_span(date: str) -> Tuple[str, str]:
     return "%sT00:00:00" % first, "%sT23:59:59" % (day + datetime.timedelta(SHIP_EARLY))
 
 
-def odd_line(reader: Reader, row_id: int) -> Tuple[str, str]:
-    """(line, ended_at) of a row that `usual_line` does not match: another program may have written
-    it. Raises Unfit if it is no session. The text names the column, never a value."""
+def odd_line(reader: Reader, row_id: int) -> str:
+    """The usual line of a row that has another: another program may have written it. Raises Unfit
+    if it is no session. The text names the column, never a value."""
     *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
                                  % SELECTED, [row_id]).fetchone()
-    wrong = [name for name, fits, cell in zip(SHIP_FIELDS, CHECKS, row[1:]) if not fits(cell)]
+    wrong = [name for name, fits, cell in zip(COLUMNS[1:], CHECKS, row[1:]) if not fits(cell)]
     if stored_instant(received) is None or not "1970" <= received < "2106":
         wrong.append("received_at")
     if wrong:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (row_id, wrong[0]))
-    s = session_of(plain_row(row))
-    ended = moment_text(s.ended)
-    cells = (received, s.identity, s.github, s.session, ended, s.tools, s.tokens, s.branch,
-             json.dumps(s.refs, separators=(",", ":")), s.version)
-    return "\t".join(r"\N" if cell is None else str(cell) for cell in cells), ended
+    return "\t".join("" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:]))
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
@@ -3137,18 +3112,20 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
     rows: List[Shipped] = []
     size, months = 0, set()
     for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
-        usual = usual_line(line or "")
-        try:
-            line, ended = (line, usual["ended"]) if usual else odd_line(reader, row_id)
-        except Unfit:
-            if rows:
-                break
-            raise
-        first, last = ship_span(line[:10])
-        ended = max(first, min(last, ended))
-        rows.append(Shipped(row_id, ended, line))
-        months.add(ended[:7])
-        size += len(line)
+        match = usual_line(line or "")
+        if not match or midnight(match[1]) is None or midnight(match[3]) is None:
+            try:
+                match = usual_line(odd_line(reader, row_id))
+            except Unfit:
+                if rows:
+                    break
+                raise
+            assert match
+        received, ended, _ = match.groups()
+        first, last = ship_span(received)
+        rows.append(Shipped(row_id, max(first, min(last, ended)), match.string))
+        months.add(rows[-1].ended[:7])
+        size += len(match.string)
         if len(months) == SHIP_MONTHS or size >= SHIP_BYTES:
             break
     return rows
@@ -3157,33 +3134,29 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
 # -- ClickHouse's tables, views, statements --
 
 # The rows of a statement travel beside it, as its table `mine` (ClickHouse's "external data").
-MINE_TYPES = {"string": "String", "string or null": "Nullable(String)", "number": "UInt32",
-              "array": "Array(String)"}
 MINE = "id Int64, ended String, received_at String, " + ", ".join(
-    "%s %s" % (name, MINE_TYPES[kind]) for name, (kind, _, _) in SHIP_FIELDS.items())
+    "%s %s" % (column, {"number": "UInt32", "array": "Array(String)"}.get(kind, "String"))
+    for column, (_, kind, *_) in zip(COLUMNS[1:], FIELDS))
 SHIP_MOMENT = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
 SHIP_HASH = "toFixedString(unhex(%s), 32)"
-# Of the rows of one session the largest seniority is kept. That is the one which was received
-# first, in the same second that of the node whose name comes first (8 of its digits). Nothing else
-# decides, so that shipping in another order, or twice, changes nothing.
+# Of the rows of one session the largest seniority stays: the one which was received first, in the
+# same second that of the node whose name comes first (8 of its digits), whatever is sent when.
 SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
-# Name, type, how it is made of `mine`. DateTime64 is not in 18.16, and ends in 2299, where an event
-# may have ended in any year up to 9999: so ended_at is the contract's text, whose order is the
-# order of time. `ended` is for charts and for months; it is never far from the arrival, so that
-# invented dates do not make a partition each.
+# Name, type, how it is made of `mine`. ended_at is text, since no type of 18.16 has all its years.
+# `ended` is for charts and months: near the arrival, so that invented dates make no partitions.
 RAW_COLUMNS = (
     ("node", "String", "'{node}'"),
     ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at"),
     ("id", "Int64", "id"),
     ("received_at", "DateTime('UTC')", SHIP_MOMENT % "received_at"),
     ("identity_hash", "FixedString(32)", SHIP_HASH % "identity_hash"),
-    ("github_hash", "Nullable(FixedString(32))", SHIP_HASH % "github_hash"),
+    ("github_hash", "Nullable(FixedString(32))", SHIP_HASH % "nullIf(github_hash, '')"),
     ("session_id_hash", "FixedString(32)", SHIP_HASH % "session_id_hash"),
     ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)"),
     ("ended", "DateTime('UTC')", SHIP_MOMENT % "ended"),
     ("tool_count", "UInt32", "tool_count"),
     ("tokens_saved", "UInt32", "tokens_saved"),
-    ("branch_sha", "Nullable(String)", "lower(branch_sha)"),
+    ("branch_sha", "Nullable(String)", "nullIf(lower(branch_sha), '')"),
     ("discovery_refs", "Array(String)", "discovery_refs_json"),
     ("plugin_version", "String", "plugin_version"))
 RAW_NAMES = ", ".join(name for name, _, _ in RAW_COLUMNS)
@@ -3193,16 +3166,18 @@ FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
   SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
   GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
       SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash")
-# Rows of one key are merged. Only rows of one partition and one shard are, so the shard is the
-# key's; FINAL answers at any moment, across partitions, as if all were merged. In the view it
-# stands below any WHERE, so that no condition can bring back a row that must give way.
+SHIP_HELD = "SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW  # the months that hold a row
+# Rows of one key are merged, where they are on one shard and in one partition. FINAL answers as if
+# all were. In the view it stands below any WHERE: no condition brings back a row that gave way.
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
-SHIP_TABLES = (  # name, columns, what decides which row of a key stays, key, the rest
-    (SHIP_RAW, ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS), "seniority",
-     "identity_hash, session_id_hash", BY_MONTH + " "),
-    (SHIP_NODES, "node String, pepper String, seen UInt32", "seen", "node", ""))
-# ON CLUSTER: 18.16 takes a name without a database, inside a view, for one of the other hosts'
-# default database.
+SHIP_TABLES = (  # name, name on each shard, columns, engine, key
+    (SHIP_RAW, "session_events_local", ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS),
+     "ReplacingMergeTree({}seniority) %s ORDER BY ({})" % BY_MONTH,
+     "identity_hash, session_id_hash"),
+    (SHIP_NODES, SHIP_NODES + "_local", "node String, pepper String, seen UInt32",
+     "ReplacingMergeTree({}seen) ORDER BY ({})", "node"))
+SHIP_ON = " ON CLUSTER '%s'"
+# {0}, since 18.16 takes another host's default database for that of a name without one.
 SHIP_VIEWS = {"session_events": """
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
@@ -3219,31 +3194,29 @@ FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id GROUP BY disco
 def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
     """The statements that make the tables and the views; with `cluster` (a name in ClickHouse's
     remote_servers) a replicated table on each shard, and one that spreads over them."""
-    on = " ON CLUSTER '%s'" % cluster if cluster else ""
-    made = []
-    for name, columns, winner, key, rest in SHIP_TABLES:
-        create = "CREATE TABLE IF NOT EXISTS %s.%%s%s (%s) ENGINE = %%s" % (database, on, columns)
-        merging = "ReplacingMergeTree(%%s%s) %sORDER BY (%s)" % (winner, rest, key)
-        if cluster is None:
-            made.append(create % (name, merging % ""))
-            continue
-        local = name.replace("_raw", "") + "_local"
-        path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
-        made += [create % (local, "Replicated" + merging % path), create % (
-            name, "Distributed('%s', '%s', %s, cityHash64(%s))" % (cluster, database, local, key))]
+    on, made = SHIP_ON % cluster if cluster else "", []
+    for name, local, columns, merging, key in SHIP_TABLES:
+        engines = {name: merging.format("", key)}
+        if cluster:
+            path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
+            engines = {local: "Replicated" + merging.format(path, key),
+                       name: "Distributed('%s', '%s', %s, cityHash64(%s))" % (
+                           cluster, database, local, key)}
+        made += ["CREATE TABLE IF NOT EXISTS %s.%s%s (%s) ENGINE = %s" % (
+            database, table, on, columns, engine) for table, engine in engines.items()]
     return made + ["CREATE VIEW IF NOT EXISTS %s.%s%s AS%s" % (
         database, name, on, select.format(database)) for name, select in SHIP_VIEWS.items()]
 
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
     """The statements that take the rows of an older layout over, on each shard."""
-    clamped = ("toDateTime(least(greatest(toInt64(toUInt32(ended)), toInt64(toUInt32(received_at))"
-               " - %d), toInt64(toUInt32(received_at)) + %d), 'UTC')" % (
-                   SHIP_LATE * 86_400, SHIP_EARLY * 86_400))
+    table, on = SHIP_TABLES[0][bool(cluster)], SHIP_ON % cluster if cluster else ""
+    arrival = "toInt64(toUInt32(received_at))"
+    clamped = "toDateTime(least(greatest(toInt64(toUInt32(ended)), %s - %d), %s + %d), 'UTC')" % (
+        arrival, SHIP_LATE * 86_400, arrival, SHIP_EARLY * 86_400)
     return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
             "\nDROP TABLE {0}_old{1};").format(
-        "%s.%s" % (database, "session_events_local" if cluster else SHIP_RAW),
-        " ON CLUSTER '%s'" % cluster if cluster else "", ship_ddl(cluster, database)[0], RAW_NAMES,
+        "%s.%s" % (database, table), on, ship_ddl(cluster, database)[0], RAW_NAMES,
         RAW_NAMES.replace(" ended,", " %s," % clamped))
 
 
@@ -3254,9 +3227,8 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number,
-# date or array that it cannot take, a type, a constraint. All others (disk, network, memory,
-# replicas, too many parts or queries, rights, a table that is gone) say nothing about a row.
+# Its error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number, date or
+# array that it cannot take, a type, a constraint. No other says anything about a row.
 SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
                     376, 395, 407, 441, 467, 469}
 SHIP_SAID = {  # the numbers that a person has to do something about, and what
@@ -3273,19 +3245,17 @@ def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
     come from the environment alone: a URL is seen in process lists."""
     try:
         parts = urllib.parse.urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        parameters = dict(urllib.parse.parse_qsl(
-            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+        parameters = {"database": "default", **dict(urllib.parse.parse_qsl(
+            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))}
+        fits = (re.fullmatch("https?://[!-~]+", url) and parts.hostname and parts.port != 0
+                and not parts.fragment and "@" not in parts.netloc
+                and not {"user", "password", "quota_key", "query"} & set(parameters)
+                and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", parameters["database"]))
     except ValueError:
-        fits = False
-    if not fits or parts.fragment or not re.fullmatch("[!-~]+", url):
-        raise Usage("--to takes an http or https URL such as %s" % TO)
-    if "@" in parts.netloc or {"user", "password", "quota_key", "query"} & set(parameters):
-        raise Usage("--to holds no user, password or query: set CLICKHOUSE_USER and "
-                    "CLICKHOUSE_PASSWORD")
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", parameters.setdefault(
-            "database", "default")):
-        raise Usage("--to names a database of letters, digits and _")
+        fits = None
+    if not fits:
+        raise Usage("--to takes an http or https URL such as %s, a database of letters, digits and "
+                    "_; user and password come from CLICKHOUSE_USER and CLICKHOUSE_PASSWORD" % TO)
     return parts, parameters
 
 
@@ -3304,59 +3274,51 @@ class ClickHouse:
             if value:
                 self.headers["X-ClickHouse-" + header] = value
         self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
+        self.silence = SHIP_SILENCE  # seconds without a byte until the peer is given up
         self.name = "ClickHouse at %s:%d" % self.place
         self.destination = "%s://%s:%d%s/%s.%s" % (
             parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
 
-    def ask(self, sql: str, rows: Sequence[Shipped] = (), silence: Optional[float] = None
-            ) -> List[str]:
-        """The lines of the answer to a statement; `rows` are its table `mine`. `silence`: seconds
-        without a byte until the peer is given up. Raises Later, RowsRefused, Refused."""
-        # Rows are a file of a form, not part of the statement: it would be in ClickHouse's query
-        # log, and may have 256 KiB.
+    def ask(self, sql: str, rows: Sequence[Shipped] = ()) -> List[str]:
+        """The lines of the answer to a statement; `rows` are its table `mine`. Raises Later,
+        RowsRefused, Refused."""
         query_id, boundary = str(uuid.uuid4()), uuid.uuid4().hex
         parameters = {**SETTINGS_SENT, **self.parameters, "query_id": query_id}
         headers, body = self.headers, sql.encode()
-        if rows:
+        if rows:  # as a file of a form: what is in the statement stands in ClickHouse's query log
             parameters.update(query=sql, mine_structure=MINE)
             headers = {**headers, "Content-Type": "multipart/form-data; boundary=" + boundary}
             text = "".join([f"{row_id}\t{ended}\t{line}\n" for row_id, ended, line in rows])
             text = text.replace('"', "'")  # as ClickHouse quotes the texts of an array
             body = ('--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
                     '%s\r\n--%s--\r\n' % (boundary, text, boundary)).encode("ascii")
-        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers,
-                                   silence or SHIP_SILENCE)
+        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers)
         if status != 200:
             raise self.refusal(status, said, query_id, bool(rows))
         return said.decode("utf-8", "replace").splitlines()
 
-    def numbers(self, sql: str, *options: Any) -> List[int]:
-        """The answer to a SELECT of one number."""
-        lines = self.ask(sql, *options)
-        if not all(map(is_number, lines)):
+    def numbers(self, sql: str, rows: Sequence[Shipped] = ()) -> List[int]:
+        """The answer to a SELECT of one number, or to a statement that answers nothing."""
+        lines = self.ask(sql, rows)
+        if not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
             raise Refused(self.name + " answers what was not asked; is it one?")
         return list(map(int, lines))
 
     def insert(self, node: str, rows: Sequence[Shipped]) -> None:
         """One INSERT. Raises Later, RowsRefused, Refused."""
-        if self.ask(INSERT.format(node=node, tie=int(node[:8], 16)), rows):
-            raise Refused(self.name + " answers what was not asked; is it one?")
+        self.numbers(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
 
     def found(self, rows: Sequence[Shipped]) -> Set[int]:
         """The ids of the rows whose session is in the table, and with that in the view. Their own
         months are searched first. What is not there may stand in another month, as another node
         received it."""
         found: Set[int] = set()
-        months = ", ".join(sorted({row.ended[:7] for row in rows})).replace("-", "")
+        months = ", ".join(map(str, {row.month for row in rows}))
         for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
             left = [row for row in rows if row.id not in found]
             if left:
-                found.update(self.numbers(FOUND.format(where), left, SHIP_CHECK_SILENCE))
+                found.update(self.numbers(FOUND.format(where), left))
         return found
-
-    def months(self) -> Set[int]:
-        """The months of `ended` that hold a row."""
-        return set(self.numbers("SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW))
 
     def refusal(self, status: int, said: bytes, query_id: str, rows: bool) -> Refused:
         """What to make of an answer that is no success. ClickHouse's own words are not repeated:
@@ -3368,18 +3330,17 @@ class ClickHouse:
         if code is None and status not in (408, 429, 500, 502, 503, 504):
             return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
                            "HTTP port?" % (self.name, status))
-        why = "status %d" % status if code is None else (
-            "its error %d; its log has the words under query_id %s" % (code, query_id))
+        why = "its error %s; its log has the words under query_id %s" % (code, query_id)
         if rows and code in SHIP_DATA_ERRORS:
             return RowsRefused("%s refuses: %s" % (self.name, why))
-        return Later("%s cannot take it now (%s)" % (self.name, why))
+        return Later("%s cannot take it now (%s)" % (
+            self.name, "status %d" % status if code is None else why))
 
-    def posted(self, query: str, body: bytes, headers: Mapping[str, str], silence: float
-               ) -> Tuple[int, bytes]:
+    def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
         connection = http.client.HTTPSConnection(
-            *self.place, timeout=silence, context=ssl.create_default_context()
-        ) if self.tls else http.client.HTTPConnection(*self.place, timeout=silence)
+            *self.place, timeout=self.silence, context=ssl.create_default_context()
+        ) if self.tls else http.client.HTTPConnection(*self.place, timeout=self.silence)
         try:
             connection.connect()
             with contextlib.suppress(ConnectionError):
@@ -3389,20 +3350,19 @@ class ClickHouse:
             said = answer.read(SHIP_ANSWER_BYTES)
             if answer.length:
                 raise http.client.IncompleteRead(said)
+            return answer.status, said
         except ssl.SSLCertVerificationError as error:
             raise Refused("%s has a certificate that cannot be trusted: %s" % (
                 self.name, error.verify_message)) from None
-        except socket.timeout:
-            raise Later("%s says nothing for %.0f s" % (self.name, silence)) from None
-        except OSError as error:
-            raise Later("cannot reach %s: %s" % (
-                self.name, error.strerror or str(error) or type(error).__name__)) from None
         except http.client.HTTPException as error:
-            raise Later("%s broke off its answer, or it is no HTTP (%s)" % (
-                self.name, type(error).__name__)) from None
+            why = "it broke off its answer, or it is no HTTP (%s)" % type(error).__name__
+        except socket.timeout:
+            why = "it says nothing for %.0f s" % self.silence
+        except OSError as error:
+            why = error.strerror or str(error) or type(error).__name__
         finally:
             connection.close()
-        return answer.status, said
+        raise Later("cannot reach %s: %s" % (self.name, why))
 
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes the tables and views that are missing. Raises Refused where the table has an older
@@ -3411,43 +3371,46 @@ class ClickHouse:
         made = dict(line.partition("\t")[::2] for line in self.ask(
             "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
         database = self.parameters["database"]
-        for name in (SHIP_RAW, "session_events_local"):
-            if "MergeTree" in made.get(name, "") and BY_MONTH not in made[name]:
+        for table in SHIP_TABLES[0][:2]:
+            if "MergeTree" in made.get(table, "") and BY_MONTH not in made[table]:
                 raise Refused("%s has a table %s of an older layout, without months. These "
                               "statements keep its rows (stop every ship first):\n%s" % (
-                                  self.name, name, ship_migration(cluster, database)))
+                                  self.name, table, ship_migration(cluster, database)))
         if not {SHIP_RAW, SHIP_NODES, *SHIP_VIEWS} <= set(made):
             for statement in ship_ddl(cluster, database):
                 self.ask(statement)
 
-    def differing_pepper(self, node: str, pepper: str) -> bool:
-        """Writes the fingerprint of this node's pepper; True if another node's differs."""
-        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (SHIP_NODES, node, pepper))
-        return self.numbers("SELECT count() FROM (SELECT argMax(pepper, seen) AS last FROM %s "
-                            "GROUP BY node) WHERE last != '%s'" % (SHIP_NODES, pepper)) != [0]
+    def peppers(self, node: str, fingerprint: str) -> int:
+        """Writes the fingerprint of this node's pepper; how many different ones all nodes have."""
+        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (
+            SHIP_NODES, node, fingerprint))
+        return sum(self.numbers("SELECT uniqExact(last) FROM (SELECT argMax(pepper, seen) AS last"
+                                " FROM %s GROUP BY node)" % SHIP_NODES))
 
 
 # -- The mark, in the file; one step --
 
-# `node` is the file's name at this destination: 16 random digits. `synced_id` was confirmed at
-# least SHIP_UNSYNCED before `last_id` was. `next_id`, confirmed at `next_at`, takes its place when
-# it is as old.
+# `node` is the file's name at this destination. `synced_id` was confirmed at least SHIP_UNSYNCED
+# before `last_id`. `next_id`, confirmed at `next_at`, takes its place when it is as old.
 SHIP_MARKS = """CREATE TABLE IF NOT EXISTS ship_marks (
   destination TEXT PRIMARY KEY, node TEXT NOT NULL, last_id INTEGER NOT NULL,
   confirmed_at TEXT NOT NULL, synced_id INTEGER NOT NULL, next_id INTEGER NOT NULL,
   next_at TEXT NOT NULL) WITHOUT ROWID"""
 SHIP_MARK_COLUMNS = re.findall("([a-z_]+) (?:TEXT|INTEGER)", SHIP_MARKS)
+# Only if the file still has the mark that was read, and the row that was confirmed: it may have
+# been replaced, and a second ship may have been faster.
 SHIP_MOVE = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
     synced_id = min(:to, CASE WHEN confirmed_at <= :old THEN last_id
                               WHEN next_at <= :old THEN next_id ELSE synced_id END),
-    next_id = min(:to, CASE WHEN next_at <= :old THEN last_id ELSE next_id END),
-    next_at = CASE WHEN next_at <= :old THEN confirmed_at ELSE next_at END
-  WHERE destination = :destination AND node = :node AND last_id = :last_id"""
+    next_id = min(:to, CASE WHEN next_at BETWEEN :old AND :at THEN next_id ELSE last_id END),
+    next_at = CASE WHEN next_at BETWEEN :old AND :at THEN next_at ELSE min(confirmed_at, :at) END
+  WHERE destination = :destination AND node = :node AND last_id = :last_id
+    AND (:received IS NULL OR EXISTS (SELECT 1 FROM session_events WHERE id = :to
+      AND received_at = :received AND identity_hash = :identity AND session_id_hash = :session))"""
 
 
 class Mark(NamedTuple):
-    """How far one destination has got. `confirmed_at`: when the last batch was sent, so not later
-    than it was confirmed."""
+    """How far one destination has got. `confirmed_at` is when the last batch was sent."""
 
     node: str
     last_id: int
@@ -3455,48 +3418,43 @@ class Mark(NamedTuple):
     synced_id: int
 
 
-def first_row(reader: Reader, table: str, sql: str, values: Sequence[Any] = ()) -> Sequence[Any]:
+NO_MARK = Mark("", SHIP_LEAST, "", SHIP_LEAST)
+
+
+def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
     """The first row of a query on this table; empty without one, or without the table."""
     there = reader.rows("SELECT 1 FROM sqlite_master WHERE name = ?", [table]).fetchone()
-    return (there and reader.rows(sql, values).fetchone()) or ()
+    return (there and reader.rows(sql).fetchone()) or ()
 
 
 class Shipment:
-    """One database file and one destination.
+    """One database file and one destination. What was confirmed stands in the file, which is opened
+    anew for each step: a restored file, a copy, or two ships at once are no special cases."""
 
-    The file is opened anew for each step, so that one that was put in its place is noticed. What
-    was confirmed stands in the file itself, so that a restored file, a copy, or two that ship at
-    once are no special cases: the mark belongs to the rows beside it. Sending a row again changes
-    nothing."""
-
-    def __init__(self, path: str, house: ClickHouse, say: Callable[[str, str], None]) -> None:
-        """`say` is told what is remarkable: an event and why."""
+    def __init__(self, path: str, house: ClickHouse, say: Callable[..., None]) -> None:
+        """`say(event, why=...)` is told what is remarkable."""
         self.path, self.house, self.say = path, house, say
         self.rows_shipped = 0
+        self.most = SHIP_ROWS  # of the next batch: halved until a refused row is alone
         self.again = False  # all rows once more
         self.waiting = False  # for ClickHouse or for the file
         self.looked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
 
-    def mark(self, reader: Reader) -> Optional[Mark]:
-        """The mark, None where there is none. Raises Refused if it is none of ours."""
+    def mark(self, reader: Reader) -> Mark:
+        """The mark, or NO_MARK. Raises Refused if it is none of ours."""
         columns = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
-        if not columns:
-            return None
-        if columns == SHIP_MARK_COLUMNS:
-            found = reader.rows("SELECT node, last_id, confirmed_at, synced_id FROM ship_marks "
-                                "WHERE destination = ?", [self.house.destination]).fetchone()
-            if not found:
-                return None
-            if re.fullmatch("[0-9a-f]{16}", str(found[0])) and (
-                    stored_instant(found[2]) is not None
-                    and all(isinstance(cell, int) for cell in found[1::2])):
-                return Mark._make(found)
-        raise Refused("the table ship_marks in %s does not hold a mark of this version; drop it, "
-                      "and all rows go once more" % self.path)
+        found = columns == SHIP_MARK_COLUMNS and reader.rows(
+            "SELECT * FROM ship_marks WHERE destination = ?", [self.house.destination]).fetchone()
+        if not found and columns in ([], SHIP_MARK_COLUMNS):
+            return NO_MARK
+        if not found or list(map(type, found)) != [str, str, int, str, int, int, str] or not (
+                re.fullmatch("[0-9a-f]{16}", found[1]) and stored_instant(found[3]) is not None):
+            raise Refused("the table ship_marks in %s does not hold a mark of this version; drop "
+                          "it, and all rows go once more" % self.path)
+        return Mark._make(found[1:5])
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """A short write transaction beside a running server, with the table of the marks. Raises
+    def write(self, sql: str, values: Mapping[str, Any]) -> bool:
+        """A short write transaction beside a running server; whether it changed a row. Raises
         Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
@@ -3506,8 +3464,9 @@ class Shipment:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(SHIP_MARKS)
-                yield connection
+                changed = connection.execute(sql, values).rowcount > 0
                 connection.execute("COMMIT")
+                return changed
         except sqlite3.Error as error:
             kind = Later if re.search("locked|full", str(error)) else Refused
             raise kind("cannot write the mark of what was shipped into %s: %s (only a user who may "
@@ -3516,25 +3475,19 @@ class Shipment:
 
     def begin(self) -> None:
         """Writes a mark below every row, where there is none."""
-        now = moment_text(now_ms())
-        with self.writing() as connection:
-            connection.execute("INSERT OR IGNORE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?, ?)", [
-                self.house.destination, secrets.token_hex(8), SHIP_LEAST, now, SHIP_LEAST,
-                SHIP_LEAST, now])
+        self.write("INSERT OR IGNORE INTO ship_marks VALUES"
+                   " (:destination, :node, :least, :now, :least, :least, :now)", {
+                       "destination": self.house.destination, "node": secrets.token_hex(8),
+                       "least": SHIP_LEAST, "now": moment_text(now_ms())})
 
     def move(self, mark: Mark, to: int, sent: int, last: Optional[Shipped] = None) -> bool:
-        """Moves the mark, up to the row `last` or down; False if it was not. Only if the file still
-        has the mark that was read, and that row: it may have been replaced, and a second ship may
-        have been faster. `sent`: milliseconds since 1970."""
-        sql, values = SHIP_MOVE, {
+        """Moves the mark, up to the row `last` or down; False if it was not (see SHIP_MOVE).
+        `sent`: milliseconds since 1970."""
+        received, identity, _, session = last.line.split("\t")[:4] if last else [None] * 4
+        return self.write(SHIP_MOVE, {
             "destination": self.house.destination, "node": mark.node, "last_id": mark.last_id,
-            "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000)}
-        if last:
-            sql += (" AND EXISTS (SELECT 1 FROM session_events WHERE id = :to AND received_at ="
-                    " :received AND identity_hash = :identity AND session_id_hash = :session)")
-            values["received"], values["identity"], _, values["session"] = last.line.split("\t")[:4]
-        with self.writing() as connection:
-            return connection.execute(sql, values).rowcount > 0
+            "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000),
+            "received": received, "identity": identity, "session": session})
 
     def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
         """The last rows up to the mark."""
@@ -3561,15 +3514,15 @@ class Shipment:
         self.looked = time.monotonic()
         sample = self.confirmed(reader, mark, SHIP_SAMPLE)
         if sample and not self.house.found(sample):
-            there = self.house.months()
+            there = set(self.house.numbers(SHIP_HELD))
             if not there or there & {row.month for row in sample}:
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
         up = max(self.house.numbers("SELECT uptime()"), default=0)
         # ClickHouse's start seems late rather than early.
-        if moment_text(now_ms() - up * 1000) > mark.confirmed_at:
-            return mark.synced_id, "ClickHouse was started after the last rows were confirmed"
-        if mark.confirmed_at > moment_text(now_ms() + 2000):
-            return mark.synced_id, "the mark lies in the future"
+        if not (moment_text(now_ms() - up * 1000) <= mark.confirmed_at
+                <= moment_text(now_ms() + 2000)):
+            return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
+                                    " the mark lies in the future")
         return None
 
     def step(self) -> bool:
@@ -3577,52 +3530,44 @@ class Shipment:
         for a row that cannot go, Later, Refused."""
         with reading(self.path) as reader:
             mark = self.mark(reader)
-            doubt = self.doubt(reader, mark) if mark else None
-            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS) if (
-                mark and not doubt) else []
+            doubt = self.doubt(reader, mark)
+            rows = [] if doubt else ship_batch(reader, "> ? ORDER BY id", mark.last_id, self.most)
         sent = now_ms()
-        if mark is None:
+        if mark is NO_MARK:
             self.begin()
         elif doubt and self.move(mark, doubt[0], sent):
-            self.say("again", "rows go once more: " + doubt[1])
-        elif rows:
-            stored, error = self.insert(mark, rows)
-            if stored:
-                self.move(mark, rows[stored - 1].id, sent, rows[stored - 1])
-                self.rows_shipped += stored
-            if error:
-                raise error
-        return bool(mark is None or doubt or rows)
+            self.say("again", why="rows go once more: " + doubt[1])
+        elif rows and self.taken(mark, rows):
+            self.move(mark, rows[-1].id, sent, rows[-1])
+            self.rows_shipped += len(rows)
+        return bool(mark is NO_MARK or doubt or rows)
 
-    def insert(self, mark: Mark, rows: Sequence[Shipped]) -> Tuple[int, Optional[Refused]]:
-        """Inserts rows; how many, and why the next one is not taken. Before a row is blamed, one
-        that ClickHouse took before goes once more: if it is refused, too, no row is at fault.
-        Raises Later, Refused."""
-        done, end = 0, len(rows)  # before `done` all are stored; a refused part is halved
-        while done < len(rows):
-            try:
-                self.house.insert(mark.node, rows[done:end])
-                done, end = end, len(rows)
-            except RowsRefused as error:
-                if end - done > 1:
-                    end = (done + end) // 2
-                    continue
-                with reading(self.path) as reader:
-                    taken = rows[done - 1:done] or self.confirmed(reader, mark, 1)
-                try:
-                    if taken:
-                        self.house.insert(mark.node, taken)
-                except RowsRefused:
-                    return done, Later("%s; and refuses a row that it took before" % error)
-                return done, Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
-                    rows[done].id, error))
-        return done, None
+    def taken(self, mark: Mark, rows: Sequence[Shipped]) -> bool:
+        """Inserts rows; False if they are refused, and half of them shall be tried next. Before a
+        row is blamed, one that was taken before goes once more. Raises Unfit, Later, Refused."""
+        try:
+            self.house.insert(mark.node, rows)
+            self.most = SHIP_ROWS
+            return True
+        except RowsRefused as error:
+            refused = error
+        if len(rows) > 1:
+            self.most = len(rows) // 2
+            return False
+        try:
+            with reading(self.path) as reader:
+                before = self.confirmed(reader, mark, 1)
+            if before:
+                self.house.insert(mark.node, before)
+        except RowsRefused:
+            raise Later("%s; and refuses a row that it took before" % refused) from None
+        raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+            rows[0].id, refused))
 
     def status(self) -> Dict[str, int]:
         """How far it is. Raises Refused."""
         with reading(self.path) as reader:
-            mark = self.mark(reader)
-            last = mark.last_id if mark else SHIP_LEAST
+            last = self.mark(reader).last_id
             waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
                                           "WHERE id > ?", [last]).fetchone()
         since = stored_instant(oldest)
@@ -3642,147 +3587,125 @@ class Shipment:
             pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
                                 "session_events_pepper ORDER BY rowid DESC") or ("",)
         fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
-        if mark and self.house.differing_pepper(mark.node, fingerprint):
-            self.say("warning", "the nodes of this ClickHouse have different peppers (server.py "
-                     "--pepper-file), so that a developer is somebody else on each of them")
+        if self.house.peppers(mark.node, fingerprint) > 1:
+            self.say("warning", why="the nodes of this ClickHouse have different peppers "
+                     "(server.py --pepper-file): a developer is somebody else on each of them")
 
 
 # -- The commands: once, --follow, --check --
 
-SHIP_METRICS = {  # type, help
-    "last_id": ("gauge", "id of the last row that ClickHouse confirmed"),
-    "rows_waiting": ("gauge", "rows that are not yet confirmed"),
-    "oldest_waiting_seconds": ("gauge", "age of the oldest of them"),
-    "waiting": ("gauge", "1 while ClickHouse or the file cannot be used"),
-    "rows_total": ("counter", "rows confirmed since this started")}
-
 
 def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS, at
-    least half of that; `chance` (0 to 1) is the jitter that keeps nodes from coming back
-    together."""
+    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS.
+    `chance` (0 to 1) takes off up to half of it, so that nodes do not come back together."""
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
-def ship_log(event: str, why: str, details: Mapping[str, Any] = types.MappingProxyType({})
-             ) -> None:
+def ship_log(event: str, **details: Any) -> None:
     """One line of JSON on standard error."""
-    line = {"time": moment_text(now_ms()), "event": event, **details}
-    print(json.dumps({**line, "why": visible(why)} if why else line), file=sys.stderr, flush=True)
-
-
-class ShipMetrics(http.server.BaseHTTPRequestHandler):
-    """Answers GET /metrics in Prometheus' text form."""
-
-    timeout = 10
-    shipment: Shipment
-
-    def do_GET(self) -> None:
-        try:
-            values = {**self.shipment.status(), "waiting": int(self.shipment.waiting),
-                      "rows_total": self.shipment.rows_shipped}
-            status, page = 200, "".join("# HELP {0} {2}\n# TYPE {0} {1}\n{0} {3}\n".format(
-                "session_events_ship_" + name, *texts, values[name])
-                for name, texts in SHIP_METRICS.items())
-        except Refused as error:
-            status, page = 503, visible(str(error)) + "\n"
-        if self.path != "/metrics":
-            status, page = 404, "see /metrics\n"
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(page.encode())))
-        self.end_headers()
-        self.wfile.write(page.encode())
-
-    def log_message(self, *_: Any) -> None:
-        """Nothing: the log is about shipping."""
+    line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
+    print(line, file=sys.stderr, flush=True)
 
 
 def serve_metrics(text: str, shipment: Shipment) -> None:
-    """Serves ShipMetrics at the address `text`, in a thread. Raises Usage, Refused."""
-    match = re.fullmatch(r"\[?([0-9A-Za-z.:-]+?)\]?:([0-9]{1,5})", text)
-    if not match or int(match[2]) > 65_535:
-        raise Usage("--metrics takes an address such as 127.0.0.1:9101")
-    host = match[1]
+    """Answers GET /metrics at the address `text` in Prometheus' text form, in a thread. Raises
+    Usage."""
+    class Metrics(http.server.BaseHTTPRequestHandler):
+        timeout = 10
 
-    class Server(http.server.ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        daemon_threads = True
+        def do_GET(self) -> None:
+            if self.path != "/metrics":
+                self.send_error(404)
+                return
+            try:
+                values = {**shipment.status(), "waiting": int(shipment.waiting),
+                          "rows_total": shipment.rows_shipped}
+            except Refused as error:
+                self.send_error(503, visible(str(error)))
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.end_headers()
+            self.wfile.write("".join(
+                "# TYPE session_events_ship_{0} {1}\nsession_events_ship_{0} {2}\n".format(
+                    name, "counter" if name == "rows_total" else "gauge", value)
+                for name, value in values.items()).encode())
 
-    ShipMetrics.shipment = shipment
+        def log_message(self, *_: Any) -> None:
+            """Nothing: the log is about shipping."""
+
+    host, _, port = text.rpartition(":")
     try:
-        server = Server((host, int(match[2])), ShipMetrics)
-    except OSError as error:
-        raise Refused("cannot listen on %s: %s" % (text, error.strerror)) from None
+        server = http.server.ThreadingHTTPServer((host, int(port)), Metrics)
+    except (OSError, OverflowError, ValueError) as error:
+        raise Usage("--metrics takes an address to listen on, such as 127.0.0.1:9101: %s"
+                    % error) from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-def follow(shipment: Shipment, cluster: Optional[str]) -> int:
-    """Ships until SIGTERM or Ctrl-C; 0. Raises Unfit, and Refused for what cannot be done at the
-    start; all else that cannot be done is tried again."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    prepared = started = False
-    failures, why, noted = 0, "", time.monotonic()
-    try:
-        while True:
-            try:
-                if not prepared:
-                    shipment.prepare(cluster)
-                prepared = True
-                wait = 0.0 if shipment.step() else FOLLOW_SECONDS
-                if failures or not started:
-                    ship_log("recovered" if failures else "shipping", "",
-                             {"to": shipment.house.destination, **shipment.status()})
-                started, failures, why = True, 0, ""
-            except Refused as error:
-                if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
-                    raise
-                prepared, failures, why = False, failures + 1, str(error)
-                wait = back_off(failures, random.random())
-                if failures == 1:
-                    ship_log("waiting", why, {"again_in_seconds": round(wait, 1)})
-            shipment.waiting = failures > 0
-            if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
-                noted = time.monotonic()
-                with contextlib.suppress(Refused):  # the reason is in the line before
-                    ship_log("status", why, shipment.status())
-            time.sleep(wait)
-    except KeyboardInterrupt:
-        return 0
+def follow(shipment: Shipment, cluster: Optional[str]) -> None:
+    """Ships for ever. Raises Unfit, and Refused for what cannot be done at the start; all else that
+    cannot be done is tried again."""
+    started, failures, noted = False, 0, time.monotonic()
+    trouble: Dict[str, str] = {}
+    while True:
+        try:
+            if failures or not started:
+                shipment.prepare(cluster)
+            wait = 0.0 if shipment.step() else FOLLOW_SECONDS
+            if failures or not started:
+                ship_log("recovered" if failures else "shipping",
+                         to=shipment.house.destination, **shipment.status())
+            started, failures, trouble = True, 0, {}
+        except Refused as error:
+            if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
+                raise
+            failures, trouble = failures + 1, {"why": str(error)}
+            wait = back_off(failures, random.random())
+            if failures == 1:
+                ship_log("waiting", **trouble, again_in_seconds=round(wait, 1))
+        shipment.waiting = failures > 0
+        if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
+            noted = time.monotonic()
+            with contextlib.suppress(Refused):  # the reason is in the line before
+                ship_log("status", **trouble, **shipment.status())
+        time.sleep(wait)
 
 
 def ship_check(shipment: Shipment) -> int:
     """Prints which sessions of the file are not in the view; 1 if some are missing, or wait since
     yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
     ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
-    lacking: Dict[Tuple[str, str], int] = {}  # (day or month, what about it): sessions
-    total, last, months = 0, SHIP_LEAST, shipment.house.months()
+    shipment.house.silence = SHIP_CHECK_SILENCE
+    lacking: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
+    sums: Dict[str, int] = collections.Counter()
+    last, months = SHIP_LEAST, set(shipment.house.numbers(SHIP_HELD))
     while True:
         with reading(shipment.path) as reader:
             mark = shipment.mark(reader)
             rows = ship_batch(reader, "> ? ORDER BY id", last, SHIP_ROWS)
         if not rows:
             break
-        total, last = total + len(rows), rows[-1].id
-        found = shipment.house.found(rows)
+        last, found = rows[-1].id, shipment.house.found(rows)
+        sums["in the view"] += len(found)
         for row in rows:
-            if row.id not in found:
-                key = row.line[:10], "missing"
-                if mark and row.id > mark.last_id:
-                    key = row.line[:10], "waiting to be shipped"
-                elif months and row.month not in months:
-                    key = row.ended[:7], "in a month that was dropped"
-                lacking[key] = lacking.get(key, 0) + 1
+            if row.id in found:
+                continue
+            when, what = row.line[:10], "missing"
+            if row.id > mark.last_id:
+                what = "waiting to be shipped"
+            elif months and row.month not in months:
+                when, what = row.ended[:7], "in dropped months"
+            sums[what] += 1
+            lacking[when, what] += 1
     for (when, what), n in sorted(lacking.items()):
         print("{}  {:,} {}".format(when, n, what))
-    sums = [sum(n for (_, what), n in lacking.items() if what.startswith(start))
-            for start in ("missing", "waiting", "in")]
-    print("{:,} sessions in the file: {:,} in the view, {:,} missing, {:,} waiting to be shipped, "
-          "{:,} in dropped months{}".format(
-              total, total - sum(sums), *sums,
-              "; ship --again sends all once more" if sums[0] else ""))
+    print("{:,} sessions in the file: {}{}".format(
+        sum(sums.values()), ", ".join("{:,} {}".format(sums[what], what) for what in (
+            "in the view", "missing", "waiting to be shipped", "in dropped months")),
+        "; ship --again sends all once more" if sums["missing"] else ""))
     today = moment_text(now_ms())[:10]
-    return int(any(what == "missing" or (what.startswith("waiting") and when < today)
+    return int(any(what == "missing" or (what == "waiting to be shipped" and when < today)
                    for when, what in lacking))
 
 
@@ -3807,19 +3730,17 @@ def ship(options: argparse.Namespace) -> int:
     if options.follow:
         if options.metrics:
             serve_metrics(options.metrics, shipment)
-        return follow(shipment, options.cluster)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            follow(shipment, options.cluster)
+        return 0
     shipment.say = lambda _, why: print("session_events: " + visible(why), file=sys.stderr)
     shipment.again = options.again
-    terminal = sys.stderr.isatty()
-    try:
-        shipment.prepare(options.cluster)
-        while shipment.step():
-            if terminal:
-                print("\r{:,} rows shipped".format(shipment.rows_shipped), end="", file=sys.stderr,
-                      flush=True)
-    finally:
-        if terminal:
-            print(file=sys.stderr)
+    shipment.prepare(options.cluster)
+    while shipment.step():
+        if sys.stderr.isatty():
+            print("{:,} rows shipped".format(shipment.rows_shipped), end="\r", file=sys.stderr,
+                  flush=True)
     print("{:,} rows shipped".format(shipment.rows_shipped))
     return 0
 

@@ -9368,8 +9368,22 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         with session_events.reading(db) as reader:
             assert shipment.mark(reader).synced_id == synced
         assert not shipment.move(mark, 960, 0)  # the mark is not the one that was read
+    # A clock that was ahead for a while does not hold that place for ever.
+    aged(
+        "UPDATE ship_marks SET synced_id = 100, last_id = 900, next_at = '2999-01-01T00:00:00.000Z'"
+    )
+    for minute in (6, 14, 17):
+        with session_events.reading(db) as reader:
+            mark = shipment.mark(reader)
+        assert mark.synced_id == 100
+        assert shipment.move(mark, 900, session_events.instant("2026-05-01T12:%02d:00Z" % minute))
+    with session_events.reading(db) as reader:
+        assert shipment.mark(reader).synced_id == 900
     aged("UPDATE ship_marks SET confirmed_at = '2999-01-01T00:00:00.000Z', synced_id = 900,"
          " last_id = 900")
+    shipment.looked = time.monotonic() + 1e9  # a clock that went back does not keep it from asking
+    with session_events.reading(db) as reader:
+        assert shipment.doubt(reader, shipment.mark(reader))
     assert ship(db, url)[0] == 0
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
@@ -9547,6 +9561,18 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     status, out, _ = ship(db, url, "--check")
     assert status == 0 and "2026-04  " in out and " in dropped months" in out, out
     assert shipped(db, url) == 0  # it stays dropped
+    late = stored(
+        tmp_path / "c.db",
+        *many(7, 7000, received_at="2027-01-15T00:00:00Z", ended_at="2027-01-10T00:00:00.000Z")[2:],
+    )
+    assert shipped(late, url) == 5
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202701", url)
+    assert shipped(late, url) == 0  # also where none of the file's last rows is left
+    status, out, _ = ship(late, url, "--check")
+    assert status == 0 and "2027-01  5 in dropped months\n" in out, out
+    clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
+    status, out, _ = ship(late, url, "--check")  # an empty table is no table without old months
+    assert status == 1 and "2027-01-15  5 missing\n" in out, out
 
 
 @needs_linux
@@ -9605,6 +9631,11 @@ def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickho
     assert marks(db) == [30]
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 40
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(5, 900))
+    shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
+    shipment.most = 1  # as after a refused row; what is taken ends that
+    assert [shipment.step() for _ in range(3)] == [True, True, False]
 
 
 def test_ship_gives_a_silent_peer_up(tmp_path):
@@ -9768,6 +9799,9 @@ def test_ship_months(tmp_path, clickhouse):
             for n in range(240)
         ),
     )
+    with session_events.reading(slow) as reader:  # ClickHouse since 19 takes 100 at once
+        batch = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20_000)
+    assert len({sent.month for sent in batch}) == session_events.SHIP_MONTHS < 100
     assert shipped(slow, url, rows=20_000) == 240 and ship(slow, url, "--check")[0] == 0
     # The same session on two nodes, received at times so different that `ended` is in two months.
     one = many(2, 50_000)[:1]
@@ -9786,6 +9820,7 @@ def test_ship_months(tmp_path, clickhouse):
     clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION " + first[1], url)
     (second,) = clickhouse.ask(mine, url)
     assert second[0] == "3" and second[1] != first[1]
+    assert ship(tmp_path / "one.db", url, "--check")[:2] == (0, SAME % (1, 1))
 
 
 def test_ship_rows_by_the_rules(tmp_path):
@@ -9802,8 +9837,8 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("received_at", "2105-12-31T23:59:59Z", "2105-12-31T23:59:59Z"),
         ("received_at", "2024-02-29T23:59:59Z", "2024-02-29T23:59:59Z"),
         ("branch_sha", "ABCDEF0", "ABCDEF0"),
-        ("branch_sha", None, r"\N"),
-        ("github_hash", None, r"\N"),
+        ("branch_sha", None, ""),
+        ("github_hash", None, ""),
         ("discovery_refs_json", '["\\u0061b", "c"]', '["ab","c"]'),
         ("discovery_refs_json", " [ ] ", "[]"),
     ]
@@ -9823,6 +9858,7 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("ended_at", "2026-04-31T00:00:00.000Z"),
         ("received_at", "2026-02-30T00:00:00Z"),
         ("received_at", "now"),
+        ("received_at", b"2026-05-22T12:34:56Z"),
         ("github_hash", r"\N"),
         ("plugin_version", None),
         ("discovery_refs_json", "['a']"),
@@ -9833,7 +9869,7 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("discovery_refs_json", '["a\\u0000"]'),
         ("discovery_refs_json", None),
     ]
-    db, places = str(tmp_path / "x.db"), ["received_at", *session_events.SHIP_FIELDS]
+    db, places = str(tmp_path / "x.db"), ["received_at", *session_events.COLUMNS[1:]]
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.executescript((ROOT / "schema.sql").read_text().replace(" NOT NULL", ""))
         connection.execute("DROP TRIGGER session_events_discoveries_insert")
@@ -10145,6 +10181,9 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         ["--db", db],
         ["--to", "http://h/"],
         ["--db", db, "--to", "http://h/", "--check", "--follow"],
+        ["--db", db, "--to", "http://h/", "--metrics", "127.0.0.1:0"],
+        ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1"],
+        ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1:99999"],
         ["--print-ddl", "--cluster", "a'b"],
     ):
         assert answered(capfdbinary, ["ship", *argv])[0] == 2
