@@ -472,7 +472,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 5_000  # rows with one moment stay in one chunk; more are not joined
+MOST_JOINED = 2_000  # rows with one moment stay in one chunk; more are not joined
 FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -3636,6 +3636,8 @@ def serve_metrics(text: str, shipment: Shipment) -> None:
 
     host, _, port = text.rpartition(":")
     try:
+        if not host:  # it would mean every interface
+            raise ValueError("no host")
         server = http.server.ThreadingHTTPServer((host, int(port)), Metrics)
     except (OSError, OverflowError, ValueError) as error:
         raise Usage("--metrics takes an address to listen on, such as 127.0.0.1:9101: %s"

@@ -10183,6 +10183,7 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         ["--db", db, "--to", "http://h/", "--check", "--follow"],
         ["--db", db, "--to", "http://h/", "--metrics", "127.0.0.1:0"],
         ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1"],
+        ["--db", db, "--to", "http://h/", "--follow", "--metrics", ":0"],
         ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1:99999"],
         ["--print-ddl", "--cluster", "a'b"],
     ):
