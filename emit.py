@@ -1437,9 +1437,11 @@ CLAUDE_EVENTS = (("SessionEnd", ""), ("PostToolUse", " track"), ("PostToolUseFai
 HOSTS: "Dict[str, Tuple[Sequence[Tuple[str, str]], str]]" = {
     "claude": (CLAUDE_EVENTS, "~/.claude/settings.json, or a plugin's hooks/hooks.json. "
                "Claude Code ends its session-end hooks after 1.5 s."),
-    "codex": (CLAUDE_EVENTS[:2], "~/.codex/hooks.json. Codex skips hooks that nobody trusts, "
-              "without a word: trust them in its dialog, /hooks."),
-    "copilot": (CLAUDE_EVENTS[:2], "~/.copilot/hooks/session-events.json. The names of the events "
+    "codex": (CLAUDE_EVENTS[:2], "~/.codex/hooks.json. Codex asks in its terminal whether to trust "
+              "hooks. Until then, and so in `codex exec`, it skips them without a word. A daemon "
+              "ends a session a minute after its terminal is left, and knows only the variables "
+              "that stood when it started: consent by `emit.py on`."),
+    "copilot": (CLAUDE_EVENTS, "~/.copilot/hooks/session-events.json. The names of the events "
                 "stay in PascalCase: with others Copilot hands over other keys."),
     "gemini": ((("SessionEnd", ""), ("AfterTool", " track")), "~/.gemini/settings.json. Gemini's "
                "event after a tool is AfterTool; it warns of PostToolUse."),
@@ -1456,9 +1458,15 @@ const command = %s
 
 export const SessionEvents = async ({ directory }) => {
   const sessions = new Set()
+  const parents = new Map()  // of the sessions that opencode makes for subagents
   const run = (more, input) =>
     spawnSync(command[0], [...command.slice(1), ...more], {
       input: JSON.stringify({ cwd: directory, ...input }), stdio: ["pipe", "ignore", "inherit"] })
+  const begin = (id) => {
+    while (parents.has(id)) id = parents.get(id)
+    sessions.add(id)
+    return id
+  }
   const end = () => {
     for (const id of sessions) run([], { session_id: id })
     sessions.clear()
@@ -1467,9 +1475,14 @@ export const SessionEvents = async ({ directory }) => {
   for (const [signal, number] of [["SIGHUP", 1], ["SIGINT", 2], ["SIGTERM", 15]])
     process.on(signal, () => { end(); process.exit(128 + number) })
   return {
-    "tool.execute.after": async (call, result) => {
-      sessions.add(call.sessionID)
-      run(["track"], { session_id: call.sessionID, tool_input: call.args ?? result?.args })
+    event: async ({ event: { type, properties } }) => {
+      const { id, parentID } = (type === "session.created" && properties?.info) || {}
+      if (parentID) parents.set(id, parentID)
+    },
+    "chat.message": async (message) => { begin(message.sessionID) },
+    // Not tool.execute.after: opencode leaves it out when a call fails.
+    "tool.execute.before": async (call, { args }) => {
+      run(["track"], { session_id: begin(call.sessionID), tool_input: args })
     },
     dispose: async () => end(),
   }

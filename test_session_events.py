@@ -1271,6 +1271,11 @@ KEYS = json.loads(  # what six hosts were recorded to hand over, a value being i
        "text_result_for_llm": "str"}},
       {"hook_event_name": "str", "session_id": "str", "timestamp": "str", "cwd": "str",
        "reason": "str"}],
+    "copilot, failed": [
+      {"hook_event_name": "str", "session_id": "str", "timestamp": "str", "cwd": "str",
+       "tool_name": "str", "tool_input": {"path": "str"}, "error": "str"},
+      {"hook_event_name": "str", "session_id": "str", "timestamp": "str", "cwd": "str",
+       "reason": "str"}],
     "copilot, camelCase": [
       {"sessionId": "str", "timestamp": "int", "cwd": "str", "toolName": "str",
        "toolArgs": {"path": "str"}, "toolResult": {"resultType": "str",
@@ -1327,6 +1332,8 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
     (plugin / "scripts").mkdir(parents=True)
     shutil.copy(str(EMIT), str(plugin / "scripts" / "emit.py"))
     folder = "${CLAUDE_PLUGIN_ROOT}/scripts"
+    both = "PostToolUse", "PostToolUseFailure"  # else a host leaves its failed calls out
+    after_tool = {"codex": both[:1], "gemini": ("AfterTool",)}
     with Odd() as server:
         env = {
             **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_PLUGIN_ROOT": str(plugin)}
@@ -1340,14 +1347,15 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
                 assert (folder in done.stdout) == bool(more)
                 assert (" a plugin/scripts" in done.stdout) != bool(more)
                 events = json.loads(done.stdout)["hooks"]
-                assert set(events) == {"SessionEnd", *events}
-                assert ("AfterTool" in events) == (host == "gemini")
+                assert set(events) == {"SessionEnd", *after_tool.get(host, both)}
                 session = "hooks %s %s" % (host, bool(more))
                 for event in sorted(events, key=lambda event: event == "SessionEnd"):
                     [entry] = events[event]
                     [command] = entry["hooks"]
                     assert set(command) == {"type", "command"}
-                    shape = KEYS[host][event == "SessionEnd"]
+                    failed = event == "PostToolUseFailure"
+                    shapes = KEYS.get(host + ", failed" * failed, KEYS[host])
+                    shape = shapes[event == "SessionEnd"]
                     hook = json.dumps(recorded(shape, session, project, path)).encode()
                     ran = run(["sh", "-c", command["command"]], env=env, input=hook)
                     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", ""), command
@@ -1363,30 +1371,50 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
 
 
+OPENCODE_CALLS = """\
+import { SessionEvents } from "./session-events.mjs"
+const [session, directory, filePath, wait] = process.argv.slice(2)
+const hooks = await SessionEvents({ directory })
+const created = (info) =>
+  hooks.event({ event: { type: "session.created", properties: { sessionID: info.id, info } } })
+const said = (sessionID) => hooks["chat.message"]({ sessionID }, { message: {}, parts: [] })
+const call = (sessionID, tool) =>
+  hooks["tool.execute.before"]({ tool, sessionID, callID: "x" }, { args: { filePath } })
+await created({ id: session, directory })
+await said(session)
+await hooks.event({ event: { type: "catalog.updated", properties: {} } })
+await call(session, "task")  // no tool.execute.after follows where the tool fails
+await created({ id: "of a subagent", parentID: session })
+await said("of a subagent")
+await call("of a subagent", "read")
+await said("silent " + session)
+if (wait === "0") await hooks.dispose()
+else process.kill(process.pid)
+await new Promise((done) => setTimeout(done, Number(wait)))
+"""
+
+
 @pytest.mark.skipif(not shutil.which("node"), reason="node runs the plugin of opencode")
 def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
-    """Its tool calls are tracked, and each session ends once, also on a signal."""
-    plugin = tmp_path / "session-events.mjs"
+    """Calls are tracked, a subagent's too, and each session ends once, also on a signal.
+
+    The calls are those that opencode 1.18 was recorded to make.
+    """
     done = person.emit("hooks", "opencode")
     assert "~/.config/opencode/plugin/" in done.stderr
-    plugin.write_text(done.stdout)
+    (tmp_path / "session-events.mjs").write_text(done.stdout)
+    (tmp_path / "host.mjs").write_text(OPENCODE_CALLS)
     path = person.discovery("by-plugin")
-    for n, (ending, code) in enumerate(
-            (("await hooks.dispose()", 0), ("process.kill(process.pid)", 143))):
-        (tmp_path / "host.mjs").write_text(
-            "import { SessionEvents } from './session-events.mjs'\n"
-            "const hooks = await SessionEvents({ directory: %s })\n"
-            "for (const tool of ['read', 'edit']) await hooks['tool.execute.after'](\n"
-            "  { tool, sessionID: 'node-%d', callID: 'x', args: { filePath: %s } },\n"
-            "  { output: '' })\n"
-            "%s\nawait new Promise(done => setTimeout(done, %d))\n"
-            % (json.dumps(str(person.home)), n, json.dumps(path), ending, 20000 * n))
-        ran = run(["node", tmp_path / "host.mjs"], env=person.env)
+    for session, wait, code in (("disposed", "0", 0), ("killed", "20000", 143)):
+        argv = ["node", tmp_path / "host.mjs", session, person.home, path, wait]
+        ran = run(argv, env=person.env)
         assert (ran.returncode, ran.stdout, ran.stderr) == (code, "", "")
-    for n, kept in enumerate(person.kept()):
-        assert kept["session_id_hash"] == secret_hash("node-%d" % n)
+    found = {kept["session_id_hash"]: kept for kept in person.kept()}
+    assert len(found) == len(person.kept()) == 4
+    for session in "disposed", "killed":
+        kept, silent = (found[secret_hash(name)] for name in (session, "silent " + session))
         assert (kept["tool_count"], kept["discovery_refs"]) == (2, ["by-plugin"])
-    assert n == 1
+        assert (silent["tool_count"], silent["discovery_refs"]) == (0, [])
 
 
 @oldest_and_newest
