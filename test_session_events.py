@@ -279,15 +279,15 @@ class Forked:
         self.pid = int(self.report.readline())
 
     def wait(self, timeout=None):
+        waits = self.returncode is None  # without the lock, which nobody may hold for long
+        if waits and not select.select([self.report], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(self.args, timeout)
         with self.waiting:
             if self.returncode is None:
-                if not select.select([self.report], [], [], timeout)[0]:
-                    raise subprocess.TimeoutExpired(self.args, timeout)
                 status = int(self.report.readline())
                 killed = os.WIFSIGNALED(status)
                 self.returncode = -os.WTERMSIG(status) if killed else os.WEXITSTATUS(status)
-                self.report.close()
-            return self.returncode
+        return self.returncode
 
     def poll(self):
         with contextlib.suppress(subprocess.TimeoutExpired):
