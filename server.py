@@ -185,15 +185,15 @@ SCHEMA = SCHEMA_START + SCHEMA_TABLE + ADOPTION + SCHEMA_END
 
 
 class Migration(NamedTuple):
-    """What brings a file of the version before to `version`."""
+    """The statements that bring a file from the version before to `version`."""
     version: int
     columns: Tuple[str, ...]  # that session_events has from this version on
     script: str  # SQL statements, without BEGIN, COMMIT and user_version
 
 
-# In order, one for each version. A change of the schema edits the text above, which only a fresh
-# file gets, and adds a line here, which every older file gets. A line that was released never
-# changes. A file in which another program made session_events is version 0 with the columns of 1.
+# In order, one for each version. To change the schema, edit the text above, which makes fresh
+# files, and add a line here, which changes older files. A released line never changes. A file in
+# which another program made session_events is version 0 with the columns of version 1.
 MIGRATIONS = (
     Migration(1, (
         "id", "identity_hash", "github_hash", "session_id_hash", "ended_at", "tool_count",
@@ -228,13 +228,13 @@ Row = Tuple[str, Optional[str], str, str, int, int, Optional[str], str, str]
 # ==================================================================================================
 
 Issue = Dict[str, Any]  # {"path": [field or index, ...], "message": words}
-MAX_ISSUES = 100  # of one kind: a body of 13,000 unknown keys is not worth an answer of a megabyte
+MAX_ISSUES = 100  # of one kind: a body of 13,000 unknown keys must not make an answer of a megabyte
 
 
 class Fault(Exception):
     """What is wrong with one field.
 
-    `found`: pairs of a path below the field and words for whoever wrote the client.
+    `found`: pairs of a path below the field and a message for the client's author.
     """
 
     def __init__(self, words: str, *below: Tuple[int, str]) -> None:
@@ -248,7 +248,7 @@ class NotJSON(ValueError):
 
 
 class NotAnEvent(ValueError):
-    """The body is JSON, and `issues` says what keeps it from being an event."""
+    """The body is JSON, but no event. `issues` says why."""
 
     def __init__(self, issues: List[Issue]) -> None:
         super().__init__("Validation failed")
@@ -259,7 +259,7 @@ Check = Callable[[Any], Any]  # a field's JSON value in, what is stored out; rai
 
 
 def string_check(pattern: str, lowered: bool) -> Check:
-    """A check for strings that match `pattern` as a whole. (`$` would let a newline follow.)"""
+    """A check for strings that match `pattern` as a whole. (`$` allows a newline at the end.)"""
     matches = re.compile(pattern, re.ASCII).fullmatch
     words = "must be a string of the form " + pattern
 
@@ -336,7 +336,7 @@ STORED_MOMENT = (
 
 
 class Field(NamedTuple):
-    """What this program makes of a row of FIELDS."""
+    """What this program derives from a row of FIELDS."""
     name: str
     check: Check
     absent: Any  # the value that a field which is not there counts as
@@ -348,7 +348,7 @@ NEEDED = object()  # stands in for a needed field that is not there; no check ta
 
 
 def derived(name: str, json_type: str, needed: bool, rule: Any) -> Field:
-    """The Field of a row of FIELDS. A type or a rule of a new kind belongs in here."""
+    """The Field of a row of FIELDS. A new kind of type or rule is added here."""
     start, end = '"%s":' % name, ""
     convert: Optional[Callable[[Any], Any]] = None
     absent: Any = NEEDED if needed else None
@@ -356,7 +356,7 @@ def derived(name: str, json_type: str, needed: bool, rule: Any) -> Field:
         least, most = rule
         check, convert = number_check(least, most), int
         digits = len(str(most)) - 1
-        # A number of as many digits as `most` goes the long way, unless it is `most`.
+        # A number with as many digits as `most` is left to check_event, unless it is `most` itself.
         shape = "(0|[1-9][0-9]{0,%d}|%d)" % (digits - 1, most)
     elif json_type == "array":
         most, pattern = rule
@@ -401,13 +401,13 @@ CONVERSIONS = tuple((place, field.convert) for place, field in enumerate(EVENT_F
                     if field.convert)
 
 # An event as emit.py and most clients write it: the fields in the table's order, no blanks, no
-# escapes. check_event decides about what this does not match.
+# escapes. What this does not match goes to check_event.
 _usual_event = re.compile(
     r"\{%s\}" % "".join(field.usual for field in EVENT_FIELDS).rstrip(","), re.ASCII).fullmatch
 
 
 def canonical_row(body: bytes) -> Optional[Row]:
-    """The row of an event in the usual form, or None for check_event to decide.
+    """The row of an event in the usual form; None if check_event has to decide.
 
     It takes 2.4 us where check_event takes 9.
     """
@@ -494,7 +494,7 @@ _looks_like_a_name = re.compile("[A-Za-z0-9_-]{1,64}").fullmatch
 
 
 def key_issues(keys: List[str], words: str) -> List[Issue]:
-    """An issue for each of the keys. One that does not look like a field's name is not named."""
+    """An issue for each of the keys. A key that does not look like a field's name is not quoted."""
     issues = [{"path": [key] if _looks_like_a_name(key) else [], "message": words}
               for key in keys[:MAX_ISSUES]]
     if len(keys) > MAX_ISSUES:
@@ -514,7 +514,7 @@ MAX_HEADERS = 99  # what http.server itself takes
 ONCE_ONLY = {b"content-length", b"transfer-encoding", b"host", b"expect"}
 MAX_KNOWN_HEADS = 1024
 MAX_KNOWN_HEAD = 1024  # bytes
-# Header lines of a head that may be remembered. No other, for it might hold a client's address.
+# A head is remembered only if it has no other header lines: others may hold a client's address.
 HARMLESS = {b"host", b"content-type", b"content-length", b"user-agent", b"accept", b"connection",
             b"accept-encoding", b"accept-language", b"expect"}
 
@@ -545,7 +545,7 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Refused(Exception):
-    """A request after which its connection cannot go on: where the next one begins is not known."""
+    """A request that ends its connection: it is not known where the next request begins."""
 
     def __init__(self, status: int, words: str, reason: str = "malformed_request") -> None:
         super().__init__(words)
@@ -561,7 +561,7 @@ class Head(NamedTuple):
     chunked: bool
     keep: bool  # the connection stays open after the answer
     expects: bool  # the client waits for "100 Continue"
-    hot: bool  # POST of an event with its length: needs nothing that http.server would find out
+    hot: bool  # a POST of an event with its length: it needs nothing else from http.server
     forwarded: str  # X-Forwarded-For, its lines joined
 
 
@@ -581,13 +581,13 @@ _host = re.compile(rb"(?:\[[0-9A-Za-z._~!$&'()*+,;=:-]+\]|(?:[0-9A-Za-z._~!$&'()
 _hot_line = b"POST " + ENDPOINT.encode()
 _bare = re.compile(rb"(?<!\r)\n|\r(?=[^\n])").search
 
-# What parse_head found, 0.1 us for 5: clients of one kind send the same head each time. Only heads
-# of events are kept, and none with a line that might name who sent it.
+# Results of parse_head: a look-up takes 0.1 us for 5. Clients of one kind send the same head each
+# time. Only heads of events are kept, and none with a line that may name the sender.
 _known_heads: Dict[bytes, Head] = {}
 
 
 def parse_head(text: bytes) -> Head:
-    """The framing that a head asks for. Raises Refused where it can be read in two ways.
+    """The framing of a request, from its head. Raises Refused where it can be read in two ways.
 
     `text` is without the empty line. (http.server's own parser is lenient, and slow: it halves the
     rate of ingest.)
@@ -685,7 +685,7 @@ class RequestReader:
         self.start = 0
 
     def held(self) -> int:
-        """Bytes that were received and do not belong to a request that was given out."""
+        """The number of bytes that were received and not yet returned as part of a request."""
         return len(self.buffer) - self.start + len(self.text) + len(self.body)
 
     def next_request(self) -> Optional[Request]:
@@ -715,7 +715,7 @@ class RequestReader:
         data, start = self.buffer, self.start
         if data.startswith(b"\r\n", start):
             start += 2  # RFC 9112 §2.2: an empty line before a request is passed over
-        # A head that comes byte by byte must not be searched from its beginning each time.
+        # A head that comes byte by byte is not searched from its beginning each time.
         searched = self.start + self.searched if self.searched else start
         end = data.find(b"\r\n\r\n", searched - 3 if searched > start + 3 else start)
         if (end if end >= 0 else len(data)) - start > MAX_HEAD:
@@ -733,7 +733,7 @@ class RequestReader:
     def read_chunks(self) -> Optional[bytes]:
         """Pass over the chunks at the front; the body, once the last one is there.
 
-        RFC 9112 §7.1, and no more than it needs: no extensions, no trailers.
+        RFC 9112 §7.1, without its options: no extensions, no trailers.
         """
         data, at = self.buffer, self.start
         while True:
@@ -787,14 +787,14 @@ def answer_bytes(answer: Answer, close: bool, second: int, bodiless: bool = Fals
 # The rate limit: addresses in, seconds to wait out
 # ==================================================================================================
 
-MAX_BUCKETS = 65536  # about 10 MB; beyond that the one that was quiet longest is forgotten
+MAX_BUCKETS = 65536  # about 10 MB; when it is full, the client that was quiet longest is forgotten
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 
 class Rate(NamedTuple):
-    """So many requests in so many seconds, all of them at once if need be."""
+    """A number of requests in a number of seconds. They may all come at once."""
     requests: int
     seconds: float
 
@@ -821,8 +821,8 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[Network]) -> Opt
     """Who sends: the peer, or, behind trusted proxies, the last hop in X-Forwarded-For that is no
     trusted proxy.
 
-    It is read from the right, since a client wrote whatever stands further left. The walk ends at a
-    hop that is no address.
+    It is read from the right, since a client can write what stands further left. The search ends at
+    a hop that is no address.
     """
     client = parse_address(peer)
     hops = forwarded.split(",")
@@ -837,8 +837,8 @@ def client_address(peer: str, forwarded: str, trusted: Sequence[Network]) -> Opt
 class RateLimit:
     """A token bucket for each client, kept as the moment at which it will be full again (GCRA).
 
-    Clients are kept under a hash with a key that dies with the process: what lies in the memory, or
-    in a core dump, is no list of addresses. An IPv6 client is its /64: a subscriber gets that.
+    Clients are kept under a hash whose key exists only in this process, so that memory or a core
+    dump holds no list of addresses. An IPv6 client is its /64, which is what a subscriber gets.
     """
 
     def __init__(self, rate: Rate) -> None:
@@ -872,7 +872,7 @@ class RateLimit:
             self.full_at[bucket] -= self.interval
 
     def whole_seconds(self, wait: float) -> int:
-        """The least whole seconds after which a client that has to wait so long gets a token."""
+        """Seconds of a wait, rounded up."""
         return max(1, math.ceil(wait - self.rounding * 0.999))
 
 
@@ -952,7 +952,7 @@ class Metrics:
 # Retention, the pure part: clocks and stamps in, what may be deleted out
 # ==================================================================================================
 
-STEADY_SECONDS = 10.0  # for which the wall clock must agree with the monotonic one
+STEADY_SECONDS = 10.0  # during which the wall clock must agree with the monotonic one
 HOUR, DAY = 3600.0, 86400.0
 CLOCK_SLACK = 2.0  # seconds an hour that they may differ by: a crystal's error is under 0.4
 SMALL_JUMP = 600.0  # seconds that a running clock may be corrected by without making it doubtful
@@ -963,14 +963,14 @@ FIRST_STAMP = "2020-01-01T00:00:00Z"
 
 
 class Retention:
-    """Decides whether the wall clock is right enough to delete rows by. It reads no clock itself.
+    """Decides whether the wall clock is good enough to delete rows. It reads no clock itself.
 
     `seconds`: how long rows are kept. `newest`: the table's newest `received_at` at the start, in
     seconds since 1970; None for an empty table, NaN for a stamp that is no date. `last_id`: the
     table's highest id at the start.
 
-    In doubt rows are kept: a clock that disagrees with the table, or that jumped, has to go
-    steadily for a day before it is believed.
+    In doubt rows are kept: after a jump, or a disagreement with the table, the clock is believed
+    again when it has been steady for a day.
     """
 
     def __init__(self, seconds: float, newest: Optional[float], last_id: int,
@@ -999,7 +999,7 @@ class Retention:
         return ""
 
     def doubt(self) -> Tuple[float, str]:
-        """For how many seconds the clock has to be steady, and why."""
+        """How many seconds the clock has to be steady, and why."""
         if self.believed is not None:
             if abs(self.offset - self.believed) > SMALL_JUMP:
                 return DAY, "the clock jumped: it has to be steady for a day"
@@ -1032,7 +1032,7 @@ LEAST_ID, MOST_ID = -(1 << 63), (1 << 63) - 1
 
 
 class Looked(NamedTuple):
-    """How far the rows of a table were looked at, in the order of their ids."""
+    """How far the rows of a table were examined, in the order of their ids."""
     old: int = LEAST_ID  # the last id whose own stamp says that it is old
     seen: int = LEAST_ID  # the last id before the first young row
     highest: str = FIRST_STAMP  # the highest stamp that was believed
@@ -1081,14 +1081,14 @@ def stamp_of(seconds: float) -> str:
 # ==================================================================================================
 
 class StartError(Exception):
-    """The database, or a file beside it, cannot be used. The text is one line for the operator."""
+    """The database, or a file beside it, cannot be used. Its text is one line for the operator."""
 
 
 class Unavailable(Exception):
     """The store cannot take rows now, and stored nothing of this turn. The text is for the log."""
 
 
-# SQLite's words for faults that pass, or that an operator mends, without the rows being to blame.
+# SQLite's messages for faults that are not about the rows: they pass, or an operator mends them.
 # (Error codes as attributes came with Python 3.11.)
 PASSING = ("database is locked", "table is locked", "disk is full", "readonly database",
            "disk I/O error", "unable to open database", "disk image is malformed",
@@ -1133,16 +1133,16 @@ INSERT_ALL = INSERT % "OR ROLLBACK"
 INSERT_ONE = INSERT % ""
 
 
-LITTLE_ROOM = 1 << 20  # bytes free; with less, a fault in opening the database is the disk's
+LITTLE_ROOM = 1 << 20  # bytes free; with less, the disk is why a database cannot open
 REOPEN_SECONDS = 1.0  # between attempts to open a database for which the disk had no room
 
 LARGEST_EVENT = 64  # pages, generously: its refs stand in the row, in the edges and in their index
 
 
 class Written(NamedTuple):
-    """What became of a turn's rows."""
+    """The result of storing a turn's rows."""
     stored: int  # new ones; the others were there already
-    refused: Dict[int, Exception]  # place in the turn: what the database said of this one
+    refused: Dict[int, Exception]  # place in the turn: the database's message about this row
     swept: int  # old rows deleted
 
 
@@ -1217,7 +1217,7 @@ class Store:
             raise StartError("cannot use %s: %s" % (path, reason)) from None
 
     def open(self) -> None:
-        """Bring the file up to date, and get ready to write it."""
+        """Open the database, bring the file up to date, and prepare for writing."""
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")  # of an attempt that failed
         self.migrate()
@@ -1234,7 +1234,7 @@ class Store:
         self.fault = ""
 
     def lacks_room(self, error: sqlite3.Error) -> bool:
-        """Is the disk too full to open the database, so that it can be opened later?"""
+        """True if the database cannot be opened only because the disk is full."""
         if "disk is full" in str(error):
             return True
         if "disk I/O error" not in str(error) or not hasattr(os, "statvfs"):
@@ -1287,7 +1287,7 @@ class Store:
         return int(self.db.execute("PRAGMA user_version").fetchone()[0])
 
     def run_migrations(self) -> None:
-        """Run what the file lacks, all in one transaction. Closing the connection undoes a half."""
+        """Run the missing migrations in one transaction. Closing the connection undoes a half."""
         self.db.execute("BEGIN IMMEDIATE")
         version = self.version()  # anew: another server may have been faster
         for migration in MIGRATIONS:
@@ -1322,7 +1322,7 @@ class Store:
         faults += ["in which column %s is NOT NULL" % shown(column.name) for column in columns
                    if column.not_null and (column.name in NULLABLE or (
                        column.name not in wanted and not column.has_default))]
-        # Worse than refused: ON CONFLICT DO NOTHING would drop an event and answer 202.
+        # ON CONFLICT DO NOTHING would drop another event under it and still answer 202.
         faults += ["with a unique index on (%s)" % ", ".join(map(shown, sorted(key)))
                    for key in self.unique_keys() if not key >= {"identity_hash", "session_id_hash"}]
         if faults:
@@ -1337,7 +1337,7 @@ class Store:
             "SELECT name FROM pragma_index_info(?)", (name,))} for name in unique]
 
     def check_rest(self) -> None:
-        """Raises StartError unless all is there that keeps events idempotent, and their edges."""
+        """Raises StartError unless the unique index, the edges and the triggers are all there."""
         names = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master")}
         wanted = re.findall(
             r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
@@ -1350,7 +1350,7 @@ class Store:
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer those at their paths.
 
-        What is written into a deleted file is lost.
+        What is written to a deleted file is lost.
         """
         self.moved = [file_identity(name) for name in self.paths] != self.identities
         if self.moved:
@@ -1359,7 +1359,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is done inside is durable on leaving, or undone; Unavailable says why."""
+        """A transaction, durable when the block ends. Otherwise it is undone: Unavailable."""
         if self.fault:
             self.reopen()
         if self.moved:
@@ -1374,8 +1374,7 @@ class Store:
                     self.db.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise Unavailable(str(error)) from None
-        # After the commit, so that it holds when the answers go: one check covers a deletion before
-        # and during it.
+        # Checked after the commit: so it also covers a file that was deleted during the commit.
         self.check_files()
 
     def write(self, rows: List[Row], sweep: int = 0) -> Written:
@@ -1402,10 +1401,10 @@ class Store:
         return Written(stored, refused, 0 if undone else swept)
 
     def insert(self, rows: List[Tuple[Any, ...]]) -> Tuple[int, Dict[int, Exception], bool]:
-        """All rows in one call, or, when the database refuses one of them, each by itself.
+        """Insert all rows in one call or, when the database refuses one of them, each by itself.
 
-        Returns how many were new, what was said of each refused one by its place, and whether what
-        came before in the transaction was undone.
+        Returns how many were new, {place: message} of the refused rows, and whether the work before
+        it in the transaction was undone.
         """
         try:
             return self.db.executemany(INSERT_ALL, rows).rowcount, {}, False
@@ -1423,9 +1422,9 @@ class Store:
 
     def insert_each(self, rows: List[Tuple[Any, ...]],
                     refused: Dict[int, Exception]) -> Optional[int]:
-        """Insert those not in `refused` yet, and add to that.
+        """Insert the rows that are not in `refused`, and add newly refused ones to it.
 
-        Returns how many were new, or None when one of them rolled back what came before it.
+        Returns how many were new, or None when a refused row rolled back the transaction.
         """
         stored = 0
         for place, row in enumerate(rows):
@@ -1448,12 +1447,12 @@ class Store:
             hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)
 
     def after_turn(self) -> None:
-        """What can wait until the answers of a turn have left."""
+        """Work that can wait until the answers of a turn have left."""
         if self.checkpoints and not self.moved and self.checkpoints.go_on(self.db):
             self.fit_cache()
 
     def fit_cache(self) -> None:
-        """Have as many pages in memory as suits the file, which may have grown."""
+        """Set the size of the page cache, which depends on the size of the file."""
         with contextlib.suppress(sqlite3.Error):  # a write will say it
             cache = LARGE_CACHE if self.pages_size() > LARGE_FILE else SMALL_CACHE
             if cache != self.cache:
@@ -1494,7 +1493,7 @@ class Store:
     def close(self) -> None:
         if self.checkpoints:
             self.checkpoints.close()
-        # A fault is no loss: all is durable in the log, and the next start takes it over.
+        # An error here loses nothing: all is durable in the log, which the next start reads.
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
@@ -1506,10 +1505,10 @@ NEXT_ROWS = ("SELECT id, received_at FROM session_events"
              " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?")
 NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 
-# Rows are deleted in the turns that store rows: a quarter more than those, so that a sweep always
-# gains. With that a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
+# A turn that stores rows deletes a quarter more than it stores, so that a sweep always gains. Such
+# a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
 SWEEP_SHARE = 1.25
-SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete without storing:
+SWEEP_QUIET = 0.01  # seconds without a request; after them, turns delete without storing:
 SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
@@ -1536,9 +1535,9 @@ class Sweep:
         self.owed = 0.0  # rows: what is left of SWEEP_SHARE of those that were stored
 
     def due(self, now: float, rows: int, quiet: float) -> int:
-        """How many old rows a turn that stores `rows` is to delete.
+        """How many old rows a turn that stores `rows` has to delete.
 
-        `now` is monotonic; for `quiet` seconds nobody was answered.
+        `now` is monotonic; `quiet` is the number of seconds since the last answer.
         """
         if now >= self.clock_at:
             self.clock_at = now + CLOCK_EVERY
@@ -1556,16 +1555,16 @@ class Sweep:
         return SWEEP_PIECE if quiet >= SWEEP_QUIET else 0
 
     def patience(self, now: float, most: float, quiet: float) -> float:
-        """For how many seconds, `most` at the most, the loop may wait for requests."""
+        """How many seconds the loop may wait for requests, at most `most`."""
         due = self.clock_at if self.waits != "" else self.next_at
         return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
 
     def pause(self, seconds: float) -> None:
-        """Delete nothing for so long."""
+        """Delete nothing for some seconds."""
         self.next_at = max(self.next_at, time.monotonic() + seconds)
 
     def look_at_clocks(self) -> None:
-        """Ask whether rows may be deleted now, and note why not; each reason is logged once."""
+        """Find out whether rows may be deleted now. Each reason against it is logged once."""
         wall, steady = time.time(), steady_clock()
         reason = self.retention.wait(wall, steady)
         self.cutoff, self.present = stamp_of(wall - self.retention.seconds), stamp_of(wall)
@@ -1583,13 +1582,13 @@ class Sweep:
             log(event, reason=reason)
 
     def delete(self, most: int) -> int:
-        """Delete up to `most` of the oldest rows whose time is over; returns how many."""
+        """Delete up to `most` of the rows that are older than `days`; returns how many."""
         try:
             return self.delete_next(most)
         except sqlite3.Error as error:
             if passing(error):
                 raise
-            # Another program's trigger, say: the turn's rows are not to blame.
+            # For example another program's trigger. The turn's rows are not the cause.
             self.say("sweep_failed", type(error).__name__)
             self.pause(SWEEP_EVERY)
             if not self.db.in_transaction:
@@ -1619,8 +1618,8 @@ class Sweep:
         rows = self.db.execute(NEXT_ROWS, (self.looked.seen, last, most)).fetchall()
         looked = self.looked = old_rows(rows, self.looked, self.cutoff, self.present)
         ended = looked.young or len(rows) < most
-        # The last old row stays while rows whose stamps say nothing follow: it shows, also after
-        # a restart, that they are younger than it is.
+        # The last old row stays while rows without a usable stamp follow it: it shows, also after a
+        # restart, that they are younger.
         if looked.old > LEAST_ID:
             self.old_to = looked.old if ended and looked.seen == looked.old else looked.old - 1
         if not looked.young and last == shipped:
@@ -1639,8 +1638,8 @@ def last_id(db: sqlite3.Connection) -> int:
 def shipped_to(db: sqlite3.Connection) -> Tuple[int, str]:
     """The last id that every destination has confirmed, and what is wrong with the marks.
 
-    Without a table of marks, or in an empty one, that is MOST_ID: nobody ships. Where the marks
-    cannot be understood it is LEAST_ID, so that nothing is deleted.
+    Without marks it is MOST_ID: nobody ships. Where the marks cannot be read it is LEAST_ID, so
+    that nothing is deleted.
     """
     try:
         count, whole, least = db.execute(
@@ -1722,7 +1721,7 @@ class Checkpoints:
         self.fault = ""
 
     def count(self, rows: int) -> None:
-        """So many rows were written in one commit."""
+        """Take note of a commit of `rows` rows."""
         if rows:
             self.pages += COMMIT_PAGES + ROW_PAGES * rows
 
@@ -1747,14 +1746,14 @@ class Checkpoints:
         return False
 
     def start(self) -> None:
-        """Have a thread. Raises RuntimeError when the system gives none."""
+        """Start the thread. Raises RuntimeError when the system has none left."""
         if self.thread is None:
             thread = threading.Thread(target=self.run, name="checkpoints", daemon=True)
             thread.start()
             self.thread = thread
 
     def note(self, fault: str) -> None:
-        """The log has a line when a fault comes and when it goes."""
+        """Log a line when a fault begins and when it ends."""
         if fault != self.fault:
             self.fault = fault
             log("checkpoint_failed" if fault else "checkpoint_done",
@@ -1799,10 +1798,10 @@ class Checkpoints:
         return Moved(first, False, "")
 
     def sync(self) -> None:
-        """Have what a pass wrote on the disk. Raises OSError.
+        """fsync what a pass wrote into the database. Raises OSError.
 
-        SQLite does that itself only in a pass during which nothing was appended. That would be the
-        writer's, and with 10 million rows it took 100 to 150 ms.
+        SQLite does that itself only in a pass during which nothing was appended. That would be one
+        of the writer's, and with 10 million rows it took 100 to 150 ms.
         """
         if self.file < 0:
             self.file = os.open(self.path, os.O_RDWR)
@@ -1827,7 +1826,7 @@ class Checkpoints:
 
 
 def passive_checkpoint(db: sqlite3.Connection) -> Tuple[int, int, int]:
-    """Move what can be moved without waiting: (1 when another is at it, pages, pages moved)."""
+    """Move pages without waiting: (1 if another process is doing it, pages in the log, moved)."""
     busy, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     return busy, pages, moved
 
@@ -1840,7 +1839,7 @@ def steady_clock() -> float:
 
 
 def load_pepper(path: str) -> bytes:
-    """The secret in `path`; made, readable by its owner only, when it is not there.
+    """The secret in `path`. If there is no file, it is made, readable by its owner only.
 
     Raises StartError.
     """
@@ -1866,7 +1865,7 @@ def load_pepper(path: str) -> bytes:
 
 
 def note_pepper(db: sqlite3.Connection, pepper: bytes) -> None:
-    """Write which pepper hides the hashes, so that `ship` notices nodes with different ones.
+    """Store the pepper's fingerprint, so that `ship` notices nodes with different peppers.
 
     The fingerprint is 16 digits of the HMAC-SHA256 of a fixed text under the pepper. It tells
     nothing about a secret of 32 random bytes. Raises sqlite3.Error.
@@ -1880,7 +1879,7 @@ def note_pepper(db: sqlite3.Connection, pepper: bytes) -> None:
 
 
 def passing(error: Exception) -> bool:
-    # An IntegrityError is about a row, and its words may be another program's.
+    # An IntegrityError is about a row. Its message may come from another program's trigger.
     return (isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError)
             and any(words in str(error) for words in PASSING))
 
@@ -1928,7 +1927,7 @@ class Command:
         self.due = time.monotonic() + self.every
 
     def heed_signals(self) -> None:
-        """From now on signals do not end the process; check() does that."""
+        """From now on signals do not end the process: check() raises Interrupted instead."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
@@ -1943,18 +1942,18 @@ class Command:
             raise Interrupted(self.received)
 
     def show(self, text: str) -> None:
-        """Print `text` on standard error if the last line is long enough ago."""
+        """Print `text` on standard error, unless the last line was just printed."""
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + self.every
             self.write("\r\x1b[K" + text if self.terminal else text + "\n")
 
     def say(self, text: str) -> None:
-        """Print `text` now, as a line that stays."""
+        """Print `text` now, as a line of its own."""
         self.clear()
         self.write(text + "\n")
 
     def clear(self) -> None:
-        """Make the line on the terminal empty."""
+        """Empty the line on the terminal."""
         if self.terminal:
             self.write("\r\x1b[K")
 
@@ -2049,7 +2048,7 @@ def vacuum_into(db: sqlite3.Connection, copy: str, command: Command) -> None:
 
 
 def sync(path: str, flags: int) -> None:
-    """Return when what is in the file or folder is on the disk."""
+    """fsync a file or folder."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -2060,7 +2059,7 @@ def sync(path: str, flags: int) -> None:
 def take_name(path: str, target: str) -> None:
     """Give the file the name `target`. Raises FileExistsError where that is taken."""
     try:
-        os.link(path, target)  # a rename would replace what another process put there meanwhile
+        os.link(path, target)  # a rename would replace another process's new file
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
@@ -2138,11 +2137,11 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -
 
 
 def print_line(text: str) -> str:
-    """Print on standard output. Returns what went wrong, or "": what is done stays done."""
+    """Print on standard output. Returns the error, or "": it undoes nothing."""
     try:
         print(text, flush=True)
     except OSError as error:
-        # Else Python would try once more at its end, and fail.
+        # Otherwise Python would try again at its end, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return str(error.strerror)
     return ""
@@ -2191,7 +2190,7 @@ def find_events(db: sqlite3.Connection, command: Command) -> List[int]:
 
 @contextlib.contextmanager
 def write_lock(db: sqlite3.Connection, command: Command) -> Iterator[None]:
-    """One short transaction. Afterwards it waits, since SQLite's lock is not given out in order."""
+    """One short transaction, then a pause: SQLite's lock is not given out in order."""
     end = time.monotonic() + BUSY_SECONDS
     while not db.in_transaction:
         command.check()
@@ -2334,7 +2333,7 @@ def path_of(target: str) -> str:
 
 
 def route_of(request_line: bytes, routes: Routes) -> str:
-    """What a request asks for, for the access log: "-" where it is nothing known."""
+    """A request's method and path for the access log; "-" for an unknown one."""
     method, _, rest = request_line.decode("latin-1").partition(" ")
     target, blank, _version = rest.partition(" ")
     path = path_of(target)
@@ -2344,7 +2343,7 @@ def route_of(request_line: bytes, routes: Routes) -> str:
 
 
 class IngestHandler(http.server.BaseHTTPRequestHandler):
-    """One whole request, framed already. It leaves a row to store, or an answer, in `result`."""
+    """One complete request. It leaves a row to store, or an answer, in `result`."""
 
     server: IngestServer
     request: Request
@@ -2352,7 +2351,7 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
 
     def __init__(self, request: Request, routes: Routes, server: IngestServer) -> None:
         self.routes = routes
-        # No address: what is not there cannot leak.
+        # No address is passed on, so none can be logged.
         super().__init__(request, ("", 0), server)  # type: ignore[arg-type]
 
     def setup(self) -> None:
@@ -2415,13 +2414,13 @@ HOT_ROUTE = "POST " + ENDPOINT
 
 
 # ==================================================================================================
-# Connections. A connection changes its own fields and no others. It tells `Connections` what the
-# turn has to know. The turn calls its methods, and changes none of its fields.
+# Connections. A connection changes only its own fields. It tells `Connections` what the turn has to
+# know. The turn calls its methods, and changes none of its fields.
 # ==================================================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READ_SIZE = 64 * 1024  # bytes a connection may bring in one turn
-REQUESTS_A_TURN = 32  # of one connection: one that pipelines waits its turn like the others
+REQUESTS_A_TURN = 32  # of one connection: one that pipelines gets no larger share
 MAX_UNSENT = 64 * 1024  # bytes of answers after which a connection's next request waits
 MAX_HELD = 48 * 1024 * 1024  # bytes of unfinished requests and unsent answers, of all connections
 
@@ -2462,7 +2461,7 @@ LINGER_SECONDS = 2.0
 
 
 class Connections:
-    """The open connections by phase, those in the backlog, and the bytes that all of them hold."""
+    """The open connections by phase, the backlog, and the number of bytes that all of them hold."""
 
     def __init__(self) -> None:
         # In the order in which they entered the phase.
@@ -2481,7 +2480,7 @@ class Connections:
         return [connection for phase in PHASES for connection in self.waiting[phase]]
 
     def move(self, connection: Connection, phase: str) -> None:
-        """`connection` goes from the phase that it is in to another, or to the end of the same."""
+        """Move `connection` to the end of a phase, which may be the one that it is in."""
         if phase not in NEXT_PHASES[connection.phase]:
             raise RuntimeError("from %s to %s" % (connection.phase, phase))
         del self.waiting[connection.phase][connection]
@@ -2493,7 +2492,7 @@ class Connections:
         return list(itertools.takewhile(lambda c: c.since < late, self.waiting[phase]))
 
     def close_longest_waiting(self) -> None:
-        """Close one, an idle one if there is any; none with an answer under way."""
+        """Close one connection, an idle one if possible, and none whose answer is not sent yet."""
         for phase in (IDLE, LINGERING, HANDSHAKE, READING, WRITING):
             for connection in self.waiting[phase]:
                 if not connection.answers:
@@ -2510,8 +2509,8 @@ class Connections:
 class Connection:
     """A client's socket, the reader of its requests, and its answers. It never blocks.
 
-    `bucket` is what the rate limit knows the client by. `proxy` is the address of a trusted proxy,
-    or empty: the address of a client is not kept.
+    `bucket` is the client's name in the rate limit. `proxy` is the address of a trusted proxy, or
+    empty: a client's address is not kept.
     """
 
     __slots__ = ("answers", "bucket", "closing", "continued", "held", "lingers", "mask", "others",
@@ -2542,7 +2541,7 @@ class Connection:
     # -- called by the turn ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin. The request is often there already: a connection for it alone is never watched."""
+        """Begin, and read at once. A connection for one request is often never watched."""
         if self.server.turn_is_full():
             self.others.backlog[self] = None
         else:
@@ -2716,7 +2715,7 @@ class Connection:
         self.add_answer(self.server.encode(answer, True, route, line.startswith(b"HEAD ")))
 
     def flush(self, more: bytes = b"") -> None:
-        """Send what waits, and `more`, as far as that goes, then wait for what comes next."""
+        """Send `unsent` and `more` as far as the socket takes them; enter the next phase."""
         data = self.unsent + more
         sent = self.transmit(data)
         if sent is None:
@@ -2740,7 +2739,7 @@ class Connection:
             self.watch(READ)
 
     def finish(self) -> None:
-        """All answers are sent, and no further request is read."""
+        """End the connection: all answers are sent, and no further request is read."""
         if not self.lingers and not self.held:
             self.close()
             return
@@ -2753,7 +2752,7 @@ class Connection:
 
 
 class TLSConnection(Connection):
-    """The same over TLS. A handshake is done in pieces, and holds up nobody.
+    """A connection over TLS. A handshake is done in steps, between which the loop goes on.
 
     A TLS record is at most 16 KiB. So one call of recv() leaves nothing in OpenSSL's buffer, where
     no selector looks.
@@ -2816,7 +2815,7 @@ class TLSConnection(Connection):
         super().finish()
 
     def say_goodbye(self) -> None:
-        """Tell the client that nothing is missing (close_notify). Its answer is not waited for."""
+        """Tell the client that nothing is missing (close_notify). Wait for no answer."""
         if self.shaken:
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
@@ -2867,7 +2866,7 @@ def prepared(listener: socket.socket) -> socket.socket:
 
 
 def inherited_listener() -> Optional[socket.socket]:
-    """The socket that systemd passed (sd_listen_fds(3)), if it did. Raises StartError."""
+    """The socket that systemd passed (sd_listen_fds(3)), or None. Raises StartError."""
     passed_on = os.environ.get("LISTEN_FDS", "")
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
         return None
@@ -2889,7 +2888,7 @@ def url_of(scheme: str, listener: socket.socket) -> str:
 
 
 def peer_of(address: Any) -> str:
-    """Who connects, in text, from what accept() says."""
+    """The text of a peer's address, from accept()'s second value."""
     return str(address[0])
 
 
@@ -2899,7 +2898,7 @@ def peer_of(address: Any) -> str:
 
 ROWS_A_TURN = 1024  # of all connections, and
 BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), and
-READING_SECONDS = 0.02  # spent on them: who waits for a turn waits for all of it
+READING_SECONDS = 0.02  # spent on them: everybody waits until the turn is over
 ACCEPTS_A_TURN = 256
 NO_DESCRIPTORS = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 TICK = 0.25  # seconds that the loop sleeps at most
@@ -2921,7 +2920,7 @@ SPIN_SECONDS = 0.00005 if usable_cpus() > 1 else 0.0
 
 
 class Limits(NamedTuple):
-    """What the server grants: seconds, and counts. `None`: no limit."""
+    """The server's limits: seconds and counts. `None`: no limit."""
     request_seconds: float = 10.0  # from a request's first byte to its last; or a TLS handshake
     idle_seconds: float = 30.0  # between requests
     write_seconds: float = 10.0  # without a byte of an answer taken
@@ -2965,7 +2964,7 @@ class IngestServer(http.server.HTTPServer):
         super().__init__(address, IngestHandler, bind_and_activate=False)
         self.socket.close()  # HTTPServer's own, for one address family only
         self.listeners: Dict[socket.socket, Routes] = {}
-        self.muted_until = 0.0  # no descriptor is left for who connects
+        self.muted_until = 0.0  # accept() failed: no descriptor was left
         self.selector = selectors.DefaultSelector()
         self.alarm, self.bell = socket.socketpair()
         self.alarm.setblocking(False)
@@ -2997,18 +2996,18 @@ class IngestServer(http.server.HTTPServer):
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop call `function` in its next turn."""
         self.calls.append(function)
-        # The bell is full, so that the loop is awake; or it is closed, and nobody is there.
+        # The pipe is full: the loop is awake. Or it is closed: the loop has ended.
         with contextlib.suppress(OSError):
             self.bell.send(b"!")
 
     def shutdown(self, grace: float = 0.0) -> None:
-        """Stop accepting, and end when no connection is left or `grace` seconds are over."""
+        """Stop accepting; end when no connection is left, or after `grace` seconds."""
         self.call(lambda: self.stop(grace))
 
     # -- the turn ----------------------------------------------------------------------------------
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Turn until shutdown() is called, then close what is left. The store stays open."""
+        """Run turns until shutdown(), then close the connections. The store stays open."""
         while not self.stopping or (self.now < self.stop_at and self.connections):
             self.turn(poll_interval)
         for connection in self.connections.all():
@@ -3053,12 +3052,12 @@ class IngestServer(http.server.HTTPServer):
         return ready or self.selector.select(timeout)
 
     def turn_is_full(self) -> bool:
-        """Nothing more may be read, and no handshake gone on with, in this turn."""
+        """True if nothing more may be read in this turn, and no handshake continued."""
         return (len(self.rows) >= ROWS_A_TURN or self.taken >= BYTES_A_TURN
                 or time.perf_counter() >= self.reading_until)
 
     def guarded(self, step: Callable[..., None], *arguments: Any) -> None:
-        """A fault of this program in one connection's step ends that connection and no other."""
+        """Run a step of a connection. A fault of this program in it ends only this connection."""
         try:
             step(*arguments)
         except Exception as error:
@@ -3075,7 +3074,7 @@ class IngestServer(http.server.HTTPServer):
     def stop(self, grace: float) -> None:
         for listener in list(self.listeners):
             if not (listener is self.socket and self.inherited):
-                # Who has connected already is served.
+                # Clients that have connected already are served.
                 self.accept(listener, self.limits.max_connections)
             self.mute(listener)
             listener.close()
@@ -3114,7 +3113,7 @@ class IngestServer(http.server.HTTPServer):
             TLSConnection(self, sock, routes, bucket, proxy, self.tls).start()
 
     def out_of_descriptors(self) -> None:
-        """The one that waits longest makes room, and nobody is accepted for a tick: no spinning."""
+        """Close the connection that waits longest, and accept none for a tick: no spinning."""
         log("out_of_descriptors", connections=len(self.connections))
         self.connections.close_longest_waiting()
         self.muted_until = self.now + TICK
@@ -3126,7 +3125,7 @@ class IngestServer(http.server.HTTPServer):
             self.selector.unregister(listener)
 
     def expire(self) -> None:
-        """End what took too long, and what holds too much."""
+        """End connections that took too long, and some if all hold too many bytes."""
         limits = self.limits
         for phase, seconds in ((HANDSHAKE, limits.request_seconds), (IDLE, limits.idle_seconds),
                                (READING, limits.request_seconds), (WRITING, limits.write_seconds),
@@ -3150,7 +3149,7 @@ class IngestServer(http.server.HTTPServer):
             self.rate_limit.give_back(bucket)
 
     def handshake_bucket(self, bucket: Optional[bytes]) -> Optional[bytes]:
-        """The bucket of a client's handshakes. One that a request follows costs nothing."""
+        """The bucket of a client's handshakes. One that a request follows costs no token."""
         return bucket and b"handshakes" + bucket
 
     def over_rate(self, head: Head, connection: Connection) -> Optional[Answer]:
@@ -3185,7 +3184,7 @@ class IngestServer(http.server.HTTPServer):
         return len(self.rows) - 1
 
     def encode(self, answer: Answer, close: bool, route: str, bodiless: bool = False) -> bytes:
-        """The bytes of an answer. Every answer comes through here, once."""
+        """The bytes of an answer, which is counted and logged here."""
         self.metrics.answers[answer.status] += 1
         if answer.reason:
             self.metrics.refusals[answer.reason] += 1
@@ -3222,7 +3221,7 @@ class IngestServer(http.server.HTTPServer):
         return results
 
     def answer(self, results: List[Answer]) -> None:
-        """Send the turn's answers: none has left before, so none is for what is not durable."""
+        """Send the turn's answers. None left before the commit."""
         answering, self.connections.answering = self.connections.answering, []
         if answering:
             self.answered_at = self.now
@@ -3232,12 +3231,12 @@ class IngestServer(http.server.HTTPServer):
     # -- the store's state, and what is said of it -------------------------------------------------
 
     def note_store(self, fault: str) -> None:
-        """Remember what the store said: its fault, or an empty text."""
+        """Remember the store's state: its fault, or an empty text."""
         self.store_fault, self.store_checked = fault, self.now
         self.report_store()
 
     def report_store(self) -> None:
-        """Log a change in what the store says, but not more often than LOG_SECONDS allows."""
+        """Log a change of the store's state, at most one line in LOG_SECONDS."""
         fault = self.store_fault
         if fault != self.store_said and self.now >= self.say_store_at:
             if fault:
@@ -3247,7 +3246,7 @@ class IngestServer(http.server.HTTPServer):
             self.store_said, self.say_store_at = fault, self.now + LOG_SECONDS
 
     def report(self) -> None:
-        """Say what could not be said before, and tell the watchdog that the loop turns."""
+        """Write log lines that had to wait, and tell the watchdog that the loop runs."""
         self.report_store()
         for stream in (OUTPUT, ERRORS):
             if stream.lost:
@@ -3257,11 +3256,11 @@ class IngestServer(http.server.HTTPServer):
             self.feed_at = self.now + self.feed_seconds
 
     def feed(self, watchdog: Callable[[], None], seconds: float) -> None:
-        """Call `watchdog` every so many seconds, as long as the loop turns."""
+        """Call `watchdog` every `seconds`, as long as the loop runs."""
         self.feed_watchdog, self.feed_seconds, self.feed_at = watchdog, seconds, self.now
 
     def store_is_ready(self) -> bool:
-        """What the last write showed, or, a second after it, what a write shows now."""
+        """The result of the last write or, a second after it, of a new test write."""
         if self.now - self.store_checked > 1:
             try:
                 self.store.probe()
@@ -3310,7 +3309,7 @@ class LineStream:
         return True
 
     def put(self, text: str) -> bool:
-        """Write a line, unless that would wait. True when it was taken."""
+        """Write a line, unless that would block. True if it was written."""
         stream = getattr(sys, self.name)
         if stream is None:  # there is none, as under pythonw
             return True
@@ -3350,9 +3349,9 @@ _rare: Dict[Tuple[str, Tuple[str, int]], Tuple[float, int]] = {}  # when it was 
 
 
 def log_rarely(event: str, place: Tuple[str, int], **fields: Any) -> None:
-    """Log a line, but for one place not more often than LOG_SECONDS allows.
+    """Log a line, for each kind at most one in LOG_SECONDS.
 
-    `more` is how many lines were left out since the last one.
+    `more` is the number of lines that were left out since the last one.
     """
     now = time.monotonic()
     said_at, more = _rare.get((event, place), (-math.inf, 0))
@@ -3364,14 +3363,14 @@ def log_rarely(event: str, place: Tuple[str, int], **fields: Any) -> None:
 
 
 def log_fault(error: BaseException) -> None:
-    """A fault of this program: its kind and its place. Its text can hold what a client sent."""
+    """Log a fault of this program: kind and place. Its text may hold what a client sent."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     log_rarely("internal_error", (place.name, place.lineno or 0), kind=type(error).__name__,
                function=place.name, line=place.lineno)
 
 
 def log_refused(row: Row, error: Exception) -> None:
-    """SQLite names the constraint that failed. Another program's trigger might say anything."""
+    """Log a refused row. Only SQLite's own message is logged: a trigger's may hold anything."""
     known = re.fullmatch(r"[A-Z ]+ constraint failed: [\w., ]+", str(error))
     log_rarely("insert_failed", ("", 0), identity=row[0][:6],
                reason=str(error) if known else type(error).__name__)
@@ -3486,7 +3485,7 @@ def network(text: str) -> Network:
 
 
 def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """`parse` with an error message that says what is wanted."""
+    """`parse` with an error message that says which form is wanted."""
     def convert(text: str) -> Any:
         try:
             return parse(text)
@@ -3646,7 +3645,7 @@ def load_tls(options: argparse.Namespace) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # An empty password, where OpenSSL would ask the terminal for one.
+        # An empty password: otherwise OpenSSL asks for one on the terminal.
         context.load_cert_chain(options.tls_cert, options.tls_key, password="")
     except (OSError, ValueError) as error:
         files = options.tls_cert, options.tls_key
@@ -3655,7 +3654,7 @@ def load_tls(options: argparse.Namespace) -> ssl.SSLContext:
 
 
 def raise_descriptor_limit(connections: int) -> int:
-    """Raise the limit of descriptors for so many connections; how many there is room for."""
+    """Raise the descriptor limit for `wanted` connections; the number that it allows."""
     if resource is None:
         return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3670,7 +3669,7 @@ def raise_descriptor_limit(connections: int) -> int:
 
 
 def watchdog_seconds() -> float:
-    """How often systemd's watchdog is to be fed (sd_watchdog_enabled(3)); 0.0: not at all."""
+    """Seconds between signs of life for systemd's watchdog (sd_watchdog_enabled(3)); 0.0: none."""
     microseconds = os.environ.get("WATCHDOG_USEC", "")
     mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
     known = mine and re.fullmatch("[0-9]{1,15}", microseconds)
@@ -3678,7 +3677,7 @@ def watchdog_seconds() -> float:
 
 
 def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), where it wants to know."""
+    """Send systemd a message (sd_notify(3)), if it started this process."""
     path = os.environ.get("NOTIFY_SOCKET")
     if path:
         address = "\0" + path[1:] if path.startswith("@") else path
