@@ -1459,6 +1459,7 @@ const command = %s
 export const SessionEvents = async ({ directory }) => {
   const sessions = new Set()
   const parents = new Map()  // of the sessions that opencode makes for subagents
+  const counted = new Set()  // calls, since opencode tells of most of them twice
   const run = (more, input) =>
     spawnSync(command[0], [...command.slice(1), ...more], {
       input: JSON.stringify({ cwd: directory, ...input }), stdio: ["pipe", "ignore", "inherit"] })
@@ -1466,6 +1467,11 @@ export const SessionEvents = async ({ directory }) => {
     while (parents.has(id)) id = parents.get(id)
     sessions.add(id)
     return id
+  }
+  const track = (call, args) => {
+    const session = begin(call.sessionID)
+    if (!counted.has(call.callID)) run(["track"], { session_id: session, tool_input: args })
+    if (call.callID) counted.add(call.callID)
   }
   const end = () => {
     for (const id of sessions) run([], { session_id: id })
@@ -1480,10 +1486,9 @@ export const SessionEvents = async ({ directory }) => {
       if (parentID) parents.set(id, parentID)
     },
     "chat.message": async (message) => { begin(message.sessionID) },
-    // Not tool.execute.after: opencode leaves it out when a call fails.
-    "tool.execute.before": async (call, { args }) => {
-      run(["track"], { session_id: begin(call.sessionID), tool_input: args })
-    },
+    // A call that fails has no tool.execute.after.
+    "tool.execute.before": async (call, { args }) => track(call, args),
+    "tool.execute.after": async (call, result) => track(call, call.args ?? result?.args),
     dispose: async () => end(),
   }
 }

@@ -1388,7 +1388,7 @@ const created = (info) =>
   hooks.event({ event: { type: "session.created", properties: { sessionID: info.id, info } } })
 const said = (sessionID) => hooks["chat.message"]({ sessionID }, { message: {}, parts: [] })
 const call = (sessionID, tool) =>
-  hooks["tool.execute.before"]({ tool, sessionID, callID: "x" }, { args: { filePath } })
+  hooks["tool.execute.before"]({ tool, sessionID, callID: tool }, { args: { filePath } })
 await created({ id: session, directory })
 await said(session)
 await hooks.event({ event: { type: "catalog.updated", properties: {} } })
@@ -1396,6 +1396,8 @@ await call(session, "task")  // no tool.execute.after follows where the tool fai
 await created({ id: "of a subagent", parentID: session })
 await said("of a subagent")
 await call("of a subagent", "read")
+const after = { tool: "read", sessionID: "of a subagent", callID: "read", args: { filePath } }
+await hooks["tool.execute.after"](after, {})  // the same call
 await said("silent " + session)
 if (wait === "0") await hooks.dispose()
 else process.kill(process.pid)
@@ -2090,13 +2092,13 @@ def test_emit_tracks_64_at_once(person):
 
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """One host does that on `/quit`: one event, with every discovery, however they fall."""
-    for n in range(30):
+    for n in range(60):
         session = "thrice-%d" % n
         lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
         lines += ["call %d" % (time.time() * 1000)] * 5
         emit.append(str(person.home), session, lines)
     env = {**person.env, "ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
-    for n in range(30):
+    for n in range(60):
         secret_hash("thrice-%d" % n)
         hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
         argv = [sys.executable, *HOOK]
@@ -2108,8 +2110,8 @@ def test_emit_of_three_ends_at_once_is_one_event(person):
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 30
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(30)}
+    assert len(person.kept()) == len(found) == 60
+    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
     for kept in found.values():
         assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
 
