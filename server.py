@@ -1681,7 +1681,7 @@ FEW_PAGES = 500  # in the log that the writer moves itself, in 2 to 5 ms
 class Moved(NamedTuple):
     """What the thread reports of a checkpoint."""
     pages: int  # in the log when it began; 0: unknown
-    stuck: bool  # a reader, or another process, keeps pages in the log
+    stuck: bool  # a reader, another process or a fault keeps pages in the log
     fault: str  # SQLite's words, or empty
 
 
@@ -1767,7 +1767,7 @@ class Checkpoints:
             due = self.asked * CHECKPOINT_PAGES // moved.pages
             self.due = min(max(CHECKPOINT_PAGES // 4, due), CHECKPOINT_PAGES * 2)
         self.emptied = False
-        if not moved.stuck and not moved.fault:
+        if not moved.stuck:
             with contextlib.suppress(sqlite3.Error):  # the thread will see it too, and say it
                 busy, pages, done = passive_checkpoint(writer)
                 self.emptied = not busy and pages == done
@@ -1794,7 +1794,7 @@ class Checkpoints:
                     break
                 before, last = pages, done
         except (sqlite3.Error, OSError) as error:
-            return Moved(0, False, getattr(error, "strerror", None) or str(error))
+            return Moved(0, True, getattr(error, "strerror", None) or str(error))
         return Moved(first, False, "")
 
     def sync(self) -> None:
@@ -2630,7 +2630,7 @@ class Connection:
             return self.sock.recv(READ_SIZE)
         except self.not_yet:
             return None
-        except (OSError, ValueError):  # ValueError: from OpenSSL
+        except OSError:
             return b""
 
     def transmit(self, data: bytes) -> Optional[int]:
@@ -2639,7 +2639,7 @@ class Connection:
             return self.sock.send(data)
         except self.not_yet:
             return 0
-        except (OSError, ValueError):
+        except OSError:
             return None
 
     def receive_requests(self) -> None:
@@ -2799,7 +2799,7 @@ class TLSConnection(Connection):
             self.watch(READ)
         except ssl.SSLWantWriteError:
             self.watch(WRITE)
-        except (OSError, ValueError):  # no TLS, no common version, gone
+        except OSError:  # no TLS, no common version, gone
             self.close()
         else:
             self.shaken = True
@@ -2817,7 +2817,7 @@ class TLSConnection(Connection):
     def say_goodbye(self) -> None:
         """Tell the client that nothing is missing (close_notify). Wait for no answer."""
         if self.shaken:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: both sides have said it
                 self.sock.unwrap()
 
 

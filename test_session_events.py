@@ -3250,6 +3250,25 @@ def test_server_a_row_that_the_database_refuses_takes_no_other_with_it(tmp_path)
     store.close()
 
 
+@quick
+def test_server_transaction_that_fails_is_undone_and_the_next_goes_through():
+    row = server.check_event(event(0))
+    with contextlib.closing(server.Store(":memory:")) as store:
+        with pytest.raises(server.Unavailable, match="disk I/O error"), store.transaction():
+            store.db.execute(server.INSERT_ONE, (*row, "2026-01-01T00:00:00Z"))
+            raise sqlite3.OperationalError("disk I/O error")
+        assert store.write([row]) == (1, {}, 0)
+
+
+@quick
+def test_server_database_emptied_in_place_takes_nothing(tmp_path):
+    """It is the same file, without a byte."""
+    with contextlib.closing(server.Store(str(tmp_path / "events.db"))) as store:
+        os.truncate(tmp_path / "events.db", 0)
+        with pytest.raises(server.Unavailable, match="emptied"):
+            store.write([server.check_event(event(0))])
+
+
 def test_server_database_and_side_files_are_the_owners_only(tmp_path):
     db = tmp_path / "events.db"
     old = os.umask(0)
@@ -5032,6 +5051,50 @@ def test_server_client_that_only_shakes_hands_is_limited(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
+def test_server_tls_client_that_reads_late_or_takes_its_leave_first(tmp_path, capfd):
+    """OpenSSL cannot send yet, or has said goodbye to both sides already: nothing gets lost."""
+    cert, key = certificate(tmp_path, "late")
+    inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inside.load_cert_chain(str(cert), str(key))
+    outside = ssl.create_default_context(cafile=str(cert))
+    wrong = request(as_sent(dict.fromkeys(map(str, range(100)), 1)))  # an answer of 6 KB
+    last = request(BODY, headers=["Connection: close"])
+    with turning(tls=inside) as turned:
+        turned.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # accepted ones too
+
+        def step(call, *given):
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    return call(*given)
+                turned.turn(0.01)
+                check_rules(turned)
+
+        for before in (wrong * 20, b""):
+            sock = outside.wrap_socket(
+                socket.create_connection(turned.server_address),
+                server_hostname="127.0.0.1",
+                do_handshake_on_connect=False,
+                suppress_ragged_eofs=False,
+            )
+            with sock:
+                sock.setblocking(False)
+                step(sock.do_handshake)
+                turned.turn(0.01)  # there is nothing to read yet
+                step(sock.sendall, before + last)
+                if before:
+                    until(lambda: turned.turn(0.01) or turned.connections.by_phase()["writing"])
+                    data = b"".join(iter(functools.partial(step, sock.recv, 65536), b""))
+                    statuses = re.findall(rb"HTTP/1.1 (\d+)", data)
+                    assert statuses == [b"400"] * 20 + [b"202"]
+                else:
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        sock.unwrap()
+                until(lambda: turned.turn(0.01) or not turned.connections)
+        assert turned.metrics.answers == {400: 20, 202: 2}
+    assert "internal_error" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
 def test_server_handshakes_come_under_the_turns_time(tmp_path):
     """200 clients shake hands at once: no turn does them all, and all get there."""
     cert, key = certificate(tmp_path, "many")
@@ -5508,6 +5571,76 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
     assert len(rows_of(db)) == next(serial)
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
     assert not (tmp_path / "events.db-wal").exists()
+
+
+@quick
+@needs_linux
+def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(
+    tmp_path, monkeypatch, capfd
+):
+    """What a checkpoint reports, and what the writer makes of it, without a thread."""
+    before, db = set(os.listdir("/proc/self/fd")), str(tmp_path / "events.db")
+    with contextlib.closing(server.Store(db)) as store:
+        moves, serial, synced = store.checkpoints, itertools.count(), []
+        monkeypatch.setattr(server.os, "fsync", synced.append)
+
+        def write():
+            store.write([server.check_event(event(next(serial))) for _ in range(20)])
+
+        write()
+        pages = server.passive_checkpoint(store.db)[1]
+        whole = moves.move()
+        assert whole == (pages, False, "") and synced == [moves.file]
+        with contextlib.closing(sqlite3.connect(db)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM session_events").fetchone()
+            write()
+            moves.finish(store.db, whole)
+            assert not moves.emptied  # the writer cannot do it either
+            del synced[:]
+            stuck = moves.move()
+            assert stuck.stuck and len(synced) == 1  # the second pass moved nothing
+        moves.finish(store.db, stuck)  # the reader is gone: not for the writer to move it all
+        assert not moves.emptied
+        moves.finish(store.db, whole)
+        assert moves.emptied  # so what the next one reports can be learned from
+        for reported, due in ((1, 2.0), (1 << 30, 0.25), (24_000, 0.5)):
+            moves.asked, moves.emptied = server.CHECKPOINT_PAGES, True
+            moves.finish(store.db, server.Moved(reported, False, ""))
+            assert moves.due == due * server.CHECKPOINT_PAGES
+        moves.asked, moves.emptied = 1, False
+        moves.finish(store.db, whole)
+        assert moves.due == 0.5 * server.CHECKPOINT_PAGES  # unknown how many were there before
+
+        monkeypatch.setattr(server, "FEW_PAGES", 0)
+        for wanted, passes in ((True, 1), (None, 2)):  # one more, unless somebody waits
+            write()
+            moves.finish(store.db, whole)
+            write()
+            del synced[:]
+            if wanted:
+                moves.wanted.put(wanted)
+            assert moves.move().pages and len(synced) == passes
+            if wanted:
+                moves.wanted.get()
+        with monkeypatch.context() as patched:
+            patched.setattr(server, "passive_checkpoint", lambda db: (1, -1, -1))
+            assert moves.move() == (0, True, "")  # another process is at it
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(server.os, "fsync", full)
+        for _ in range(2):
+            failed = moves.move()
+            assert failed == (0, True, "No space left on device")
+            moves.emptied = True
+            moves.finish(store.db, failed)
+            assert not moves.emptied
+        moves.finish(store.db, whole)
+        logged = [json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()]
+        assert logged == ["checkpoint_failed", "checkpoint_done"]
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 @quick
