@@ -3778,6 +3778,19 @@ def check_rules(turned):
 
 
 @quick
+def test_server_takes_32_requests_of_one_connection_in_a_turn():
+    most = server.REQUESTS_A_TURN
+    with turning() as turned, socket.create_connection(turned.server_address) as sock:
+        sock.sendall(request(method="GET", target="/healthz") * (2 * most + 1))
+        answers = turned.metrics.answers
+        until(lambda: turned.turn(0.01) or answers[200])
+        turned.turn(0.01)
+        assert answers[200] == 2 * most
+        turned.turn(0.01)
+        assert answers[200] == 2 * most + 1
+
+
+@quick
 def test_server_connections_keep_the_rules_of_their_table():
     """Seeded clients that send good and bad requests in pieces, stop reading, half-close and go."""
     rng, seen = random.Random(7), set()
