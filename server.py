@@ -766,18 +766,13 @@ class RequestReader:
         return text.partition(b"\r\n")[0]
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return formatdate(second, usegmt=True)
-
-
 @functools.lru_cache(maxsize=64)
 def answer_bytes(answer: Answer, close: bool, second: int, bodiless: bool = False) -> bytes:
     """The bytes of an answer. The memo saves 4 us for the one answer that nearly all get."""
     return (
         "HTTP/1.1 %d %s\r\nServer: session-events\r\nDate: %s\r\nContent-Type: %s\r\n"
         "Content-Length: %d\r\nCache-Control: no-store\r\n%s%s\r\n" % (
-            answer.status, http.HTTPStatus(answer.status).phrase, http_date(second),
+            answer.status, http.HTTPStatus(answer.status).phrase, formatdate(second, usegmt=True),
             answer.media_type, len(answer.payload), answer.extra,
             "Connection: close\r\n" if close else "")
     ).encode("ascii") + (b"" if bodiless else answer.payload)
@@ -1159,6 +1154,11 @@ def statements(script: str) -> Iterator[str]:
             statement = ""
 
 
+def pragma(db: sqlite3.Connection, name: str) -> int:
+    """The number that the pragma has now. Raises sqlite3.Error."""
+    return int(db.execute("PRAGMA " + name).fetchone()[0])
+
+
 def shown(name: str) -> str:
     """A name out of a database or a folder, in a form that is safe to print on one line."""
     return json.dumps(name[:255])
@@ -1198,8 +1198,8 @@ class Store:
         self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
         self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
-        self.paths: List[str] = []  # of the open files, and what they were when they were opened
-        self.identities: List[Optional[Tuple[int, int]]] = []
+        # The open files: what was at each path when they were opened.
+        self.files: Dict[str, Optional[Tuple[int, int]]] = {}
         self.fault, self.reopen_at = "", 0.0
         try:
             self.db = self.connect()
@@ -1227,8 +1227,7 @@ class Store:
         if not self.in_memory:
             if self.checkpoints is None:
                 self.checkpoints = Checkpoints(self.path)
-            self.paths = [self.path, self.path + "-wal"]
-            self.identities = [file_identity(name) for name in self.paths]
+            self.files = {name: file_identity(name) for name in (self.path, self.path + "-wal")}
         if self.retain_days:
             self.sweep = Sweep(self.db, self.retain_days)
         self.fault = ""
@@ -1263,7 +1262,7 @@ class Store:
 
     def migrate(self) -> None:
         """Bring the file to SCHEMA_VERSION. Raises StartError when that cannot be."""
-        version = self.version()
+        version = pragma(self.db, "user_version")
         if version > SCHEMA_VERSION:
             raise StartError(
                 "%s has schema version %d, and this server.py knows %d: use a newer server.py"
@@ -1275,21 +1274,18 @@ class Store:
             self.db.execute("PRAGMA " + setting)
         self.fit_cache()
         if self.max_bytes is not None:
-            page_size = self.db.execute("PRAGMA page_size").fetchone()[0]
-            self.db.execute("PRAGMA max_page_count = %d" % max(1, self.max_bytes // page_size))
+            most = max(1, self.max_bytes // pragma(self.db, "page_size"))
+            self.db.execute("PRAGMA max_page_count = %d" % most)
         if fresh:
             self.db.executescript(SCHEMA)
         elif version < SCHEMA_VERSION:
             self.run_migrations()
         self.check_rest()
 
-    def version(self) -> int:
-        return int(self.db.execute("PRAGMA user_version").fetchone()[0])
-
     def run_migrations(self) -> None:
         """Run the missing migrations in one transaction. Closing the connection undoes a half."""
         self.db.execute("BEGIN IMMEDIATE")
-        version = self.version()  # anew: another server may have been faster
+        version = pragma(self.db, "user_version")  # anew: another server may have been faster
         for migration in MIGRATIONS:
             if migration.version > version:
                 for statement in statements(migration.script):
@@ -1352,7 +1348,7 @@ class Store:
 
         What is written to a deleted file is lost.
         """
-        self.moved = [file_identity(name) for name in self.paths] != self.identities
+        self.moved = any(file_identity(name) != found for name, found in self.files.items())
         if self.moved:
             raise Unavailable("the database or its -wal file was deleted, replaced or emptied while"
                               " in use: put it back, or restart the server")
@@ -1461,9 +1457,7 @@ class Store:
 
     def pages_size(self) -> int:
         """Bytes of the database without its log. Raises sqlite3.Error."""
-        pages, page_size = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
-            "page_count", "page_size"))
-        return int(pages * page_size)
+        return pragma(self.db, "page_count") * pragma(self.db, "page_size")
 
     def size(self) -> int:
         """Bytes of the database and its log."""
@@ -1478,17 +1472,15 @@ class Store:
         """Pages that may still be filled before `max_bytes` is reached; -1 without such a limit."""
         if self.max_bytes is None:
             return -1
-        pages, free, most = (self.db.execute("PRAGMA " + name).fetchone()[0] for name in (
-            "page_count", "freelist_count", "max_page_count"))
-        return int(most - pages + free)
+        used = pragma(self.db, "page_count") - pragma(self.db, "freelist_count")
+        return pragma(self.db, "max_page_count") - used
 
     def probe(self) -> None:
         """Commit a transaction that writes a page and changes nothing. Raises Unavailable."""
         with self.transaction():
             if self.max_bytes and self.room() <= self.room_missed < LARGEST_EVENT:
                 raise sqlite3.OperationalError("database or disk is full")  # SQLite's words for it
-            version = self.db.execute("PRAGMA user_version").fetchone()[0]
-            self.db.execute("PRAGMA user_version = %d" % version)
+            self.db.execute("PRAGMA user_version = %d" % pragma(self.db, "user_version"))
 
     def close(self) -> None:
         if self.checkpoints:
@@ -2767,7 +2759,8 @@ class TLSConnection(Connection):
         super().__init__(server, sock, routes, bucket, proxy)
         self.context: Optional[ssl.SSLContext] = context  # until the handshake begins
         self.shaken = False  # the handshake is over
-        self.unused_handshake = server.handshake_bucket(bucket)
+        # A handshake has a bucket of its own, and costs nothing when a request follows.
+        self.unused_handshake = bucket and b"handshakes" + bucket
 
     def first_phase(self) -> str:
         return HANDSHAKE
@@ -2985,7 +2978,8 @@ class IngestServer(http.server.HTTPServer):
         self.watch_listener(listener)
 
     def watch_listener(self, listener: socket.socket) -> None:
-        self.selector.register(listener, READ, functools.partial(self.on_connecting, listener))
+        self.selector.register(
+            listener, READ, lambda _mask: self.accept(listener, ACCEPTS_A_TURN))
 
     @property
     def url(self) -> str:
@@ -3083,9 +3077,6 @@ class IngestServer(http.server.HTTPServer):
 
     # -- connections -------------------------------------------------------------------------------
 
-    def on_connecting(self, listener: socket.socket, mask: int) -> None:
-        self.accept(listener, ACCEPTS_A_TURN)
-
     def accept(self, listener: socket.socket, most: int) -> None:
         for accepted in range(most):
             try:
@@ -3147,10 +3138,6 @@ class IngestServer(http.server.HTTPServer):
     def give_back(self, bucket: bytes) -> None:
         if self.rate_limit:
             self.rate_limit.give_back(bucket)
-
-    def handshake_bucket(self, bucket: Optional[bytes]) -> Optional[bytes]:
-        """The bucket of a client's handshakes. One that a request follows costs no token."""
-        return bucket and b"handshakes" + bucket
 
     def over_rate(self, head: Head, connection: Connection) -> Optional[Answer]:
         """The 429 for a client over its rate, or None."""

@@ -5084,11 +5084,8 @@ def test_server_tls_client_that_reads_late_or_takes_its_leave_first(tmp_path, ca
 
         for before in (wrong * 20, b""):
             sock = outside.wrap_socket(
-                socket.create_connection(turned.server_address),
-                server_hostname="127.0.0.1",
-                do_handshake_on_connect=False,
-                suppress_ragged_eofs=False,
-            )
+                socket.create_connection(turned.server_address), server_hostname="127.0.0.1",
+                do_handshake_on_connect=False, suppress_ragged_eofs=False)
             with sock:
                 sock.setblocking(False)
                 step(sock.do_handshake)
@@ -5588,9 +5585,7 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
 
 @quick
 @needs_linux
-def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(
-    tmp_path, monkeypatch, capfd
-):
+def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, monkeypatch, capfd):
     """What a checkpoint reports, and what the writer makes of it, without a thread."""
     before, db = set(os.listdir("/proc/self/fd")), str(tmp_path / "events.db")
     with contextlib.closing(server.Store(db)) as store:
@@ -6208,11 +6203,8 @@ def stored(db, *rows, journal="WAL"):
         connection.executescript((ROOT / "schema.sql").read_text())
         connection.execute("BEGIN")
         for row in rows:
-            connection.execute(
-                "INSERT INTO session_events (%s) VALUES (%s)"
-                % (", ".join(row), ", ".join("?" * len(row))),
-                list(row.values()),
-            )
+            connection.execute("INSERT INTO session_events (%s) VALUES (%s)"
+                               % (", ".join(row), ", ".join("?" * len(row))), list(row.values()))
         connection.execute("COMMIT")
     return str(db)
 
@@ -6223,20 +6215,12 @@ def sha(*words):
 
 def row(n, who="ann", at="2026-05-22T12:00:00.000Z", refs=(), github=True, **changes):
     """The columns of session `n` of developer `who`."""
-    return dict(
-        {
-            "identity_hash": sha("identity", who),
-            "github_hash": sha("login", who) if github else None,
-            "session_id_hash": sha("session", n),
-            "ended_at": at,
-            "tool_count": 10,
-            "tokens_saved": 100,
-            "branch_sha": "abc123def456",
-            "discovery_refs_json": json.dumps(list(refs), separators=(",", ":")),
-            "plugin_version": "1.31.0",
-        },
-        **changes,
-    )
+    return dict({"identity_hash": sha("identity", who),
+                 "github_hash": sha("login", who) if github else None,
+                 "session_id_hash": sha("session", n), "ended_at": at, "tool_count": 10,
+                 "tokens_saved": 100, "branch_sha": "abc123def456",
+                 "discovery_refs_json": json.dumps(list(refs), separators=(",", ":")),
+                 "plugin_version": "1.31.0"}, **changes)
 
 
 def read(*argv, **options):
@@ -6251,36 +6235,23 @@ MAY = {"since": "2026-05-01T00:00:00.000Z", "until": "2026-06-01T00:00:00.000Z"}
 IN_MAY = ("--since", "2026-05-01", "--until", "2026-06-01")
 # Four sessions of three developers (cay has no GitHub), and one from before the window.
 # x goes from ann to bob to cay, y from ann to ann to cay. z stays with bob.
-STORY = (
-    row("old", "ann", "2026-04-20T10:00:00.000Z", ["x"]),
-    row(1, "ann", "2026-05-04T10:00:00.000Z", ["x", "y"], tool_count=1, tokens_saved=5),
-    row(2, "bob", "2026-05-05T10:00:00.000Z", ["x", "z", "x"], tool_count=2, tokens_saved=7),
-    row(3, "ann", "2026-05-12T10:00:00.000Z", ["y"], tool_count=4, tokens_saved=11),
-    row(
-        4,
-        "cay",
-        "2026-05-12T11:00:00.000Z",
-        ["y", "x"],
-        github=False,
-        tool_count=8,
-        tokens_saved=13,
-    ),
-)
+STORY = (row("old", "ann", "2026-04-20T10:00:00.000Z", ["x"]),
+         row(1, "ann", "2026-05-04T10:00:00.000Z", ["x", "y"], tool_count=1, tokens_saved=5),
+         row(2, "bob", "2026-05-05T10:00:00.000Z", ["x", "z", "x"], tool_count=2, tokens_saved=7),
+         row(3, "ann", "2026-05-12T10:00:00.000Z", ["y"], tool_count=4, tokens_saved=11),
+         row(4, "cay", "2026-05-12T11:00:00.000Z",
+             ["y", "x"], github=False, tool_count=8, tokens_saved=13))
 ANN, BOB, CAY = sha("login ann"), sha("login bob"), sha("identity cay")
 
 
 def story_session(n):
     stored_row = STORY[n]
-    return {
-        "session_id_hash": sha("session", n),
-        "identity_hash_prefix": stored_row["identity_hash"][:8],
-        "github_hash_prefix": stored_row["github_hash"] and stored_row["github_hash"][:8],
-        "ended_at": stored_row["ended_at"],
-        "tool_count": stored_row["tool_count"],
-        "tokens_saved": stored_row["tokens_saved"],
-        "branch_sha": "abc123def456",
-        "discovery_refs": list(dict.fromkeys(json.loads(stored_row["discovery_refs_json"]))),
-    }
+    return {"session_id_hash": sha("session", n),
+            "identity_hash_prefix": stored_row["identity_hash"][:8],
+            "github_hash_prefix": stored_row["github_hash"] and stored_row["github_hash"][:8],
+            "ended_at": stored_row["ended_at"], "tool_count": stored_row["tool_count"],
+            "tokens_saved": stored_row["tokens_saved"], "branch_sha": "abc123def456",
+            "discovery_refs": list(dict.fromkeys(json.loads(stored_row["discovery_refs_json"])))}
 
 
 # -- The contract and a row ------------------------------------------------------------------------
@@ -6320,16 +6291,13 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         assert session_events.sessions(reader, window, 2) == dict(
             MAY,
             sessions=[dict(story_session(4), developer=c), dict(story_session(3), developer=a)],
-            total_count_in_window=4,
-        )
+            total_count_in_window=4)
         assert (
             session_events.sessions(reader, window._replace(github=False))["total_count_in_window"]
-            == 1
-        )
+            == 1)
         assert (
             session_events.sessions(reader, window._replace(discovery="z"))["total_count_in_window"]
-            == 1
-        )
+            == 1)
         edges = window._replace(
             since=STORY[1]["ended_at"], until=STORY[4]["ended_at"]
         )  # in, and not in
@@ -6338,11 +6306,8 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         may_13 = session_events.instant("2026-05-13T00:00:00Z")
         assert session_events.session(reader, s1[:6], may_13) == {
             "session": dict(story_session(1), developer=a),
-            "related": [
-                dict(story_session(3), developer=a),
-                dict(story_session(0), developer=a, session_id_hash=sha("session old")),
-            ],
-        }
+            "related": [dict(story_session(3), developer=a),
+                        dict(story_session(0), developer=a, session_id_hash=sha("session old"))]}
         assert len(session_events.session(reader, s1, may_13 + 10 * 86_400_000)["related"]) == 1
 
         listed = session_events.discoveries(reader, window)["discoveries"]
@@ -6399,14 +6364,8 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         assert sorted(
             (f["source"], f["target"], f["edges"], f["discoveries"]) for f in graph["developers"]
         ) == sorted([(a, b, 1, 1), (a, a, 1, 1), (a, c, 1, 1), (b, c, 1, 1)])
-        assert graph["totals"] == {
-            "sessions": 4,
-            "developers": 3,
-            "tool_count": 15,
-            "tokens_saved": 36,
-            "discoveries": 3,
-            "hand_overs": 3,
-        }
+        assert graph["totals"] == {"sessions": 4, "developers": 3, "tool_count": 15,
+                                   "tokens_saved": 36, "discoveries": 3, "hand_overs": 3}
         only_y = session_events.graph(reader, window._replace(discovery="y"))
         assert [(e["source"], e["target"]) for e in only_y["edges"]] == [(s1, s3), (s3, s4)]
 
@@ -6452,8 +6411,7 @@ def reference_edges(rows):
     edges = {}
     for ref in {ref for r in rows for ref in json.loads(r["discovery_refs_json"])}:
         touched = [
-            r["session_id_hash"] for r in rows if ref in json.loads(r["discovery_refs_json"])
-        ]
+            r["session_id_hash"] for r in rows if ref in json.loads(r["discovery_refs_json"])]
         for source, target in zip(touched, touched[1:]):
             edges.setdefault((source, target), set()).add(ref)
     return edges
@@ -6472,14 +6430,9 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
     for n in range(400):
         refs = ["r%d" % int(12 * chance.random() ** 2) for _ in range(chance.randrange(4))]
         rows.append(
-            row(
-                n,
-                "dev%d" % chance.randrange(9),
+            row(n, "dev%d" % chance.randrange(9),
                 "2026-05-%02dT%02d:00:00.000Z" % (chance.randrange(1, 29), chance.randrange(24)),
-                dict.fromkeys(refs),
-                github=chance.random() < 0.5,
-            )
-        )
+                dict.fromkeys(refs), github=chance.random() < 0.5))
     db = stored(tmp_path / "e.db", *rows)
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["ended_at"], i))
     for since, until, github in (
@@ -6501,16 +6454,14 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
                 ::-1
             ]
             who = reference_developers(
-                [r for r in rows if window.since <= r["ended_at"] < window.until]
-            )
+                [r for r in rows if window.since <= r["ended_at"] < window.until])
             check_discoveries(reader, window, inside, who)
             check_figures(reader, window, rows, inside, who)
             graph = session_events.graph(reader, window)
             found = {(e["source"], e["target"]): set(e["discoveries"]) for e in graph["edges"]}
             assert found == reference_edges(inside)
             assert all(
-                e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"]
-            )
+                e["crosses"] == (who[e["source"]] != who[e["target"]]) for e in graph["edges"])
             hand_overs = sum(len(refs) for (a, b), refs in found.items() if who[a] != who[b])
             assert graph["totals"]["hand_overs"] == hand_overs
             if inside:
@@ -6520,13 +6471,10 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             for period in activity["days"]:
                 day = [r for r in inside if r["ended_at"][:10] == period["period"]]
                 assert (period["sessions"], period["developers"]) == (
-                    len(day),
-                    len({who[r["session_id_hash"]] for r in day}),
-                )
+                    len(day), len({who[r["session_id_hash"]] for r in day}))
             exported = list(session_events.exported(reader, window))
             assert [s["session_id_hash"] for s in exported] == [
-                r["session_id_hash"] for r in inside
-            ]
+                r["session_id_hash"] for r in inside]
     for newest in (1000, 3):  # found among the newest, in the whole index
         monkeypatch.setattr(session_events, "NEWEST", newest)
         with session_events.reading(db) as reader:
@@ -6534,9 +6482,7 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
                 for digits in (64, 12):
                     found = session_events.find_session(reader, r["session_id_hash"][:digits])
                     assert (found.session, found.identity) == (
-                        r["session_id_hash"],
-                        r["identity_hash"],
-                    )
+                        r["session_id_hash"], r["identity_hash"])
             with pytest.raises(session_events.NotFound, match="no session"):
                 session_events.find_session(reader, "0" * 64)
 
@@ -6557,16 +6503,14 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 (-3, "", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
                 (-2, "!", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
                 (-1, "0" * 64, good["session_id_hash"], "never"),
-            ],
-        )
+            ])
     for newest in (1, 1000):
         monkeypatch.setattr(session_events, "NEWEST", newest)
         with session_events.reading(db) as reader:
             for digits in (64, 12):
                 assert (
                     session_events.find_session(reader, good["session_id_hash"][:digits]).identity
-                    == good["identity_hash"]
-                )
+                    == good["identity_hash"])
 
 
 @quick
@@ -6578,51 +6522,18 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
     good = list(row("good", discovery_refs_json='["a","b.c:d-e_f"]').values())
     assert session_events.is_session([0, *good])
     cells = [
-        None,
-        5,
-        -1,
-        2.5,
-        1e400,
-        1 << 62,
-        True,
-        "",
-        "5",
-        b"",
-        "\n",
-        "a" * 65,
-        "A" * 64,
-        "g" * 64,
-    ]
+        None, 5, -1, 2.5, 1e400, 1 << 62, True, "", "5", b"", "\n", "a" * 65, "A" * 64, "g" * 64]
     cells += [0, 10**6, 10**6 + 1, 10**9, 10**9 + 1]
     cells += ["0" * 64, "0" * 63, b"0" * 64, "0" * 64 + "\0", "\u0660" * 64, "1\n", "-", "é"]
     cells += [
-        "[]",
-        '["a"]',
-        '["a", "b"]',
-        '["a"',
-        '["a",]',
-        '["a","a"]',
-        '[["a"]]',
-        '{"a":"b"}',
-        "null",
-    ]
+        "[]", '["a"]', '["a", "b"]', '["a"', '["a",]', '["a","a"]', '[["a"]]', '{"a":"b"}', "null"]
     cells += [json.dumps(["a"] * n) for n in (200, 201)] + [
-        '["a\\n"]',
-        '["%s"]' % ("a" * 129),
-        '[ "a" ]',
-    ]
+        '["a\\n"]', '["%s"]' % ("a" * 129), '[ "a" ]']
     moments = [
-        "2026-05-22T12:34:56Z",
-        "2026-05-22T12:34:56.000Z",
-        "2026-05-22T12:34:56.5Z",
-        "2026-05-22",
-    ]
+        "2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.5Z", "2026-05-22"]
     moments += ["2026-05-22T12:34:56.000z", "2026-05-22T12:34:56.000", "2026-02-30T00:00:00.000Z"]
     moments += [
-        "2026-05-22T14:34:56.000+02:00",
-        "2026-05-22T24:00:00.000Z",
-        "0000-01-01T00:00:00.000Z",
-    ]
+        "2026-05-22T14:34:56.000+02:00", "2026-05-22T24:00:00.000Z", "0000-01-01T00:00:00.000Z"]
     moments += ["2026-05-22T12:34:60.000Z", "2026-06-31T00:00:00.000Z"]
     moments += ["2024-02-29T23:59:59.999Z", "2026-05-22 12:34:56.000Z", "2026-05-22T12:60:00.000Z"]
     every = session_events.EVER
@@ -6636,8 +6547,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
             text[at : at + chance.randrange(2)] = chance.choice(["", *'0a9zAZ-.:_ \0\n"[],é'])
         cell = "".join(text)
         tried.append(
-            [*good[:n], int(cell) if n in (4, 5) and cell.isdigit() else cell, *good[n + 1 :]]
-        )
+            [*good[:n], int(cell) if n in (4, 5) and cell.isdigit() else cell, *good[n + 1 :]])
     expected = [plain_check(r) for r in tried]
     assert expected == [session_events.is_session([0, *r]) for r in tried]
     assert 200 < sum(expected) < len(tried) - 500
@@ -6649,8 +6559,7 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
             " PRIMARY KEY, %s, received_at)" % ", ".join(row(0))
         )
         connection.executemany(
-            "INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?)" % ", ".join(row(0)), tried
-        )
+            "INSERT INTO session_events (%s) VALUES (?,?,?,?,?,?,?,?,?)" % ", ".join(row(0)), tried)
         # The look at many rows at once may be too strict, never too lax.
         connection.execute("CREATE INDEX moments ON session_events (ended_at)")
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as one:
@@ -6702,22 +6611,20 @@ def plain_check(cells):
         datetime.datetime.strptime(ended, form)
     except (ValueError, TypeError):
         return False
-    return (
-        text(identity, "[0-9a-f]{64}")
-        and text(session, "[0-9a-f]{64}")
-        and (github is None or text(github, "[0-9a-f]{64}"))
-        and len(ended) in (20, 24)
-        and ended[10] + ended[-1] == "TZ"
-        and isinstance(tools, int)
-        and 0 <= tools <= 10**6
-        and isinstance(tokens, int)
-        and 0 <= tokens <= 10**9
-        and (branch is None or text(branch, "[0-9A-Fa-f]{7,40}"))
-        and isinstance(refs, list)
-        and len(refs) <= 200
-        and all(text(ref, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}") for ref in refs)
-        and text(version, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
-    )
+    return (text(identity, "[0-9a-f]{64}")
+            and text(session, "[0-9a-f]{64}")
+            and (github is None or text(github, "[0-9a-f]{64}"))
+            and len(ended) in (20, 24)
+            and ended[10] + ended[-1] == "TZ"
+            and isinstance(tools, int)
+            and 0 <= tools <= 10**6
+            and isinstance(tokens, int)
+            and 0 <= tokens <= 10**9
+            and (branch is None or text(branch, "[0-9A-Fa-f]{7,40}"))
+            and isinstance(refs, list)
+            and len(refs) <= 200
+            and all(text(ref, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}") for ref in refs)
+            and text(version, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"))
 
 
 def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch):
@@ -6801,12 +6708,9 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
 def test_reader_files_with_other_indexes_and_types(tmp_path):
     """What another program declared changes neither the order nor what a session is."""
     rows = [row(n, who, refs=["a"]) for n, who in enumerate(("bob", "ann", "bob"))]
-    for number, index in enumerate((
-        "(ended_at, identity_hash)",
-        "(ended_at DESC, identity_hash DESC)",
-        "(ended_at) WHERE github_hash IS NULL",
-        "(ended_at COLLATE NOCASE)",
-    )):
+    for number, index in enumerate(
+            ("(ended_at, identity_hash)", "(ended_at DESC, identity_hash DESC)",
+             "(ended_at) WHERE github_hash IS NULL", "(ended_at COLLATE NOCASE)")):
         db = stored(tmp_path / ("index%d.db" % number), *rows)
         with contextlib.closing(sqlite3.connect(db)) as connection:
             connection.execute("DROP INDEX idx_session_events_ended_at")
@@ -6823,9 +6727,7 @@ def test_reader_files_with_other_indexes_and_types(tmp_path):
         for found in rows:
             connection.execute(
                 "INSERT INTO session_events (%s) VALUES (%s)"
-                % (", ".join(found), ", ".join("?" * len(found))),
-                list(found.values()),
-            )
+                % (", ".join(found), ", ".join("?" * len(found))), list(found.values()))
     with session_events.reading(db) as reader:
         found = session_events.sessions(reader, session_events.EVER)
         assert (found["total_count_in_window"], reader.left_out) == (0, 3)
@@ -6834,11 +6736,8 @@ def test_reader_files_with_other_indexes_and_types(tmp_path):
 @quick
 def test_reader_counts_as_left_out_only_what_is_in_the_window(tmp_path):
     """Also where a moment without a fraction widens what is read."""
-    db = stored(
-        tmp_path / "edge.db",
-        row(1, at="2026-09-04T00:00:00Z"),
-        row(2, at="2026-09-05T00:00:00.900Z", tool_count=-1),
-    )
+    db = stored(tmp_path / "edge.db", row(1, at="2026-09-04T00:00:00Z"),
+                row(2, at="2026-09-05T00:00:00.900Z", tool_count=-1))
     for until, left_out in (("2026-09-05T00:00:00.000Z", 0), ("2026-09-05T00:00:01.000Z", 1)):
         window = session_events.Window("2026-09-03T00:00:00.000Z", until)
         with session_events.reading(db) as reader:
@@ -6851,13 +6750,7 @@ def test_reader_counts_as_left_out_only_what_is_in_the_window(tmp_path):
 def test_reader_moments_without_a_fraction(tmp_path):
     """They sort by their instant in lists, cuts, first and last seen, and at a window's edges."""
     ended = [
-        "12:00:00.500Z",
-        "12:00:00Z",
-        "12:00:00.000Z",
-        "12:00:01Z",
-        "11:59:59.999Z",
-        "12:00:00Z",
-    ]
+        "12:00:00.500Z", "12:00:00Z", "12:00:00.000Z", "12:00:01Z", "11:59:59.999Z", "12:00:00Z"]
     rows = [row(n, "d%d" % n, "2026-05-22T" + at, ["x"]) for n, at in enumerate(ended)]
     db = stored(tmp_path / "e.db", *rows)
     right = [sha("session", n) for n in (4, 1, 2, 5, 0, 3)]
@@ -6876,15 +6769,13 @@ def test_reader_moments_without_a_fraction(tmp_path):
         edges = session_events.graph(reader, window)["edges"]
         assert [e["target"] for e in edges] == right[1:]
         assert (
-            session_events.discoveries(reader, window)["discoveries"][0]["last_seen_at"] == key[3]
-        )
+            session_events.discoveries(reader, window)["discoveries"][0]["last_seen_at"] == key[3])
         times = [*key.values(), "2026-05-22T12:00:00.250Z", "2026-05-22T12:00:00.001Z"]
         for since, until in itertools.product(times, times):
             inside = {sha("session", n) for n in key if since <= key[n] < until}
             window = session_events.Window(since, until)
             found = [
-                s["session_id_hash"] for s in session_events.sessions(reader, window)["sessions"]
-            ]
+                s["session_id_hash"] for s in session_events.sessions(reader, window)["sessions"]]
             assert set(found) == inside and reader.count(window) == len(inside), (since, until)
 
 
@@ -6897,18 +6788,12 @@ def check_discoveries(reader, window, inside, who):
             firsts.setdefault(who[r["session_id_hash"]], r["ended_at"])
         second = sorted(firsts.values())[1] if len(firsts) > 1 else None
         half = touched[math.ceil(len(touched) / 2) - 1]["ended_at"] if len(touched) > 3 else None
-        expected.append(
-            {
-                "discovery_id": ref,
-                "session_count": len(touched),
-                "distinct_identity_count": len({r["identity_hash"] for r in touched}),
-                "first_seen_at": touched[0]["ended_at"],
-                "last_seen_at": touched[-1]["ended_at"],
-                "developer_count": len(firsts),
-                "hours_to_second_developer": hours_between(touched[0]["ended_at"], second),
-                "half_life_hours": hours_between(touched[0]["ended_at"], half),
-            }
-        )
+        expected.append({"discovery_id": ref, "session_count": len(touched),
+                         "distinct_identity_count": len({r["identity_hash"] for r in touched}),
+                         "first_seen_at": touched[0]["ended_at"],
+                         "last_seen_at": touched[-1]["ended_at"], "developer_count": len(firsts),
+                         "hours_to_second_developer": hours_between(touched[0]["ended_at"], second),
+                         "half_life_hours": hours_between(touched[0]["ended_at"], half)})
     for sort, column in (
         ("session_count", "session_count"),
         ("distinct_identity_count", "distinct_identity_count"),
@@ -6957,33 +6842,23 @@ def check_figures(reader, window, rows, inside, who):
 
     tokens = [r["tokens_saved"] for r in inside]
     waits = [
-        hours_between(firsts[ref], sorted(d.values())[1]) for ref, d in reach.items() if len(d) > 1
-    ]
-    far = min(
-        reach, key=lambda ref: (-len(reach[ref]), -sum(ref in r for r in refs), ref), default=None
-    )
+        hours_between(firsts[ref], sorted(d.values())[1]) for ref, d in reach.items() if len(d) > 1]
+    far = min(reach,
+              key=lambda ref: (-len(reach[ref]), -sum(ref in r for r in refs), ref), default=None)
     assert (found["sessions"], found["developers"]) == (len(inside), len(developers))
     assert (found["discoveries"], found["shared_discoveries"]) == (len(reach), len(waits))
     assert (found["tokens_saved"], found["tool_count"]) == (
-        sum(tokens),
-        sum(r["tool_count"] for r in inside),
-    )
+        sum(tokens), sum(r["tool_count"] for r in inside))
     assert found["hand_overs"] == sum(given.values())
-    assert found["furthest"] == (
-        {
-            "discovery_id": far,
-            "developers": len(reach[far]),
-            "hours": hours_between(firsts[far], max(reach[far].values())),
-        }
-        if far
-        else None
-    )
+    assert found["furthest"] == ({"discovery_id": far, "developers": len(reach[far]),
+                                  "hours": hours_between(firsts[far], max(reach[far].values()))}
+                                 if far
+                                 else None)
     share = round(sum(built) / len(inside), 4) if inside else None
     assert found["built_on_others"] == {"sessions": sum(built), "share": share}
     assert found["tokens_saved_median"] == {
         "built_on_others": middle([t for t, b in zip(tokens, built) if b]),
-        "others": middle([t for t, b in zip(tokens, built) if not b]),
-    }
+        "others": middle([t for t, b in zip(tokens, built) if not b])}
     assert found["hours_to_second_developer"] == middle(waits)
     earlier = found["before"]
     there = {
@@ -7029,8 +6904,7 @@ def check_figures(reader, window, rows, inside, who):
         for d in developers
     }
     assert {(m["source"], m["target"]): m["hand_overs"] for m in listed["matrix"]} == {
-        (shown[a], shown[b]): n for (a, b), n in given.items()
-    }
+        (shown[a], shown[b]): n for (a, b), n in given.items()}
 
 
 def stranger(chance, path):
@@ -7055,12 +6929,10 @@ def stranger(chance, path):
         columns = ", ".join("%s COLLATE NOCASE" % name for name in row(0))
         connection.executescript(
             "DROP TABLE session_events; CREATE TABLE session_events (id INTEGER PRIMARY KEY, %s)"
-            % (columns + ", received_at")
-        )
+            % (columns + ", received_at"))
         for n, one in enumerate(rows):
             sql = "INSERT INTO session_events (id, %s) VALUES (?,?,?,?,?,?,?,?,?,?)" % ", ".join(
-                one
-            )
+                one)
             connection.execute(sql, [n, *one.values()])
             if plain_check(list(one.values())):
                 refs = [(ref, n) for ref in json.loads(one["discovery_refs_json"])]
@@ -7094,8 +6966,7 @@ def test_reader_databases_of_other_programs(tmp_path):
                 exported = [s["session_id_hash"] for s in session_events.exported(reader, window)]
                 assert exported == [r["session_id_hash"] for r in inside], seed
                 assert session_events.sessions(reader, window, 1)["total_count_in_window"] == len(
-                    inside
-                )
+                    inside)
                 if inside:
                     check_discoveries(reader, window, inside, who)
                 check_figures(reader, window, rows, inside, who)
@@ -7105,42 +6976,18 @@ def test_reader_databases_of_other_programs(tmp_path):
 def test_reader_prefixes_that_look_alike():
     keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
     assert session_events.labels(keys) == {
-        keys[0]: keys[0][:11],
-        keys[1]: keys[1][:12],
-        keys[2]: keys[2][:12],
-        keys[3]: "0" * 8,
-    }
+        keys[0]: keys[0][:11], keys[1]: keys[1][:12], keys[2]: keys[2][:12], keys[3]: "0" * 8}
 
 
 # -- Hostile rows ----------------------------------------------------------------------------------
 
 
-HOSTILE_REFS = [
-    "</script><script>document.title='owned'</script>",
-    "\"'><img src=x onerror=\"document.title='owned'\">",
-    "\u202egnp.exe\u2066",
-    "\x1b]0;owned\x07\x1b[31m",
-    '=HYPERLINK("http://example.com")',
-    "<!--",
-    "\\",
-    "a\nb\rc\x00d",
-    "\U0001f600",
-    "&amp;&#60;",
-    "x" * 5000,
-]
-JUNK = (
-    None,
-    5,
-    -1,
-    2.5,
-    10**18,
-    b"\xff\x00",
-    "",
-    "zzzz",
-    "</script>",
-    "\x1b[2J",
-    "2026-05-99T00:00:00.000Z",
-)
+HOSTILE_REFS = ["</script><script>document.title='owned'</script>",
+                "\"'><img src=x onerror=\"document.title='owned'\">", "\u202egnp.exe\u2066",
+                "\x1b]0;owned\x07\x1b[31m", '=HYPERLINK("http://example.com")', "<!--", "\\",
+                "a\nb\rc\x00d", "\U0001f600", "&amp;&#60;", "x" * 5000]
+JUNK = (None, 5, -1, 2.5, 10**18, b"\xff\x00", "", "zzzz", "</script>", "\x1b[2J",
+        "2026-05-99T00:00:00.000Z")
 
 
 def hostile_rows():
@@ -7154,68 +7001,38 @@ def hostile_rows():
     ]
     for column in row(0):
         for n, junk in enumerate(JUNK):
-            rows.append(
-                row(
-                    "%s %d" % (column, n),
-                    "mallory",
-                    "2026-05-20T12:00:00.000Z",
-                    ["x"],
-                    **{column: junk},
-                )
-            )
+            rows.append(row("%s %d" % (column, n), "mallory", "2026-05-20T12:00:00.000Z", ["x"],
+                            **{column: junk}))
     return rows
 
 
 # Those of them that are sessions: NULL where it may be, and numbers that the column makes text.
 KEPT = (
-    "refs 6",
-    "github_hash 0",
-    "branch_sha 0",
-    "tool_count 1",
-    "tokens_saved 1",
-    "plugin_version 1",
-)
+    "refs 6", "github_hash 0", "branch_sha 0", "tool_count 1", "tokens_saved 1", "plugin_version 1")
 KEPT += ("plugin_version 3", "plugin_version 4", "plugin_version 7", "branch_sha 4")
 
 
 def looser(db):
     """A table like the contract's without its constraints, as a careless program could make it."""
     with contextlib.closing(sqlite3.connect(str(db), isolation_level=None)) as connection:
-        schema = (
-            (ROOT / "schema.sql")
-            .read_text()
-            .replace(" NOT NULL", "")
-            .replace("UNIQUE INDEX", "INDEX")
-        )
+        schema = ((ROOT / "schema.sql").read_text().replace(
+                      " NOT NULL", "").replace("UNIQUE INDEX", "INDEX"))
         connection.executescript(schema)
         connection.execute("DROP TRIGGER session_events_discoveries_insert")
         for r in hostile_rows():
-            connection.execute(
-                "INSERT INTO session_events (%s) VALUES (%s)"
-                % (", ".join(r), ", ".join("?" * len(r))),
-                list(r.values()),
-            )
+            connection.execute("INSERT INTO session_events (%s) VALUES (%s)"
+                               % (", ".join(r), ", ".join("?" * len(r))), list(r.values()))
         connection.executescript(schema)
         connection.execute("INSERT INTO session_discoveries VALUES (?, 1), (?, 2)", (b"\xff", 7.5))
         connection.execute(
-            "UPDATE session_events SET plugin_version = CAST(x'fffe' AS TEXT) WHERE id = 1"
-        )
+            "UPDATE session_events SET plugin_version = CAST(x'fffe' AS TEXT) WHERE id = 1")
     return str(db)
 
 
 def commands(db, session):
     """Every reading command in every form."""
-    asked = {
-        "sessions": [],
-        "session": [session],
-        "discoveries": [],
-        "discovery": ["x"],
-        "graph": [],
-        "activity": [],
-        "developers": [],
-        "summary": [],
-        "export": [],
-    }
+    asked = {"sessions": [], "session": [session], "discoveries": [], "discovery": ["x"],
+             "graph": [], "activity": [], "developers": [], "summary": [], "export": []}
     assert sorted(asked) == sorted(session_events.QUESTIONS)
     for name, arguments in asked.items():
         window = [] if name == "session" else IN_MAY
@@ -7239,9 +7056,7 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
         status, out, err = answered(capfdbinary, argv)
         assert status == 0, (name, form, err)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u206f\ud800-\udfff]", out), (
-            name,
-            form,
-        )
+            name, form)
         if form == "json":
             json.loads(out)
         if form == "jsonl":
@@ -7249,17 +7064,13 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
         if form == "csv":
             assert not re.search(r"(?m)(^|,)\"?[=+@]", out), name
         if form == "html":
-            assert (
-                out.lower().count("<script") == out.lower().count("</script") == 2
-                and "<img" not in out
-            )
+            assert out.lower().count("<script") == out.lower().count("</script") == 2
+            assert "<img" not in out
     filters = session_events.Filters(since="2026-05-01", until="2026-06-01")
     with session_events.reading(db) as reader:
-        pages = [
-            session_events.replay_page(reader, filters),
-            session_events.sessions_page(reader, filters),
-            session_events.discoveries_page(reader, filters, "recent"),
-        ]
+        pages = [session_events.replay_page(reader, filters),
+                 session_events.sessions_page(reader, filters),
+                 session_events.discoveries_page(reader, filters, "recent")]
         for ref in HOSTILE_REFS:
             with pytest.raises(session_events.NotFound):
                 session_events.discovery(reader, ref, filters.window())
@@ -7301,11 +7112,8 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
     changed("v0.db", "PRAGMA user_version = 0", "DROP TABLE session_discoveries")
     changed("v2.db", "PRAGMA user_version = 2")
     changed("lacks.db", "DROP TABLE session_discoveries")
-    changed(
-        "column.db",
-        "DROP TABLE session_discoveries",
-        "CREATE TABLE session_discoveries (discovery_ref)",
-    )
+    changed("column.db", "DROP TABLE session_discoveries",
+            "CREATE TABLE session_discoveries (discovery_ref)")
     columns = ", ".join(row(0))
     keyless = "CREATE TABLE session_events (id, %s, received_at)" % columns
     changed("key.db", "DROP TABLE session_events", keyless)
@@ -7333,27 +7141,18 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
         (["discovery", "\udcff", "--db", good, *IN_MAY], "no session of this window", 1),
         (["sessions", "--db", good, "--since", "yesterday"], "--since takes a date", 2),
         (["sessions", "--db", good, "--since", "2026-05-01", "--days", "3"], "give one", 2),
-        (
-            ["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"],
-            "must be after",
-            2,
-        ),
-        (
-            ["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"],
-            "nothing in this window",
-            0,
-        ),
+        (["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"],
+         "must be after", 2),
+        (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"],
+         "nothing in this window", 0),
         (["export", "--db", good, "--until", "2020-02-01"], "nothing in this window", 0),
     ):
         status, out, err = answered(capfdbinary, argv)
         assert (status, says in err) == (expected, True), (argv, err)
-    for argv in (
-        [],
-        ["sessions"],
-        ["sessions", "--db", good, "--days", "0"],
-        ["sessions", "--db", good, "--days", "x"],
-        ["view", "--db", good, "--port", "65536"],
-    ):
+    for argv in ([], ["sessions"],
+                 ["sessions", "--db", good, "--days", "0"],
+                 ["sessions", "--db", good, "--days", "x"],
+                 ["view", "--db", good, "--port", "65536"]):
         with pytest.raises(SystemExit) as stopped:
             session_events.main(argv)
         assert stopped.value.code == 2
@@ -7371,18 +7170,10 @@ def test_reader_an_ambiguous_prefix_says_which(tmp_path, capfdbinary):
 
 @quick
 def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
-    rows = [
-        *STORY,
-        row(
-            "wide",
-            "dee",
-            "2026-05-30T00:00:00.000Z",
-            ["r" * 128] * 3,
-            tool_count=10**6,
-            tokens_saved=10**9,
-        ),
-        *[row(100 + n, "dev%d" % n, "2026-05-25T00:00:00.000Z", ["x"]) for n in range(30)],
-    ]
+    rows = [*STORY,
+            row("wide", "dee", "2026-05-30T00:00:00.000Z", ["r" * 128] * 3, tool_count=10**6,
+                tokens_saved=10**9),
+            *[row(100 + n, "dev%d" % n, "2026-05-25T00:00:00.000Z", ["x"]) for n in range(30)]]
     db = stored(tmp_path / "e.db", *rows)
     texts = {}
     for name, form, argv in commands(db, sha("session", 1)):
@@ -7400,9 +7191,8 @@ def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
     dot = texts["graph", "dot"]
     assert '"%s" -> "%s" [label="x" color' % (sha("session 1"), sha("session 2")) in dot
     assert dot.count("{") == dot.count("}")
-    assert (
-        "default-src 'none'" in texts["graph", "html"] and 'href="/' not in texts["graph", "html"]
-    )
+    assert "default-src 'none'" in texts["graph", "html"]
+    assert 'href="/' not in texts["graph", "html"]
 
 
 @quick
@@ -7422,25 +7212,12 @@ def test_reader_as_a_program(tmp_path):
     """
     shutil.copy(str(ROOT / "session_events.py"), str(tmp_path))
     for python in (PYTHONS[min(PYTHONS)], PYTHONS[max(PYTHONS)]):
-        done = subprocess.run(
-            [
-                python,
-                "-I",
-                "-S",
-                "session_events.py",
-                "demo",
-                "--db",
-                "demo%s.db" % abs(hash(python)),
-            ],
-            cwd=str(tmp_path),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            timeout=60,
-        )
+        done = subprocess.run([python, "-I", "-S", "session_events.py", "demo", "--db",
+                               "demo%s.db" % abs(hash(python))], cwd=str(tmp_path),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
         assert done.returncode == 0 and b"synthetic" in done.stdout
     first, *others = [
-        read("export", "--days", 60, "--db", path).stdout for path in tmp_path.glob("*.db")
-    ]
+        read("export", "--days", 60, "--db", path).stdout for path in tmp_path.glob("*.db")]
     assert len(first) > 50_000 and all(
         other == first for other in others
     )  # the same in each Python
@@ -7451,11 +7228,8 @@ def test_reader_as_a_program(tmp_path):
     db = next(iter(tmp_path.glob("*.db")))
     again = read("demo", "--db", db)
     assert again.returncode == 1 and "is there already" in again.stderr
-    process = subprocess.Popen(
-        program("session_events", "export", "--days", 60, "--db", db),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    process = subprocess.Popen(program("session_events", "export", "--days", 60, "--db", db),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(60) == 128 + signal.SIGPIPE and process.stderr.read() == b""
@@ -7488,10 +7262,7 @@ def test_reader_export_in_constant_memory(tmp_path):
         if os.path.exists("/proc/self/status"):
             done = subprocess.run(
                 program("session_events", "export", "--db", db, *IN_MAY, before=PEAK),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                timeout=120,
-            )
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
             assert done.returncode == 0 and done.stdout.count(b"\n") == count
             peaks.append(int(done.stderr))
     assert (
@@ -7499,12 +7270,8 @@ def test_reader_export_in_constant_memory(tmp_path):
     )  # KiB; 12,500 rows as Python objects would be 17,000
     if hasattr(os, "openpty"):
         ours, theirs = os.openpty()
-        subprocess.run(
-            program("session_events", "export", "--db", db, *IN_MAY),
-            stdout=subprocess.DEVNULL,
-            stderr=theirs,
-            timeout=120,
-        )
+        subprocess.run(program("session_events", "export", "--db", db, *IN_MAY),
+                       stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
         os.close(theirs)
         shown = os.read(ours, 1 << 16)
         assert b"\r5,000 of 15,000 sessions\r10,000 of" in shown
@@ -7627,11 +7394,8 @@ def http(address, path="/", headers=(), method="GET", raw=None):
             data = answer.read()
     head, _, body = data.partition(b"\r\n\r\n")
     first, *fields = head.decode("latin-1").split("\r\n")
-    return (
-        int(first.split()[1]),
-        {k.lower(): v for k, v in (f.split(": ", 1) for f in fields)},
-        body.decode(),
-    )
+    return (int(first.split()[1]),
+            {k.lower(): v for k, v in (f.split(": ", 1) for f in fields)}, body.decode())
 
 
 class View:
@@ -7710,28 +7474,18 @@ def test_reader_the_door_of_the_viewer(tmp_path):
         assert status == 403 and "set-cookie" not in headers
         status, headers, body = http(view.address, view.url[len(view.base) :] + "&days=30")
         assert status == 200 and 'content="0;url=/?days=30"' in body
-        assert re.fullmatch(
-            r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict" % view.address[1],
-            headers["set-cookie"],
-        )
+        assert re.fullmatch(r"session_events_%d=[\w-]{32}; Path=/; HttpOnly; SameSite=Strict"
+                            % view.address[1], headers["set-cookie"])
         cookie = {"Cookie": "other=1; " + headers["set-cookie"].split(";")[0]}
         for guess in ("=", "=x", "=" + "A" * 32, ""):
-            assert (
-                http(
-                    view.address, "/", {"Cookie": "session_events_%d%s" % (view.address[1], guess)}
-                )[0]
-                == 403
-            )
+            assert (http(view.address, "/",
+                         {"Cookie": "session_events_%d%s" % (view.address[1], guess)})[0]
+                    == 403)
         assert http(view.address, view.url[len(view.base) :])[0] == 403  # used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base) :], cookie)[0] == 200
-        for host in (
-            "evil.example",
-            "evil.example:%d" % view.address[1],
-            "127.0.0.1.evil.example",
-            "",
-            "localhost@evil",
-        ):
+        for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example",
+                     "", "localhost@evil"):
             assert http(view.address, "/", dict(cookie, Host=host))[0] == 403, host
         for host in (
             "localhost:%d" % view.address[1],
@@ -7744,9 +7498,8 @@ def test_reader_the_door_of_the_viewer(tmp_path):
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
         assert "unsafe" not in policy
-        assert (
-            headers["cache-control"] == "no-store" and headers["referrer-policy"] == "no-referrer"
-        )
+        assert headers["cache-control"] == "no-store"
+        assert headers["referrer-policy"] == "no-referrer"
         assert not any(name.startswith("access-control") for name in headers)
         for path, expected in (
             ("/sessions", 200),
@@ -7769,14 +7522,9 @@ def test_reader_the_door_of_the_viewer(tmp_path):
         for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
             status, headers, _ = http(view.address, "/", cookie, method)
             assert (status, headers["allow"]) == (405, "GET, HEAD")
-        for raw in (
-            b"\x16\x03\x01\x02\x00\r\n\r\n",
-            b"GET\r\n\r\n",
-            b"GET / HTTP/9.9\r\n\r\n",
-            b"BREW / HTTP/1.1\r\n\r\n",
-            b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
-            b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n",
-        ):
+        for raw in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
+                    b"BREW / HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+                    b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
             status, headers, body = http(view.address, raw=raw)
             assert status >= 400 and body == "The request is not understood.\n"
             assert headers["server"] == "session-events"
@@ -7859,28 +7607,19 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
         return (now - datetime.timedelta(days=days, **more)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
     rows = [
-        row(n, "ann", ago(0, minutes=n), ["x", "r%d" % n], github=n % 2 == 0) for n in range(1, 61)
-    ]
+        row(n, "ann", ago(0, minutes=n), ["x", "r%d" % n], github=n % 2 == 0) for n in range(1, 61)]
     rows += [row("d%d" % days, "bob", ago(days), ["x"]) for days in (6, 8, 29, 31, 89, 91)]
     db = stored(tmp_path / "e.db", *rows)
     secret = "a token"
     with View(db) as view:
-        for path in (
-            "/admin/sessions",
-            "/admin/sessions/" + sha("session 1"),
-            "/admin/discoveries/propagation",
-        ):
+        for path in ("/admin/sessions", "/admin/sessions/" + sha("session 1"),
+                     "/admin/discoveries/propagation"):
             for headers in (
-                {},
-                {"Authorization": "Bearer " + secret},
-                {"Cookie": view.process and "x=1"},
-            ):
+                    {}, {"Authorization": "Bearer " + secret}, {"Cookie": view.process and "x=1"}):
                 status, _, body = http(view.address, path, headers)
                 assert status == 503 and sorted(json.loads(body)) == ["error", "requestId"]
-                assert (
-                    json.loads(body)["error"]
-                    == "Endpoint disabled (admin trigger token not configured)"
-                )
+                assert (json.loads(body)["error"]
+                        == "Endpoint disabled (admin trigger token not configured)")
     with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: secret}) as view:
         allowed = {"Authorization": "Bearer " + secret}
 
@@ -7890,35 +7629,22 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
             assert re.fullmatch("[0-9a-f]{32}", body.pop("requestId"))
             return status, body
 
-        for wrong in (
-            {},
-            {"Authorization": "Bearer b token"},
-            {"Authorization": "Bearer a"},
-            {"Authorization": secret},
-            {"Authorization": "Bearer " + secret * 2},
-            {"Authorization": "Basic " + secret},
-            {"Authorization": "Bearer "},
-            {"Authorization": "Bearer \xff"},
-            {"Cookie": view.cookie()},
-        ):
+        for wrong in ({}, {"Authorization": "Bearer b token"}, {"Authorization": "Bearer a"},
+                      {"Authorization": secret}, {"Authorization": "Bearer " + secret * 2},
+                      {"Authorization": "Basic " + secret}, {"Authorization": "Bearer "},
+                      {"Authorization": "Bearer \xff"}, {"Cookie": view.cookie()}):
             for path in ("/admin/sessions", "/admin/sessions/zzz", "/admin/nowhere"):
                 assert get(path, wrong) == (401, {"error": "Unauthorized"}), wrong
         status, body = get("/admin/sessions")
         assert status == 200 and sorted(body) == ["sessions", "total_count_in_window"]
         assert body["total_count_in_window"] == 61 and len(body["sessions"]) == 50
         assert body["sessions"][0] == {
-            "session_id_hash": sha("session 1"),
-            "identity_hash_prefix": sha("identity ann")[:8],
-            "github_hash_prefix": None,
-            "ended_at": rows[0]["ended_at"],
-            "tool_count": 10,
-            "tokens_saved": 100,
-            "branch_sha": "abc123def456",
-            "discovery_refs": ["x", "r1"],
-        }
+            "session_id_hash": sha("session 1"), "identity_hash_prefix": sha("identity ann")[:8],
+            "github_hash_prefix": None, "ended_at": rows[0]["ended_at"], "tool_count": 10,
+            "tokens_saved": 100, "branch_sha": "abc123def456",
+            "discovery_refs": ["x", "r1"]}
         assert [s["ended_at"] for s in body["sessions"]] == sorted(
-            (s["ended_at"] for s in body["sessions"]), reverse=True
-        )
+            (s["ended_at"] for s in body["sessions"]), reverse=True)
         for query, total, listed in (
             ("days=90", 65, 50),
             ("days=91", 65, 50),
@@ -7943,43 +7669,23 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
             assert answer == (200, total, listed), query[:40]
         status, body = get("/admin/sessions/" + sha("session d8"))
         assert status == 200 and sorted(body) == ["related", "session"]
-        assert (
-            body["session"]["session_id_hash"] == sha("session d8")
-            and "developer" not in body["session"]
-        )
+        assert body["session"]["session_id_hash"] == sha("session d8")
+        assert "developer" not in body["session"]
         assert [s["session_id_hash"] for s in body["related"]] == [
-            sha("session d6"),
-            sha("session d29"),
-        ]
+            sha("session d6"), sha("session d29")]
         assert len(get("/admin/sessions/" + sha("session 1"))[1]["related"]) == 50
-        for unknown in (
-            "0" * 64,
-            "zzz",
-            sha("session 1")[:63],
-            sha("session 1") + "0",
-            sha("session 1").upper(),
-            "%00",
-            sha("session 1") + "%0a",
-            "",
-        ):
+        for unknown in ("0" * 64, "zzz", sha("session 1")[:63], sha("session 1") + "0",
+                        sha("session 1").upper(), "%00", sha("session 1") + "%0a", ""):
             assert get("/admin/sessions/" + unknown) == (404, {"error": "Not found"}), unknown
         status, body = get("/admin/discoveries/propagation")
         assert status == 200 and len(body["discoveries"]) == 50
         first = body["discoveries"][0]
-        assert sorted(first) == [
-            "discovery_id",
-            "distinct_identity_count",
-            "first_seen_at",
-            "last_aggregated_at",
-            "last_seen_at",
-            "session_count",
-        ]
+        assert sorted(first) == ["discovery_id", "distinct_identity_count", "first_seen_at",
+                                 "last_aggregated_at", "last_seen_at", "session_count"]
         assert (first["discovery_id"], first["session_count"]) == ("x", 66)
         assert first["distinct_identity_count"] == 2
         assert (first["first_seen_at"], first["last_seen_at"]) == (
-            rows[-1]["ended_at"],
-            rows[0]["ended_at"],
-        )
+            rows[-1]["ended_at"], rows[0]["ended_at"])
         for sort in ("session_count", "distinct_identity_count", "recent", "nonsense"):
             listed = get("/admin/discoveries/propagation?limit=501&sort=" + sort)[1]["discoveries"]
             assert len(listed) == 61 and not re.search("[0-9a-f]{64}", json.dumps(listed))
@@ -7999,24 +7705,14 @@ def test_reader_no_output_has_a_whole_developer(tmp_path, capfdbinary):
     db = stored(tmp_path / "e.db", *STORY)
     whole = [sha(kind, who)[:9] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
     outputs = [
-        "".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))
-    ]
+        "".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))]
     with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: "t"}) as view:
         headers = {"Cookie": view.cookie(), "Authorization": "Bearer t"}
-        for path in (
-            "/?days=9999",
-            "/sessions?days=9999",
-            "/session/" + sha("session 1"),
-            "/discoveries?days=9999",
-            "/discovery?ref=x",
-            "/developers?days=9999",
-            "/developer/%s?days=9999" % ANN[:8],
-            "/save?days=9999&t=x&d=x",
-            "/activity?days=9999",
-            "/admin/sessions?days=90",
-            "/admin/sessions/" + sha("session 1"),
-            "/admin/discoveries/propagation",
-        ):
+        for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"),
+                     "/discoveries?days=9999", "/discovery?ref=x", "/developers?days=9999",
+                     "/developer/%s?days=9999" % ANN[:8], "/save?days=9999&t=x&d=x",
+                     "/activity?days=9999", "/admin/sessions?days=90",
+                     "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
             status, _, body = http(view.address, path, headers)
             assert status == 200
             outputs.append(body)
@@ -8038,18 +7734,9 @@ class Chromium:
     The DevTools protocol there is JSON, parted by NUL bytes.
     """
 
-    FLAGS = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--remote-debugging-pipe",
-    )
+    FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe")
 
     def __init__(self, program, profile):
         ours, theirs = (
@@ -8058,19 +7745,11 @@ class Chromium:
         )  # what the test says, what the browser says: its 3 and its 4
         ends = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (ours[0], theirs[1])]
         self.process = subprocess.Popen(
-            [
-                program,
-                *self.FLAGS,
-                "--user-data-dir=%s" % profile,
-                "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-                "about:blank",
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [program, *self.FLAGS, "--user-data-dir=%s" % profile,
+             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "about:blank"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             pass_fds=(3, 4),
-            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[1], 4)),
-        )
+            preexec_fn=lambda: (os.dup2(ends[0], 3), os.dup2(ends[1], 4)))
         for fd in (ours[0], theirs[1], *ends):
             os.close(fd)
         self.mouth, self.ear = ours[1], theirs[0]
@@ -8123,8 +7802,7 @@ class Chromium:
         def inside():
             with contextlib.suppress(AssertionError):  # a question of a page that went on
                 return self.js('Boolean(document.querySelector("nav")) && document.readyState') == (
-                    "complete"
-                )
+                    "complete")
 
         until(inside)
 
@@ -8140,8 +7818,7 @@ class Chromium:
 
     def js(self, expression):
         answer = self.call(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-        )
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
@@ -8156,8 +7833,7 @@ class Chromium:
         text = {"text": key} if len(key) == 1 else {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
-                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text
-            )
+                "Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **text)
 
     def tap(self, x, y):
         for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
@@ -8165,20 +7841,11 @@ class Chromium:
 
     def screen(self, width, height, scheme="light", motion="no-preference", touch=False):
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[
-                {"name": "prefers-color-scheme", "value": scheme},
-                {"name": "prefers-reduced-motion", "value": motion},
-            ],
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                  deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia",
+                  features=[{"name": "prefers-color-scheme", "value": scheme},
+                            {"name": "prefers-reduced-motion", "value": motion}])
 
     def picture(self):
         """The whole page as a PNG file."""
@@ -8214,8 +7881,7 @@ class Chromium:
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     program = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not program:
         pytest.skip("no Chromium here: the pages were not looked at (apt-get install chromium)")
     browser = Chromium(program, tmp_path_factory.mktemp("profile"))
@@ -8267,26 +7933,19 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
         assert chromium.js("location.search") == "?" + MAY_QUERY  # the token is gone
         seen = chromium.js(SEEN)  # a first visit: at the start, paused, Play in focus
         assert (seen["sessions"], seen["play"], seen["address"]) == (1, "Play", "")
-        assert (
-            chromium.js("document.activeElement.id") == "play" and "Press Play" in seen["caption"]
-        )
+        assert chromium.js("document.activeElement.id") == "play"
+        assert "Press Play" in seen["caption"]
         for moment, count, arcs, counters, caption in (
             ("2026-05-04T10:00:00.000Z", 1, 0, ["1", "1", "5", "2", "0"], None),
             ("2026-05-05T10:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"], None),
             ("2026-05-08T00:00:00.000Z", 2, 1, ["2", "2", "12", "3", "1"], None),
-            (
-                "2026-05-12T11:00:00.000Z",
-                4,
-                4,
-                ["4", "3", "36", "3", "3"],
-                "x has reached everybody",
-            ),
+            ("2026-05-12T11:00:00.000Z", 4, 4,
+             ["4", "3", "36", "3", "3"], "x has reached everybody"),
         ):
-            chromium.js(
-                "new Promise(done => {"
-                ' addEventListener("hashchange", () => setTimeout(done), {once: true});'
-                ' location.hash = "t=%s"; })' % moment
-            )
+            chromium.js("new Promise(done => {"
+                        ' addEventListener("hashchange", () => setTimeout(done), {once: true});'
+                        ' location.hash = "t=%s"; })'
+                        % moment)
             seen = chromium.js(SEEN)
             assert (seen["sessions"], seen["arcs"]) == (count, arcs), moment
             assert seen["counters"] == counters and caption in (None, seen["caption"]), seen
@@ -8331,12 +7990,9 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
         chromium.key("ArrowLeft", 37)
         assert chromium.js(LIT) == [4, 4]  # everything came from ann's first
         chromium.key("ArrowDown", 40)  # to the next of the same developer
-        assert (
-            chromium.js(
-                "[...document.querySelectorAll('#discs a')].indexOf(document.activeElement)"
-            )
-            == 2
-        )
+        assert (chromium.js(
+                    "[...document.querySelectorAll('#discs a')].indexOf(document.activeElement)")
+                == 2)
         for key in (
             "ArrowDown",
             "ArrowUp",
@@ -8345,10 +8001,9 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
             "x",
         ):  # on the picture: nothing throws
             chromium.js("document.activeElement.blur()")
-            chromium.js(
-                'document.getElementById("chart").dispatchEvent('
-                'new KeyboardEvent("keydown", {key: "%s", bubbles: true}))' % key
-            )
+            chromium.js('document.getElementById("chart").dispatchEvent('
+                        'new KeyboardEvent("keydown", {key: "%s", bubbles: true}))'
+                        % key)
         chromium.js('document.getElementById("speed").focus()')
         stops = []
         for _ in range(3):  # one Tab stop in the picture, and it is a session
@@ -8362,8 +8017,7 @@ def test_reader_the_replay_in_chromium(tmp_path, chromium):
         button = {"x": x, "y": y, "button": "left", "clickCount": 1}
         chromium.call("Input.dispatchMouseEvent", type="mousePressed", **button)
         chromium.follow(
-            lambda: chromium.call("Input.dispatchMouseEvent", type="mouseReleased", **button)
-        )
+            lambda: chromium.call("Input.dispatchMouseEvent", type="mouseReleased", **button))
         assert chromium.js("location.pathname") == "/session/" + sha("session", 3)
         assert ANN[:8] in chromium.js("document.body.textContent")
 
@@ -8429,11 +8083,9 @@ def test_reader_a_chosen_discovery_and_the_saved_file_in_chromium(tmp_path, chro
     assert chromium.js(LIT) == [2, 3] and "x reached 3 of 3" in chromium.js(PANEL)
     assert "From 2026-05-01 00:00 UTC until 2026-06-01 00:00 UTC." in body
     (tmp_path / "page.html").write_text(
-        read("graph", "--db", db, *IN_MAY, "--format", "html").stdout
-    )
+        read("graph", "--db", db, *IN_MAY, "--format", "html").stdout)
     same = [
-        re.sub('"at":"[^"]*"', "", text) for text in (body, (tmp_path / "page.html").read_text())
-    ]
+        re.sub('"at":"[^"]*"', "", text) for text in (body, (tmp_path / "page.html").read_text())]
     assert same[0] == same[1]
     chromium.open((tmp_path / "page.html").as_uri())
     assert chromium.js("document.documentElement.className") == "live"
@@ -8462,24 +8114,19 @@ def test_reader_by_touch_in_chromium(tmp_path, chromium):
             chromium.until("document.querySelector('#discs .at')")
             assert (
                 chromium.js(
-                    "[...document.querySelectorAll('#discs a')].findIndex(a => a.matches('.at'))"
-                )
-                == n
-            )
+                    "[...document.querySelectorAll('#discs a')].findIndex(a => a.matches('.at'))")
+                == n)
             assert chromium.js(PANEL).startswith(who[:8])
             assert middle(chromium, disc(n)) == before
             assert chromium.js("document.documentElement.scrollHeight") == height
         chromium.follow(lambda: chromium.tap(*middle(chromium, disc(2))))
         assert chromium.js("location.pathname") == "/session/" + sha("session", 3)
         chromium.open(view.base + "/?" + MAY_QUERY)
-        assert (
-            chromium.js(
-                '[...document.querySelectorAll("button, input, select, nav a, summary, #save")]'
-                ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 44)"
-                ".map(e => e.outerHTML)"
-            )
-            == []
-        )
+        assert (chromium.js(
+                    '[...document.querySelectorAll("button, input, select, nav a, summary, #save")]'
+                    ".filter(e => e.offsetParent && e.getBoundingClientRect().height < 44)"
+                    ".map(e => e.outerHTML)")
+                == [])
         assert not chromium.js('document.querySelector("form").checkVisibility()')  # folded
         assert chromium.js('document.querySelector(".cards td.n").checkVisibility()')
         chromium.js('document.getElementById("speed").value = "8"')
@@ -8495,22 +8142,13 @@ def axe_core():
     npm = None if named else shutil.which("npm")
     if npm:
         root = subprocess.run(
-            [npm, "root", "-g"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+            [npm, "root", "-g"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         named = os.path.join(root.stdout.decode().strip(), "axe-core", "axe.min.js")
     return Path(named).read_text(encoding="utf-8") if named and os.path.exists(named) else None
 
 
-EVERY_PAGE = (
-    "/",
-    "/sessions",
-    "/session/" + sha("session 1"),
-    "/discoveries",
-    "/discovery",
-    "/developers",
-    "/developer/" + ANN[:8],
-    "/activity",
-)
+EVERY_PAGE = ("/", "/sessions", "/session/" + sha("session 1"), "/discoveries", "/discovery",
+              "/developers", "/developer/" + ANN[:8], "/activity")
 
 
 def test_reader_every_page_in_chromium(tmp_path, chromium):
@@ -8539,15 +8177,12 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                     assert chromium.js(tall) == [], where
                 assert (
                     chromium.js(
-                        '[...document.querySelectorAll("th")].filter(th => !th.textContent).length'
-                    )
-                    == 0
-                ), where
+                        '[...document.querySelectorAll("th")].filter(th => !th.textContent).length')
+                    == 0), where
                 if axe and (width, scheme) in ((390, "dark"), (1440, "light")):
                     found = chromium.js(
                         "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map("
-                        "n => n.target + ' ' + n.failureSummary).join(' | ')))"
-                    )
+                        "n => n.target + ' ' + n.failureSummary).join(' | ')))")
                     assert found == [], where
         assert chromium.complaints() == []
         assert all(url.startswith((view.base + "/", "data:", "about:")) for url in chromium.asked())
@@ -8563,17 +8198,11 @@ def test_reader_pages_without_script(tmp_path, chromium):
         try:
             chromium.enter(view.url + "&" + MAY_QUERY)
             assert chromium.js("document.documentElement.className") == ""
-            assert chromium.js(
-                '[...document.querySelectorAll("#discs circle")].every('
-                "c => c.getBoundingClientRect().width > 0)"
-            )
-            assert (
-                chromium.js(
-                    '[...document.querySelectorAll("#arcs path")].filter('
-                    'p => getComputedStyle(p).display != "none").length'
-                )
-                == 4
-            )
+            assert chromium.js('[...document.querySelectorAll("#discs circle")].every('
+                               "c => c.getBoundingClientRect().width > 0)")
+            assert (chromium.js('[...document.querySelectorAll("#arcs path")].filter('
+                                'p => getComputedStyle(p).display != "none").length')
+                    == 4)
             assert chromium.js('document.querySelector(".controls").offsetHeight') == 0
             assert BOB[:8] in chromium.js('document.querySelector("table").textContent')
             first = chromium.js('document.querySelector("#discs a").href.baseVal')
@@ -8622,8 +8251,7 @@ def test_reader_style_and_script():
             for ground in ("card", "paper")
         ]
         pairs += [
-            (mark, ground, 3) for mark in ("own", "pale", "lit") for ground in ("card", "paper")
-        ]
+            (mark, ground, 3) for mark in ("own", "pale", "lit") for ground in ("card", "paper")]
         pairs += [("ink", "h1", 4.5), ("ink", "h2", 4.5), ("card", "h3", 4.5), ("card", "h4", 4.5)]
         for front, back, least in pairs:
             found = contrast(colors[front], colors[back])
@@ -8635,8 +8263,7 @@ def test_reader_style_and_script():
     if not node:
         pytest.skip("no node here: the script was not looked at by itself")
     checked = subprocess.run(
-        [node, "--check", "-"], input=session_events.SCRIPT.encode(), stderr=subprocess.PIPE
-    )
+        [node, "--check", "-"], input=session_events.SCRIPT.encode(), stderr=subprocess.PIPE)
     assert checked.returncode == 0, checked.stderr.decode()
 
 
@@ -8664,8 +8291,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
             assert "rows were left out" in chromium.js("document.body.textContent"), path
     fields = {"identity": sha("a"), "github": None, "tools": 1, "tokens": 1, "branch": None}
     hostile = session_events.Session(
-        id=1, session=sha("s"), ended=10**12, refs=tuple(HOSTILE_REFS), version="1", **fields
-    )
+        id=1, session=sha("s"), ended=10**12, refs=tuple(HOSTILE_REFS), version="1", **fields)
     ranked = [
         {
             "discovery_id": ref,
@@ -8681,8 +8307,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
     for links in (False, True):
         session = hostile._replace(ended=hostile.ended + 9)
         body = session_events.replay(
-            [hostile, session], 2, ranked, found, links=links, at="t=x&d=</script>"
-        )
+            [hostile, session], 2, ranked, found, links=links, at="t=x&d=</script>")
         head = '<meta http-equiv="Content-Security-Policy" content="%s">' % session_events.policy()
         page.write_text(session_events.document("Session replay", "<h1>x</h1>" + body, head))
         chromium.open(page.as_uri())
@@ -8698,8 +8323,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
             harmless()
             caption = chromium.js(SEEN)["caption"]
             assert caption == session_events.fit(session_events.visible(ref), 128) + (
-                " is met for the first time"
-            )
+                " is met for the first time")
             assert chromium.js(LIT)[1] == 2
             if links:
                 link = html.unescape(session_events.discovery_link(ref).split('"')[1])
@@ -8793,8 +8417,7 @@ def test_reader_the_demo(tmp_path):
     """It says that its sessions are synthetic, shows them, and leaves nothing behind."""
     with View(None, TMPDIR=str(tmp_path)) as view:
         assert re.fullmatch(
-            r"\d+ synthetic sessions of \d+ developers who do not exist", view.said[0]
-        )
+            r"\d+ synthetic sessions of \d+ developers who do not exist", view.said[0])
         assert len(list(tmp_path.iterdir())) == 2  # of the database, and of the way in
         own = os.getpriority(os.PRIO_PROCESS, 0)  # and it lets a server go first
         assert os.getpriority(os.PRIO_PROCESS, view.process.pid) == min(19, own + 10)
@@ -8819,17 +8442,10 @@ def test_reader_beside_a_server_under_load_and_a_sweep(tmp_path):
             try:
                 while not stop.is_set():
                     n += 1
-                    connection.request(
-                        "POST",
-                        "/v1/session-events",
-                        json.dumps(
-                            dict(
-                                EVENT,
-                                session_id_hash=sha("load", n),
-                                ended_at="2026-05-22T12:%02d:%02d.000Z" % (n // 60 % 60, n % 60),
-                            )
-                        ),
-                    )
+                    connection.request("POST", "/v1/session-events",
+                                       json.dumps(dict(EVENT, session_id_hash=sha("load", n),
+                                                       ended_at="2026-05-22T12:%02d:%02d.000Z"
+                                                       % (n // 60 % 60, n % 60))))
                     answer = connection.getresponse()
                     if answer.status != 202 or answer.read() != b'{"ok":true}':
                         failures.append(answer.status)
@@ -8838,13 +8454,11 @@ def test_reader_beside_a_server_under_load_and_a_sweep(tmp_path):
 
         def sweep():
             with contextlib.closing(
-                sqlite3.connect(str(db), timeout=60, isolation_level=None)
-            ) as connection:
+                    sqlite3.connect(str(db), timeout=60, isolation_level=None)) as connection:
                 while not stop.is_set():
                     connection.execute(
                         "DELETE FROM session_events WHERE id IN (SELECT id FROM session_events"
-                        " ORDER BY id LIMIT 3)"
-                    )
+                        " ORDER BY id LIMIT 3)")
                     stop.wait(0.01)
 
         threads = [threading.Thread(target=job) for job in (post, sweep)]
@@ -8888,8 +8502,7 @@ class ClickHouse:
 </yandex>"""
     USER = (
         "<{0}><password>{1}</password><networks><ip>127.0.0.1</ip></networks><profile>{2}</profile>"
-        "<quota>default</quota></{0}>"
-    )
+        "<quota>default</quota></{0}>")
 
     def __init__(self, folder):
         self.folder, self.port, self.count = folder, free_port(), 0
@@ -8910,11 +8523,7 @@ class ClickHouse:
         with open(str(self.folder / "output"), "ab") as output:
             self.process = subprocess.Popen(
                 ["clickhouse-server", "--config-file=%s/config.xml" % self.folder],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=str(self.folder),
-            )
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=str(self.folder))
         end = time.monotonic() + 60
         while True:
             try:
@@ -9011,18 +8620,10 @@ VIEW = """SELECT identity_hash, github_hash, session_id_hash, ended_at, tool_cou
 
 
 def as_viewed(r):
-    return [
-        r["identity_hash"],
-        r["github_hash"] or r"\N",
-        r["session_id_hash"],
-        r["ended_at"],
-        str(r["tool_count"]),
-        str(r["tokens_saved"]),
-        r["branch_sha"] or r"\N",
-        " ".join(dict.fromkeys(json.loads(r["discovery_refs_json"]))),
-        r["plugin_version"],
-        r["received_at"].replace("T", " ")[:19],
-    ]
+    return [r["identity_hash"], r["github_hash"] or r"\N", r["session_id_hash"], r["ended_at"],
+            str(r["tool_count"]), str(r["tokens_saved"]), r["branch_sha"] or r"\N",
+            " ".join(dict.fromkeys(json.loads(r["discovery_refs_json"]))), r["plugin_version"],
+            r["received_at"].replace("T", " ")[:19]]
 
 
 def whole(clickhouse, url, *nodes):
@@ -9032,8 +8633,7 @@ def whole(clickhouse, url, *nodes):
     expected = sorted(map(as_viewed, sessions_of(*nodes)))
     assert sorted(clickhouse.ask(VIEW, url)) == expected
     assert clickhouse.ask("SELECT count() FROM session_events_raw FINAL", url) == [
-        [str(len(expected))]
-    ]
+        [str(len(expected))]]
 
 
 def merge(clickhouse, url):
@@ -9046,8 +8646,7 @@ def name_of(db, url):
     session_events.Shipment(str(db), house, print).begin()
     with contextlib.closing(sqlite3.connect(str(db))) as connection:
         return connection.execute(
-            "SELECT node FROM ship_marks WHERE destination = ?", [house.destination]
-        ).fetchone()[0]
+            "SELECT node FROM ship_marks WHERE destination = ?", [house.destination]).fetchone()[0]
 
 
 def marks(db):
@@ -9064,8 +8663,7 @@ def eventually(condition, process=None):
             if condition():
                 return
         assert time.monotonic() < end and (process is None or process.poll() is None), (
-            process and process.poll() is not None and process.communicate()
-        )
+            process and process.poll() is not None and process.communicate())
         time.sleep(0.05)
 
 
@@ -9082,29 +8680,18 @@ def many(count, start=0, **changes):
     rng = random.Random(count + start)
     rows = []
     for n in range(start, start + count):
-        refs = ["auth-jwt-flow", "a", "r" * 128, *("d%d" % (n % k) for k in (3, 7, 50))][
-            : rng.randrange(7)
-        ]
+        refs = ["auth-jwt-flow", "a", "r" * 128,
+                *("d%d" % (n % k) for k in (3, 7, 50))][: rng.randrange(7)]
         rows.append(
-            dict(
-                row(
-                    n,
-                    "who %d" % (n % 40),
-                    "2026-05-%02dT10:%02d:00.%03dZ" % (1 + n % 28, n % 60, n % 1000),
-                    refs * (1 + n % 2),
-                    n % 3 != 0,
-                    tool_count=n % 1_000_001,
-                    tokens_saved=10**9 - n,
-                    branch_sha=None if n % 5 == 0 else "%040x" % n if n % 5 == 1 else "abc123d",
-                    received_at="2026-%02d-15T00:%02d:%02dZ" % (4 + n % 3, n // 60 % 60, n % 60),
-                ),
-                **changes,
-            )
-        )
-    rows[0].update(
-        ended_at="9999-12-31T23:59:59.999Z",
-        discovery_refs_json=json.dumps(["x%d" % k for k in range(200)]),
-    )
+            dict(row(n, "who %d" % (n % 40),
+                     "2026-05-%02dT10:%02d:00.%03dZ" % (1 + n % 28, n % 60, n % 1000),
+                     refs * (1 + n % 2), n % 3 != 0, tool_count=n % 1_000_001,
+                     tokens_saved=10**9 - n,
+                     branch_sha=None if n % 5 == 0 else "%040x" % n if n % 5 == 1 else "abc123d",
+                     received_at="2026-%02d-15T00:%02d:%02dZ" % (4 + n % 3, n // 60 % 60, n % 60)),
+                 **changes))
+    rows[0].update(ended_at="9999-12-31T23:59:59.999Z",
+                   discovery_refs_json=json.dumps(["x%d" % k for k in range(200)]))
     rows[1].update(ended_at="0001-01-01T00:00:00.000Z", tool_count=1_000_000, tokens_saved=0)
     return rows
 
@@ -9118,12 +8705,9 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     for n, r in enumerate(
         two[:200]
     ):  # a retry that went to the other node: sooner, later, or in the same second
-        r.update(
-            received_at=one[1000 + n]["received_at"]
-            if n % 3 == 0
-            else "2026-0%d-15T00:00:00Z" % (3 + n % 3 * 2),
-            tool_count=7,
-        )
+        r.update(received_at=one[1000 + n]["received_at"]
+                 if n % 3 == 0
+                 else "2026-0%d-15T00:00:00Z" % (3 + n % 3 * 2), tool_count=7)
     a, b = stored(tmp_path / "a.db", *one), stored(tmp_path / "b.db", *two)
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
@@ -9134,12 +8718,10 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     whole(clickhouse, url, *nodes)
     merged = stored(tmp_path / "merged.db", *sessions_of(*nodes))
     with session_events.reading(merged) as reader:
-        expected = session_events.discoveries(reader, session_events.Window("", "A"), 10**6)[
-            "discoveries"
-        ]
+        expected = session_events.discoveries(
+            reader, session_events.Window("", "A"), 10**6)["discoveries"]
     listed = clickhouse.ask(
-        "SELECT * FROM discovery_propagation ORDER BY session_count DESC, discovery_id", url
-    )
+        "SELECT * FROM discovery_propagation ORDER BY session_count DESC, discovery_id", url)
     assert [r[:5] for r in listed] == [
         [
             str(d[key])
@@ -9153,11 +8735,8 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
         ]
         for d in expected
     ]
-    names = clickhouse.ask(
-        "SELECT name FROM system.columns WHERE table = 'discovery_propagation'"
-        " AND database = currentDatabase()",
-        url,
-    )
+    names = clickhouse.ask("SELECT name FROM system.columns WHERE table = 'discovery_propagation'"
+                           " AND database = currentDatabase()", url)
     assert [name for (name,) in names] == list(session_events.PROPAGATION)
     assert ship(a, url, "--check")[0] == ship(b, url, "--check")[0] == 0
     assert shipped(a, url) == shipped(b, url) == 0
@@ -9191,10 +8770,8 @@ def later(n, r):
     return "2026-08-0%dT00:00:00Z" % (1 + n % 9)
 
 
-SAME = (
-    "%d sessions in the file: %d in the view, 0 missing, 0 waiting to be shipped,"
-    " 0 in dropped months\n"
-)
+SAME = ("%d sessions in the file: %d in the view, 0 missing, 0 waiting to be shipped,"
+        " 0 in dropped months\n")
 
 
 @pytest.mark.parametrize("order", ("ab", "ba"))
@@ -9207,13 +8784,8 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     rows = {"a": many(600)}
     same_second = retold(rows["a"][200:250], lambda n, r: r["received_at"], branch_sha=None)
     rows["b"] = [
-        *retold(rows["a"][:100], sooner),
-        *many(50, 5000),
-        *retold(rows["a"][100:200], later),
-        *same_second,
-        *retold(rows["a"][250:260], sooner),
-        *retold(rows["a"][300:400], later),
-    ]
+        *retold(rows["a"][:100], sooner), *many(50, 5000), *retold(rows["a"][100:200], later),
+        *same_second, *retold(rows["a"][250:260], sooner), *retold(rows["a"][300:400], later)]
     dbs = {node: stored(tmp_path / (node + ".db"), *rows[node]) for node in "ab"}
     nodes = [rows[node] for node in sorted("ab", key=lambda node: name_of(dbs[node], url))]
     checks = {node: SAME % (len(rows[node]), len(rows[node])) for node in "ab"}
@@ -9225,10 +8797,8 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
 
     assert [shipped(dbs[node], url) for node in order] == [len(rows[node]) for node in order]
     assert agrees()
-    late = (
-        "SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
-        % name_of(dbs["b"], url)
-    )
+    late = ("SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
+            % name_of(dbs["b"], url))
     assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
     merge(clickhouse, url)
     assert viewed(clickhouse, url) == 650
@@ -9377,9 +8947,8 @@ def test_ship_follows_a_server(tmp_path, clickhouse):
                 time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         status, out, err = finished(process)
-        assert (status, out) == (0, "") and [
-            json.loads(line)["event"] for line in err.splitlines()
-        ] == ["shipping"]
+        assert (status, out) == (0, "")
+        assert [json.loads(line)["event"] for line in err.splitlines()] == ["shipping"]
     with serving(db):
         assert shipped(db, url) == 0
     assert ship(db, url, "--check")[0] == 0
@@ -9434,8 +9003,7 @@ def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
             insert(connection, many(100, 300_000))
             connection.execute(
                 "UPDATE ship_marks SET destination = replace(destination, '%d', '%d')"
-                % (clickhouse.port, relay.port)
-            )
+                % (clickhouse.port, relay.port))
             connection.commit()
         before = tmp_path / "before.db"
         shutil.copy(str(db), str(before))
@@ -9528,10 +9096,8 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
                 connection.execute(statement)
             connection.commit()
 
-    move = (
-        "UPDATE ship_marks SET synced_id = %d, next_id = 700,"
-        " next_at = '2026-05-01T11:00:00.000Z'"
-    )
+    move = ("UPDATE ship_marks SET synced_id = %d, next_id = 700,"
+            " next_at = '2026-05-01T11:00:00.000Z'")
     for at, synced, why in (
         ("2026-05-01T11:09:00.000Z", 600, "ClickHouse was started after"),
         ("2026-05-01T11:09:00.000Z", session_events.SHIP_LEAST, "ClickHouse was started after"),
@@ -9548,10 +9114,9 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         ("12:05:00", "11:54:00", 700),
         ("11:54:00", "11:54:00", 900),
     ):
-        aged(
-            "UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 900,"
-            " confirmed_at = '2026-05-01T%s.000Z', next_at = '2026-05-01T%s.000Z'" % (at, next_at)
-        )
+        aged("UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 900,"
+             " confirmed_at = '2026-05-01T%s.000Z', next_at = '2026-05-01T%s.000Z'"
+             % (at, next_at))
         shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
         with session_events.reading(db) as reader:
             mark = shipment.mark(reader)
@@ -9608,10 +9173,8 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
         holder.execute("ROLLBACK")
     assert shipment.step() and not shipment.step() and marks(db) == [50]
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute(
-            "CREATE TRIGGER no BEFORE UPDATE ON ship_marks"
-            " BEGIN SELECT RAISE(ABORT, 'readonly'); END"
-        )
+        connection.execute("CREATE TRIGGER no BEFORE UPDATE ON ship_marks"
+                           " BEGIN SELECT RAISE(ABORT, 'readonly'); END")
         insert(connection, many(5, 700))
     status, _, err = ship(db, url)
     assert status == 1 and "cannot write the mark" in err and "server's user" in err
@@ -9619,10 +9182,8 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
 
 def insert(connection, rows):
     for r in rows:
-        connection.execute(
-            "INSERT INTO session_events (%s) VALUES (%s)" % (", ".join(r), ", ".join("?" * len(r))),
-            list(r.values()),
-        )
+        connection.execute("INSERT INTO session_events (%s) VALUES (%s)"
+                           % (", ".join(r), ", ".join("?" * len(r))), list(r.values()))
     connection.commit()
 
 
@@ -9661,14 +9222,12 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
         connection.execute("DROP TRIGGER session_events_discoveries_insert")
         insert(connection, rows)
         connection.execute(
-            "UPDATE session_events SET identity_hash = 'auth-jwt-flow' WHERE id = 251"
-        )
+            "UPDATE session_events SET identity_hash = 'auth-jwt-flow' WHERE id = 251")
         connection.commit()
         status, out, err = ship(looser_db, url)
         assert (status, out) == (1, "") and "row id 251 is no event: its identity_hash" in err
         assert clickhouse.ask("SELECT count(), max(id) FROM session_events_raw", url) == [
-            ["250", "250"]
-        ]
+            ["250", "250"]]
         assert ship(looser_db, url)[0] == ship(looser_db, url, "--check")[0] == 1
         connection.execute("DELETE FROM session_events WHERE id = 251")
         connection.commit()
@@ -9685,19 +9244,16 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
     rows = many(600)
     db = stored(tmp_path / "a.db", *rows)
     make_tables(clickhouse, url)
-    clickhouse.ask(
-        "ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED"
-        " toUInt64(if(tokens_saved = %d,"
-        " concat('x', lower(hex(identity_hash))), '1'))" % rows[442]["tokens_saved"],
-        url,
-    )
+    clickhouse.ask("ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED"
+                   " toUInt64(if(tokens_saved = %d,"
+                   " concat('x', lower(hex(identity_hash))), '1'))"
+                   % rows[442]["tokens_saved"], url)
     status, out, err = ship(db, url)
     assert (
         (status, out) == (1, "") and "row id 443 cannot be shipped" in err and "query_id" in err
     ), err
     assert clickhouse.ask("SELECT uniqExact(id), max(id) FROM session_events_raw", url) == [
-        ["442", "442"]
-    ]
+        ["442", "442"]]
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 158
     whole(clickhouse, url, rows)
@@ -9733,11 +9289,9 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     assert shipped(db, url) == 11 and ship(db, url, "--check")[0] == 0
     # What was taken out there: some sessions of two days, then a whole month.
     kept = "CREATE TABLE kept AS session_events_raw"
-    clickhouse.ask(
-        kept + " ENGINE = ReplacingMergeTree(seniority) PARTITION BY toYYYYMM(ended) ORDER BY"
-        " (identity_hash, session_id_hash)",
-        url,
-    )
+    clickhouse.ask(kept
+                   + " ENGINE = ReplacingMergeTree(seniority) PARTITION BY toYYYYMM(ended) ORDER BY"
+                   " (identity_hash, session_id_hash)", url)
     some = "id % 10 = 5 AND node = '{}' AND id > 300 AND id <= 900".format(name_of(db, url))
     clickhouse.ask("INSERT INTO kept SELECT * FROM session_events_raw WHERE NOT (%s)" % some, url)
     gone = int(clickhouse.ask("SELECT count() FROM session_events_raw WHERE " + some, url)[0][0])
@@ -9754,8 +9308,7 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     assert shipped(db, url) == 0  # it stays dropped
     late = stored(
         tmp_path / "c.db",
-        *many(7, 7000, received_at="2027-01-15T00:00:00Z", ended_at="2027-01-10T00:00:00.000Z")[2:],
-    )
+        *many(7, 7000, received_at="2027-01-15T00:00:00Z", ended_at="2027-01-10T00:00:00.000Z")[2:])
     assert shipped(late, url) == 5
     clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202701", url)
     assert shipped(late, url) == 0  # also where none of the file's last rows is left
@@ -9812,9 +9365,7 @@ def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickho
     assert shipped(db, url) == 30
     clickhouse.ask(
         "ALTER TABLE session_events_raw ADD COLUMN picky UInt64 MATERIALIZED toUInt64(concat('x',"
-        " plugin_version))",
-        url,
-    )
+        " plugin_version))", url)
     with contextlib.closing(sqlite3.connect(db)) as connection:
         insert(connection, many(40, 800))
     status, _, err = ship(db, url)
@@ -9851,12 +9402,9 @@ def test_ship_is_watched(tmp_path, clickhouse):
     flags = "--db", db, "--to", by_relay, "--follow", "--metrics", "127.0.0.1:%d" % port
     quick = constants(session_events, FOLLOW_SECONDS=0.1, SHIP_STATUS_SECONDS=0.3)
     process = subprocess.Popen(
-        program("session_events", "ship", *flags, before=quick),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=dict(os.environ, CLICKHOUSE_USER="shipper", CLICKHOUSE_PASSWORD="open sesame"),
-    )
+        program("session_events", "ship", *flags, before=quick), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=dict(os.environ, CLICKHOUSE_USER="shipper", CLICKHOUSE_PASSWORD="open sesame"))
 
     def metrics():
         with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as answer:
@@ -9899,16 +9447,10 @@ def test_ship_is_watched(tmp_path, clickhouse):
     states = [line["event"] for line in lines if line["event"] != "status"]
     assert (status, out, states) == (0, "", ["shipping", "waiting", "recovered"]), err
     status = [line for line in lines if line["event"] == "status"]
-    assert status and set(status[-1]) == {
-        "time",
-        "event",
-        "last_id",
-        "rows_waiting",
-        "oldest_waiting_seconds",
-    }
+    assert status
+    assert set(status[-1]) == {"time", "event", "last_id", "rows_waiting", "oldest_waiting_seconds"}
     assert all(
-        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines
-    )
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
 
 
 def test_ship_notices_different_peppers(tmp_path, clickhouse):
@@ -9929,15 +9471,11 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
             (fingerprint,) = connection.execute("SELECT * FROM session_events_pepper").fetchall()
         assert re.fullmatch("[0-9a-f]{16}", fingerprint[0])
         secret = file.read_text().strip()
-        assert (
-            fingerprint[0] not in secret
-            and fingerprint[0] not in hashlib.sha256(secret.encode()).hexdigest()
-        )
-    assert (
-        said["a"] == said["b"] == ""
-        and "different peppers" in said["c"]
-        and "different" in said["d"]
-    )
+        assert fingerprint[0] not in secret
+        assert fingerprint[0] not in hashlib.sha256(secret.encode()).hexdigest()
+    assert said["a"] == said["b"] == ""
+    assert "different peppers" in said["c"]
+    assert "different" in said["d"]
 
 
 def test_ship_months(tmp_path, clickhouse):
@@ -9952,24 +9490,18 @@ def test_ship_months(tmp_path, clickhouse):
     ]
     db = stored(tmp_path / "a.db", *rows)
     make_tables(clickhouse, url)
-    made = (
-        clickhouse.ask("SHOW CREATE TABLE session_events_raw", url)[0][0]
-        .replace("\\n", " ")
-        .replace("\\'", "'")
-    )
+    made = (clickhouse.ask("SHOW CREATE TABLE session_events_raw",
+                           url)[0][0].replace("\\n", " ").replace("\\'", "'"))
     clickhouse.ask("DROP TABLE session_events_raw", url)
     clickhouse.ask(re.sub(r"PARTITION BY \S+", "", made), url)
     status, _, err = ship(db, url)
     assert status == 1 and "older layout" in err
-    clickhouse.ask(
-        "INSERT INTO session_events_raw (seniority, id, received_at, identity_hash,"
-        " session_id_hash, ended_at, ended)"
-        " SELECT 1, number, toDateTime('2026-05-01 00:00:00', 'UTC'),"
-        " toFixedString(toString(number), 32), toFixedString('s', 32),"
-        " toFixedString('2200-01-01T00:00:00.000Z', 24), toDateTime("
-        "number * 4000000) FROM system.numbers LIMIT 1000",
-        url,
-    )
+    clickhouse.ask("INSERT INTO session_events_raw (seniority, id, received_at, identity_hash,"
+                   " session_id_hash, ended_at, ended)"
+                   " SELECT 1, number, toDateTime('2026-05-01 00:00:00', 'UTC'),"
+                   " toFixedString(toString(number), 32), toFixedString('s', 32),"
+                   " toFixedString('2200-01-01T00:00:00.000Z', 24), toDateTime("
+                   "number * 4000000) FROM system.numbers LIMIT 1000", url)
     for statement in err.split("):", 1)[1].replace("\\n", "\n").split(";"):
         if statement.strip():
             clickhouse.ask(statement, url)
@@ -9997,15 +9529,11 @@ def test_ship_months(tmp_path, clickhouse):
     # The same session on two nodes, received at times so different that `ended` is in two months.
     one = many(2, 50_000)[:1]
     two = [dict(one[0], received_at="2030-01-01T00:00:00Z", tool_count=3)]
-    assert (
-        shipped(stored(tmp_path / "one.db", *one), url)
-        == shipped(stored(tmp_path / "two.db", *two), url)
-        == 1
-    )
-    mine = (
-        "SELECT tool_count, toYYYYMM(ended) FROM session_events WHERE session_id_hash = '%s'"
-        % one[0]["session_id_hash"]
-    )
+    assert (shipped(stored(tmp_path / "one.db", *one), url)
+            == shipped(stored(tmp_path / "two.db", *two), url)
+            == 1)
+    mine = ("SELECT tool_count, toYYYYMM(ended) FROM session_events WHERE session_id_hash = '%s'"
+            % one[0]["session_id_hash"])
     (first,) = clickhouse.ask(mine, url)
     assert first[0] == str(one[0]["tool_count"])
     clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION " + first[1], url)
@@ -10073,8 +9601,7 @@ def test_ship_rows_by_the_rules(tmp_path):
             insert(connection, rows)
             if change:
                 connection.execute(
-                    "UPDATE session_events SET %s = ? WHERE id = 9" % change[0], change[1:]
-                )
+                    "UPDATE session_events SET %s = ? WHERE id = 9" % change[0], change[1:])
             connection.commit()
             with session_events.reading(db) as reader:
                 return session_events.ship_batch(reader, "> ? ORDER BY id", 0, 100)
@@ -10092,8 +9619,7 @@ def test_ship_rows_by_the_rules(tmp_path):
             assert batch(column, value) == usual[:8], (column, value)
             with session_events.reading(db) as reader:
                 with pytest.raises(
-                    session_events.Unfit, match="row id 9 is no event: its " + column
-                ):
+                        session_events.Unfit, match="row id 9 is no event: its " + column):
                     session_events.ship_batch(reader, "> ? ORDER BY id", 8, 100)
 
 
@@ -10183,10 +9709,8 @@ def test_ship_unit_of_the_readme(tmp_path):
     (unit,) = [text for text in units if "session_events.py ship" in text]
     file = tmp_path / "session-events-ship.service"
     file.write_text(
-        unit.replace(
-            "/opt/session-events/session_events.py", str(ROOT / "session_events.py")
-        ).replace("/usr/bin/python3", sys.executable)
-    )
+        unit.replace("/opt/session-events/session_events.py",
+                     str(ROOT / "session_events.py")).replace("/usr/bin/python3", sys.executable))
     done = run(["systemd-analyze", "verify", "--man=no", file])
     assert done.returncode == 0 and "session-events-ship" not in done.stderr, done.stderr
 
@@ -10233,9 +9757,7 @@ class Pretender(threading.Thread):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.answers, self.tls, self.asked = answers, tls, []
         self.url = "%s://127.0.0.1:%d/" % (
-            "https" if tls else "http",
-            self.listener.getsockname()[1],
-        )
+            "https" if tls else "http", self.listener.getsockname()[1])
 
     def run(self):
         for answer in self.answers:
@@ -10261,8 +9783,7 @@ class Pretender(threading.Thread):
 
 def reply(status, body=b"", *headers):
     return b"\r\n".join(
-        [b"HTTP/1.1 %d X" % status, b"Content-Length: %d" % len(body), *headers, b"", body]
-    )
+        [b"HTTP/1.1 %d X" % status, b"Content-Length: %d" % len(body), *headers, b"", body])
 
 
 def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbinary, monkeypatch):
@@ -10280,10 +9801,8 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
         ([reply(503, b"busy")], "cannot take it now (status 503"),
         ([reply(500, b"Code: 241, e.displayText() = memory")], "its error 241"),
-        (
-            [reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")],
-            "its error 62; its log has the words",
-        ),
+        ([reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")],
+         "its error 62; its log has the words"),
         ([up, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
         ([up, reply(200, made), reply(200), reply(200, b"1" * 30 + b"\n")], "not asked"),
         ([*ready, reply(200, b"surprise")], "answers what was not asked"),
@@ -10298,9 +9817,8 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         assert len(pretender.asked) == len(answers)
         for _, request in pretender.asked:
             head = request.split(b"\r\n\r\n")[0]
-            assert (
-                b"X-ClickHouse-User: shipper" in head and b"X-ClickHouse-Key: open sesame" in head
-            )
+            assert b"X-ClickHouse-User: shipper" in head
+            assert b"X-ClickHouse-Key: open sesame" in head
             assert b"sesame" not in head.split(b"\r\n")[0]
     assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
     busy = reply(503)
@@ -10310,16 +9828,12 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         status, _, err = ship(
             db, pretender.url, "--follow", env=secret
         )  # a password does not mend itself
-    assert (
-        status == 1
-        and '"event": "waiting"' in err
-        and "CLICKHOUSE_PASSWORD" in err
-        and "shipper" not in err
-    )
-    wide_db = stored(
-        tmp_path / "b.db",
-        dict(row(1, refs=["r"]), discovery_refs_json=json.dumps(["r" * 128] * 200)),
-    )
+    assert status == 1
+    assert '"event": "waiting"' in err
+    assert "CLICKHOUSE_PASSWORD" in err
+    assert "shipper" not in err
+    wide_db = stored(tmp_path / "b.db",
+                     dict(row(1, refs=["r"]), discovery_refs_json=json.dumps(["r" * 128] * 200)))
     with session_events.reading(wide_db) as reader:
         wide = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 1)
     with Pretender(busy, patient=False) as pretender:  # refused before it was all sent
@@ -10350,21 +9864,9 @@ def test_ship_checks_certificates(tmp_path):
 
 def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     db = stored(tmp_path / "a.db", *many(2))
-    for to in (
-        "ftp://h/",
-        "http://",
-        "h:8123",
-        "http://u@h/",
-        "http://u:p@h/",
-        "http://h:99999/",
-        "http://h/?user=u",
-        "http://h/?password=p",
-        "http://h/?database=a;b",
-        "http://h/?database",
-        "http://h/ x",
-        "http://h/#f",
-        "http://h/\u00e9",
-    ):
+    for to in ("ftp://h/", "http://", "h:8123", "http://u@h/", "http://u:p@h/", "http://h:99999/",
+               "http://h/?user=u", "http://h/?password=p", "http://h/?database=a;b",
+               "http://h/?database", "http://h/ x", "http://h/#f", "http://h/\u00e9"):
         status, out, err = answered(capfdbinary, ["ship", "--db", db, "--to", to])
         assert (status, out) == (2, "") and "--to" in err, to
     for argv in (
@@ -10382,17 +9884,13 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     monkeypatch.setenv("CLICKHOUSE_PASSWORD", "two\nlines")
     status, _, err = answered(capfdbinary, ["ship", "--db", db, "--to", "http://h/"])
     assert status == 2 and "CLICKHOUSE_PASSWORD" in err and "two" not in err
-    out = answered(
-        capfdbinary, ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"]
-    )[1]
-    assert (
-        out.count(" ON CLUSTER 'main'") == 6
-        and "_local, cityHash64(identity_hash, session_id_hash))" in out
-    )
-    assert (
-        "ReplicatedReplacingMergeTree("
-        "'/clickhouse/tables/{shard}/x/session_events_local_by_month', '{replica}', sen" in out
-    )
+    out = answered(capfdbinary,
+                   ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
+    assert out.count(" ON CLUSTER 'main'") == 6
+    assert "_local, cityHash64(identity_hash, session_id_hash))" in out
+    assert ("ReplicatedReplacingMergeTree("
+            "'/clickhouse/tables/{shard}/x/session_events_local_by_month', '{replica}', sen"
+            in out)
     for made in (out, answered(capfdbinary, ["ship", "--print-ddl"])[1]):
         assert "PARTITION BY toYYYYMM(ended) ORDER BY (identity_hash, session_id_hash);" in made
 
@@ -10407,12 +9905,7 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         assert session_events.ship_batch(reader, "> ? ORDER BY id", 300, 300) == []
 
     assert [session_events.back_off(n, 1.0) for n in (1, 2, 6, 7, 10**6)] == [
-        10.0,
-        20.0,
-        300.0,
-        300.0,
-        300.0,
-    ]
+        10.0, 20.0, 300.0, 300.0, 300.0]
     assert session_events.back_off(3, 0.0) == 20.0
 
 
@@ -10423,8 +9916,7 @@ def test_ship_in_constant_memory(tmp_path, clickhouse):
     for count in (2_000, 12_000):
         db = stored(
             tmp_path / ("%d.db" % count),
-            *(row(n, n % 50, refs=["x"], received_at="2026-05-22T12:00:00Z") for n in range(count)),
-        )
+            *(row(n, n % 50, refs=["x"], received_at="2026-05-22T12:00:00Z") for n in range(count)))
         url = clickhouse.database()
         status, out, err = ship(db, url, rows=1000, peak=True)
         assert status == 0 and out.startswith("{:,} rows shipped".format(count)), err
@@ -10433,12 +9925,8 @@ def test_ship_in_constant_memory(tmp_path, clickhouse):
     assert peaks[1] < peaks[0] + 6_000  # KiB; 10,000 rows as Python objects would be 11,000
     ours, theirs = os.openpty()
     db, url = str(tmp_path / "2000.db"), clickhouse.database()
-    subprocess.run(
-        program("session_events", "ship", "--db", db, "--to", url),
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        timeout=120,
-    )
+    subprocess.run(program("session_events", "ship", "--db", db, "--to", url),
+                   stdout=subprocess.DEVNULL, stderr=theirs, timeout=120)
     os.close(theirs)
     assert b"2,000 rows shipped" in os.read(ours, 1 << 16)
     os.close(ours)
