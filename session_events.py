@@ -125,7 +125,7 @@ PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
 END_OF_TIME = ":"  # the character after "9": above every moment
 NO_FILTER = (None, None)  # the last two parts of a Window
 
-# The library: what `import session_events` is for. Everything else may change.
+# The library: the names that README promises. Everything else may change.
 __all__ = [
     "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
     "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
@@ -136,7 +136,7 @@ Plain = Dict[str, Any]  # what json.dumps takes
 compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 # ==================================================================================================
-# A row: every cell is hostile until it has been through here
+# A row: no cell is trusted until it has been checked here
 # ==================================================================================================
 
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
@@ -427,7 +427,7 @@ def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
 
 
 class NotFound(Exception):
-    """What was asked for is not there, or is not one thing; the text says so to a person."""
+    """What was asked for is not there, or is ambiguous. The text is for a person."""
 
 
 class Window(NamedTuple):
@@ -495,7 +495,7 @@ Columns = Sequence[Sequence[Any]]
 
 
 class Look(NamedTuple):
-    """What one look at all rows of a window tells. `total`: the sessions that pass its filters;
+    """The result of reading all rows of a window. `total`: the sessions that pass its filters;
     `newest`: the last `limit` of these, as rows; `pairs`: who was there in the window's time."""
 
     limit: int
@@ -589,7 +589,7 @@ class Reader:
                     yield from columns_of(rows, places)
 
     def look(self, window: Window, limit: int = 0) -> Look:
-        """One look at every row of the window; remembered."""
+        """Read every row of the window once. The result is kept."""
         found = self.looks.get(window)
         if found is None or found.limit < limit:
             total = 0
@@ -663,7 +663,7 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 
 
 def last_event(reader: Reader) -> Optional[str]:
-    """When the newest session of the whole database ended, None if there is none."""
+    """When the newest session of the database ended, None if there is none."""
     newest = reader.some("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
     return next((moment_text(s.ended) for s in newest), None)
 
@@ -763,7 +763,7 @@ class Trail:
 
 
 class Deeds:
-    """What one developer did in a window."""
+    """The sums of one developer in a window."""
 
     __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
 
@@ -777,7 +777,7 @@ TOLD = (IDENTITY, GITHUB, ENDED_AT, TOOLS, TOKENS, REFS)
 
 
 class Story:
-    """A window's sessions, taken in by `take` in the order of time (by `ended_at`, then `id`)."""
+    """A window in figures. `take` adds its sessions in time order (by `ended_at`, then `id`)."""
 
     def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
         self.window, self.logins = window, logins
@@ -832,7 +832,7 @@ def hours(start: str, end: str) -> float:
 
 
 def middle(values: Sequence[float]) -> Optional[float]:
-    """The median, None of nothing."""
+    """The median; None of an empty list."""
     return round(statistics.median(values), 2) if values else None
 
 
@@ -1062,7 +1062,7 @@ ACTIVE_DAYS = (1, 7, 28)
 
 
 class Day:
-    """The sums of one day, and who was there."""
+    """The sums of one day, and its developers."""
 
     __slots__ = ("sessions", "tokens", "tools", "who")
 
@@ -1308,7 +1308,7 @@ def digits(value: int) -> str:
 
 
 def said(value: object) -> str:
-    """A number with its thousands parted; any other value as visible text."""
+    """A number with thousands separators; any other value as visible text."""
     return digits(value) if isinstance(value, int) else visible(str(value))
 
 
@@ -1473,7 +1473,7 @@ def discoveries_text(result: Plain) -> str:
 
 
 def flows_text(title: str, columns: Sequence[Column], flows: Sequence[Plain]) -> str:
-    """From whom to whom, the most first."""
+    """Pairs of developers (from, to), the largest first."""
     if not flows:
         return "\nno discovery went from one developer to another\n"
     return "\n%s\n%s" % (title, text_table(columns, flows[:LISTED_FLOWS])) + rest(
@@ -3753,7 +3753,7 @@ def ship(options: argparse.Namespace) -> int:
 
 
 class Usage(Exception):
-    """The command line asks for what cannot be; the text says so."""
+    """A wrong command line. The text says what is wrong."""
 
 
 GITHUB_FLAGS = {"any": None, "with": True, "without": False}
@@ -3834,7 +3834,7 @@ class Question(NamedTuple):
 
 
 class Action(NamedTuple):
-    """A command that does something else."""
+    """A command that asks no question of the database."""
 
     help: str
     example: str
@@ -3962,7 +3962,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def ask(question: Question, options: argparse.Namespace, out: Callable[[str], Any]) -> None:
-    """Prints the answer; what is said about it goes to standard error."""
+    """Prints the answer; notes about it go to standard error."""
     with reading(options.db) as reader:
         window = window_of(options) if "days" in question.arguments else EVER
         result = question.ask(reader, window, options)

@@ -3209,6 +3209,7 @@ def test_server_takes_the_demos_file(tmp_path):
     """The demo's small table is one more file that another program made."""
     db = tmp_path / "demo.db"
     count = session_events.write_demo(str(db))
+    assert db.stat().st_mode & 0o777 == 0o600
     by_demo = edges(db)
     server.Store(str(db)).close()
     assert len(rows_of(db)) == count > 100 and user_version(db) == server.SCHEMA_VERSION
