@@ -850,7 +850,7 @@ class RateLimit:
         packed = client.packed[:8] if client.version == 6 else client.packed
         return hashlib.blake2b(packed, key=self.key, digest_size=8).digest()
 
-    def wait(self, bucket: bytes, now: float) -> float:
+    def take_token(self, bucket: bytes, now: float) -> float:
         """Take a token: 0.0; or the seconds until there is one. `now` never goes backwards."""
         full_at = max(self.full_at.pop(bucket, now), now)
         wait = full_at - now - self.burst
@@ -862,7 +862,7 @@ class RateLimit:
         return wait
 
     def give_back(self, bucket: bytes) -> None:
-        """Put the token back that wait() took."""
+        """Put the token back that take_token() took."""
         if bucket in self.full_at:
             self.full_at[bucket] -= self.interval
 
@@ -920,7 +920,8 @@ class Metrics:
              lambda name: labelled(name, "status", self.answers)),
             ("events_total", "counter", "Events answered 202, by what became of them.",
              lambda name: labelled(name, "result", self.events)),
-            ("refusals_total", "counter", "Requests not answered 2xx, by reason.",
+            ("refusals_total", "counter",
+             "Requests not answered 2xx, and handshakes over the rate, by reason.",
              lambda name: labelled(name, "reason", self.refusals)),
             ("swept_rows_total", "counter", "Rows deleted because of --retain-days.",
              lambda name: ["%s %d" % (name, self.swept)]),
@@ -977,7 +978,7 @@ class Retention:
         self.believed: Optional[float] = None  # the offset of the clock that was last believed
         self.marks: Deque[Tuple[float, int]] = collections.deque([(monotonic, last_id)])
 
-    def wait(self, wall: float, monotonic: float) -> str:
+    def reason_to_wait(self, wall: float, monotonic: float) -> str:
         """Why nothing may be deleted now; an empty text when rows may be deleted.
 
         `wall` is in seconds since 1970. `monotonic` goes on while the machine sleeps.
@@ -1201,6 +1202,8 @@ class Store:
         # The open files: what was at each path when they were opened.
         self.files: Dict[str, Optional[Tuple[int, int]]] = {}
         self.fault, self.reopen_at = "", 0.0
+        if not path or os.path.isdir(path):
+            raise StartError("%s is no file: name one for the database" % (path or "an empty text"))
         try:
             self.db = self.connect()
             try:
@@ -1221,8 +1224,8 @@ class Store:
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")  # of an attempt that failed
         self.migrate()
-        if self.pepper is not None:
-            note_pepper(self.db, self.pepper)
+        self.check_writable()
+        self.check_pepper()
         self.db.execute("PRAGMA " + SWEEP_SETTING)
         if not self.in_memory:
             if self.checkpoints is None:
@@ -1268,6 +1271,9 @@ class Store:
                 "%s has schema version %d, and this server.py knows %d: use a newer server.py"
                 % (self.path, version, SCHEMA_VERSION))
         fresh = version == 0 and not self.columns()
+        if fresh and self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise StartError("%s is another program's database: it has tables, and no table"
+                             " session_events" % self.path)
         if not fresh:
             self.check_table(version)  # before anything in the file is changed
         for setting in SETTINGS:
@@ -1284,14 +1290,24 @@ class Store:
 
     def run_migrations(self) -> None:
         """Run the missing migrations in one transaction. Closing the connection undoes a half."""
+        log("updating_database", to_version=SCHEMA_VERSION)  # a million rows take about 12 s
         self.db.execute("BEGIN IMMEDIATE")
         version = pragma(self.db, "user_version")  # anew: another server may have been faster
         for migration in MIGRATIONS:
             if migration.version > version:
                 for statement in statements(migration.script):
-                    self.db.execute(statement)
+                    self.run_migration(statement)
                 self.db.execute("PRAGMA user_version = %d" % migration.version)
         self.db.execute("COMMIT")
+
+    def run_migration(self, statement: str) -> None:
+        try:
+            self.db.execute(statement)
+        except sqlite3.IntegrityError as error:
+            if "UNIQUE" not in str(error):
+                raise
+            raise StartError("%s has rows of the same identity_hash and session_id_hash: delete all"
+                             " but one of each" % self.path) from None
 
     def columns(self) -> List[Column]:
         """The columns of session_events; an empty list where there is no such table."""
@@ -1339,9 +1355,33 @@ class Store:
             r"CREATE (?:TABLE|TRIGGER|INDEX|UNIQUE INDEX) IF NOT EXISTS (\w+)", SCHEMA)
         missing = [name for name in wanted if name not in names]
         if missing or {"identity_hash", "session_id_hash"} not in self.unique_keys():
-            raise StartError("%s is not whole: %s is missing" % (
+            raise StartError("%s is not whole: %s is missing; sqlite3 FILE < schema.sql adds it" % (
                 self.path, missing[0] if missing
                 else "the unique index on (identity_hash, session_id_hash)"))
+
+    def check_writable(self) -> None:
+        """Raises sqlite3.Error where this user may only read the file."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            self.db.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if "readonly" in str(error):
+                raise  # what else it is passes, and a write will say it
+
+    def check_pepper(self) -> None:
+        """Note the pepper's fingerprint. Raises StartError where rows have another pepper.
+
+        With another pepper, or without one, everybody would be somebody else from now on.
+        """
+        noted = noted_peppers(self.db)
+        own = fingerprint(self.pepper) if self.pepper is not None else ""
+        if noted and noted[-1] != own:
+            raise StartError(
+                "%s has rows that were stored with %s pepper: start it with their --pepper-file, or"
+                " begin a new database" % (self.path, "another" if own else "a"))
+        if own and not noted:
+            self.db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
+            self.db.execute("INSERT INTO session_events_pepper VALUES (?)", (own,))
 
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer those at their paths.
@@ -1369,7 +1409,10 @@ class Store:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
         except sqlite3.Error as error:
-            raise Unavailable(str(error)) from None
+            words = str(error)
+            if "disk is full" in words and self.max_bytes is not None:
+                words += ", or it has reached --max-db-bytes"
+            raise Unavailable(words) from None
         # Checked after the commit: so it also covers a file that was deleted during the commit.
         self.check_files()
 
@@ -1436,11 +1479,10 @@ class Store:
         return stored
 
     def hide(self, row: Row) -> Row:
-        def hmac_of(digest: str) -> str:
-            return hmac.digest(self.pepper or b"", digest.encode("ascii"), "sha256").hex()
+        hidden = functools.partial(peppered, self.pepper or b"")
         identity, github, session, *rest = row
         return (  # type: ignore[return-value]
-            hmac_of(identity), github and hmac_of(github), hmac_of(session), *rest)
+            hidden(identity), github and hidden(github), hidden(session), *rest)
 
     def after_turn(self) -> None:
         """Work that can wait until the answers of a turn have left."""
@@ -1500,8 +1542,8 @@ NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 # A turn that stores rows deletes a quarter more than it stores, so that a sweep always gains. Such
 # a turn takes 1.9 times as long (a row costs 64 us to store, 45 to delete).
 SWEEP_SHARE = 1.25
-SWEEP_QUIET = 0.01  # seconds without a request; after them, turns delete without storing:
-SWEEP_PIECE = 16  # rows a turn then, 1 ms: what a request may have to wait for it
+SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete that store nothing
+SWEEP_PIECE = 16  # rows that such a turn deletes, in 1 ms: a request may have to wait so long
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
 CLOCK_EVERY = 1.0  # seconds between looks at the clocks
@@ -1558,7 +1600,7 @@ class Sweep:
     def look_at_clocks(self) -> None:
         """Find out whether rows may be deleted now. Each reason against it is logged once."""
         wall, steady = time.time(), steady_clock()
-        reason = self.retention.wait(wall, steady)
+        reason = self.retention.reason_to_wait(wall, steady)
         self.cutoff, self.present = stamp_of(wall - self.retention.seconds), stamp_of(wall)
         self.retention.received(last_id(self.db), steady)
         if not reason and self.waits != "":
@@ -1663,8 +1705,9 @@ def unshipped(db: sqlite3.Connection) -> Optional[int]:
 
 
 CHECKPOINT_PAGES = 12_000  # in the log (47 MB) when it is moved into the database
-# About what a commit appends to it, and for each row besides. A row alone takes 10 to 12 pages, one
-# of 32 in a large table 4, one of 256 in a small table 2. So the estimate is off by two at most.
+# Estimated pages that a commit appends to the log, and that each of its rows adds. Measured for a
+# row: 10 to 12 in a commit of one, 4 of 32 in a large table, 2 of 256 in a small table. So the
+# estimate is wrong by a factor of two at most.
 COMMIT_PAGES, ROW_PAGES = 8, 4
 PASSES = 6  # of one checkpoint: each moves what was appended during the one before it
 FEW_PAGES = 500  # in the log that the writer moves itself, in 2 to 5 ms
@@ -1709,7 +1752,7 @@ class Checkpoints:
         self.under_way = False
         # Estimated pages: in the log, in it when the checkpoint began, and when the next is due.
         self.pages, self.asked, self.due = 0, 0, CHECKPOINT_PAGES
-        self.emptied = True  # the log was, before these rows
+        self.emptied = True  # the log was empty before the rows that `pages` counts
         self.fault = ""
 
     def count(self, rows: int) -> None:
@@ -1831,43 +1874,77 @@ def steady_clock() -> float:
 
 
 def load_pepper(path: str) -> bytes:
-    """The secret in `path`. If there is no file, it is made, readable by its owner only.
-
-    Raises StartError.
-    """
+    """The secret in `path`. Raises StartError."""
     try:
-        with contextlib.suppress(FileExistsError):
-            made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(made, "w", encoding="ascii") as file:
-                file.write(os.urandom(32).hex() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
         with open(path, "rb") as found:
             if os.name == "posix" and os.fstat(found.fileno()).st_mode & 0o077:
-                raise StartError("others can read the pepper in %s: chmod 600 it, or make a new one"
-                                 % path)
+                raise StartError("others can read the pepper in %s: chmod 600 it" % path)
             pepper = found.read(4096).strip()
     except OSError as error:
         raise StartError(
             "cannot use the pepper file %s: %s" % (path, error.strerror)) from None
     if len(pepper) < 32:
-        raise StartError("the pepper in %s is under 32 bytes: delete the file, and a good one is"
-                         " made" % path)
+        raise StartError("the pepper in %s is under 32 bytes: put the right file there" % path)
     return pepper
 
 
-def note_pepper(db: sqlite3.Connection, pepper: bytes) -> None:
-    """Store the pepper's fingerprint, so that `ship` notices nodes with different peppers.
+def own_pepper(path: str, database: str) -> bytes:
+    """The secret in `path`, for the server of `database`. Raises StartError.
 
-    The fingerprint is 16 digits of the HMAC-SHA256 of a fixed text under the pepper. It tells
-    nothing about a secret of 32 random bytes. Raises sqlite3.Error.
+    It is made where there is none, unless the database has rows that were stored with it.
     """
-    fingerprint = hmac.new(pepper, b"session-events pepper", "sha256").hexdigest()[:16]
-    db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
-    db.execute(
-        "INSERT INTO session_events_pepper SELECT ?1 WHERE ?1 IS NOT"
-        " (SELECT fingerprint FROM session_events_pepper ORDER BY rowid DESC LIMIT 1)",
-        [fingerprint])
+    if not os.path.lexists(path):
+        noted: List[str] = []
+        if os.path.isfile(database):
+            with contextlib.suppress(sqlite3.Error), contextlib.closing(
+                    sqlite3.connect(database)) as db:
+                noted = noted_peppers(db)
+        if noted:
+            raise StartError("there is no pepper file %s, and %s has rows that were stored with it:"
+                             " put it back" % (path, database))
+        make_pepper(path)
+    return load_pepper(path)
+
+
+def make_pepper(path: str) -> None:
+    """Write a new secret to `path`, readable by its owner only. Raises StartError."""
+    try:
+        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(made, "w", encoding="ascii") as file:
+                file.write(os.urandom(32).hex() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            os.unlink(path)  # half a pepper would stand in the way of a whole one
+            raise
+    except OSError as error:
+        raise StartError(
+            "cannot make the pepper file %s: %s" % (path, error.strerror)) from None
+
+
+def peppered(pepper: bytes, digest: str) -> str:
+    """What is stored in place of a hash."""
+    return hmac.digest(pepper, digest.encode("ascii"), "sha256").hex()
+
+
+def fingerprint(pepper: bytes) -> str:
+    """What a file says of its pepper: it tells nothing about a secret of 32 random bytes.
+
+    `ship` compares it between nodes.
+    """
+    return peppered(pepper, "session-events pepper")[:16]
+
+
+def noted_peppers(db: sqlite3.Connection) -> List[str]:
+    """The fingerprints of the peppers that a file was written with. Raises sqlite3.Error."""
+    try:
+        return [str(row[0]) for row in db.execute(
+            "SELECT fingerprint FROM session_events_pepper ORDER BY rowid")]
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):
+            return []
+        raise
 
 
 def passing(error: Exception) -> bool:
@@ -1960,8 +2037,10 @@ def open_existing(path: str) -> sqlite3.Connection:
     """A connection to a database with session events. Raises StartError; makes no file."""
     if path == ":memory:":
         raise StartError("--db :memory: is no file: there is nothing to back up or to delete from")
-    if not os.path.exists(path):
-        raise StartError("there is no file %s" % path)
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise StartError("cannot use %s: %s" % (path, error.strerror)) from None
     uri = pathlib.Path(os.path.realpath(path)).as_uri() + "?mode=rw"
     try:
         db = sqlite3.connect(uri, uri=True, timeout=1.0, isolation_level=None)
@@ -2026,7 +2105,7 @@ def vacuum_into(db: sqlite3.Connection, copy: str, command: Command) -> None:
     step, and 3.2 s in steps of 2,000 pages, which can show progress and be interrupted. What comes
     in meanwhile stays in the -wal file: 0.4 GB more beside this, 0.2 GB beside the other.
     """
-    pages, free, page_size = (db.execute("PRAGMA " + name).fetchone()[0] for name in (
+    pages, free, page_size = (pragma(db, name) for name in (
         "page_count", "freelist_count", "page_size"))
     megabytes = max(1, (pages - free) * page_size >> 20)
 
@@ -2060,17 +2139,22 @@ def take_name(path: str, target: str) -> None:
         os.rename(path, target)
 
 
-def read_hashes(words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
-    """The hashes of --forget as the database has them. `-` stands for those on standard input.
+# What `emit.py mine` prints beside the hashes.
+_word_of_mine = re.compile("[0-9]{4}Q[1-4]|identity_hash|github_hash").fullmatch
 
-    Raises StartError, which never quotes a hash.
+
+def read_hashes(path: str, words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
+    """The hashes of --forget as the database has them. Raises StartError, which quotes no hash.
+
+    `-` stands for those on standard input: hashes alone, or the lines of `emit.py mine`.
     """
     hashes: List[str] = []
     for word in words:
         if word != "-":
             hashes.append(word)
         elif sys.stdin:
-            hashes += sys.stdin.buffer.read().decode("ascii", "replace").split()
+            read = sys.stdin.buffer.read().decode("ascii", "replace").split()
+            hashes += [text for text in read if not _word_of_mine(text)]
     if not hashes:
         raise StartError("--forget -: there is no hash on standard input")
     for place, text in enumerate(hashes):
@@ -2078,10 +2162,12 @@ def read_hashes(words: Sequence[str], pepper_file: Optional[str]) -> List[str]:
             raise StartError("--forget takes hashes of 64 lowercase hex digits, and number %d is"
                              " none" % (place + 1))
     if pepper_file:
-        if not os.path.exists(pepper_file):  # load_pepper would make one, which hides nothing here
-            raise StartError("there is no pepper file %s" % pepper_file)
         pepper = load_pepper(pepper_file)
-        hashes = [hmac.digest(pepper, text.encode("ascii"), "sha256").hex() for text in hashes]
+        with contextlib.closing(open_existing(path)) as db:
+            if fingerprint(pepper) not in noted_peppers(db):
+                raise StartError("%s has no rows that were stored with the pepper in %s"
+                                 % (path, pepper_file))
+        hashes = [peppered(pepper, text) for text in hashes]
     return list(dict.fromkeys(hashes))
 
 
@@ -2130,8 +2216,11 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -
 
 def print_line(text: str) -> str:
     """Print on standard output. Returns the error, or "": it undoes nothing."""
+    if sys.stdout is None:
+        return "standard output is closed"
+    encoding = sys.stdout.encoding or "ascii"
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError as error:
         # Otherwise Python would try again at its end, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2169,7 +2258,7 @@ def find_events(db: sqlite3.Connection, command: Command) -> List[int]:
     """
     query = "SELECT id, %s FROM session_events WHERE id > ? ORDER BY id LIMIT ?" % FORGOTTEN
     found: List[int] = []
-    last, looked = -1 << 63, 0
+    last, looked = LEAST_ID, 0
     while True:
         command.check()
         command.show("looked at %d events" % looked)
@@ -2258,17 +2347,28 @@ def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str
     """The names of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
 
     Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
-    the rest of one. That takes about 0.6 s per hash and gigabyte.
+    the rest of one. That takes about 0.6 s per hash and gigabyte. The files from which the hashes
+    were read, and to which the statement is printed, are passed over.
     """
+    streams = [os.fstat(stream.fileno()) for stream in (sys.stdin, sys.stdout) if has_file(stream)]
     pieces = [text[start:start + PIECE].encode("ascii")
               for text in hashes for start in range(0, len(text), PIECE)]
     found = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if entry.is_file() and holds(entry.path, pieces, command):
+                if (entry.is_file() and holds(entry.path, pieces, command)
+                        and not any(os.path.samestat(entry.stat(), own) for own in streams)):
                     found.append(entry.name)
     return found
+
+
+def has_file(stream: Any) -> bool:
+    """True if a standard stream is there, and is not one of Python's own."""
+    try:
+        return int(stream.fileno()) >= 0
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def holds(path: str, pieces: Sequence[bytes], command: Command) -> bool:
@@ -2831,11 +2931,15 @@ def port(text: str) -> int:
     return number
 
 
-def host_and_port(text: str) -> Place:
-    host, _, number = text.rpartition(":")
-    if not host:
+def host(text: str) -> str:
+    if not text.strip():  # it would mean every interface
         raise ValueError
-    return host.strip("[]"), port(number)
+    return text
+
+
+def host_and_port(text: str) -> Place:
+    name, _, number = text.rpartition(":")
+    return host(name.strip("[]")), port(number)
 
 
 def open_listener(place: Place) -> socket.socket:
@@ -2844,7 +2948,10 @@ def open_listener(place: Place) -> socket.socket:
     try:
         if os.name == "posix":  # on Windows it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(place)
+        try:
+            listener.bind(place)
+        except (TypeError, UnicodeError):  # what Python says of some texts that are no host name
+            raise OSError(errno.EINVAL, "that is no host name") from None
         listener.listen(QUEUE)
         return prepared(listener)
     except BaseException:
@@ -2981,6 +3088,10 @@ class IngestServer(http.server.HTTPServer):
         self.selector.register(
             listener, READ, lambda _mask: self.accept(listener, ACCEPTS_A_TURN))
 
+    def operators(self) -> List[socket.socket]:
+        """The listeners for operators, apart from the public one."""
+        return [listener for listener in self.listeners if listener is not self.socket]
+
     @property
     def url(self) -> str:
         return url_of("https" if self.tls else "http", self.socket)
@@ -3008,11 +3119,12 @@ class IngestServer(http.server.HTTPServer):
             connection.close()
         self.say_store_at = self.now
         self.report()
+        log_left_out(math.inf)
 
     def turn(self, timeout: float) -> None:
         if self.store.sweep:
             timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
-        ready = self.wait(timeout)
+        ready = self.ready_sockets(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         self.taken, self.reading_until = 0, time.perf_counter() + READING_SECONDS
         backlog = self.connections.backlog
@@ -3035,11 +3147,11 @@ class IngestServer(http.server.HTTPServer):
         self.store.after_turn()
         self.report()
 
-    def wait(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
+    def ready_sockets(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
         ready = self.selector.select(0)
         if ready or self.connections.backlog:
             return ready
-        if self.answered_at == self.now:
+        if self.answered_at == self.now:  # in the turn before, whose time `now` still is
             until = time.perf_counter() + SPIN_SECONDS
             while not ready and time.perf_counter() < until:
                 ready = self.selector.select(0)
@@ -3099,13 +3211,13 @@ class IngestServer(http.server.HTTPServer):
             if is_trusted(address, self.trusted):
                 bucket, proxy = None, peer
         if self.tls is None or routes is not PUBLIC:
-            Connection(self, sock, routes, bucket, proxy).start()
+            self.guarded(Connection(self, sock, routes, bucket, proxy).start)
         else:
-            TLSConnection(self, sock, routes, bucket, proxy, self.tls).start()
+            self.guarded(TLSConnection(self, sock, routes, bucket, proxy, self.tls).start)
 
     def out_of_descriptors(self) -> None:
         """Close the connection that waits longest, and accept none for a tick: no spinning."""
-        log("out_of_descriptors", connections=len(self.connections))
+        log_rarely("out_of_descriptors", ("", 0), connections=len(self.connections))
         self.connections.close_longest_waiting()
         self.muted_until = self.now + TICK
         for listener in self.listeners:
@@ -3133,7 +3245,7 @@ class IngestServer(http.server.HTTPServer):
 
     def take_token(self, bucket: Optional[bytes]) -> float:
         """Take a token from the bucket; the seconds to wait when there is none."""
-        return self.rate_limit.wait(bucket, self.now) if self.rate_limit and bucket else 0.0
+        return self.rate_limit.take_token(bucket, self.now) if self.rate_limit and bucket else 0.0
 
     def give_back(self, bucket: bytes) -> None:
         if self.rate_limit:
@@ -3235,6 +3347,8 @@ class IngestServer(http.server.HTTPServer):
     def report(self) -> None:
         """Write log lines that had to wait, and tell the watchdog that the loop runs."""
         self.report_store()
+        if _rare:
+            log_left_out(self.now)
         for stream in (OUTPUT, ERRORS):
             if stream.lost:
                 stream.report_lost()
@@ -3269,7 +3383,7 @@ class IngestServer(http.server.HTTPServer):
 # The log: a line of JSON each. README, Contract 8: no hash, no ref, no client's address is in one.
 # ==================================================================================================
 
-MAX_REASON = 400  # characters; a line must be shorter than PIPE_BUF
+MAX_REASON = 300  # characters, of up to 12 bytes in JSON; a line must be shorter than PIPE_BUF
 
 
 class LineStream:
@@ -3332,21 +3446,30 @@ def log(event: str, **fields: Any) -> None:
     ERRORS.write(line(event=event, **fields))
 
 
-_rare: Dict[Tuple[str, Tuple[str, int]], Tuple[float, int]] = {}  # when it was said; left out since
+# Of each kind of line that came in the last LOG_SECONDS: when it was logged, and how many were left
+# out since.
+_rare: Dict[Tuple[str, Tuple[str, int]], Tuple[float, int]] = {}
 
 
 def log_rarely(event: str, place: Tuple[str, int], **fields: Any) -> None:
-    """Log a line, for each kind at most one in LOG_SECONDS.
+    """Log a line, for each kind at most one in LOG_SECONDS; the others are counted."""
+    kind = event, place
+    if kind in _rare:
+        said_at, more = _rare[kind]
+        _rare[kind] = said_at, more + 1
+    else:
+        _rare[kind] = time.monotonic(), 0
+        log(event, **fields)
 
-    `more` is the number of lines that were left out since the last one.
-    """
-    now = time.monotonic()
-    said_at, more = _rare.get((event, place), (-math.inf, 0))
-    if now - said_at < LOG_SECONDS:
-        _rare[event, place] = said_at, more + 1
-        return
-    _rare[event, place] = now, 0
-    log(event, **fields, **({"more": more} if more else {}))
+
+def log_left_out(now: float) -> None:
+    """Log, of each kind, how many lines were left out (`more`), when LOG_SECONDS are over."""
+    for kind, (said_at, more) in list(_rare.items()):
+        if now - said_at >= LOG_SECONDS:
+            del _rare[kind]
+            if more:
+                _rare[kind] = now, 0
+                log(kind[0], more=more)
 
 
 def log_fault(error: BaseException) -> None:
@@ -3435,6 +3558,7 @@ def running(db: str = ":memory:") -> Iterator[Running]:
 # ==================================================================================================
 
 GRACE_SECONDS = 2.0  # at the end, for requests that are on their way
+LEAST_DATABASE = 100_000  # bytes: the empty tables take 50,000
 SPARE_DESCRIPTORS = 64  # beside the connections: the database, listeners, the loop's own
 
 EPILOG = """\
@@ -3456,7 +3580,15 @@ def rate(text: str) -> Optional[Rate]:
 
 
 def positive(text: str) -> int:
-    if not 1 <= int(text[:19]) == int(text):
+    """A number that fits into 64 bits, as SQLite and the system want it."""
+    if len(text) > 18 or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def database_bytes(text: str) -> int:
+    """A size that has room for the tables, and some events."""
+    if positive(text) < LEAST_DATABASE:
         raise ValueError
     return int(text)
 
@@ -3494,7 +3626,8 @@ def parser() -> argparse.ArgumentParser:
 
     p.add_argument("--db", required=True, metavar="FILE",
                    help="the database; made, with mode 0600, when it is not there")
-    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (127.0.0.1)")
+    add("--host", host, "an address or a host's name", "ADDRESS", "127.0.0.1",
+        "the address to listen on (127.0.0.1)")
     add("--port", port, "a port: 0 to 65535", "PORT", 8787, "the port; 0 takes any free one (8787)")
     add("--max-connections", positive, "a positive number", "N", DEFAULTS.max_connections,
         "open connections; beyond that the longest idle make room (4096)")
@@ -3509,7 +3642,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"),
                    metavar="CIDR", action="append", default=[],
                    help="believe X-Forwarded-For from there; may be repeated (none)")
-    add("--max-db-bytes", positive, "a positive number", "N", None,
+    add("--max-db-bytes", database_bytes, "a number of at least %d" % LEAST_DATABASE, "N", None,
         "size at which the database takes no more (none)")
     add("--retain-days", positive, "a positive number", "N", 0,
         "delete events received longer ago, in small pieces (keep all)")
@@ -3548,8 +3681,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         print("server.py: %s" % error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # the database is as it was
+        return 128 + signal.SIGINT
     handle_signals(server, options)
-    print("listening on " + server.url, flush=True)
+    print_line("listening on " + server.url)
+    for listener in server.operators():
+        print_line("metrics on %s/metrics" % url_of("http", listener))
     notify("READY=1")
     every = watchdog_seconds()
     if every:
@@ -3570,7 +3707,7 @@ def run_command(options: argparse.Namespace) -> int:
             command.heed_signals()
             back_up(options.db, options.backup, command)
         else:
-            hashes = read_hashes(options.forget, options.pepper_file)  # Ctrl-C ends the reading
+            hashes = read_hashes(options.db, options.forget, options.pepper_file)
             command.heed_signals()
             forget(options.db, hashes, bool(options.pepper_file), command)
         return 0
@@ -3587,26 +3724,36 @@ def run_command(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> IngestServer:
     """The server that the command line asks for, listening. Raises StartError."""
     tls = load_tls(options) if options.tls_cert else None
-    pepper = load_pepper(options.pepper_file) if options.pepper_file else None
+    pepper = own_pepper(options.pepper_file, options.db) if options.pepper_file else None
     connections = raise_descriptor_limit(options.max_connections)
-    store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
     limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds,
                     connections, options.rate)
-    address = options.host, options.port
-    try:
-        server = IngestServer(
-            address, store, limits, inherited=inherited_listener(), access_log=options.access_log,
-            trusted=options.trusted_proxy, tls=tls)
+    with contextlib.ExitStack() as undo:
+        store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
+        undo.callback(store.close)
+        inherited = inherited_listener()
+        with listening("--port", (options.host, options.port)):
+            server = IngestServer(
+                (options.host, options.port), store, limits, inherited=inherited,
+                access_log=options.access_log, trusted=options.trusted_proxy, tls=tls)
+        undo.callback(server.server_close)
         if options.metrics:
-            address = options.metrics
-            server.listen(open_listener(address), OPERATORS)
-    except OSError as error:
-        store.close()
-        taken = error.errno == errno.EADDRINUSE
-        raise StartError("cannot listen on %s port %d: %s%s" % (
-            *address, error.strerror,
-            "; is another server running? --port 0 takes any free one" if taken else "")) from None
+            with listening("--metrics", options.metrics):
+                server.listen(open_listener(options.metrics), OPERATORS)
+        undo.pop_all()
     return server
+
+
+@contextlib.contextmanager
+def listening(flag: str, place: Place) -> Iterator[None]:
+    """Turn an OSError of the block into a StartError that names the place and its flag."""
+    try:
+        yield
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        raise StartError("cannot listen on %s port %d (%s): %s%s" % (
+            *place, flag, error.strerror,
+            "; is another server running? Port 0 takes any free one" if taken else "")) from None
 
 
 def handle_signals(server: IngestServer, options: argparse.Namespace) -> None:
@@ -3619,6 +3766,7 @@ def handle_signals(server: IngestServer, options: argparse.Namespace) -> None:
             return
         try:
             server.tls = load_tls(options)
+            log("tls_reloaded")
         except StartError as error:
             log("tls_not_reloaded", reason=str(error))
 
@@ -3641,7 +3789,7 @@ def load_tls(options: argparse.Namespace) -> ssl.SSLContext:
 
 
 def raise_descriptor_limit(connections: int) -> int:
-    """Raise the descriptor limit for `wanted` connections; the number that it allows."""
+    """Raise the descriptor limit for so many connections; the number that it allows."""
     if resource is None:
         return connections
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -40,6 +40,7 @@ import py_compile
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -3758,6 +3759,37 @@ def turning(address=("127.0.0.1", 0), limits=server.DEFAULTS, **options):
             turned.server_close()
 
 
+@quick
+def test_server_fault_in_a_connection_ends_only_that_one(monkeypatch):
+    """Also in its first step, before anything watches its socket."""
+    monkeypatch.setattr(server.ERRORS, "write", lambda text: None)
+    receive_requests = server.Connection.receive_requests
+    for broken in ("start", "later"):
+        with turning() as turned, socket.create_connection(turned.server_address) as kept:
+            turned.turn(1.0)
+            (well,) = turned.connections.all()
+
+            def receive(connection, well=well):
+                if connection is not well:
+                    raise ZeroDivisionError
+                receive_requests(connection)
+
+            with socket.create_connection(turned.server_address) as bad:
+                if broken == "later":
+                    turned.turn(1.0)
+                monkeypatch.setattr(server.Connection, "receive_requests", receive)
+                bad.sendall(HEALTH)
+                turned.turn(1.0)
+                assert turned.connections.all() == [well]
+                with contextlib.suppress(ConnectionResetError):
+                    assert bad.recv(1) == b""
+            kept.sendall(HEALTH)
+            turned.turn(1.0)
+            assert kept.recv(12) == b"HTTP/1.1 200"
+            monkeypatch.undo()
+            monkeypatch.setattr(server.ERRORS, "write", lambda text: None)
+
+
 def check_rules(turned):
     """The rules above the table of phases, between two turns."""
     crowd, listed = turned.connections, collections.Counter()
@@ -4006,6 +4038,7 @@ def start_faults(folder):
     (folder / "text.db").write_text("this is no database, and long enough to be seen as none" * 100)
     scripted(folder / "newer.db", "PRAGMA user_version = 99")
     scripted(folder / "other.db", "CREATE TABLE session_events (id INTEGER PRIMARY KEY, name TEXT)")
+    scripted(folder / "foreign.db", "CREATE TABLE users (name TEXT)")
     scripted(folder / "half.db", OTHER_PROGRAM, "PRAGMA user_version = 1")
     scripted(folder / "twice.db", OTHER_PROGRAM.replace(ITS_UNIQUE_INDEX, ""),
              "INSERT INTO session_events (identity_hash, session_id_hash, ended_at, plugin_version)"
@@ -4019,13 +4052,20 @@ def start_faults(folder):
         scripted(folder / (name + ".db"), OTHER_PROGRAM.replace(old, new))
     (folder / "open.pepper").write_text("x" * 64)
     (folder / "open.pepper").chmod(0o644)
+    server.make_pepper(str(folder / "other.pepper"))
+    server.Store(str(folder / "hidden.db"), pepper=b"p" * 32).close()
     taken = socket.create_server(("127.0.0.1", 0))
     fresh = folder / "fresh.db"
     return taken, {
         "port taken": (["--db", fresh, "--port", taken.getsockname()[1]], "Address already in use"),
         "no such host": (["--db", fresh, "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
         "no such folder": (["--db", folder / "missing" / "events.db"], "No such file or directory"),
-        "a folder": (["--db", folder], "unable to open"),
+        "a folder": (["--db", folder], "is no file"),
+        "no name": (["--db", ""], "is no file"),
+        "no host's name": (["--db", fresh, "--host", "\u00e9..x"], "no host name"),
+        "metrics port taken": (
+            ["--db", fresh, "--metrics", "127.0.0.1:%d" % taken.getsockname()[1]], "(--metrics)"),
+        "another program's tables": (["--db", folder / "foreign.db"], "another program's database"),
         "not writable": (["--db", "/proc/events.db"], "cannot use /proc/events.db"),
         "not a database": (["--db", folder / "text.db"], "not a database"),
         "newer schema": (["--db", folder / "newer.db"], "schema version 99"),
@@ -4035,7 +4075,13 @@ def start_faults(folder):
         "one more unique index": (["--db", folder / "alone.db"], 'index on ("session_id_hash")'),
         "no key": (["--db", folder / "no-id.db"], "id is not INTEGER PRIMARY KEY"),
         "half a schema": (["--db", folder / "half.db"], "idx_session_events_ended_at is missing"),
-        "the same event twice": (["--db", folder / "twice.db"], "UNIQUE constraint failed"),
+        "the same event twice": (["--db", folder / "twice.db"], "delete all but one of each"),
+        "another pepper": (
+            ["--db", folder / "hidden.db", "--pepper-file", folder / "other.pepper"],
+            "with another pepper"),
+        "no pepper any more": (["--db", folder / "hidden.db"], "with a pepper"),
+        "its pepper is gone": (
+            ["--db", folder / "hidden.db", "--pepper-file", folder / "gone.pepper"], "put it back"),
         "readable pepper": (["--db", fresh, "--pepper-file", folder / "open.pepper"], "chmod 600"),
         "no certificate": (
             ["--db", fresh, "--tls-cert", folder / "no", "--tls-key", folder / "no"], "TLS files"),
@@ -4047,28 +4093,78 @@ def test_server_that_cannot_start_says_why_in_one_line(tmp_path):
         return recorded_texts(ended("server", "--port", 0, *flags))
 
     taken, cases = start_faults(tmp_path)
-    other, twice = ((tmp_path / "other.db").read_bytes(),
-                    rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master"))
+    kept = {name: (tmp_path / name).read_bytes() for name in ("other.db", "foreign.db")}
+    twice = rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master")
     with taken:
         starts = at_once(start, [flags for flags, _words in cases.values()])
     for (name, (_flags, words)), done in zip(cases.items(), starts):
         assert (done.returncode, done.stdout) == (2, ""), name
-        assert (done.stderr.count("\n") == 1
-                and done.stderr.startswith("server.py: ")
-                and words in done.stderr), name
-    assert (tmp_path / "other.db").read_bytes() == other, "what is refused is left as it was"
+        lines = done.stderr.splitlines()
+        if name == "the same event twice":  # it began to bring the file up to date
+            assert json.loads(lines.pop(0))["event"] == "updating_database"
+        assert len(lines) == 1 and lines[0].startswith("server.py: ") and words in lines[0], name
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept, "it is left as it was"
+    assert not (tmp_path / "gone.pepper").exists()
     assert rows_of(tmp_path / "twice.db", "SELECT * FROM sqlite_master") == twice
     wrong = (
         ["--port", "70000"],
         ["--rate", "5/week"],
         ["--rate", "9" * 400 + "/s"],
         ["--retain-days", "0"],
+        ["--retain-days", "9" * 19],
+        ["--max-db-bytes", "99999"],
+        ["--host", ""],
         ["--trusted-proxy", "10.0.0.0/99"],
     )
     for done in at_once(start, [[], *(["--db", tmp_path / "x.db", *flags] for flags in wrong)]):
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert "server.py: error: " in done.stderr
+
+
+@needs_linux
+def test_server_goes_on_where_nobody_takes_its_first_line(tmp_path):
+    """Standard output is a full disk, a pipe that nobody reads, or closed. It serves all the same.
+
+    The port is that of a socket that was open before, since nothing can say it.
+    """
+    for redirection in (">/dev/full", "| true", ">&-"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = argparse.Namespace(host="127.0.0.1", port=free.getsockname()[1])
+        argv = program("server", "--db", tmp_path / "events.db", "--port", where.port)
+        shell = "%s %s" % (" ".join(map(shlex.quote, argv)), redirection)
+        process = subprocess.Popen(
+            ["bash", "-c", shell], stderr=subprocess.PIPE, start_new_session=True)
+        until(lambda where=where: accepts(where))
+        assert post(where, event(redirection)).status == 202
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == b""
+    assert len(rows_of(tmp_path / "events.db")) == 3
+
+
+def accepts(where):
+    try:
+        socket.create_connection((where.host, where.port), 5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_server_that_may_only_read_its_database_does_not_start(tmp_path):
+    db = tmp_path / "events.db"
+    server.Store(str(db)).close()
+    db.chmod(0o444)
+    if os.geteuid() == 0:  # whom no mode keeps out
+        with contextlib.closing(sqlite3.connect(str(db))) as connection:
+            connection.execute("PRAGMA query_only = 1")
+            with pytest.MonkeyPatch.context() as patched, pytest.raises(server.StartError) as said:
+                patched.setattr(server.Store, "connect", lambda self: connection)
+                server.Store(str(db))
+    else:
+        with pytest.raises(server.StartError) as said:
+            server.Store(str(db))
+    assert "readonly" in str(said.value)
 
 
 def test_server_running_for_fixtures(tmp_path):
@@ -4681,12 +4777,12 @@ def test_server_client_address(peer, forwarded, client):
 def test_server_rate_limit_is_a_token_bucket():
     limit = server.RateLimit(server.Rate(10, 60.0))
     one, other = (limit.bucket(ipaddress.ip_address(a)) for a in ("192.0.2.1", "192.0.2.2"))
-    assert [limit.wait(one, 100.0) for _ in range(10)] == [0.0] * 10
-    assert limit.wait(one, 100.0) == pytest.approx(6.0)
-    assert limit.wait(one, 103.0) == pytest.approx(3.0)
-    assert limit.wait(other, 103.0) == 0.0
-    assert limit.wait(one, 106.0) == 0.0 and limit.wait(one, 106.0) > 0
-    assert [limit.wait(one, 1000.0) for _ in range(11)].count(0.0) == 10
+    assert [limit.take_token(one, 100.0) for _ in range(10)] == [0.0] * 10
+    assert limit.take_token(one, 100.0) == pytest.approx(6.0)
+    assert limit.take_token(one, 103.0) == pytest.approx(3.0)
+    assert limit.take_token(other, 103.0) == 0.0
+    assert limit.take_token(one, 106.0) == 0.0 and limit.take_token(one, 106.0) > 0
+    assert [limit.take_token(one, 1000.0) for _ in range(11)].count(0.0) == 10
     same = {
         limit.bucket(ipaddress.ip_address(a)) for a in ("2001:db8:1:2::1", "2001:db8:1:2:ffff::")}
     assert len(same) == 1 and limit.bucket(ipaddress.ip_address("2001:db8:1:3::1")) not in same
@@ -4695,8 +4791,8 @@ def test_server_rate_limit_is_a_token_bucket():
             is None)
     many = server.RateLimit(server.Rate(600, 60.0))
     for now in (0.1, 12345.678, 1e6 / 3):  # all at once, whatever the floats make of it
-        assert [many.wait(b"%r" % now, now) for _ in range(600)] == [0.0] * 600
-        assert many.wait(b"%r" % now, now) > 0
+        assert [many.take_token(b"%r" % now, now) for _ in range(600)] == [0.0] * 600
+        assert many.take_token(b"%r" % now, now) > 0
     rng = random.Random(6)
     for per_hour, seconds in (
         (5, 720),
@@ -4706,16 +4802,17 @@ def test_server_rate_limit_is_a_token_bucket():
         hourly = server.RateLimit(server.Rate(per_hour, 3600.0))
         for now in [rng.uniform(0, 1e7) for _ in range(300)]:
             name = b"%r" % now
-            assert [hourly.wait(name, now) for _ in range(per_hour)] == [0.0] * per_hour
-            after = hourly.whole_seconds(hourly.wait(name, now))
+            assert [hourly.take_token(name, now) for _ in range(per_hour)] == [0.0] * per_hour
+            after = hourly.whole_seconds(hourly.take_token(name, now))
             assert seconds in (None, after)
-            assert hourly.wait(name, now + after - 1) > 0 and hourly.wait(name, now + after) == 0.0
+            assert hourly.take_token(name, now + after - 1) > 0
+            assert hourly.take_token(name, now + after) == 0.0
     limit.give_back(b"unknown")
-    before = limit.wait(b"back", 1000.0)
+    before = limit.take_token(b"back", 1000.0)
     limit.give_back(b"back")
-    assert before == 0 and [limit.wait(b"back", 1000.0) for _ in range(11)].count(0.0) == 10
+    assert before == 0 and [limit.take_token(b"back", 1000.0) for _ in range(11)].count(0.0) == 10
     for n in range(server.MAX_BUCKETS + 10):
-        limit.wait(b"%d" % n, 1000.0)
+        limit.take_token(b"%d" % n, 1000.0)
     assert len(limit.full_at) == server.MAX_BUCKETS
     assert server.RateLimit(server.Rate(1, 1.0)).bucket(ipaddress.ip_address("192.0.2.1")) != one
 
@@ -4862,9 +4959,13 @@ def test_server_store_that_fails_in_changing_ways_is_a_line_a_second():
             turned.guarded(lambda: 1 / 0)
             server.log_refused(("0" * 64,), ValueError())
         assert [line["event"] for line in said] == ["internal_error", "insert_failed"]
-        patched.setattr(server, "LOG_SECONDS", 0.0)
+        assert said[-1]["identity"] == "000000"
+        server.log_left_out(time.monotonic() + server.LOG_SECONDS)
+        assert [(line["event"], line["more"]) for line in said[2:]] == [
+            ("internal_error", 999), ("insert_failed", 999)]
+        server.log_left_out(math.inf)
         server.log_refused(("0" * 64,), ValueError())
-        assert said[-1]["more"] == 999 and said[-1]["identity"] == "000000"
+        assert "more" not in said[-1] and len(said) == 5
 
 
 def referred(roots):
@@ -4998,9 +5099,10 @@ def test_server_tls_in_the_loop(tmp_path):
             assert time.monotonic() < deadline
         key.write_text("no key")
         running.process.send_signal(signal.SIGHUP)
-        while not running.errors:
+        while len(running.errors) < 2:
             assert https(5)[0] == "second" and time.monotonic() < deadline
-        assert json.loads(running.errors[0])["event"] == "tls_not_reloaded"
+        assert [json.loads(line)["event"] for line in running.errors] == [
+            "tls_reloaded", "tls_not_reloaded"]
         assert https(6)[0] == "second"
 
 
@@ -5258,7 +5360,7 @@ def test_server_retention_doubts_its_clock(newest, clocks):
     retention = server.Retention(
         30 * DAYS, newest if newest is None else NOON + newest, 7, NOON, 0.0)
     for wall, monotonic, reason in clocks:
-        said = retention.wait(NOON + wall, monotonic)
+        said = retention.reason_to_wait(NOON + wall, monotonic)
         assert reason in said and bool(reason) == bool(said), (wall, monotonic, said)
 
 
@@ -5438,7 +5540,7 @@ def test_server_sweep_gains_on_what_comes_in(tmp_path):
     old_and_new(db, (3000, "-40 days"), (1, "-1 hour"))
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
         now, sweep = time.monotonic(), store.sweep
-        sweep.retention.wait(time.time() + 0, server.steady_clock())
+        sweep.retention.reason_to_wait(time.time() + 0, server.steady_clock())
         sweep.retention.steady_since -= 60
         for rows, turns in ((1, 100), (4, 20), (32, 1), (256, 1)):
             gone = 0
@@ -5813,7 +5915,7 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
         (db, "events.db-wal", "own files"),
         (db, "none/copy.db", "No such file"),
         (":memory:", "copy.db", "is no file"),
-        ("none.db", "copy.db", "there is no file none.db"),
+        ("none.db", "copy.db", "cannot use none.db: No such file"),
         ("other.db", "copy.db", "holds no session events"),
         ("text.db", "copy.db", "not a database"),
     )
@@ -6030,10 +6132,12 @@ def test_server_forget_refuses_what_it_cannot_do(tmp_path):
         (db, ["-"], "no hash on standard input"),
         (db, [], "expected at least one argument"),
         (db, [good, "--backup", "x.db"], "not allowed with"),
-        (db, [good, "--pepper-file", "none"], "there is no pepper file none"),
+        (db, [good, "--pepper-file", "none"], "cannot use the pepper file none"),
+        (db, [good, "--pepper-file", "pepper"], "no rows that were stored with the pepper"),
         (":memory:", [good], "is no file"),
-        ("none.db", [good], "there is no file none.db"),
+        ("none.db", [good], "cannot use none.db: No such file"),
     )
+    server.make_pepper(str(tmp_path / "pepper"))
     results = at_once(lambda case: forget(case[0], *case[1], cwd=str(tmp_path)), cases)
     for (_source, words, says), done in zip(cases, results):
         assert (done.returncode, done.stdout) == (2, ""), (words, done.stderr)
@@ -6043,14 +6147,35 @@ def test_server_forget_refuses_what_it_cannot_do(tmp_path):
         done = forget(db, good, patch="server.BUSY_SECONDS = 0.2", cwd=str(tmp_path))
         assert (done.returncode, done.stdout) == (1, "")
         assert "database is locked; run the command again" in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["events.db"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["events.db", "pepper"]
     assert len(rows_of(db)) == 100
+
+
+def test_server_forget_as_the_readme_says_it(tmp_path):
+    """In the folder of the database, with what `emit.py mine` prints."""
+    named = sha("identity", 1)
+    crowded(tmp_path / "events.db", 500)
+    (tmp_path / "hashes.txt").write_text("2026Q4 identity_hash %s github_hash %s\n" % (
+        named, sha("login", 49)))
+    (line,) = re.findall(r"`python3 (server.py [^`]*--forget - [^`]*)`",
+                         (ROOT / "README.md").read_text(encoding="utf-8"))
+    command = "%s %s" % (sys.executable, line.replace("server.py", shlex.quote(server.__file__)))
+    done = run(["bash", "-c", command], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "deleted 20 events" in done.stderr
+    made = (tmp_path / "clickhouse.sql").read_text()
+    assert made == forgotten(named, sha("login", 49))
+    assert traces(tmp_path, named) == ["clickhouse.sql", "hashes.txt"]
 
 
 def test_server_forget_with_odd_input_and_output(tmp_path):
     db = crowded(tmp_path / "events.db", 500)
     done = forget(db, "-", input=b"\xff\xfe\x00")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
+    closed = "%s >&-" % " ".join(map(shlex.quote, program(
+        "server", "--db", db, "--forget", sha("identity", 3))))
+    done = run(["bash", "-c", closed])
+    assert done.returncode == 1 and "could not be printed: standard output is closed" in done.stderr
     # Nobody reads the statement: the deleting goes on, and the exit status says it.
     ours, theirs = os.pipe()
     os.close(ours)
@@ -6078,7 +6203,7 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
     assert done.returncode == 1 and "another program's table" in done.stderr
     assert "deleted 10 events\ncopies are left in unused" in done.stderr
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
-    assert len(rows_of(db)) == 480
+    assert len(rows_of(db)) == 470
 
 
 def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
