@@ -19,7 +19,7 @@ What it promises:
 
 One turn of the loop is one transaction: read what has arrived, check it, commit once, then answer.
 So one fsync serves every event of the turn, a slow client costs a buffer and no thread, and the
-loop takes no locks. One more thread moves the log into the database (see Checkpoints).
+loop takes no locks. One more thread moves the -wal file into the database (see Checkpoints).
 """
 from __future__ import annotations
 
@@ -933,7 +933,7 @@ class Metrics:
              self.commits.samples),
             ("connections", "gauge", "Open connections, by what they wait for.",
              lambda name: labelled(name, "phase", connections)),
-            ("database_bytes", "gauge", "Size of the database and its log.",
+            ("database_bytes", "gauge", "Size of the database and its WAL.",
              lambda name: ["%s %d" % (name, database_bytes)]),
             ("build_info", "gauge", "What runs.", lambda name: [name + build]),
         ]
@@ -1096,12 +1096,12 @@ SETTINGS = (
     # A commit is on the disk when it returns: 202 means that. WAL's usual NORMAL loses the last
     # ones with the power.
     "synchronous = FULL",
-    # Pages in the log from which a commit moves them itself, and nobody is answered meanwhile. That
+    # Pages in the WAL from which a commit moves them itself, and nobody is answered meanwhile. That
     # is the last resort: `Checkpoints` begins at CHECKPOINT_PAGES.
     "wal_autocheckpoint = 32000",
     # Deleted rows are overwritten with zeros: some builds of SQLite do so anyway, some do not.
     "secure_delete = ON",
-    # Bytes: after somebody's long read, which keeps the log growing, it shrinks again.
+    # Bytes: after somebody's long read, which keeps the WAL growing, it shrinks again.
     "journal_size_limit = 201326592",
 )
 
@@ -1180,7 +1180,7 @@ class Column(NamedTuple):
 class Store:
     """The connection that reads and writes the database. Raises StartError when it cannot be used.
 
-    `path` may be `:memory:`. `max_bytes` bounds the database file (its log comes on top). With a
+    `path` may be `:memory:`. `max_bytes` bounds the database file (its WAL comes on top). With a
     `pepper` the three hash columns hold HMAC-SHA256(pepper, hash) in place of the hash.
     `retain_days` of 0 keeps all rows. Where the disk has no room for the side files, `fault` says
     so and writing tries again to open the database.
@@ -1498,11 +1498,11 @@ class Store:
                 self.cache = cache
 
     def pages_size(self) -> int:
-        """Bytes of the database without its log. Raises sqlite3.Error."""
+        """Bytes of the database without its WAL. Raises sqlite3.Error."""
         return pragma(self.db, "page_count") * pragma(self.db, "page_size")
 
     def size(self) -> int:
-        """Bytes of the database and its log."""
+        """Bytes of the database and its WAL."""
         total = 0
         with contextlib.suppress(sqlite3.Error):  # a database that cannot be read yet
             total = self.pages_size()
@@ -1527,7 +1527,7 @@ class Store:
     def close(self) -> None:
         if self.checkpoints:
             self.checkpoints.close()
-        # An error here loses nothing: all is durable in the log, which the next start reads.
+        # An error here loses nothing: all is durable in the WAL, which the next start reads.
         with contextlib.suppress(sqlite3.Error):
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
@@ -1704,42 +1704,43 @@ def unshipped(db: sqlite3.Connection) -> Optional[int]:
     return 0 if last is None else max(0, last - max(shipped, first - 1))
 
 
-CHECKPOINT_PAGES = 12_000  # in the log (47 MB) when it is moved into the database
-# Estimated pages that a commit appends to the log, and that each of its rows adds. Measured for a
+CHECKPOINT_PAGES = 12_000  # in the WAL (47 MB) when it is moved into the database
+# Estimated pages that a commit appends to the WAL, and that each of its rows adds. Measured for a
 # row: 10 to 12 in a commit of one, 4 of 32 in a large table, 2 of 256 in a small table. So the
 # estimate is wrong by a factor of two at most.
 COMMIT_PAGES, ROW_PAGES = 8, 4
 PASSES = 6  # of one checkpoint: each moves what was appended during the one before it
-FEW_PAGES = 500  # in the log that the writer moves itself, in 2 to 5 ms
+FEW_PAGES = 500  # in the WAL that the writer moves itself, in 2 to 5 ms
 
 
-class Moved(NamedTuple):
+class Checkpointed(NamedTuple):
     """What the thread reports of a checkpoint."""
-    pages: int  # in the log when it began; 0: unknown
-    stuck: bool  # a reader, another process or a fault keeps pages in the log
+    pages: int  # in the WAL when it began; 0: unknown
+    stuck: bool  # a reader, another process or a fault keeps pages in the WAL
     fault: str  # SQLite's words, or empty
 
 
 class Checkpoints:
-    """Moves the log into the database while the loop goes on, on a thread of its own.
+    """Moves the WAL (the -wal file) into the database while the loop goes on.
 
-    The thread moves most pages, with PRAGMA wal_checkpoint(PASSIVE), which never waits for a writer
-    and never makes one wait. The writer goes on appending meanwhile. So the writer moves the few
-    pages that are left, between two turns. With the log empty, its next commit begins at the start
-    of the file. Overwriting a file also costs a commit less than growing it: 0.23 ms and 0.31.
+    A thread of its own moves most pages, with PRAGMA wal_checkpoint(PASSIVE). That never waits for
+    a writer and never makes one wait. The writer goes on appending meanwhile. So the writer moves
+    the few pages that are left, between two turns. With the WAL empty, its next commit begins at
+    the start of the file. Overwriting a file also costs a commit less than growing it: 0.23 ms and
+    0.31.
 
     There are no locks: the thread touches its own connection, its own descriptor and the two
-    queues, nothing else. It has no part in what is durable: the log keeps pages until SQLite has
+    queues, nothing else. It has no part in what is durable: the WAL keeps pages until SQLite has
     synced them.
 
-    Nothing tells how long the log is but a checkpoint. So its length is estimated from the rows
+    Nothing tells how long the WAL is but a checkpoint. So its length is estimated from the rows
     that were written, and corrected by what each checkpoint reports.
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.file = path, -1
         # Opened now and not when it is needed: later another file might be at `path`. The table is
-        # read so that SQLite opens the log as well.
+        # read so that SQLite opens the WAL as well.
         self.db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self.db.execute("SELECT 1 FROM session_events LIMIT 1").fetchone()
@@ -1747,12 +1748,12 @@ class Checkpoints:
             self.db.close()
             raise
         self.wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # False: end
-        self.reports: queue.SimpleQueue[Moved] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[Checkpointed] = queue.SimpleQueue()
         self.thread: Optional[threading.Thread] = None
         self.under_way = False
-        # Estimated pages: in the log, in it when the checkpoint began, and when the next is due.
+        # Estimated pages: in the WAL, in it when the checkpoint began, and when the next is due.
         self.pages, self.asked, self.due = 0, 0, CHECKPOINT_PAGES
-        self.emptied = True  # the log was empty before the rows that `pages` counts
+        self.emptied = True  # the WAL was empty before the rows that `pages` counts
         self.fault = ""
 
     def count(self, rows: int) -> None:
@@ -1794,8 +1795,8 @@ class Checkpoints:
             log("checkpoint_failed" if fault else "checkpoint_done",
                 **({"reason": fault} if fault else {}))
 
-    def finish(self, writer: sqlite3.Connection, moved: Moved) -> None:
-        """Move what the thread left, and estimate when the log will be as long again."""
+    def finish(self, writer: sqlite3.Connection, moved: Checkpointed) -> None:
+        """Move what the thread left, and estimate when the WAL will be as long again."""
         self.under_way = False
         self.note(moved.fault)
         if moved.pages and self.emptied:
@@ -1813,7 +1814,7 @@ class Checkpoints:
         while self.wanted.get():
             self.reports.put(self.move())
 
-    def move(self) -> Moved:
+    def move(self) -> Checkpointed:
         """Move pages until few are left, or a reader is in the way."""
         first = before = 0
         last = -1
@@ -1822,15 +1823,15 @@ class Checkpoints:
                 busy, pages, done = passive_checkpoint(self.db)
                 first = first or max(pages, 0)
                 if busy or last == done < pages:
-                    return Moved(first, True, "")
+                    return Checkpointed(first, True, "")
                 self.sync()
                 # A transaction of the writer looks like a reader, but is over by the next pass.
                 if done == pages <= before + FEW_PAGES or not self.wanted.empty():
                     break
                 before, last = pages, done
         except (sqlite3.Error, OSError) as error:
-            return Moved(0, True, getattr(error, "strerror", None) or str(error))
-        return Moved(first, False, "")
+            return Checkpointed(0, True, getattr(error, "strerror", None) or str(error))
+        return Checkpointed(first, False, "")
 
     def sync(self) -> None:
         """fsync what a pass wrote into the database. Raises OSError.
@@ -1861,7 +1862,7 @@ class Checkpoints:
 
 
 def passive_checkpoint(db: sqlite3.Connection) -> Tuple[int, int, int]:
-    """Move pages without waiting: (1 if another process is doing it, pages in the log, moved)."""
+    """Move pages without waiting: (1 if another process is doing it, pages in the WAL, moved)."""
     busy, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     return busy, pages, moved
 

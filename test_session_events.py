@@ -5717,7 +5717,7 @@ def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, 
         assert moves.emptied  # so what the next one reports can be learned from
         for reported, due in ((1, 2.0), (1 << 30, 0.25), (24_000, 0.5)):
             moves.asked, moves.emptied = server.CHECKPOINT_PAGES, True
-            moves.finish(store.db, server.Moved(reported, False, ""))
+            moves.finish(store.db, server.Checkpointed(reported, False, ""))
             assert moves.due == due * server.CHECKPOINT_PAGES
         moves.asked, moves.emptied = 1, False
         moves.finish(store.db, whole)
