@@ -483,16 +483,6 @@ def number(text: str) -> int:
     return int(text)
 
 
-def end_line(ended: int, token: str, calls: "Optional[int]", tokens: int) -> str:
-    """The line that an end appends."""
-    return "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
-
-
-def part_of(token: str, data: bytes) -> "Optional[Part]":
-    """The part that an end of a session's file closes; None if that end brought nothing new."""
-    return next((part for part in Record(data).parts if part.token == token), None)
-
-
 def stats_bucket(ppid: int, home: str) -> str:
     """The name that stats.json gives to a parent process (README, Contract 4)."""
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
@@ -828,21 +818,23 @@ def session_data(home: str, name: str) -> bytes:
         return b""
 
 
-def end_session(home: str, session: str, ended: int, calls: "Optional[int]",
-                tokens: int) -> "Optional[Part]":
-    """Append an end, and return the part that it closes; None if it brings nothing new.
+def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tokens: int,
+                written: bool = True) -> "Optional[Part]":
+    """The part that an end of a session closes; None if it brings nothing new.
 
-    `ended`: ms since 1970; `calls`, `tokens`: of stats.json. Where the file cannot be written, the
-    part is made all the same: a simultaneous end of the session may then report it twice.
+    `ended`: ms since 1970; `calls`, `tokens`: of stats.json; `written`: the end is appended to the
+    session's file. Where that fails, the part is made all the same: a simultaneous end of the
+    session may then report it twice.
     """
     token = os.urandom(4).hex()
-    line = end_line(ended, token, calls, tokens)
-    missing = ""
+    line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
     try:
-        append(home, session, [line])
+        if written:
+            append(home, session, [line])
     except OSError:
-        missing = "\n" + line
-    return part_of(token, session_data(home, session_name(session)) + missing.encode())
+        written = False
+    data = session_data(home, session_name(session)) + (b"" if written else b"\n" + line.encode())
+    return next((part for part in Record(data).parts if part.token == token), None)
 
 
 def waiting(home: str) -> "List[str]":
@@ -998,12 +990,15 @@ def plugin_version(env: "Dict[str, str]") -> str:
     return "0.0.0"
 
 
-def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
-    """`counts` of the caller's session."""
-    stats, project = (object_at(caller.home + HOME + name)
-                      for name in ("stats.json", "last-project.json"))
+def close_part(caller: Caller, machine: str,
+               written: bool = True) -> "Tuple[str, Optional[Part], Dict[str, Any]]":
+    """(session id, the part that its end closes now, the event of that): see `end_session`."""
+    home, now, session = caller.home, time.time(), caller.session_id(machine)
+    stats, project = (object_at(home + HOME + name) for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
-    return counts(stats, project, [session, bucket], time.time())
+    numbers = counts(stats, project, [session, bucket], now)
+    part = end_session(home, session, int(now * 1000), *numbers, written=written)
+    return session, part, compose(caller.env, home, machine, session, part) if part else {}
 
 
 def parent_started(ppid: int) -> str:
@@ -1283,47 +1278,40 @@ def hook(argv: "Sequence[str]") -> int:
     env: "Dict[str, str]" = {}
     try:
         env = environment()
-        given, ignored = parsed(argv)
         off = withdrawn(home_of(env), env)
         if off:
             return say(env, off)
+        given, words = parsed(argv)
+        if words or not set(given).issubset(("--dir", "--wait")):
+            say(env, "arguments ignored: see --help")
         caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
         child, pipe = fork()
-        if child > 0:
-            if os.read(pipe, 1) and wait:
-                from select import select
-                select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
-            return 0
+        if child <= 0:
+            end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
+        elif os.read(pipe, 1) and wait:
+            from select import select
+            select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
     except BaseException as error:
-        if child > 0:  # Ctrl-C while it stays for the answer: the child goes on
-            return 0
-        return say(env, "failed: " + reason(error) + place_of(error))
-    try:
-        ignored += set(given).difference(("--dir", "--wait"))
-        end(caller, wait, pipe, "; arguments ignored: see --help" if ignored else "")
-    except BaseException as error:
-        say(env, "failed: " + reason(error) + place_of(error))
-    finally:
-        os._exit(0)
+        if child <= 0:  # Ctrl-C while the caller stays for the answer is none: the child goes on
+            return say(env, "failed: " + reason(error) + place_of(error))
+    return 0
 
 
 def fork() -> "Tuple[int, int]":
-    """(child's pid, 0 in the child, end of a pipe); (-1, -1) where no process can be had.
+    """(child's pid, 0 in the child, end of a pipe); (-1, /dev/null) where no process can be had.
 
     The child is in a session of its own: signals to the host's process group do not reach it, nor
     does a terminal that closes. It writes a byte into the pipe when the event is in the spool, and
     closes it when the event is answered.
     """
-    for fd in (0, 1, 2):  # the pipe must not get a number that the caller closed
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    null = 0
+    while null < 3:  # the pipe must not get a number that the caller closed
+        null = os.open(os.devnull, os.O_RDWR)
     try:
         ours, theirs = os.pipe()
         child = os.fork()
     except (AttributeError, OSError):
-        return -1, -1
+        return -1, null
     if child:
         os.close(theirs)
         return child, ours
@@ -1331,26 +1319,24 @@ def fork() -> "Tuple[int, int]":
     return child, theirs
 
 
-def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
+def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     """Capture, release the caller, then add the commit, sync and send.
 
-    `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
+    `wait`: seconds that the caller stays for the answer; `pipe`: to it; `life`: seconds that this
+    process goes on after the capture.
     """
     home, env, path = caller.home, caller.env, ""
     machine = machine_id(home)
-    session = caller.session_id(machine)
-    part = end_session(home, session, int(time.time() * 1000), *caller_counts(caller, session))
-    event = compose(env, home, machine, session, part) if part else {}
+    session, part, event = close_part(caller, machine)
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
         path = keep(home, part, event) if part else ""
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
-    if pipe >= 0:
-        let_go(pipe, bool(wait), debugging(env))
-    leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S), home)
+    let_go(pipe, debugging(env))
+    leave_in(life, home)
     # Only now: writing to a standard error that nobody reads may block for ever.
-    say(env, "consent is on" + note)
+    say(env, "consent is on")
     say(env, result)
     if part:
         event["branch_sha"] = branch_sha(caller.project)
@@ -1363,14 +1349,12 @@ def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
             say(env, "the event that is not kept: " + said)
         elif path and wait:  # the caller stays for this one, so it is sent before the others
             sender.round([own_name])
-        if pipe >= 0 and wait:
-            os.close(pipe)
+        os.close(pipe)
         if not withdrawn(home, env):
             sweep(home, env, machine)
             sender.flush(own_name)
     finally:  # also if the endpoint is no URL
-        if not withdrawn(home, env):
-            expire(home, time.time())
+        expire(home, time.time())
 
 
 def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:
@@ -1385,11 +1369,8 @@ def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: s
         pass
 
 
-def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
-    """Release the caller, and its working folder and descriptors.
-
-    `stays`: the caller stays for the answer, until the pipe closes.
-    """
+def let_go(pipe: int, keep_errors: bool) -> None:
+    """Release the caller, and its working folder and descriptors, but the pipe."""
     try:
         os.write(pipe, b".")
     except OSError:  # the caller was killed
@@ -1399,7 +1380,7 @@ def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
     for fd in (0, 1) if keep_errors else (0, 1, 2):
         os.dup2(null, fd)
     os.closerange(3, pipe)
-    os.closerange(pipe + 1 if stays else pipe, 1 << 16)
+    os.closerange(pipe + 1, 1 << 16)
 
 
 def leave_in(seconds: float, home: str) -> None:
@@ -1412,9 +1393,7 @@ def leave_in(seconds: float, home: str) -> None:
         finally:
             os._exit(0)
 
-    timer = Timer(seconds, leave)
-    timer.daemon = True
-    timer.start()
+    Timer(seconds, leave).start()
 
 
 def debugging(env: "Dict[str, str]") -> bool:
@@ -1529,13 +1508,8 @@ def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, given, standard_input())
     known = machine_id(caller.home, make=False)
-    machine = known or random_uuid()
-    session = caller.session_id(machine)
-    line = end_line(int(time.time() * 1000), "now", *caller_counts(caller, session))
-    data = session_data(caller.home, session_name(session))
-    part = part_of("now", data + b"\n" + line.encode())
-    if part:
-        event = compose(env, caller.home, machine, session, part)
+    event = close_part(caller, known or random_uuid(), written=False)[2]
+    if event:
         event["branch_sha"] = branch_sha(caller.project) if allowed else None
         print(as_sent(event).decode())
     else:
