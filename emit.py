@@ -685,8 +685,8 @@ def retry_at(header: "Optional[str]", now: float) -> float:
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
-        seconds = fits(text, "[0-9]{1,99}")
-        at = now + int(text[:9]) if seconds else parsedate_to_datetime(text).timestamp()
+        at = (now + int(text[:9]) if fits(text, "[0-9]+")
+              else parsedate_to_datetime(text).timestamp())
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(at, now + DAY_S) if at > now else 0.0
@@ -1055,12 +1055,12 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
 
 def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
     """(URL, what decided): README, Contract 6. The URL is not checked yet: see `checked_url`."""
-    names = PREFIX + "SESSION_EVENTS_URL", PREFIX + "API_URL"
-    whole_url, base = (env.get(name, "").strip() for name in names)
+    whole_url = env.get(PREFIX + "SESSION_EVENTS_URL", "").strip()
+    base = env.get(PREFIX + "API_URL", "").strip()
     if whole_url:
-        return whole_url, names[0]
+        return whole_url, PREFIX + "SESSION_EVENTS_URL"
     if base:
-        return base.rstrip("/") + ENDPOINT_PATH, names[1]
+        return base.rstrip("/") + ENDPOINT_PATH, PREFIX + "API_URL"
     return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
 
 
@@ -1070,12 +1070,11 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-        good = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                and "@" not in parts.path and fits(url, "[!-~]{1,4096}"))
+        if not (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                and "@" not in parts.path and fits(url, "[!-~]{1,4096}")):
+            raise ValueError("not one of ours")
     except ValueError:
-        good = False
-    if not good:
-        raise Told("the endpoint is not a http:// or https:// URL")
+        raise Told("the endpoint is not a http:// or https:// URL") from None
     login, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
     return (bare + "?" * bool(parts.query) + parts.query,
@@ -1105,9 +1104,9 @@ def reason(error: BaseException) -> str:
 def place_of(error: BaseException) -> str:
     """` (in FUNCTION, line N)`: the innermost function of this file that an error passed."""
     from traceback import extract_tb
-    own_file = place_of.__code__.co_filename
-    found = [frame for frame in extract_tb(error.__traceback__) if frame.filename == own_file]
-    return " (in %s, line %d)" % (found[-1].name, found[-1].lineno or 0) if found else ""
+    file = place_of.__code__.co_filename
+    place = [frame for frame in extract_tb(error.__traceback__) if frame.filename == file][-1]
+    return " (in %s, line %s)" % (place.name, place.lineno)
 
 
 def poster(url: str, authorization: str) -> "Post":
@@ -1153,13 +1152,11 @@ def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, fl
 class Sender:
     """Sends waiting events to the endpoint `shown`, and records the result for `status`.
 
-    `stop`: why no more is sent, or ""; `tried`: the first 28 characters of the names of the events
-    that were sent. The rest of a name is the number of attempts.
+    `stop`: why no more is sent, or "".
     """
 
     def __init__(self, home: str, env: "Dict[str, str]") -> None:
         self.home, self.env, self.stop = home, env, ""
-        self.tried: "Set[str]" = set()
         url, authorization, self.shown = checked_url(endpoint(env)[0])
         self.post = poster(url, authorization)
         say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
@@ -1174,23 +1171,21 @@ class Sender:
         """Send what waits, once no other process of this program is sending.
 
         A new event of another session gets a second, in which its own child may add the commit.
+        `own_name`: of the event that this process captured, or "". Once it was sent in vain, its
+        name ends in another way: then it is left to the next session's end.
         """
-        fd = -1
         try:
             import fcntl
             path = own(self.home, OURS, make=True) + "flush.lock"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
         except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
-        others = [name for name in waiting(self.home) if name != own_name]
-        if any(is_new(name, time.time()) for name in others):
+        if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
             time.sleep(COMMIT_S)
         if not self.stop:
-            self.round([name for name in waiting(self.home) if name[:28] not in self.tried
-                        and (name == own_name or not is_new(name, time.time()))])
-        if fd >= 0:
-            os.close(fd)
+            self.round([name for name in waiting(self.home) if name == own_name
+                        or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
@@ -1200,7 +1195,6 @@ class Sender:
             self.stop = self.stop or self.barred()
             if self.stop:
                 break
-            self.tried.add(name[:28])
             if not tally:
                 self.record("began, and did not finish (yet)", 0.0)
             try:
@@ -1211,9 +1205,8 @@ class Sender:
             failed += fails
             if stops or failed == FAILED_ANSWERS:
                 self.stop = "stopped" + (" until " + iso(again) if again else "")
-                break
         counted = ["%d %s" % (n, words) for words, n in tally.items()]
-        result = ", ".join(counted + [self.stop] * bool(self.stop))
+        result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not withdrawn(self.home, self.env):
             self.record(result, again)
         say(self.env, result or "nothing waits")
