@@ -99,7 +99,7 @@ OURS = HOME + "session-events/"
 PENDING, SESSIONS, LAST = OURS + "pending/", OURS + "sessions/", OURS + "last.json"
 
 # O_NONBLOCK: a pipe in the place of a file must not block. Windows has O_BINARY only.
-SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 # The names of this program's files: waiting events, sessions, files that are still being written.
@@ -711,10 +711,16 @@ def object_at(path: "Any") -> "Dict[str, Any]":
         return {}
 
 
-def names_in(home: str, folder: str, pattern: str) -> "List[str]":
-    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`)."""
+def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[str]":
+    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`).
+
+    `age`: seconds since the last change of the file, at least.
+    """
     try:
-        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
+        names = [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
+        before = time.time() - age
+        return [name for name in names
+                if not age or os.lstat(home + folder + name).st_mtime < before]
     except OSError:
         return []
 
@@ -758,11 +764,9 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
     """
     temporary = "%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex())
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, 0o600)
-        with open(fd, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
-        if mode != 0o600:
-            os.chmod(temporary, mode)
+        os.chmod(temporary, mode)
         if fresh:
             os.link(temporary, path)
         else:
@@ -777,20 +781,19 @@ def machine_id(home: str, make: bool = True) -> str:
     OSError if it cannot be written or read, Told if its file is empty or a dangling link.
     """
     path = home + HOME + "machine-id"
-    if make and not os.path.lexists(path):
+    if not os.path.lexists(path):
+        if not make:
+            return ""
         try:
             own(home, HOME, make=True)
             write_whole(path, random_uuid().encode(), fresh=True)
         except FileExistsError:  # another session was quicker
             pass
-    try:
-        name = decoded(contents(path)).strip()
-    except FileNotFoundError:
-        if not os.path.lexists(path):
-            return ""
-        raise Told(HOME_FOLDER + "/machine-id is a link that leads nowhere: remove it") from None
+    there = os.path.exists(path)
+    name = decoded(contents(path)).strip() if there else ""
     if not name:
-        raise Told(HOME_FOLDER + "/machine-id is empty: remove it")
+        fault = "empty" if there else "a link that leads nowhere"
+        raise Told("%s/machine-id is %s: remove it" % (HOME_FOLDER, fault))
     return name
 
 
@@ -871,27 +874,25 @@ def expire(home: str, now: float) -> None:
 
 def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
-    leftovers = [(folder, LEFTOVER_NAME, LEFTOVER_S) for folder in (HOME, OURS, PENDING, SESSIONS)]
-    for folder, pattern, most in [*leftovers, (SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S)]:
-        for name in names_in(home, folder, pattern):
-            path = home + folder + name
-            try:
-                age = time.time() - os.lstat(path).st_mtime
-                silent = pattern == SESSION_NAME and age > DAY_S
-                if not (silent and settle(home, env, machine, name)) and age > most:
-                    remove(path)
-            except OSError:  # already gone, or no room: the next session's end tries again
-                pass
+    for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
+        try:
+            settle(home, env, machine, name)
+        except OSError:  # no room: the next session's end tries again
+            pass
+    for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
+        remove(home + SESSIONS + name)
+    for folder in (HOME, OURS, PENDING, SESSIONS):
+        for name in names_in(home, folder, LEFTOVER_NAME, LEFTOVER_S):
+            remove(home + folder + name)
 
 
-def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
-    """Capture the parts of a silent session that have no event yet; True if there were any."""
+def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> None:
+    """Capture the parts of a silent session that have no event yet. This makes its file new."""
     data = session_data(home, name)
-    if not data or data.endswith(b"\nsettled\n") or name[:5] == "long-":
-        return False  # done before; or a hash, which does not tell the session id
+    # A hash does not tell the session id. A parent process may have been the shell of one call.
+    if not data or data.endswith(b"\nsettled\n") or name.startswith(("long-", b"ppid:".hex())):
+        return
     record, session = Record(data), decoded(bytes.fromhex(name))
-    if session[:5] == "ppid:":  # the parent process may have been the shell of one call
-        return False
     if record.calls or record.refs:
         stats = counts(object_at(home + HOME + "stats.json"), {}, [session], time.time())
         end_session(home, session, record.last, *stats)
@@ -900,7 +901,6 @@ def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
     for part in missing:
         keep(home, part, compose(env, home, machine, session, part))
     append(home, session, ["kept " + part.token for part in missing] + ["settled"])
-    return bool(missing)
 
 
 def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:

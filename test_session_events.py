@@ -2192,7 +2192,7 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
     silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
-    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
+    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d", "settled")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
     person.session_file("sid-a folder").mkdir()
