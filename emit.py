@@ -72,7 +72,7 @@ EVENT_BYTES = 65536
 SESSION_KEYS = ("session_id", "sessionId", "sessionID", "conversation_id")
 SESSION_VARIABLES = ("CLAUDE_SESSION_ID", "CLAUDE_CODE_SESSION_ID", "GEMINI_SESSION_ID",
                      "QWEN_CODE_SESSION_ID")
-PROJECT_KEYS = ("cwd", "directory")
+PROJECT_KEYS = ("cwd", "directory", "workspace_roots")  # of the last, its first member
 INPUT_KEYS = ("tool_input", "toolArgs", "args")
 PATH_KEYS = ("file_path", "filePath", "absolute_path", "notebook_path", "path")
 
@@ -107,8 +107,8 @@ EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
 SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
 LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
 
-UNCLEAR = object()  # "telemetry" of a config.json that cannot be read
-UNREADABLE = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
+# "telemetry" of a config.json that cannot be read, and what is said of it.
+UNCLEAR = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
 
 COLLECTED = """\
 Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
@@ -135,7 +135,7 @@ def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
         (said == "off", False, HOME_FOLDER + "/config.json says off"),
         (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
         (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
-        (said is UNCLEAR, False, UNREADABLE),
+        (said == UNCLEAR, False, UNCLEAR),
     ):
         if decides:
             return allowed, why
@@ -160,7 +160,7 @@ def withdrawn(home: str, env: "Dict[str, str]") -> str:
     allowed, why = consent(env, telemetry_said(home))
     if allowed:
         return ""
-    if why != UNREADABLE:
+    if why != UNCLEAR:
         purge(home)
     return "consent is off: " + why
 
@@ -169,9 +169,9 @@ def withdrawn(home: str, env: "Dict[str, str]") -> str:
 # Hosts: what they hand over, as input, arguments and environment
 # ==================================================================================================
 
-BLANKS = " \t\n\r"
 ESCAPES = ("\\\\", '\\"', "\\n", "\\t", "\\r", "\\/")
 MEANINGS = dict(enumerate('\\"\n\t\r/'))
+MARKS = {ord(mark): " %s " % mark for mark in "{}[],:"}
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -180,7 +180,7 @@ def loads(data: bytes) -> "Any":
 
     ValueError for what is not JSON, for NaN, for thousands of digits, for a key that appears twice.
     """
-    text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode().strip(BLANKS)
+    text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode()
     try:
         return quick_json(text)
     except (ValueError, IndexError, RecursionError):
@@ -203,20 +203,16 @@ def quick_json(text: str) -> "Any":
     for code, escape in enumerate(ESCAPES):
         text = text.replace(escape, chr(code))
     tokens: "List[str]" = []  # marks, words, and strings; a string begins with a quote
-    within = False
-    for piece in text.split('"'):
-        if not within:
-            for mark in "{}[],:":
-                piece = piece.replace(mark, " %s " % mark)
-            tokens += piece.split()
+    for n, piece in enumerate(text.split('"')):
+        if n % 2 == 0:  # outside of strings
+            tokens += piece.translate(MARKS).split()
         elif "\n" in piece or "\\" in piece:
             raise ValueError("for json")
         else:
             tokens.append('"' + piece.translate(MEANINGS))
-        within = not within
     tokens.reverse()
     value = next_value(tokens)
-    if tokens or not within:
+    if tokens or n % 2:
         raise ValueError("for json")
     return value
 
@@ -293,9 +289,7 @@ def standard_input() -> bytes:
 
 def environment() -> "Dict[str, str]":
     """The environment as text: UTF-8, independent of the locale."""
-    if not os.supports_bytes_environ:
-        return dict(os.environ)
-    return {decoded(name): decoded(value) for name, value in os.environb.items()}
+    return {name: decoded(os.fsencode(value)) for name, value in os.environ.items()}
 
 
 def decoded(data: bytes) -> str:
@@ -346,11 +340,16 @@ def wait_of(env: "Dict[str, str]", given: "Words") -> float:
     return WAIT_S if passing or any(map(os.path.exists, PASSING_FILES)) else 0.0
 
 
+def texts(found: "Dict[str, Any]", names: "Sequence[str]") -> "List[str]":
+    """Those of the named members that are text, not blank and without NUL."""
+    values = map(found.get, names)
+    return [value for value in values
+            if isinstance(value, str) and value.strip() and "\0" not in value]
+
+
 def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
-    """The first of the named members that is text, not blank and without NUL; or ""."""
-    values = [found.get(name) for name in names]
-    return next((value for value in values
-                 if isinstance(value, str) and value.strip() and "\0" not in value), "")
+    """The first of these `texts`, or ""."""
+    return (texts(found, names) or [""])[0]
 
 
 class Caller:
@@ -368,8 +367,8 @@ class Caller:
         self.session = (first_text(self.hook, SESSION_KEYS)
                         or first_text(env, SESSION_VARIABLES).strip())
         roots = self.hook.get("workspace_roots")
-        first_root = {"root": roots[0]} if isinstance(roots, list) and roots else {}
-        told = first_text(self.hook, PROJECT_KEYS) or first_text(first_root, ["root"])
+        root = roots[0] if isinstance(roots, list) and roots else ""
+        told = first_text(dict(self.hook, workspace_roots=root), PROJECT_KEYS)
         try:
             here = decoded(os.getcwdb())
         except OSError:  # deleted
@@ -528,22 +527,18 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
         tool = loads_object(encoded(tool))
     tool = tool if isinstance(tool, dict) else {}
     command = tool.get("command")
-    if isinstance(command, list):
-        command = " ".join(word for word in command if isinstance(word, str))
+    command = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     found: "List[str]" = []
     for folder in folders:
         if not folder.strip("./\\"):  # the project itself: every file would be a discovery
             continue
-        for path in map(tool.get, PATH_KEYS):
-            if not isinstance(path, str) or "\0" in path:
-                continue
+        for path in texts(tool, PATH_KEYS):
             ref = touched_ref(path, base, project, folder)
             if not ref and os.path.basename(folder.rstrip("/")) in path:
                 # The folder may have two paths: on a Mac, /tmp is /private/tmp.
                 ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
             found.append(ref)
-        if isinstance(command, str):
-            found += mentioned_refs(command, folder)
+        found += mentioned_refs(command, folder)
     return newest_refs(found)
 
 

@@ -2647,7 +2647,7 @@ def test_emit_takes_other_folders_for_discoveries(person):
 
 def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
     """A hook that fails before it knows anything returns 0 and prints nothing."""
-    done = person.emit(before="import os; os.environb = None",
+    done = person.emit(before="import os; os.environ = None",
                        env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert person.kept() == []
