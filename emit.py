@@ -158,11 +158,9 @@ def withdrawn(home: str, env: "Dict[str, str]") -> str:
     An unreadable config.json alone deletes nothing.
     """
     allowed, why = consent(env, telemetry_said(home))
-    if allowed:
-        return ""
-    if why != UNCLEAR:
+    if not allowed and why != UNCLEAR:
         purge(home)
-    return "consent is off: " + why
+    return "" if allowed else "consent is off: " + why
 
 
 # ==================================================================================================
@@ -271,19 +269,14 @@ def standard_input() -> bytes:
     """What the host wrote on standard input within the time limits; b"" for a terminal."""
     from select import select
     data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
-    try:
-        while not os.isatty(0) and len(data) <= FILE_BYTES:
-            try:
-                ready = select([0], [], [], max(0.0, until - time.monotonic()))[0]
-            except OSError:  # Windows knows sockets only; the read waits there
-                ready = [0]
-            piece = os.read(0, 65536) if ready else b""
-            if not piece:
-                break
-            until = until if data else time.monotonic() + INPUT_REST_S
-            data += piece
-    except OSError:  # closed
-        pass
+    while not os.isatty(0) and len(data) <= FILE_BYTES:
+        found = quietly(select, [0], [], [], max(0.0, until - time.monotonic()))
+        # None: Windows knows sockets only; the read waits there.
+        piece = quietly(os.read, 0, 65536) if found is None or found[0] else b""
+        if not piece:  # the end; too late; or there is no standard input
+            break
+        until = until if data else time.monotonic() + INPUT_REST_S
+        data += piece
     return bytes(data)
 
 
@@ -369,10 +362,7 @@ class Caller:
         roots = self.hook.get("workspace_roots")
         root = roots[0] if isinstance(roots, list) and roots else ""
         told = first_text(dict(self.hook, workspace_roots=root), PROJECT_KEYS)
-        try:
-            here = decoded(os.getcwdb())
-        except OSError:  # deleted
-            here = "/"
+        here = decoded(quietly(os.getcwdb) or b"/")  # None: it was deleted
         wanted = given.get("--dir", [env.get("CLAUDE_PROJECT_DIR", "").strip()])[-1] or told
         self.base, self.project = os.path.join(here, told), os.path.join(here, wanted)
 
@@ -692,6 +682,14 @@ def retry_at(header: "Optional[str]", now: float) -> float:
 # ==================================================================================================
 
 
+def quietly(function: "Callable[..., Any]", *args: "Any") -> "Any":
+    """What a call returns, but None after an OSError: for what may fail without harm."""
+    try:
+        return function(*args)
+    except OSError:
+        return None
+
+
 def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
     """The bytes of a file, but at most one more than `most`. OSError if it cannot be read."""
     with open(os.open(path, os.O_RDONLY | SAFELY | flags), "rb") as file:
@@ -700,10 +698,7 @@ def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
 
 def object_at(path: "Any") -> "Dict[str, Any]":
     """The JSON object in a file; {} for anything else, and without a file."""
-    try:
-        return loads_object(contents(path))
-    except OSError:
-        return {}
+    return loads_object(quietly(contents, path) or b"")
 
 
 def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[str]":
@@ -743,13 +738,10 @@ def remove(path: str) -> bool:
 
 
 def sync(path: str) -> None:
-    """fsync of a file or folder, for power cuts. Where the system has none for folders, nothing."""
-    try:
-        fd = os.open(path, os.O_RDONLY | SAFELY)
-        os.fsync(fd)
-        os.close(fd)
-    except OSError:
-        pass
+    """fsync of a file or folder, for power cuts. OSError where the system has none for folders."""
+    fd = os.open(path, os.O_RDONLY | SAFELY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
@@ -801,19 +793,15 @@ def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_
     path = own(home, SESSIONS, make=True) + session_name(session)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
     with open(fd, "wb", 0) as file:
-        if os.fstat(fd).st_size > most:
-            raise OSError(27, "the session's file is full")
         data = ("\n%s\n" % "\n".join(lines)).encode("latin-1")
-        if file.write(data) < len(data):
-            raise OSError(28, "no room")
+        if os.fstat(fd).st_size > most or file.write(data) < len(data):
+            raise OSError(28, "no room in the session's file")
 
 
 def session_data(home: str, name: str) -> bytes:
     """The bytes of a session's file; b"" if it cannot be read."""
-    try:
-        return contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
-    except OSError:
-        return b""
+    read = quietly(lambda: contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK))
+    return read or b""
 
 
 def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tokens: int,
@@ -870,10 +858,7 @@ def expire(home: str, now: float) -> None:
 def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
     for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
-        try:
-            settle(home, env, machine, name)
-        except OSError:  # no room: the next session's end tries again
-            pass
+        quietly(settle, home, env, machine, name)  # no room: the next session's end tries again
     for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
         remove(home + SESSIONS + name)
     for folder in (HOME, OURS, PENDING, SESSIONS):
@@ -914,44 +899,31 @@ def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
 # ==================================================================================================
 
 
-def track(argv: "Sequence[str]") -> int:
-    """Record a tool call and the discoveries that it touched, or those named on the command line.
-
-    Returns the exit status. As a hook, without names, it is always 0.
-    """
-    env: "Dict[str, str]" = {}
-    given, named = parsed(argv)
-    try:
-        env = environment()
-        if not all(fits(ref, REF) for ref in named):
-            return complain("a discovery's name is a letter or digit, then at most 127 of those "
-                            "and . _ : -", 2)
-        allowed, why = consent(env, telemetry_said(home_of(env)))
-        if not allowed:
-            said = "not recorded: consent is off: " + why
-            return complain(said) if named else say(env, said)
-        by_hand = named and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
-        caller = Caller(env, given, b"" if by_hand else standard_input())
-        lines = touched_lines(caller, named, given.get("--discoveries", [DISCOVERIES]))
-        if lines:
-            session = caller.session or caller.session_id(machine_id(caller.home))
-            append(caller.home, session, lines, SESSION_BYTES // 2)
-        return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
-    except BaseException as error:
-        said = "could not be recorded: " + reason(error)
-        return complain(said, 1) if named else say(env, said + place_of(error))
-
-
-def touched_lines(caller: Caller, named: "Sequence[str]", folders: "Sequence[str]") -> "List[str]":
-    """The lines that a tool call adds to its session's file, or a person by hand (`named`)."""
-    now = "%d" % (time.time() * 1000)
-    if named:
-        return ["touch %s %s" % (now, ref) for ref in named]
-    tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
-    refs = touched_refs(tool, caller.base, caller.project, folders)
-    # A call without a session id cannot be counted: its parent may have been a shell of its own.
-    calls = ["call " + now] if caller.session and caller.hook else []
-    return calls + ["touch %s %s" % (now, ref) for ref in refs]
+def track(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+    """Record a tool call and the discoveries that it touched, or those that `words` name."""
+    if not all(fits(ref, REF) for ref in words):
+        return complain("a discovery's name is a letter or digit, then at most 127 of those "
+                        "and . _ : -", 2)
+    allowed, why = consent(env, telemetry_said(home_of(env)))
+    if not allowed:
+        said = "not recorded: consent is off: " + why
+        return complain(said) if words else say(env, said)
+    by_hand = words and first_text(env, SESSION_VARIABLES)
+    caller = Caller(env, given, b"" if by_hand else standard_input())
+    refs, now = words, "%d" % (time.time() * 1000)
+    lines: "List[str]" = []
+    if not words:
+        tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
+        folders = given.get("--discoveries", [DISCOVERIES])
+        refs = touched_refs(tool, caller.base, caller.project, folders)
+        # A call without a session id cannot be counted: its parent may have been a shell of its
+        # own.
+        lines = ["call " + now] if caller.session and caller.hook else []
+    lines += ["touch %s %s" % (now, ref) for ref in refs]
+    if lines:
+        session = caller.session or caller.session_id(machine_id(caller.home))
+        append(caller.home, session, lines, SESSION_BYTES // 2)
+    return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
 
 
 def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
@@ -1020,25 +992,24 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
     It gets no input, no terminal and no GIT_* variables, which name another repository in a git
     hook.
     """
+    from shutil import which
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+    path = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
+    program = which(argv[0], path=path) or ""
+    if not os.path.isabs(program):  # not there; or Windows found it in the working folder
+        return ""
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    paths = [path for path in (env.get("PATH") or os.defpath).split(os.pathsep)
-             if os.path.isabs(path)]
-    env.update(changes, PATH=os.pathsep.join(paths))
-    files = [os.path.join(path, argv[0] + ".exe" * (os.name == "nt")) for path in paths]
+    env.update(changes, PATH=path)
     try:
-        program = next(file for file in files if os.path.isfile(file) and os.access(file, os.X_OK))
         process = Popen([program, *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env,
                         cwd=folder, start_new_session=True)
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError):
         return ""
     try:
         printed = process.communicate(timeout=PROGRAM_S)[0]
     except TimeoutExpired:
-        try:  # its children too: they may hold the pipe
-            getattr(os, "killpg", os.kill)(process.pid, 9)
-        except OSError:  # already gone
-            pass
+        # Its children too: they may hold the pipe.
+        quietly(getattr(os, "killpg", os.kill), process.pid, 9)
         return ""
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
 
@@ -1234,11 +1205,8 @@ class Sender:
         if again:
             wishes[self.shown] = again
         last = {"at": iso(time.time()), "result": result, "retry_at": wishes}
-        try:
-            own(self.home, OURS, make=True)
-            write_whole(self.home + LAST, json.dumps(last).encode())
-        except OSError:  # a full disk must not stop the sending
-            pass
+        # A full disk must not stop the sending.
+        quietly(write_whole, self.home + LAST, json.dumps(last).encode())
 
 
 def wishes_at(home: str) -> "Dict[str, float]":
@@ -1253,8 +1221,8 @@ def wishes_at(home: str) -> "Dict[str, float]":
 # ==================================================================================================
 
 
-def hook(argv: "Sequence[str]") -> int:
-    """The end of a session. It always returns 0 to the caller.
+def hook(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+    """The end of a session.
 
     The process that the caller waits for asks for consent, reads the input and forks. The child
     captures, reports that through a pipe, and goes on alone. So a signal to the caller's process
@@ -1262,26 +1230,16 @@ def hook(argv: "Sequence[str]") -> int:
     """
     # The caller also waits for the child's capture, hashlib included: about one bare start of wall
     # time. In return the event is on the disk before the hook returns.
-    begun, child = time.monotonic(), -1
-    env: "Dict[str, str]" = {}
-    try:
-        env = environment()
-        off = withdrawn(home_of(env), env)
-        if off:
-            return say(env, off)
-        given, words = parsed(argv)
-        if words or not set(given).issubset(("--dir", "--wait")):
-            say(env, "arguments ignored: see --help")
-        caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
-        child, pipe = fork()
-        if child <= 0:
-            end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
-        elif os.read(pipe, 1) and wait:
-            from select import select
-            select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
-    except BaseException as error:
-        if child <= 0:  # Ctrl-C while the caller stays for the answer is none: the child goes on
-            return say(env, "failed: " + reason(error) + place_of(error))
+    begun, off = time.monotonic(), withdrawn(home_of(env), env)
+    if off:
+        return say(env, off)
+    caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
+    child, pipe = fork()
+    if child <= 0:
+        end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
+    elif os.read(pipe, 1) and wait:
+        from select import select
+        select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
     return 0
 
 
@@ -1328,8 +1286,8 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     say(env, result)
     if part:
         event["branch_sha"] = branch_sha(caller.project)
-    if part and path:
-        secure(home, session, part, event, path)
+    if part and path:  # without room, the event waits without its commit
+        quietly(secure, home, session, part, event, path)
     try:
         sender, own_name = Sender(home, env), os.path.basename(path)
         if part and not path:
@@ -1347,22 +1305,16 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
 
 def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
-    try:
-        if event["branch_sha"] and os.path.exists(path):
-            write_whole(path, as_sent(event))
-        for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
-            sync(kept)
-        append(home, session, ["kept " + part.token])
-    except OSError:  # no room: the event waits without its commit
-        pass
+    if event["branch_sha"] and os.path.exists(path):
+        write_whole(path, as_sent(event))
+    for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
+        quietly(sync, kept)
+    append(home, session, ["kept " + part.token])
 
 
 def let_go(pipe: int, keep_errors: bool) -> None:
     """Release the caller, and its working folder and descriptors, but the pipe."""
-    try:
-        os.write(pipe, b".")
-    except OSError:  # the caller was killed
-        pass
+    quietly(os.write, pipe, b".")  # the caller may have been killed
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1) if keep_errors else (0, 1, 2):
@@ -1591,22 +1543,23 @@ def switch(home: str, value: str) -> bool:
     try:
         if os.path.lexists(path):
             config, mode = dict(loads(contents(path)).items()), os.stat(path).st_mode & 0o777
-        before = config.get("telemetry")
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
     except (ValueError, AttributeError, RecursionError):
         word = "off" if value == "off" else "on"
         raise Told("%s/config.json is not a JSON object, and is left alone: mend it, or set "
                    "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word)) from None
-    if before == value:
+    if config.get("telemetry") == value:
         return False
     own(home, HOME, make=True)
     write_whole(path, data, mode)
-    sync(path)
+    quietly(sync, path)
     return True
 
 
 # For each command: its function, the flags that it takes, and the number of other words.
-COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
+COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
+    "": (hook, "--dir --wait", 0),
+    "track": (track, "--dir DIR --discoveries DIR REF", None),
     "show": (show, "--dir DIR", 0),
     "status": (status, "--json", 0),
     "mine": (mine, "", 0),
@@ -1614,20 +1567,6 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
     "on": (on, "", 0),
     "off": (off, "", 0),
 }
-
-
-def command(argv: "Sequence[str]") -> int:
-    """Run a command other than the hooks; its exit status."""
-    if argv[0] not in COMMANDS:
-        return complain("no such command; see emit.py --help", 2)
-    function, takes, number_of_words = COMMANDS[argv[0]]
-    given, words = parsed(argv[1:])
-    if len(words) != number_of_words or not set(given).issubset(takes.split()):
-        return complain("%s takes %s; see emit.py --help" % (argv[0], takes or "nothing"), 2)
-    try:
-        return function(environment(), given, words)
-    except (OSError, ValueError) as error:
-        return complain("could not be done: " + reason(error), 1)
 
 
 def complain(text: str, code: int = 0) -> int:
@@ -1641,19 +1580,35 @@ def complain(text: str, code: int = 0) -> int:
 
 
 def main(argv: "Sequence[str]") -> int:
-    """Run a command line; its exit status. The process that sends does not return from here."""
+    """Run a command line; its exit status. A hook run never fails, and says why if it is asked."""
     os.umask(0o077)
     if "--help" in argv or "-h" in argv:
         print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
-    elif "--version" in argv:
+        return 0
+    if "--version" in argv:
         print("emit.py " + VERSION)
-    elif not argv or argv[0][:1] == "-":
-        return hook(argv)
-    elif argv[0] == "track":
-        return track(argv[1:])
-    else:
-        return command(argv)
-    return 0
+        return 0
+    name, *rest = argv if argv and argv[0][:1] != "-" else ["", *argv]
+    if name not in COMMANDS:
+        return complain("no such command; see emit.py --help", 2)
+    function, takes, number_of_words = COMMANDS[name]
+    given, words = parsed(rest)
+    is_hook = not name or (name == "track" and not words)
+    misused = (number_of_words not in (None, len(words))
+               or not set(given).issubset(takes.split()))
+    if misused and not is_hook:
+        return complain("%s takes %s; see emit.py --help" % (name, takes or "nothing"), 2)
+    env: "Dict[str, str]" = {}
+    try:
+        env = environment()
+        if misused:
+            say(env, "arguments ignored: see --help")
+        return function(env, given, words)
+    except BaseException as error:
+        if is_hook:
+            return say(env, "failed: " + reason(error) + place_of(error))
+        done = "recorded" if name == "track" else "done"
+        return complain("could not be %s: %s" % (done, reason(error)), 1)
 
 
 def run() -> None:
