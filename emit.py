@@ -833,14 +833,12 @@ def purge(home: str) -> int:
 
     Only names that this program makes are deleted, and only in folders that are no symbolic links.
     """
-    gone = 0
-    for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME)):
-        for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME):
-            gone += remove(home + folder + name)
-    try:
-        return gone + remove(own(home, OURS) + "last.json")
-    except OSError:
-        return gone
+    paths = [home + folder + name
+             for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME))
+             for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME)]
+    if quietly(own, home, OURS):
+        paths.append(home + LAST)
+    return sum(map(remove, paths))
 
 
 def expire(home: str, now: float) -> None:
@@ -1571,11 +1569,8 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
 
 def complain(text: str, code: int = 0) -> int:
     """Write one line to standard error, and return `code`."""
-    try:
-        sys.stderr.write("emit.py: %s\n" % text)
-        sys.stderr.flush()
-    except (AttributeError, OSError):  # closed by whoever called
-        pass
+    if sys.stderr:  # None, or broken, where the caller closed it
+        quietly(lambda: print("emit.py: %s\n" % text, end="", file=sys.stderr, flush=True))
     return code
 
 
@@ -1617,10 +1612,8 @@ def run() -> None:
     if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file must not be used
         del sys.path[0]
     code = main(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except (AttributeError, OSError):  # closed by whoever called
-        pass
+    if sys.stdout:  # None, or broken, where the caller closed it
+        quietly(sys.stdout.flush)
     os._exit(code)
 
 
