@@ -129,17 +129,15 @@ class Told(ValueError):
 def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
     """(consent is given, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
-    for decides, allowed, why in (
+    return next((allowed, why) for decides, allowed, why in (
         (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
         (asked in ("off", "0"), False, PREFIX + "TELEMETRY says off"),
         (said == "off", False, HOME_FOLDER + "/config.json says off"),
         (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
         (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
         (said == UNCLEAR, False, UNCLEAR),
-    ):
-        if decides:
-            return allowed, why
-    return False, "nobody said yes (emit.py on does)"
+        (True, False, "nobody said yes (emit.py on does)"),
+    ) if decides)
 
 
 def telemetry_said(home: str) -> "Any":
@@ -488,9 +486,9 @@ def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[st
     Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id and
     the bucket of its parent process; `now`: seconds since 1970 (README, Contract 4).
     """
-    mine = set(ids)
+    mine, updated = set(ids), first_text(project, ["updatedAt"])
     try:
-        if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
+        if updated and 0 <= now - instant(updated) <= DAY_S:
             mine.add(first_text(project, ["sessionId"]).strip())
     except ValueError:
         pass
@@ -587,10 +585,8 @@ MOMENT = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})([.
           r"(?:Z|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))?")
 
 
-def instant(text: "Any") -> float:
+def instant(text: str) -> float:
     """Seconds since 1970 of an ISO 8601 date and time (README, Contract 1), or ValueError."""
-    if not isinstance(text, str):
-        raise ValueError("no text")
     import re
     from datetime import datetime
     found = re.fullmatch(MOMENT, text)
@@ -707,10 +703,8 @@ def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[st
     `age`: seconds since the last change of the file, at least.
     """
     try:
-        names = [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
-        before = time.time() - age
-        return [name for name in names
-                if not age or os.lstat(home + folder + name).st_mtime < before]
+        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)
+                and (not age or time.time() - os.lstat(home + folder + name).st_mtime > age)]
     except OSError:
         return []
 
@@ -908,16 +902,14 @@ def track(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
         return complain(said) if words else say(env, said)
     by_hand = words and first_text(env, SESSION_VARIABLES)
     caller = Caller(env, given, b"" if by_hand else standard_input())
-    refs, now = words, "%d" % (time.time() * 1000)
-    lines: "List[str]" = []
-    if not words:
-        tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
-        folders = given.get("--discoveries", [DISCOVERIES])
-        refs = touched_refs(tool, caller.base, caller.project, folders)
-        # A call without a session id cannot be counted: its parent may have been a shell of its
-        # own.
-        lines = ["call " + now] if caller.session and caller.hook else []
-    lines += ["touch %s %s" % (now, ref) for ref in refs]
+    tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
+    folders = given.get("--discoveries", [DISCOVERIES])
+    now = "%d" % (time.time() * 1000)
+    refs = words or touched_refs(tool, caller.base, caller.project, folders)
+    lines = ["touch %s %s" % (now, ref) for ref in refs]
+    # A call without a session id cannot be counted: its parent may have been a shell of its own.
+    if caller.session and caller.hook and not words:
+        lines.insert(0, "call " + now)
     if lines:
         session = caller.session or caller.session_id(machine_id(caller.home))
         append(caller.home, session, lines, SESSION_BYTES // 2)
@@ -1109,8 +1101,8 @@ def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, fl
     except (OSError, ValueError, HTTPException) as error:
         return "without an answer (%s)" % reason(error), True, True, 0.0
     again = retry_at(after, time.time())
-    stops = again > 0 or status in (429, 503)
-    return "answered %d" % status, not is_settled(status, body), stops, again
+    waits, stops = not is_settled(status, body), again > 0 or status in (429, 503)
+    return "answered %d" % status, waits, stops, again
 
 
 class Sender:
@@ -1479,14 +1471,13 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
     names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
-    since = iso(int(min(names)[:15]) / 1000) if names else None
-    url, chosen_by = shown_endpoint(env), endpoint(env)[1]
+    url = shown_endpoint(env)
     again = wishes_at(home).get(url)
     report: "Dict[str, Any]" = {
         "consent": "on" if allowed else "off", "decided_by": why,
         "capture": "impossible: " + fault if fault else "possible",
-        "endpoint": url, "chosen_by": chosen_by,
-        "waiting": len(names), "since": since,
+        "endpoint": url, "chosen_by": endpoint(env)[1],
+        "waiting": len(names), "since": iso(int(min(names)[:15]) / 1000) if names else None,
         "last_run": last.get("at"), "result": last.get("result"),
         "retry_at": iso(again) if again else None,
     }
@@ -1586,11 +1577,10 @@ def main(argv: "Sequence[str]") -> int:
     name, *rest = argv if argv and argv[0][:1] != "-" else ["", *argv]
     if name not in COMMANDS:
         return complain("no such command; see emit.py --help", 2)
-    function, takes, number_of_words = COMMANDS[name]
+    function, takes, number = COMMANDS[name]
     given, words = parsed(rest)
     is_hook = not name or (name == "track" and not words)
-    misused = (number_of_words not in (None, len(words))
-               or not set(given).issubset(takes.split()))
+    misused = number not in (None, len(words)) or not set(given).issubset(takes.split())
     if misused and not is_hook:
         return complain("%s takes %s; see emit.py --help" % (name, takes or "nothing"), 2)
     env: "Dict[str, str]" = {}

