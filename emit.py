@@ -37,6 +37,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
+    Env = Dict[str, str]  # the environment
+    Json = Dict[str, Any]  # a JSON object
     Words = Dict[str, List[str]]  # the values of each flag of a command line
     Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]  # to status, Retry-After, body
 
@@ -48,6 +50,7 @@ PREFIX = PRODUCT.upper().replace("-", "_") + "_"
 DISCOVERIES = "." + PRODUCT + "code/genome/sections/discoveries"
 
 VERSION = "2.0.0"
+FILE = os.path.abspath(__file__)  # now, since the process that sends goes to another folder
 DEFAULT_SERVER = "http://127.0.0.1:8787"  # README, Contract 6
 ENDPOINT_PATH = "/v1/session-events"
 
@@ -64,7 +67,7 @@ FIELDS = (
     ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
     ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
 )
-RULES: "Dict[str, Any]" = {name: rule for name, _, _, rule in FIELDS}
+RULES: "Json" = {name: rule for name, _, _, rule in FIELDS}
 REF = RULES["discovery_refs"][1]
 EVENT_BYTES = 65536
 
@@ -126,7 +129,7 @@ class Told(ValueError):
 # ==================================================================================================
 
 
-def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
+def consent(env: "Env", said: "Any") -> "Tuple[bool, str]":
     """(consent is given, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
     return next((allowed, why) for decides, allowed, why in (
@@ -150,7 +153,7 @@ def telemetry_said(home: str) -> "Any":
         return UNCLEAR
 
 
-def withdrawn(home: str, env: "Dict[str, str]") -> str:
+def withdrawn(home: str, env: "Env") -> str:
     """"" with consent, else why there is none. Without consent, what waits is deleted.
 
     An unreadable config.json alone deletes nothing.
@@ -239,7 +242,7 @@ def next_value(tokens: "List[str]") -> "Any":
     return object_of(values) if close == "}" else values
 
 
-def object_of(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
+def object_of(pairs: "List[Tuple[str, Any]]") -> "Json":
     """A JSON object. ValueError if a key appears twice: nobody can tell which one is meant."""
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -254,7 +257,7 @@ def short_int(digits: str) -> int:
     return int(digits)
 
 
-def loads_object(data: bytes) -> "Dict[str, Any]":
+def loads_object(data: bytes) -> "Json":
     """The JSON object in `data`; {} for anything else."""
     try:
         value = loads(data) if data else None
@@ -278,7 +281,7 @@ def standard_input() -> bytes:
     return bytes(data)
 
 
-def environment() -> "Dict[str, str]":
+def environment() -> "Env":
     """The environment as text: UTF-8, independent of the locale."""
     return {name: decoded(os.fsencode(value)) for name, value in os.environ.items()}
 
@@ -296,7 +299,7 @@ def encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def home_of(env: "Dict[str, str]") -> str:
+def home_of(env: "Env") -> str:
     """The person's home folder. Told if there is none; the working folder never takes its place."""
     path = os.path.expanduser("~")
     if env.get("HOME") == "" or not os.path.isabs(path):
@@ -321,7 +324,7 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
     return given, words
 
 
-def wait_of(env: "Dict[str, str]", given: "Words") -> float:
+def wait_of(env: "Env", given: "Words") -> float:
     """Seconds that the hook stays for the answer: as asked, or where the home may end with it."""
     asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
     if asked.isdecimal():
@@ -331,14 +334,14 @@ def wait_of(env: "Dict[str, str]", given: "Words") -> float:
     return WAIT_S if passing or any(map(os.path.exists, PASSING_FILES)) else 0.0
 
 
-def texts(found: "Dict[str, Any]", names: "Sequence[str]") -> "List[str]":
+def texts(found: "Json", names: "Sequence[str]") -> "List[str]":
     """Those of the named members that are text, not blank and without NUL."""
     values = map(found.get, names)
     return [value for value in values
             if isinstance(value, str) and value.strip() and "\0" not in value]
 
 
-def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
+def first_text(found: "Json", names: "Sequence[str]") -> str:
     """The first of these `texts`, or ""."""
     return (texts(found, names) or [""])[0]
 
@@ -351,7 +354,7 @@ class Caller:
     folders are absolute.
     """
 
-    def __init__(self, env: "Dict[str, str]", given: "Words", data: bytes) -> None:
+    def __init__(self, env: "Env", given: "Words", data: bytes) -> None:
         """`given`: the flags of the command line; `data`: from standard input."""
         self.env, self.home, self.hook = env, home_of(env), loads_object(data)
         self.ppid = os.getppid()
@@ -392,7 +395,7 @@ def random_uuid() -> str:
     return "-".join((text[:8], text[8:12], "4" + text[13:16], "8" + text[17:20], text[20:]))
 
 
-def github_login(cache: "Dict[str, Any]") -> str:
+def github_login(cache: "Json") -> str:
     """The login in pro-token-cache.json, trimmed, or "": never guessed."""
     return first_text(cache, ["githubLogin"]).strip() if cache.get("valid") is True else ""
 
@@ -479,7 +482,7 @@ def stats_bucket(ppid: int, home: str) -> str:
     return "p%x" % h
 
 
-def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[str]",
+def counts(stats: "Json", project: "Json", ids: "List[str]",
            now: float) -> "Tuple[Optional[int], int]":
     """(calls, tokens saved): sums over this session's buckets of stats.json, each counted once.
 
@@ -606,7 +609,7 @@ def is_event(event: "Any") -> bool:
         for name, kind, needed, rule in FIELDS)
 
 
-def unknown_keys(event: "Dict[str, Any]") -> "Set[str]":
+def unknown_keys(event: "Json") -> "Set[str]":
     """The keys that FIELDS has not. Another version of the program may know them."""
     return set(event).difference(RULES)
 
@@ -623,7 +626,7 @@ def is_value(value: "Any", kind: str, rule: "Any") -> bool:
     return fits(value, MOMENT if rule == "moment" else rule)
 
 
-def as_sent(event: "Dict[str, Any]") -> bytes:
+def as_sent(event: "Json") -> bytes:
     """The JSON of an event, without blanks. No rule of FIELDS allows what JSON would escape."""
     def text(value: "Any") -> str:
         if isinstance(value, list):
@@ -692,7 +695,7 @@ def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
         return file.read(most + 1) or b""
 
 
-def object_at(path: "Any") -> "Dict[str, Any]":
+def object_at(path: "Any") -> "Json":
     """The JSON object in a file; {} for anything else, and without a file."""
     return loads_object(quietly(contents, path) or b"")
 
@@ -847,7 +850,7 @@ def expire(home: str, now: float) -> None:
             remove(home + PENDING + name)
 
 
-def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
+def sweep(home: str, env: "Env", machine: str) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
     for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
         quietly(settle, home, env, machine, name)  # no room: the next session's end tries again
@@ -858,7 +861,7 @@ def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
             remove(home + folder + name)
 
 
-def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> None:
+def settle(home: str, env: "Env", machine: str, name: str) -> None:
     """Capture the parts of a silent session that have no event yet. This makes its file new."""
     data = session_data(home, name)
     # A hash does not tell the session id. A parent process may have been the shell of one call.
@@ -875,7 +878,7 @@ def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> None:
     append(home, session, ["kept " + part.token for part in missing] + ["settled"])
 
 
-def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
+def keep(home: str, part: Part, event: "Json") -> str:
     """Put a part's event into the spool; its path there. OSError if it cannot be written.
 
     The name is ms since 1970 and the start of the session's hash: the same each time.
@@ -891,7 +894,7 @@ def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
 # ==================================================================================================
 
 
-def track(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def track(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Record a tool call and the discoveries that it touched, or those that `words` name."""
     if not all(fits(ref, REF) for ref in words):
         return complain("a discovery's name is a letter or digit, then at most 127 of those "
@@ -916,8 +919,7 @@ def track(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
 
 
-def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
-            part: Part) -> "Dict[str, Any]":
+def compose(env: "Env", home: str, machine: str, session: str, part: Part) -> "Json":
     """The event of a part (README, Contract 1 and 4), without the commit."""
     login = github_login(object_at(home + HOME + "pro-token-cache.json"))
     quarter = salt(part.ended / 1000)
@@ -935,10 +937,10 @@ def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
     }
 
 
-def plugin_version(env: "Dict[str, str]") -> str:
+def plugin_version(env: "Env") -> str:
     """The version of the plugin around this file (README, Contract 4, `plugin_version`)."""
     named = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
-    beside = os.path.dirname(os.fsencode(os.path.abspath(__file__)))
+    beside = os.path.dirname(os.fsencode(FILE))
     for root in (named, beside, os.path.dirname(beside)):
         for name in (b"package.json", b".claude-plugin/plugin.json") if root else ():
             version = object_at(os.path.join(root, name)).get("version")
@@ -948,7 +950,7 @@ def plugin_version(env: "Dict[str, str]") -> str:
 
 
 def close_part(caller: Caller, machine: str,
-               written: bool = True) -> "Tuple[str, Optional[Part], Dict[str, Any]]":
+               written: bool = True) -> "Tuple[str, Optional[Part], Json]":
     """(session id, the part that its end closes now, the event of that): see `end_session`."""
     home, now, session = caller.home, time.time(), caller.session_id(machine)
     stats, project = (object_at(home + HOME + name) for name in ("stats.json", "last-project.json"))
@@ -975,7 +977,7 @@ def branch_sha(project: str) -> "Optional[str]":
     return sha if fits(sha, RULES["branch_sha"]) else None
 
 
-def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> str:
+def printed_by(argv: "List[str]", folder: bytes, changes: "Env") -> str:
     """What a program prints within 250 ms, stripped; "" if it fails or takes longer.
 
     It is looked for in the absolute folders of PATH only: a relative one may lead into a project.
@@ -1009,7 +1011,7 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
 # ==================================================================================================
 
 
-def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
+def endpoint(env: "Env") -> "Tuple[str, str]":
     """(URL, what decided): README, Contract 6. The URL is not checked yet: see `checked_url`."""
     whole_url = env.get(PREFIX + "SESSION_EVENTS_URL", "").strip()
     base = env.get(PREFIX + "API_URL", "").strip()
@@ -1038,7 +1040,7 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
             bare + "?..." * bool(parts.query))
 
 
-def shown_endpoint(env: "Dict[str, str]") -> str:
+def shown_endpoint(env: "Env") -> str:
     """The endpoint as it may be printed: without credentials and query."""
     try:
         return checked_url(endpoint(env)[0])[2]
@@ -1049,8 +1051,7 @@ def shown_endpoint(env: "Dict[str, str]") -> str:
 def reason(error: BaseException) -> str:
     """The text of an error, without paths and URLs."""
     inner = getattr(error, "reason", None)
-    if isinstance(inner, Exception):
-        return reason(inner)
+    error = inner if isinstance(inner, Exception) else error  # urllib wraps
     if isinstance(error, Told):
         return str(error)
     words = getattr(error, "strerror", None)
@@ -1093,7 +1094,7 @@ def poster(url: str, authorization: str) -> "Post":
     return post
 
 
-def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, float]":
+def attempt(post: "Post", event: "Json") -> "Tuple[str, bool, bool, float]":
     """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
     from http.client import HTTPException
     try:
@@ -1111,7 +1112,7 @@ class Sender:
     `stop`: why no more is sent, or "".
     """
 
-    def __init__(self, home: str, env: "Dict[str, str]") -> None:
+    def __init__(self, home: str, env: "Env") -> None:
         self.home, self.env, self.stop = home, env, ""
         url, authorization, self.shown = checked_url(endpoint(env)[0])
         self.post = poster(url, authorization)
@@ -1211,7 +1212,7 @@ def wishes_at(home: str) -> "Dict[str, float]":
 # ==================================================================================================
 
 
-def hook(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def hook(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """The end of a session.
 
     The process that the caller waits for asks for consent, reads the input and forks. The child
@@ -1293,7 +1294,7 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
         expire(home, time.time())
 
 
-def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:
+def secure(home: str, session: str, part: Part, event: "Json", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
     if event["branch_sha"] and os.path.exists(path):
         write_whole(path, as_sent(event))
@@ -1326,12 +1327,12 @@ def leave_in(seconds: float, home: str) -> None:
     Timer(seconds, leave).start()
 
 
-def debugging(env: "Dict[str, str]") -> bool:
+def debugging(env: "Env") -> bool:
     """True if hook runs shall say what they do."""
     return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
 
-def say(env: "Dict[str, str]", text: str) -> int:
+def say(env: "Env", text: str) -> int:
     """A line for ASHLR_TELEMETRY_DEBUG: no hash, path or credential. A hook's exit status."""
     return complain(text) if debugging(env) else 0
 
@@ -1404,14 +1405,14 @@ export const SessionEvents = async ({ directory }) => {
 """
 
 
-def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print the configuration of a host, and on standard error where it goes."""
     import json
     from shlex import quote
     if words[0] not in HOSTS:
         return complain("no such host; there are " + ", ".join(HOSTS), 2)
     events, where = HOSTS[words[0]]
-    folder, name = os.path.split(decoded(os.fsencode(os.path.abspath(__file__))))
+    folder, name = os.path.split(decoded(os.fsencode(FILE)))
     code = START % ((os.path.splitext(name)[0],) * 2)
     python, shell_folder = sys.executable or "python3", quote(folder)
     if "--folder" in given:  # printed as given: the host or its shell expands it
@@ -1433,7 +1434,7 @@ def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 # ==================================================================================================
 
 
-def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def show(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print the event as it would be sent now; on standard error where to, and what is not real."""
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, given, standard_input())
@@ -1465,7 +1466,7 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
     return None
 
 
-def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def status(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print consent, endpoint, what waits and the last result, as text or (--json) as JSON."""
     import json
     home = home_of(env)
@@ -1473,7 +1474,7 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
     names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
     url = shown_endpoint(env)
     again = wishes_at(home).get(url)
-    report: "Dict[str, Any]" = {
+    report: "Json" = {
         "consent": "on" if allowed else "off", "decided_by": why,
         "capture": "impossible: " + fault if fault else "possible",
         "endpoint": url, "chosen_by": endpoint(env)[1],
@@ -1490,7 +1491,7 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
     return 1 if fault else 0
 
 
-def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def mine(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print this machine's hashes of each quarter since machine-id was made, newest last."""
     home = home_of(env)
     machine = machine_id(home, make=False)
@@ -1506,7 +1507,7 @@ def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     return 0
 
 
-def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def on(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Give consent."""
     changed = switch(home_of(env), "opt-in")
     print(COLLECTED % shown_endpoint(env) if changed else "on, as before")
@@ -1514,7 +1515,7 @@ def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     return 0 if allowed else complain("but still off here: " + why)
 
 
-def off(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def off(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Refuse consent, and delete what waits."""
     home = home_of(env)
     gone = purge(home)
@@ -1528,7 +1529,7 @@ def switch(home: str, value: str) -> bool:
     """Set "telemetry" in config.json and keep all else in it; True if that changed it."""
     import json
     path, mode = os.path.realpath(home + HOME + "config.json"), 0o600
-    config: "Dict[str, Any]" = {}
+    config: "Json" = {}
     try:
         if os.path.lexists(path):
             config, mode = dict(loads(contents(path)).items()), os.stat(path).st_mode & 0o777
@@ -1583,7 +1584,7 @@ def main(argv: "Sequence[str]") -> int:
     misused = number not in (None, len(words)) or not set(given).issubset(takes.split())
     if misused and not is_hook:
         return complain("%s takes %s; see emit.py --help" % (name, takes or "nothing"), 2)
-    env: "Dict[str, str]" = {}
+    env: "Env" = {}
     try:
         env = environment()
         if misused:
@@ -1598,9 +1599,8 @@ def main(argv: "Sequence[str]") -> int:
 
 def run() -> None:
     """`main`, then leave the process at once, without the interpreter's clean-up."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file must not be used
-        del sys.path[0]
+    if os.path.dirname(FILE) in map(os.path.abspath, sys.path[:1]):
+        del sys.path[0]  # a json.py beside this file must not be used
     code = main(sys.argv[1:])
     if sys.stdout:  # None, or broken, where the caller closed it
         quietly(sys.stdout.flush)
