@@ -496,10 +496,10 @@ def counts(stats: "Json", project: "Json", ids: "List[str]",
     except ValueError:
         pass
     sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
-    found = [sessions.get(name) for name in mine if name] if isinstance(sessions, dict) else []
-    buckets = [bucket for bucket in found if isinstance(bucket, dict)]
-    calls, tokens = (sum(whole(bucket.get(name)) for bucket in buckets)
-                     for name in ("calls", "tokensSaved"))
+    known = sessions if isinstance(sessions, dict) else {}
+    buckets = [known[name] for name in mine if name and isinstance(known.get(name), dict)]
+    calls = sum(whole(bucket.get("calls")) for bucket in buckets)
+    tokens = sum(whole(bucket.get("tokensSaved")) for bucket in buckets)
     return calls if buckets else None, tokens
 
 
@@ -1146,23 +1146,23 @@ class Sender:
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
-        tally: "Dict[str, int]" = {}
+        said: "List[str]" = []
         failed, again = 0, 0.0
         for name in names:
             self.stop = self.stop or self.barred()
             if self.stop:
                 break
-            if not tally:
+            if not said:
                 self.record("began, and did not finish (yet)", 0.0)
             try:
                 words, fails, stops, again = self.send(name)
             except OSError:  # another process has sent it, or it cannot be read
                 continue
-            tally[words] = tally.get(words, 0) + 1
+            said.append(words)
             failed += fails
             if stops or failed == FAILED_ANSWERS:
                 self.stop = "stopped" + (" until " + iso(again) if again else "")
-        counted = ["%d %s" % (n, words) for words, n in tally.items()]
+        counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
         result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not withdrawn(self.home, self.env):
             self.record(result, again)
