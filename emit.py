@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     Env = Dict[str, str]  # the environment
     Json = Dict[str, Any]  # a JSON object
     Words = Dict[str, List[str]]  # the values of each flag of a command line
-    Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]  # to status, Retry-After, body
 
 # The one line that another plugin changes. The folder in the home, the prefix of the variables and
 # the default place of discoveries follow it.
@@ -1066,44 +1065,16 @@ def place_of(error: BaseException) -> str:
     return " (in %s, line %s)" % (place.name, place.lineno)
 
 
-def poster(url: str, authorization: str) -> "Post":
-    """A function that posts one event. It raises OSError, ValueError and HTTPException.
-
-    It speaks HTTP and HTTPS, goes through the proxies that the environment names, and follows no
-    redirect.
-    """
+def opener() -> "Any":
+    """What speaks HTTP and HTTPS, goes through the environment's proxies, follows no redirect."""
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
-    opener = u.OpenerDirector()
+    director = u.OpenerDirector()
     for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler()):
-        opener.add_handler(way)
-    headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
-    if authorization:
-        headers["Authorization"] = authorization
-
-    def post(data: bytes) -> "Tuple[int, Optional[str], bytes]":
-        answer: "Any" = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)
-        if not answer:
-            raise Told("a proxy of an unknown kind")
-        with answer:
-            wanted = 200 <= answer.status < 300 and answer.status != 202
-            body = answer.read(EVENT_BYTES) if wanted else b""
-            return answer.status, answer.headers.get("Retry-After"), body
-    return post
-
-
-def attempt(post: "Post", event: "Json") -> "Tuple[str, bool, bool, float]":
-    """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
-    from http.client import HTTPException
-    try:
-        status, after, body = post(as_sent(event))
-    except (OSError, ValueError, HTTPException) as error:
-        return "without an answer (%s)" % reason(error), True, True, 0.0
-    again = retry_at(after, time.time())
-    waits, stops = not is_settled(status, body), again > 0 or status in (429, 503)
-    return "answered %d" % status, waits, stops, again
+        director.add_handler(way)
+    return director
 
 
 class Sender:
@@ -1114,8 +1085,11 @@ class Sender:
 
     def __init__(self, home: str, env: "Env") -> None:
         self.home, self.env, self.stop = home, env, ""
-        url, authorization, self.shown = checked_url(endpoint(env)[0])
-        self.post = poster(url, authorization)
+        self.url, authorization, self.shown = checked_url(endpoint(env)[0])
+        self.headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
+        if authorization:
+            self.headers["Authorization"] = authorization
+        self.opener = opener()
         say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
 
     def barred(self) -> str:
@@ -1184,10 +1158,28 @@ class Sender:
             return "removed, being no event", False, False, 0.0
         later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
         os.replace(path, later)
-        outcome = attempt(self.post, event)
+        outcome = self.attempt(event)
         if not outcome[1]:
             remove(later)
         return outcome
+
+    def attempt(self, event: "Json") -> "Tuple[str, bool, bool, float]":
+        """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
+        from http.client import HTTPException
+        from urllib.request import Request
+        try:
+            request = Request(self.url, as_sent(event), self.headers)
+            answer = self.opener.open(request, timeout=ANSWER_S)
+            if not answer:
+                raise Told("a proxy of an unknown kind")
+            with answer:
+                status = answer.status
+                tells = 200 <= status < 300 and status != 202
+                settled = is_settled(status, answer.read(EVENT_BYTES) if tells else b"")
+        except (OSError, ValueError, HTTPException) as error:
+            return "without an answer (%s)" % reason(error), True, True, 0.0
+        again = retry_at(answer.headers.get("Retry-After"), time.time())
+        return "answered %d" % status, not settled, again > 0 or status in (429, 503), again
 
     def record(self, result: str, again: float) -> None:
         """Write the result of sending, for `status`, and the server's Retry-After, if any."""
@@ -1271,7 +1263,8 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
     let_go(pipe, debugging(env))
-    leave_in(life, home)
+    from threading import Timer
+    Timer(life, leave, [home]).start()
     # Only now: writing to a standard error that nobody reads may block for ever.
     say(env, "consent is on")
     say(env, result)
@@ -1282,7 +1275,7 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     try:
         sender, own_name = Sender(home, env), os.path.basename(path)
         if part and not path:
-            said = sender.barred() or "1 " + attempt(sender.post, event)[0]
+            said = sender.barred() or "1 " + sender.attempt(event)[0]
             say(env, "the event that is not kept: " + said)
         elif path and wait:  # the caller stays for this one, so it is sent before the others
             sender.round([own_name])
@@ -1314,17 +1307,12 @@ def let_go(pipe: int, keep_errors: bool) -> None:
     os.closerange(pipe + 1, 1 << 16)
 
 
-def leave_in(seconds: float, home: str) -> None:
-    """End this process after some seconds, also in a name look-up, which has no time limit."""
-    from threading import Timer
-
-    def leave() -> None:
-        try:
-            expire(home, time.time())
-        finally:
-            os._exit(0)
-
-    Timer(seconds, leave).start()
+def leave(home: str) -> None:
+    """End this process when its time is over, also in a name look-up, which has no time limit."""
+    try:
+        expire(home, time.time())
+    finally:
+        os._exit(0)
 
 
 def debugging(env: "Env") -> bool:
