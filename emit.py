@@ -37,8 +37,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
+    Env = Dict[str, str]  # the environment
+    Json = Dict[str, Any]  # a JSON object
     Words = Dict[str, List[str]]  # the values of each flag of a command line
-    Post = Callable[[bytes], Tuple[int, Optional[str], bytes]]  # to status, Retry-After, body
 
 # The one line that another plugin changes. The folder in the home, the prefix of the variables and
 # the default place of discoveries follow it.
@@ -48,6 +49,7 @@ PREFIX = PRODUCT.upper().replace("-", "_") + "_"
 DISCOVERIES = "." + PRODUCT + "code/genome/sections/discoveries"
 
 VERSION = "2.0.0"
+FILE = os.path.abspath(__file__)  # now, since the process that sends goes to another folder
 DEFAULT_SERVER = "http://127.0.0.1:8787"  # README, Contract 6
 ENDPOINT_PATH = "/v1/session-events"
 
@@ -64,7 +66,7 @@ FIELDS = (
     ("discovery_refs", "array", False, (200, "[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")),
     ("plugin_version", "string", True, "[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}"),
 )
-RULES: "Dict[str, Any]" = {name: rule for name, _, _, rule in FIELDS}
+RULES: "Json" = {name: rule for name, _, _, rule in FIELDS}
 REF = RULES["discovery_refs"][1]
 EVENT_BYTES = 65536
 
@@ -72,7 +74,7 @@ EVENT_BYTES = 65536
 SESSION_KEYS = ("session_id", "sessionId", "sessionID", "conversation_id")
 SESSION_VARIABLES = ("CLAUDE_SESSION_ID", "CLAUDE_CODE_SESSION_ID", "GEMINI_SESSION_ID",
                      "QWEN_CODE_SESSION_ID")
-PROJECT_KEYS = ("cwd", "directory")
+PROJECT_KEYS = ("cwd", "directory", "workspace_roots")  # of the last, its first member
 INPUT_KEYS = ("tool_input", "toolArgs", "args")
 PATH_KEYS = ("file_path", "filePath", "absolute_path", "notebook_path", "path")
 
@@ -99,7 +101,7 @@ OURS = HOME + "session-events/"
 PENDING, SESSIONS, LAST = OURS + "pending/", OURS + "sessions/", OURS + "last.json"
 
 # O_NONBLOCK: a pipe in the place of a file must not block. Windows has O_BINARY only.
-SAFELY = sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
+SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 # The names of this program's files: waiting events, sessions, files that are still being written.
@@ -107,8 +109,8 @@ EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
 SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
 LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
 
-UNCLEAR = object()  # "telemetry" of a config.json that cannot be read
-UNREADABLE = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
+# "telemetry" of a config.json that cannot be read, and what is said of it.
+UNCLEAR = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
 
 COLLECTED = """\
 Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
@@ -126,20 +128,18 @@ class Told(ValueError):
 # ==================================================================================================
 
 
-def consent(env: "Dict[str, str]", said: "Any") -> "Tuple[bool, str]":
+def consent(env: "Env", said: "Any") -> "Tuple[bool, str]":
     """(consent is given, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
     asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
-    for decides, allowed, why in (
+    return next((allowed, why) for decides, allowed, why in (
         (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
         (asked in ("off", "0"), False, PREFIX + "TELEMETRY says off"),
         (said == "off", False, HOME_FOLDER + "/config.json says off"),
         (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
         (said == "opt-in", True, HOME_FOLDER + "/config.json says opt-in"),
-        (said is UNCLEAR, False, UNREADABLE),
-    ):
-        if decides:
-            return allowed, why
-    return False, "nobody said yes (emit.py on does)"
+        (said == UNCLEAR, False, UNCLEAR),
+        (True, False, "nobody said yes (emit.py on does)"),
+    ) if decides)
 
 
 def telemetry_said(home: str) -> "Any":
@@ -152,26 +152,24 @@ def telemetry_said(home: str) -> "Any":
         return UNCLEAR
 
 
-def withdrawn(home: str, env: "Dict[str, str]") -> str:
+def withdrawn(home: str, env: "Env") -> str:
     """"" with consent, else why there is none. Without consent, what waits is deleted.
 
     An unreadable config.json alone deletes nothing.
     """
     allowed, why = consent(env, telemetry_said(home))
-    if allowed:
-        return ""
-    if why != UNREADABLE:
+    if not allowed and why != UNCLEAR:
         purge(home)
-    return "consent is off: " + why
+    return "" if allowed else "consent is off: " + why
 
 
 # ==================================================================================================
 # Hosts: what they hand over, as input, arguments and environment
 # ==================================================================================================
 
-BLANKS = " \t\n\r"
 ESCAPES = ("\\\\", '\\"', "\\n", "\\t", "\\r", "\\/")
 MEANINGS = dict(enumerate('\\"\n\t\r/'))
+MARKS = {ord(mark): " %s " % mark for mark in "{}[],:"}
 CONSTANTS = {"true": True, "false": False, "null": None}
 
 
@@ -180,7 +178,7 @@ def loads(data: bytes) -> "Any":
 
     ValueError for what is not JSON, for NaN, for thousands of digits, for a key that appears twice.
     """
-    text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode().strip(BLANKS)
+    text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode()
     try:
         return quick_json(text)
     except (ValueError, IndexError, RecursionError):
@@ -203,20 +201,16 @@ def quick_json(text: str) -> "Any":
     for code, escape in enumerate(ESCAPES):
         text = text.replace(escape, chr(code))
     tokens: "List[str]" = []  # marks, words, and strings; a string begins with a quote
-    within = False
-    for piece in text.split('"'):
-        if not within:
-            for mark in "{}[],:":
-                piece = piece.replace(mark, " %s " % mark)
-            tokens += piece.split()
+    for n, piece in enumerate(text.split('"')):
+        if n % 2 == 0:  # outside of strings
+            tokens += piece.translate(MARKS).split()
         elif "\n" in piece or "\\" in piece:
             raise ValueError("for json")
         else:
             tokens.append('"' + piece.translate(MEANINGS))
-        within = not within
     tokens.reverse()
     value = next_value(tokens)
-    if tokens or not within:
+    if tokens or n % 2:
         raise ValueError("for json")
     return value
 
@@ -247,7 +241,7 @@ def next_value(tokens: "List[str]") -> "Any":
     return object_of(values) if close == "}" else values
 
 
-def object_of(pairs: "List[Tuple[str, Any]]") -> "Dict[str, Any]":
+def object_of(pairs: "List[Tuple[str, Any]]") -> "Json":
     """A JSON object. ValueError if a key appears twice: nobody can tell which one is meant."""
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -262,7 +256,7 @@ def short_int(digits: str) -> int:
     return int(digits)
 
 
-def loads_object(data: bytes) -> "Dict[str, Any]":
+def loads_object(data: bytes) -> "Json":
     """The JSON object in `data`; {} for anything else."""
     try:
         value = loads(data) if data else None
@@ -275,27 +269,20 @@ def standard_input() -> bytes:
     """What the host wrote on standard input within the time limits; b"" for a terminal."""
     from select import select
     data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
-    try:
-        while not os.isatty(0) and len(data) <= FILE_BYTES:
-            try:
-                ready = select([0], [], [], max(0.0, until - time.monotonic()))[0]
-            except OSError:  # Windows knows sockets only; the read waits there
-                ready = [0]
-            piece = os.read(0, 65536) if ready else b""
-            if not piece:
-                break
-            until = until if data else time.monotonic() + INPUT_REST_S
-            data += piece
-    except OSError:  # closed
-        pass
+    while not os.isatty(0) and len(data) <= FILE_BYTES:
+        found = quietly(select, [0], [], [], max(0.0, until - time.monotonic()))
+        # None: Windows knows sockets only; the read waits there.
+        piece = quietly(os.read, 0, 65536) if found is None or found[0] else b""
+        if not piece:  # the end; too late; or there is no standard input
+            break
+        until = until if data else time.monotonic() + INPUT_REST_S
+        data += piece
     return bytes(data)
 
 
-def environment() -> "Dict[str, str]":
+def environment() -> "Env":
     """The environment as text: UTF-8, independent of the locale."""
-    if not os.supports_bytes_environ:
-        return dict(os.environ)
-    return {decoded(name): decoded(value) for name, value in os.environb.items()}
+    return {name: decoded(os.fsencode(value)) for name, value in os.environ.items()}
 
 
 def decoded(data: bytes) -> str:
@@ -311,7 +298,7 @@ def encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def home_of(env: "Dict[str, str]") -> str:
+def home_of(env: "Env") -> str:
     """The person's home folder. Told if there is none; the working folder never takes its place."""
     path = os.path.expanduser("~")
     if env.get("HOME") == "" or not os.path.isabs(path):
@@ -336,7 +323,7 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
     return given, words
 
 
-def wait_of(env: "Dict[str, str]", given: "Words") -> float:
+def wait_of(env: "Env", given: "Words") -> float:
     """Seconds that the hook stays for the answer: as asked, or where the home may end with it."""
     asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
     if asked.isdecimal():
@@ -346,11 +333,16 @@ def wait_of(env: "Dict[str, str]", given: "Words") -> float:
     return WAIT_S if passing or any(map(os.path.exists, PASSING_FILES)) else 0.0
 
 
-def first_text(found: "Dict[str, Any]", names: "Sequence[str]") -> str:
-    """The first of the named members that is text, not blank and without NUL; or ""."""
-    values = [found.get(name) for name in names]
-    return next((value for value in values
-                 if isinstance(value, str) and value.strip() and "\0" not in value), "")
+def texts(found: "Json", names: "Sequence[str]") -> "List[str]":
+    """Those of the named members that are text, not blank and without NUL."""
+    values = map(found.get, names)
+    return [value for value in values
+            if isinstance(value, str) and value.strip() and "\0" not in value]
+
+
+def first_text(found: "Json", names: "Sequence[str]") -> str:
+    """The first of these `texts`, or ""."""
+    return (texts(found, names) or [""])[0]
 
 
 class Caller:
@@ -361,19 +353,16 @@ class Caller:
     folders are absolute.
     """
 
-    def __init__(self, env: "Dict[str, str]", given: "Words", data: bytes) -> None:
+    def __init__(self, env: "Env", given: "Words", data: bytes) -> None:
         """`given`: the flags of the command line; `data`: from standard input."""
         self.env, self.home, self.hook = env, home_of(env), loads_object(data)
         self.ppid = os.getppid()
         self.session = (first_text(self.hook, SESSION_KEYS)
                         or first_text(env, SESSION_VARIABLES).strip())
         roots = self.hook.get("workspace_roots")
-        first_root = {"root": roots[0]} if isinstance(roots, list) and roots else {}
-        told = first_text(self.hook, PROJECT_KEYS) or first_text(first_root, ["root"])
-        try:
-            here = decoded(os.getcwdb())
-        except OSError:  # deleted
-            here = "/"
+        root = roots[0] if isinstance(roots, list) and roots else ""
+        told = first_text(dict(self.hook, workspace_roots=root), PROJECT_KEYS)
+        here = decoded(quietly(os.getcwdb) or b"/")  # None: it was deleted
         wanted = given.get("--dir", [env.get("CLAUDE_PROJECT_DIR", "").strip()])[-1] or told
         self.base, self.project = os.path.join(here, told), os.path.join(here, wanted)
 
@@ -405,7 +394,7 @@ def random_uuid() -> str:
     return "-".join((text[:8], text[8:12], "4" + text[13:16], "8" + text[17:20], text[20:]))
 
 
-def github_login(cache: "Dict[str, Any]") -> str:
+def github_login(cache: "Json") -> str:
     """The login in pro-token-cache.json, trimmed, or "": never guessed."""
     return first_text(cache, ["githubLogin"]).strip() if cache.get("valid") is True else ""
 
@@ -483,16 +472,6 @@ def number(text: str) -> int:
     return int(text)
 
 
-def end_line(ended: int, token: str, calls: "Optional[int]", tokens: int) -> str:
-    """The line that an end appends."""
-    return "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
-
-
-def part_of(token: str, data: bytes) -> "Optional[Part]":
-    """The part that an end of a session's file closes; None if that end brought nothing new."""
-    return next((part for part in Record(data).parts if part.token == token), None)
-
-
 def stats_bucket(ppid: int, home: str) -> str:
     """The name that stats.json gives to a parent process (README, Contract 4)."""
     units = ("ppid:%d:%s" % (ppid, home)).encode("utf-16-le", "surrogatepass")
@@ -502,24 +481,24 @@ def stats_bucket(ppid: int, home: str) -> str:
     return "p%x" % h
 
 
-def counts(stats: "Dict[str, Any]", project: "Dict[str, Any]", ids: "Sequence[str]",
+def counts(stats: "Json", project: "Json", ids: "List[str]",
            now: float) -> "Tuple[Optional[int], int]":
     """(calls, tokens saved): sums over this session's buckets of stats.json, each counted once.
 
     Calls are None without a bucket. `project`: last-project.json; `ids`: the session's raw id and
     the bucket of its parent process; `now`: seconds since 1970 (README, Contract 4).
     """
-    mine = set(ids)
+    mine, updated = set(ids), first_text(project, ["updatedAt"])
     try:
-        if 0 <= now - instant(project.get("updatedAt")) <= DAY_S:
+        if updated and 0 <= now - instant(updated) <= DAY_S:
             mine.add(first_text(project, ["sessionId"]).strip())
     except ValueError:
         pass
     sessions = stats.get("sessions") if stats.get("schemaVersion", 2) == 2 else None
-    found = [sessions.get(name) for name in mine if name] if isinstance(sessions, dict) else []
-    buckets = [bucket for bucket in found if isinstance(bucket, dict)]
-    calls, tokens = (sum(whole(bucket.get(name)) for bucket in buckets)
-                     for name in ("calls", "tokensSaved"))
+    known = sessions if isinstance(sessions, dict) else {}
+    buckets = [known[name] for name in mine if name and isinstance(known.get(name), dict)]
+    calls = sum(whole(bucket.get("calls")) for bucket in buckets)
+    tokens = sum(whole(bucket.get("tokensSaved")) for bucket in buckets)
     return calls if buckets else None, tokens
 
 
@@ -538,22 +517,18 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
         tool = loads_object(encoded(tool))
     tool = tool if isinstance(tool, dict) else {}
     command = tool.get("command")
-    if isinstance(command, list):
-        command = " ".join(word for word in command if isinstance(word, str))
+    command = " ".join(map(str, command)) if isinstance(command, list) else str(command)
     found: "List[str]" = []
     for folder in folders:
         if not folder.strip("./\\"):  # the project itself: every file would be a discovery
             continue
-        for path in map(tool.get, PATH_KEYS):
-            if not isinstance(path, str) or "\0" in path:
-                continue
+        for path in texts(tool, PATH_KEYS):
             ref = touched_ref(path, base, project, folder)
             if not ref and os.path.basename(folder.rstrip("/")) in path:
                 # The folder may have two paths: on a Mac, /tmp is /private/tmp.
                 ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
             found.append(ref)
-        if isinstance(command, str):
-            found += mentioned_refs(command, folder)
+        found += mentioned_refs(command, folder)
     return newest_refs(found)
 
 
@@ -612,10 +587,8 @@ MOMENT = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})([.
           r"(?:Z|([+-])([01][0-9]|2[0-3]):([0-5][0-9]))?")
 
 
-def instant(text: "Any") -> float:
+def instant(text: str) -> float:
     """Seconds since 1970 of an ISO 8601 date and time (README, Contract 1), or ValueError."""
-    if not isinstance(text, str):
-        raise ValueError("no text")
     import re
     from datetime import datetime
     found = re.fullmatch(MOMENT, text)
@@ -635,7 +608,7 @@ def is_event(event: "Any") -> bool:
         for name, kind, needed, rule in FIELDS)
 
 
-def unknown_keys(event: "Dict[str, Any]") -> "Set[str]":
+def unknown_keys(event: "Json") -> "Set[str]":
     """The keys that FIELDS has not. Another version of the program may know them."""
     return set(event).difference(RULES)
 
@@ -652,7 +625,7 @@ def is_value(value: "Any", kind: str, rule: "Any") -> bool:
     return fits(value, MOMENT if rule == "moment" else rule)
 
 
-def as_sent(event: "Dict[str, Any]") -> bytes:
+def as_sent(event: "Json") -> bytes:
     """The JSON of an event, without blanks. No rule of FIELDS allows what JSON would escape."""
     def text(value: "Any") -> str:
         if isinstance(value, list):
@@ -695,8 +668,8 @@ def retry_at(header: "Optional[str]", now: float) -> float:
     from email.utils import parsedate_to_datetime
     text = (header or "").strip()
     try:
-        seconds = fits(text, "[0-9]{1,99}")
-        at = now + int(text[:9]) if seconds else parsedate_to_datetime(text).timestamp()
+        at = (now + int(text[:9]) if fits(text, "[0-9]+")
+              else parsedate_to_datetime(text).timestamp())
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(at, now + DAY_S) if at > now else 0.0
@@ -707,24 +680,33 @@ def retry_at(header: "Optional[str]", now: float) -> float:
 # ==================================================================================================
 
 
+def quietly(function: "Callable[..., Any]", *args: "Any") -> "Any":
+    """What a call returns, but None after an OSError: for what may fail without harm."""
+    try:
+        return function(*args)
+    except OSError:
+        return None
+
+
 def contents(path: "Any", most: int = FILE_BYTES, flags: int = 0) -> bytes:
     """The bytes of a file, but at most one more than `most`. OSError if it cannot be read."""
     with open(os.open(path, os.O_RDONLY | SAFELY | flags), "rb") as file:
         return file.read(most + 1) or b""
 
 
-def object_at(path: "Any") -> "Dict[str, Any]":
+def object_at(path: "Any") -> "Json":
     """The JSON object in a file; {} for anything else, and without a file."""
-    try:
-        return loads_object(contents(path))
-    except OSError:
-        return {}
+    return loads_object(quietly(contents, path) or b"")
 
 
-def names_in(home: str, folder: str, pattern: str) -> "List[str]":
-    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`)."""
+def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[str]":
+    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`).
+
+    `age`: seconds since the last change of the file, at least.
+    """
     try:
-        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)]
+        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)
+                and (not age or time.time() - os.lstat(home + folder + name).st_mtime > age)]
     except OSError:
         return []
 
@@ -752,13 +734,10 @@ def remove(path: str) -> bool:
 
 
 def sync(path: str) -> None:
-    """fsync of a file or folder, for power cuts. Where the system has none for folders, nothing."""
-    try:
-        fd = os.open(path, os.O_RDONLY | SAFELY)
-        os.fsync(fd)
-        os.close(fd)
-    except OSError:
-        pass
+    """fsync of a file or folder, for power cuts. OSError where the system has none for folders."""
+    fd = os.open(path, os.O_RDONLY | SAFELY)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) -> None:
@@ -768,11 +747,9 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
     """
     temporary = "%s/.%s.tmp" % (os.path.dirname(path), os.urandom(8).hex())
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFELY, 0o600)
-        with open(fd, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
-        if mode != 0o600:
-            os.chmod(temporary, mode)
+        os.chmod(temporary, mode)
         if fresh:
             os.link(temporary, path)
         else:
@@ -787,20 +764,19 @@ def machine_id(home: str, make: bool = True) -> str:
     OSError if it cannot be written or read, Told if its file is empty or a dangling link.
     """
     path = home + HOME + "machine-id"
-    if make and not os.path.lexists(path):
+    if not os.path.lexists(path):
+        if not make:
+            return ""
         try:
             own(home, HOME, make=True)
             write_whole(path, random_uuid().encode(), fresh=True)
         except FileExistsError:  # another session was quicker
             pass
-    try:
-        name = decoded(contents(path)).strip()
-    except FileNotFoundError:
-        if not os.path.lexists(path):
-            return ""
-        raise Told(HOME_FOLDER + "/machine-id is a link that leads nowhere: remove it") from None
+    there = os.path.exists(path)
+    name = decoded(contents(path)).strip() if there else ""
     if not name:
-        raise Told(HOME_FOLDER + "/machine-id is empty: remove it")
+        fault = "empty" if there else "a link that leads nowhere"
+        raise Told("%s/machine-id is %s: remove it" % (HOME_FOLDER, fault))
     return name
 
 
@@ -813,36 +789,34 @@ def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_
     path = own(home, SESSIONS, make=True) + session_name(session)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
     with open(fd, "wb", 0) as file:
-        if os.fstat(fd).st_size > most:
-            raise OSError(27, "the session's file is full")
         data = ("\n%s\n" % "\n".join(lines)).encode("latin-1")
-        if file.write(data) < len(data):
-            raise OSError(28, "no room")
+        if os.fstat(fd).st_size > most or file.write(data) < len(data):
+            raise OSError(28, "no room in the session's file")
 
 
 def session_data(home: str, name: str) -> bytes:
     """The bytes of a session's file; b"" if it cannot be read."""
-    try:
-        return contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
-    except OSError:
-        return b""
+    read = quietly(lambda: contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK))
+    return read or b""
 
 
-def end_session(home: str, session: str, ended: int, calls: "Optional[int]",
-                tokens: int) -> "Optional[Part]":
-    """Append an end, and return the part that it closes; None if it brings nothing new.
+def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tokens: int,
+                written: bool = True) -> "Optional[Part]":
+    """The part that an end of a session closes; None if it brings nothing new.
 
-    `ended`: ms since 1970; `calls`, `tokens`: of stats.json. Where the file cannot be written, the
-    part is made all the same: a simultaneous end of the session may then report it twice.
+    `ended`: ms since 1970; `calls`, `tokens`: of stats.json; `written`: the end is appended to the
+    session's file. Where that fails, the part is made all the same: a simultaneous end of the
+    session may then report it twice.
     """
     token = os.urandom(4).hex()
-    line = end_line(ended, token, calls, tokens)
-    missing = ""
+    line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
     try:
-        append(home, session, [line])
+        if written:
+            append(home, session, [line])
     except OSError:
-        missing = "\n" + line
-    return part_of(token, session_data(home, session_name(session)) + missing.encode())
+        written = False
+    data = session_data(home, session_name(session)) + (b"" if written else b"\n" + line.encode())
+    return next((part for part in Record(data).parts if part.token == token), None)
 
 
 def waiting(home: str) -> "List[str]":
@@ -855,14 +829,12 @@ def purge(home: str) -> int:
 
     Only names that this program makes are deleted, and only in folders that are no symbolic links.
     """
-    gone = 0
-    for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME)):
-        for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME):
-            gone += remove(home + folder + name)
-    try:
-        return gone + remove(own(home, OURS) + "last.json")
-    except OSError:
-        return gone
+    paths = [home + folder + name
+             for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME))
+             for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME)]
+    if quietly(own, home, OURS):
+        paths.append(home + LAST)
+    return sum(map(remove, paths))
 
 
 def expire(home: str, now: float) -> None:
@@ -877,29 +849,24 @@ def expire(home: str, now: float) -> None:
             remove(home + PENDING + name)
 
 
-def sweep(home: str, env: "Dict[str, str]", machine: str) -> None:
+def sweep(home: str, env: "Env", machine: str) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
-    leftovers = [(folder, LEFTOVER_NAME, LEFTOVER_S) for folder in (HOME, OURS, PENDING, SESSIONS)]
-    for folder, pattern, most in [*leftovers, (SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S)]:
-        for name in names_in(home, folder, pattern):
-            path = home + folder + name
-            try:
-                age = time.time() - os.lstat(path).st_mtime
-                silent = pattern == SESSION_NAME and age > DAY_S
-                if not (silent and settle(home, env, machine, name)) and age > most:
-                    remove(path)
-            except OSError:  # already gone, or no room: the next session's end tries again
-                pass
+    for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
+        quietly(settle, home, env, machine, name)  # no room: the next session's end tries again
+    for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
+        remove(home + SESSIONS + name)
+    for folder in (HOME, OURS, PENDING, SESSIONS):
+        for name in names_in(home, folder, LEFTOVER_NAME, LEFTOVER_S):
+            remove(home + folder + name)
 
 
-def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
-    """Capture the parts of a silent session that have no event yet; True if there were any."""
+def settle(home: str, env: "Env", machine: str, name: str) -> None:
+    """Capture the parts of a silent session that have no event yet. This makes its file new."""
     data = session_data(home, name)
-    if not data or data.endswith(b"\nsettled\n") or name[:5] == "long-":
-        return False  # done before; or a hash, which does not tell the session id
+    # A hash does not tell the session id. A parent process may have been the shell of one call.
+    if not data or data.endswith(b"\nsettled\n") or name.startswith(("long-", b"ppid:".hex())):
+        return
     record, session = Record(data), decoded(bytes.fromhex(name))
-    if session[:5] == "ppid:":  # the parent process may have been the shell of one call
-        return False
     if record.calls or record.refs:
         stats = counts(object_at(home + HOME + "stats.json"), {}, [session], time.time())
         end_session(home, session, record.last, *stats)
@@ -908,10 +875,9 @@ def settle(home: str, env: "Dict[str, str]", machine: str, name: str) -> bool:
     for part in missing:
         keep(home, part, compose(env, home, machine, session, part))
     append(home, session, ["kept " + part.token for part in missing] + ["settled"])
-    return bool(missing)
 
 
-def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
+def keep(home: str, part: Part, event: "Json") -> str:
     """Put a part's event into the spool; its path there. OSError if it cannot be written.
 
     The name is ms since 1970 and the start of the session's hash: the same each time.
@@ -927,48 +893,32 @@ def keep(home: str, part: Part, event: "Dict[str, Any]") -> str:
 # ==================================================================================================
 
 
-def track(argv: "Sequence[str]") -> int:
-    """Record a tool call and the discoveries that it touched, or those named on the command line.
-
-    Returns the exit status. As a hook, without names, it is always 0.
-    """
-    env: "Dict[str, str]" = {}
-    given, named = parsed(argv)
-    try:
-        env = environment()
-        if not all(fits(ref, REF) for ref in named):
-            return complain("a discovery's name is a letter or digit, then at most 127 of those "
-                            "and . _ : -", 2)
-        allowed, why = consent(env, telemetry_said(home_of(env)))
-        if not allowed:
-            said = "not recorded: consent is off: " + why
-            return complain(said) if named else say(env, said)
-        by_hand = named and any(env.get(name, "").strip() for name in SESSION_VARIABLES)
-        caller = Caller(env, given, b"" if by_hand else standard_input())
-        lines = touched_lines(caller, named, given.get("--discoveries", [DISCOVERIES]))
-        if lines:
-            session = caller.session or caller.session_id(machine_id(caller.home))
-            append(caller.home, session, lines, SESSION_BYTES // 2)
-        return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
-    except BaseException as error:
-        said = "could not be recorded: " + reason(error)
-        return complain(said, 1) if named else say(env, said + place_of(error))
-
-
-def touched_lines(caller: Caller, named: "Sequence[str]", folders: "Sequence[str]") -> "List[str]":
-    """The lines that a tool call adds to its session's file, or a person by hand (`named`)."""
-    now = "%d" % (time.time() * 1000)
-    if named:
-        return ["touch %s %s" % (now, ref) for ref in named]
+def track(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+    """Record a tool call and the discoveries that it touched, or those that `words` name."""
+    if not all(fits(ref, REF) for ref in words):
+        return complain("a discovery's name is a letter or digit, then at most 127 of those "
+                        "and . _ : -", 2)
+    allowed, why = consent(env, telemetry_said(home_of(env)))
+    if not allowed:
+        said = "not recorded: consent is off: " + why
+        return complain(said) if words else say(env, said)
+    by_hand = words and first_text(env, SESSION_VARIABLES)
+    caller = Caller(env, given, b"" if by_hand else standard_input())
     tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
-    refs = touched_refs(tool, caller.base, caller.project, folders)
+    folders = given.get("--discoveries", [DISCOVERIES])
+    now = "%d" % (time.time() * 1000)
+    refs = words or touched_refs(tool, caller.base, caller.project, folders)
+    lines = ["touch %s %s" % (now, ref) for ref in refs]
     # A call without a session id cannot be counted: its parent may have been a shell of its own.
-    calls = ["call " + now] if caller.session and caller.hook else []
-    return calls + ["touch %s %s" % (now, ref) for ref in refs]
+    if caller.session and caller.hook and not words:
+        lines.insert(0, "call " + now)
+    if lines:
+        session = caller.session or caller.session_id(machine_id(caller.home))
+        append(caller.home, session, lines, SESSION_BYTES // 2)
+    return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
 
 
-def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
-            part: Part) -> "Dict[str, Any]":
+def compose(env: "Env", home: str, machine: str, session: str, part: Part) -> "Json":
     """The event of a part (README, Contract 1 and 4), without the commit."""
     login = github_login(object_at(home + HOME + "pro-token-cache.json"))
     quarter = salt(part.ended / 1000)
@@ -986,10 +936,10 @@ def compose(env: "Dict[str, str]", home: str, machine: str, session: str,
     }
 
 
-def plugin_version(env: "Dict[str, str]") -> str:
+def plugin_version(env: "Env") -> str:
     """The version of the plugin around this file (README, Contract 4, `plugin_version`)."""
     named = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
-    beside = os.path.dirname(os.fsencode(os.path.abspath(__file__)))
+    beside = os.path.dirname(os.fsencode(FILE))
     for root in (named, beside, os.path.dirname(beside)):
         for name in (b"package.json", b".claude-plugin/plugin.json") if root else ():
             version = object_at(os.path.join(root, name)).get("version")
@@ -998,12 +948,15 @@ def plugin_version(env: "Dict[str, str]") -> str:
     return "0.0.0"
 
 
-def caller_counts(caller: Caller, session: str) -> "Tuple[Optional[int], int]":
-    """`counts` of the caller's session."""
-    stats, project = (object_at(caller.home + HOME + name)
-                      for name in ("stats.json", "last-project.json"))
+def close_part(caller: Caller, machine: str,
+               written: bool = True) -> "Tuple[str, Optional[Part], Json]":
+    """(session id, the part that its end closes now, the event of that): see `end_session`."""
+    home, now, session = caller.home, time.time(), caller.session_id(machine)
+    stats, project = (object_at(home + HOME + name) for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
-    return counts(stats, project, [session, bucket], time.time())
+    numbers = counts(stats, project, [session, bucket], now)
+    part = end_session(home, session, int(now * 1000), *numbers, written=written)
+    return session, part, compose(caller.env, home, machine, session, part) if part else {}
 
 
 def parent_started(ppid: int) -> str:
@@ -1023,32 +976,31 @@ def branch_sha(project: str) -> "Optional[str]":
     return sha if fits(sha, RULES["branch_sha"]) else None
 
 
-def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> str:
+def printed_by(argv: "List[str]", folder: bytes, changes: "Env") -> str:
     """What a program prints within 250 ms, stripped; "" if it fails or takes longer.
 
     It is looked for in the absolute folders of PATH only: a relative one may lead into a project.
     It gets no input, no terminal and no GIT_* variables, which name another repository in a git
     hook.
     """
+    from shutil import which
     from subprocess import DEVNULL, PIPE, Popen, TimeoutExpired
+    path = os.pathsep.join(filter(os.path.isabs, os.get_exec_path()))
+    program = which(argv[0], path=path) or ""
+    if not os.path.isabs(program):  # not there; or Windows found it in the working folder
+        return ""
     env = {name: value for name, value in os.environ.items() if name[:4] != "GIT_"}
-    paths = [path for path in (env.get("PATH") or os.defpath).split(os.pathsep)
-             if os.path.isabs(path)]
-    env.update(changes, PATH=os.pathsep.join(paths))
-    files = [os.path.join(path, argv[0] + ".exe" * (os.name == "nt")) for path in paths]
+    env.update(changes, PATH=path)
     try:
-        program = next(file for file in files if os.path.isfile(file) and os.access(file, os.X_OK))
         process = Popen([program, *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env,
                         cwd=folder, start_new_session=True)
-    except (OSError, ValueError, StopIteration):
+    except (OSError, ValueError):
         return ""
     try:
         printed = process.communicate(timeout=PROGRAM_S)[0]
     except TimeoutExpired:
-        try:  # its children too: they may hold the pipe
-            getattr(os, "killpg", os.kill)(process.pid, 9)
-        except OSError:  # already gone
-            pass
+        # Its children too: they may hold the pipe.
+        quietly(getattr(os, "killpg", os.kill), process.pid, 9)
         return ""
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
 
@@ -1058,14 +1010,14 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Dict[str, str]") -> s
 # ==================================================================================================
 
 
-def endpoint(env: "Dict[str, str]") -> "Tuple[str, str]":
+def endpoint(env: "Env") -> "Tuple[str, str]":
     """(URL, what decided): README, Contract 6. The URL is not checked yet: see `checked_url`."""
-    names = PREFIX + "SESSION_EVENTS_URL", PREFIX + "API_URL"
-    whole_url, base = (env.get(name, "").strip() for name in names)
+    whole_url = env.get(PREFIX + "SESSION_EVENTS_URL", "").strip()
+    base = env.get(PREFIX + "API_URL", "").strip()
     if whole_url:
-        return whole_url, names[0]
+        return whole_url, PREFIX + "SESSION_EVENTS_URL"
     if base:
-        return base.rstrip("/") + ENDPOINT_PATH, names[1]
+        return base.rstrip("/") + ENDPOINT_PATH, PREFIX + "API_URL"
     return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
 
 
@@ -1075,12 +1027,11 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
     from urllib.parse import unquote_to_bytes, urlsplit
     try:
         parts = urlsplit(url)
-        good = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                and "@" not in parts.path and fits(url, "[!-~]{1,4096}"))
+        if not (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                and "@" not in parts.path and fits(url, "[!-~]{1,4096}")):
+            raise ValueError("not one of ours")
     except ValueError:
-        good = False
-    if not good:
-        raise Told("the endpoint is not a http:// or https:// URL")
+        raise Told("the endpoint is not a http:// or https:// URL") from None
     login, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
     return (bare + "?" * bool(parts.query) + parts.query,
@@ -1088,7 +1039,7 @@ def checked_url(url: str) -> "Tuple[str, str, str]":
             bare + "?..." * bool(parts.query))
 
 
-def shown_endpoint(env: "Dict[str, str]") -> str:
+def shown_endpoint(env: "Env") -> str:
     """The endpoint as it may be printed: without credentials and query."""
     try:
         return checked_url(endpoint(env)[0])[2]
@@ -1099,8 +1050,7 @@ def shown_endpoint(env: "Dict[str, str]") -> str:
 def reason(error: BaseException) -> str:
     """The text of an error, without paths and URLs."""
     inner = getattr(error, "reason", None)
-    if isinstance(inner, Exception):
-        return reason(inner)
+    error = inner if isinstance(inner, Exception) else error  # urllib wraps
     if isinstance(error, Told):
         return str(error)
     words = getattr(error, "strerror", None)
@@ -1110,63 +1060,36 @@ def reason(error: BaseException) -> str:
 def place_of(error: BaseException) -> str:
     """` (in FUNCTION, line N)`: the innermost function of this file that an error passed."""
     from traceback import extract_tb
-    own_file = place_of.__code__.co_filename
-    found = [frame for frame in extract_tb(error.__traceback__) if frame.filename == own_file]
-    return " (in %s, line %d)" % (found[-1].name, found[-1].lineno or 0) if found else ""
+    file = place_of.__code__.co_filename
+    place = [frame for frame in extract_tb(error.__traceback__) if frame.filename == file][-1]
+    return " (in %s, line %s)" % (place.name, place.lineno)
 
 
-def poster(url: str, authorization: str) -> "Post":
-    """A function that posts one event. It raises OSError, ValueError and HTTPException.
-
-    It speaks HTTP and HTTPS, goes through the proxies that the environment names, and follows no
-    redirect.
-    """
+def opener() -> "Any":
+    """What speaks HTTP and HTTPS, goes through the environment's proxies, follows no redirect."""
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
-    opener = u.OpenerDirector()
+    director = u.OpenerDirector()
     for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler()):
-        opener.add_handler(way)
-    headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
-    if authorization:
-        headers["Authorization"] = authorization
-
-    def post(data: bytes) -> "Tuple[int, Optional[str], bytes]":
-        answer: "Any" = opener.open(u.Request(url, data, headers), timeout=ANSWER_S)
-        if not answer:
-            raise Told("a proxy of an unknown kind")
-        with answer:
-            wanted = 200 <= answer.status < 300 and answer.status != 202
-            body = answer.read(EVENT_BYTES) if wanted else b""
-            return answer.status, answer.headers.get("Retry-After"), body
-    return post
-
-
-def attempt(post: "Post", event: "Dict[str, Any]") -> "Tuple[str, bool, bool, float]":
-    """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
-    from http.client import HTTPException
-    try:
-        status, after, body = post(as_sent(event))
-    except (OSError, ValueError, HTTPException) as error:
-        return "without an answer (%s)" % reason(error), True, True, 0.0
-    again = retry_at(after, time.time())
-    stops = again > 0 or status in (429, 503)
-    return "answered %d" % status, not is_settled(status, body), stops, again
+        director.add_handler(way)
+    return director
 
 
 class Sender:
     """Sends waiting events to the endpoint `shown`, and records the result for `status`.
 
-    `stop`: why no more is sent, or ""; `tried`: the first 28 characters of the names of the events
-    that were sent. The rest of a name is the number of attempts.
+    `stop`: why no more is sent, or "".
     """
 
-    def __init__(self, home: str, env: "Dict[str, str]") -> None:
+    def __init__(self, home: str, env: "Env") -> None:
         self.home, self.env, self.stop = home, env, ""
-        self.tried: "Set[str]" = set()
-        url, authorization, self.shown = checked_url(endpoint(env)[0])
-        self.post = poster(url, authorization)
+        self.url, authorization, self.shown = checked_url(endpoint(env)[0])
+        self.headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
+        if authorization:
+            self.headers["Authorization"] = authorization
+        self.opener = opener()
         say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
 
     def barred(self) -> str:
@@ -1179,46 +1102,42 @@ class Sender:
         """Send what waits, once no other process of this program is sending.
 
         A new event of another session gets a second, in which its own child may add the commit.
+        `own_name`: of the event that this process captured, or "". Once it was sent in vain, its
+        name ends in another way: then it is left to the next session's end.
         """
-        fd = -1
         try:
             import fcntl
             path = own(self.home, OURS, make=True) + "flush.lock"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
         except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
-        others = [name for name in waiting(self.home) if name != own_name]
-        if any(is_new(name, time.time()) for name in others):
+        if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
             time.sleep(COMMIT_S)
         if not self.stop:
-            self.round([name for name in waiting(self.home) if name[:28] not in self.tried
-                        and (name == own_name or not is_new(name, time.time()))])
-        if fd >= 0:
-            os.close(fd)
+            self.round([name for name in waiting(self.home) if name == own_name
+                        or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
-        tally: "Dict[str, int]" = {}
+        said: "List[str]" = []
         failed, again = 0, 0.0
         for name in names:
             self.stop = self.stop or self.barred()
             if self.stop:
                 break
-            self.tried.add(name[:28])
-            if not tally:
+            if not said:
                 self.record("began, and did not finish (yet)", 0.0)
             try:
                 words, fails, stops, again = self.send(name)
             except OSError:  # another process has sent it, or it cannot be read
                 continue
-            tally[words] = tally.get(words, 0) + 1
+            said.append(words)
             failed += fails
             if stops or failed == FAILED_ANSWERS:
                 self.stop = "stopped" + (" until " + iso(again) if again else "")
-                break
-        counted = ["%d %s" % (n, words) for words, n in tally.items()]
-        result = ", ".join(counted + [self.stop] * bool(self.stop))
+        counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
+        result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not withdrawn(self.home, self.env):
             self.record(result, again)
         say(self.env, result or "nothing waits")
@@ -1239,10 +1158,28 @@ class Sender:
             return "removed, being no event", False, False, 0.0
         later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
         os.replace(path, later)
-        outcome = attempt(self.post, event)
+        outcome = self.attempt(event)
         if not outcome[1]:
             remove(later)
         return outcome
+
+    def attempt(self, event: "Json") -> "Tuple[str, bool, bool, float]":
+        """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
+        from http.client import HTTPException
+        from urllib.request import Request
+        try:
+            request = Request(self.url, as_sent(event), self.headers)
+            answer = self.opener.open(request, timeout=ANSWER_S)
+            if not answer:
+                raise Told("a proxy of an unknown kind")
+            with answer:
+                status = answer.status
+                tells = 200 <= status < 300 and status != 202
+                settled = is_settled(status, answer.read(EVENT_BYTES) if tells else b"")
+        except (OSError, ValueError, HTTPException) as error:
+            return "without an answer (%s)" % reason(error), True, True, 0.0
+        again = retry_at(answer.headers.get("Retry-After"), time.time())
+        return "answered %d" % status, not settled, again > 0 or status in (429, 503), again
 
     def record(self, result: str, again: float) -> None:
         """Write the result of sending, for `status`, and the server's Retry-After, if any."""
@@ -1251,11 +1188,8 @@ class Sender:
         if again:
             wishes[self.shown] = again
         last = {"at": iso(time.time()), "result": result, "retry_at": wishes}
-        try:
-            own(self.home, OURS, make=True)
-            write_whole(self.home + LAST, json.dumps(last).encode())
-        except OSError:  # a full disk must not stop the sending
-            pass
+        # A full disk must not stop the sending.
+        quietly(write_whole, self.home + LAST, json.dumps(last).encode())
 
 
 def wishes_at(home: str) -> "Dict[str, float]":
@@ -1270,8 +1204,8 @@ def wishes_at(home: str) -> "Dict[str, float]":
 # ==================================================================================================
 
 
-def hook(argv: "Sequence[str]") -> int:
-    """The end of a session. It always returns 0 to the caller.
+def hook(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+    """The end of a session.
 
     The process that the caller waits for asks for consent, reads the input and forks. The child
     captures, reports that through a pipe, and goes on alone. So a signal to the caller's process
@@ -1279,51 +1213,34 @@ def hook(argv: "Sequence[str]") -> int:
     """
     # The caller also waits for the child's capture, hashlib included: about one bare start of wall
     # time. In return the event is on the disk before the hook returns.
-    begun, child = time.monotonic(), -1
-    env: "Dict[str, str]" = {}
-    try:
-        env = environment()
-        given, ignored = parsed(argv)
-        off = withdrawn(home_of(env), env)
-        if off:
-            return say(env, off)
-        caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
-        child, pipe = fork()
-        if child > 0:
-            if os.read(pipe, 1) and wait:
-                from select import select
-                select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
-            return 0
-    except BaseException as error:
-        if child > 0:  # Ctrl-C while it stays for the answer: the child goes on
-            return 0
-        return say(env, "failed: " + reason(error) + place_of(error))
-    try:
-        ignored += set(given).difference(("--dir", "--wait"))
-        end(caller, wait, pipe, "; arguments ignored: see --help" if ignored else "")
-    except BaseException as error:
-        say(env, "failed: " + reason(error) + place_of(error))
-    finally:
-        os._exit(0)
+    begun, off = time.monotonic(), withdrawn(home_of(env), env)
+    if off:
+        return say(env, off)
+    caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
+    child, pipe = fork()
+    if child <= 0:
+        end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
+    elif os.read(pipe, 1) and wait:
+        from select import select
+        select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
+    return 0
 
 
 def fork() -> "Tuple[int, int]":
-    """(child's pid, 0 in the child, end of a pipe); (-1, -1) where no process can be had.
+    """(child's pid, 0 in the child, end of a pipe); (-1, /dev/null) where no process can be had.
 
     The child is in a session of its own: signals to the host's process group do not reach it, nor
     does a terminal that closes. It writes a byte into the pipe when the event is in the spool, and
     closes it when the event is answered.
     """
-    for fd in (0, 1, 2):  # the pipe must not get a number that the caller closed
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
+    null = 0
+    while null < 3:  # the pipe must not get a number that the caller closed
+        null = os.open(os.devnull, os.O_RDWR)
     try:
         ours, theirs = os.pipe()
         child = os.fork()
     except (AttributeError, OSError):
-        return -1, -1
+        return -1, null
     if child:
         os.close(theirs)
         return child, ours
@@ -1331,98 +1248,79 @@ def fork() -> "Tuple[int, int]":
     return child, theirs
 
 
-def end(caller: Caller, wait: float, pipe: int, note: str) -> None:
+def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     """Capture, release the caller, then add the commit, sync and send.
 
-    `wait`: seconds that the caller stays for the answer; `pipe`: to it, -1 if this process is it.
+    `wait`: seconds that the caller stays for the answer; `pipe`: to it; `life`: seconds that this
+    process goes on after the capture.
     """
     home, env, path = caller.home, caller.env, ""
     machine = machine_id(home)
-    session = caller.session_id(machine)
-    part = end_session(home, session, int(time.time() * 1000), *caller_counts(caller, session))
-    event = compose(env, home, machine, session, part) if part else {}
+    session, part, event = close_part(caller, machine)
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
         path = keep(home, part, event) if part else ""
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
-    if pipe >= 0:
-        let_go(pipe, bool(wait), debugging(env))
-    leave_in(LIFE_S if pipe >= 0 else (wait or WAIT_S), home)
+    let_go(pipe, debugging(env))
+    from threading import Timer
+    Timer(life, leave, [home]).start()
     # Only now: writing to a standard error that nobody reads may block for ever.
-    say(env, "consent is on" + note)
+    say(env, "consent is on")
     say(env, result)
     if part:
         event["branch_sha"] = branch_sha(caller.project)
-    if part and path:
-        secure(home, session, part, event, path)
+    if part and path:  # without room, the event waits without its commit
+        quietly(secure, home, session, part, event, path)
     try:
         sender, own_name = Sender(home, env), os.path.basename(path)
         if part and not path:
-            said = sender.barred() or "1 " + attempt(sender.post, event)[0]
+            said = sender.barred() or "1 " + sender.attempt(event)[0]
             say(env, "the event that is not kept: " + said)
         elif path and wait:  # the caller stays for this one, so it is sent before the others
             sender.round([own_name])
-        if pipe >= 0 and wait:
-            os.close(pipe)
+        os.close(pipe)
         if not withdrawn(home, env):
             sweep(home, env, machine)
             sender.flush(own_name)
     finally:  # also if the endpoint is no URL
-        if not withdrawn(home, env):
-            expire(home, time.time())
+        expire(home, time.time())
 
 
-def secure(home: str, session: str, part: Part, event: "Dict[str, Any]", path: str) -> None:
+def secure(home: str, session: str, part: Part, event: "Json", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
-    try:
-        if event["branch_sha"] and os.path.exists(path):
-            write_whole(path, as_sent(event))
-        for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
-            sync(kept)
-        append(home, session, ["kept " + part.token])
-    except OSError:  # no room: the event waits without its commit
-        pass
+    if event["branch_sha"] and os.path.exists(path):
+        write_whole(path, as_sent(event))
+    for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
+        quietly(sync, kept)
+    append(home, session, ["kept " + part.token])
 
 
-def let_go(pipe: int, stays: bool, keep_errors: bool) -> None:
-    """Release the caller, and its working folder and descriptors.
-
-    `stays`: the caller stays for the answer, until the pipe closes.
-    """
-    try:
-        os.write(pipe, b".")
-    except OSError:  # the caller was killed
-        pass
+def let_go(pipe: int, keep_errors: bool) -> None:
+    """Release the caller, and its working folder and descriptors, but the pipe."""
+    quietly(os.write, pipe, b".")  # the caller may have been killed
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1) if keep_errors else (0, 1, 2):
         os.dup2(null, fd)
     os.closerange(3, pipe)
-    os.closerange(pipe + 1 if stays else pipe, 1 << 16)
+    os.closerange(pipe + 1, 1 << 16)
 
 
-def leave_in(seconds: float, home: str) -> None:
-    """End this process after some seconds, also in a name look-up, which has no time limit."""
-    from threading import Timer
-
-    def leave() -> None:
-        try:
-            expire(home, time.time())
-        finally:
-            os._exit(0)
-
-    timer = Timer(seconds, leave)
-    timer.daemon = True
-    timer.start()
+def leave(home: str) -> None:
+    """End this process when its time is over, also in a name look-up, which has no time limit."""
+    try:
+        expire(home, time.time())
+    finally:
+        os._exit(0)
 
 
-def debugging(env: "Dict[str, str]") -> bool:
+def debugging(env: "Env") -> bool:
     """True if hook runs shall say what they do."""
     return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
 
 
-def say(env: "Dict[str, str]", text: str) -> int:
+def say(env: "Env", text: str) -> int:
     """A line for ASHLR_TELEMETRY_DEBUG: no hash, path or credential. A hook's exit status."""
     return complain(text) if debugging(env) else 0
 
@@ -1495,14 +1393,14 @@ export const SessionEvents = async ({ directory }) => {
 """
 
 
-def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print the configuration of a host, and on standard error where it goes."""
     import json
     from shlex import quote
     if words[0] not in HOSTS:
         return complain("no such host; there are " + ", ".join(HOSTS), 2)
     events, where = HOSTS[words[0]]
-    folder, name = os.path.split(decoded(os.fsencode(os.path.abspath(__file__))))
+    folder, name = os.path.split(decoded(os.fsencode(FILE)))
     code = START % ((os.path.splitext(name)[0],) * 2)
     python, shell_folder = sys.executable or "python3", quote(folder)
     if "--folder" in given:  # printed as given: the host or its shell expands it
@@ -1524,18 +1422,13 @@ def hooks(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
 # ==================================================================================================
 
 
-def show(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def show(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print the event as it would be sent now; on standard error where to, and what is not real."""
     allowed, why = consent(env, telemetry_said(home_of(env)))
     caller = Caller(env, given, standard_input())
     known = machine_id(caller.home, make=False)
-    machine = known or random_uuid()
-    session = caller.session_id(machine)
-    line = end_line(int(time.time() * 1000), "now", *caller_counts(caller, session))
-    data = session_data(caller.home, session_name(session))
-    part = part_of("now", data + b"\n" + line.encode())
-    if part:
-        event = compose(env, caller.home, machine, session, part)
+    event = close_part(caller, known or random_uuid(), written=False)[2]
+    if event:
         event["branch_sha"] = branch_sha(caller.project) if allowed else None
         print(as_sent(event).decode())
     else:
@@ -1561,20 +1454,19 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
     return None
 
 
-def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def status(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print consent, endpoint, what waits and the last result, as text or (--json) as JSON."""
     import json
     home = home_of(env)
     allowed, why = consent(env, telemetry_said(home))
     names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
-    since = iso(int(min(names)[:15]) / 1000) if names else None
-    url, chosen_by = shown_endpoint(env), endpoint(env)[1]
+    url = shown_endpoint(env)
     again = wishes_at(home).get(url)
-    report: "Dict[str, Any]" = {
+    report: "Json" = {
         "consent": "on" if allowed else "off", "decided_by": why,
         "capture": "impossible: " + fault if fault else "possible",
-        "endpoint": url, "chosen_by": chosen_by,
-        "waiting": len(names), "since": since,
+        "endpoint": url, "chosen_by": endpoint(env)[1],
+        "waiting": len(names), "since": iso(int(min(names)[:15]) / 1000) if names else None,
         "last_run": last.get("at"), "result": last.get("result"),
         "retry_at": iso(again) if again else None,
     }
@@ -1587,7 +1479,7 @@ def status(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int
     return 1 if fault else 0
 
 
-def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def mine(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Print this machine's hashes of each quarter since machine-id was made, newest last."""
     home = home_of(env)
     machine = machine_id(home, make=False)
@@ -1603,7 +1495,7 @@ def mine(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     return 0
 
 
-def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def on(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Give consent."""
     changed = switch(home_of(env), "opt-in")
     print(COLLECTED % shown_endpoint(env) if changed else "on, as before")
@@ -1611,7 +1503,7 @@ def on(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
     return 0 if allowed else complain("but still off here: " + why)
 
 
-def off(env: "Dict[str, str]", given: "Words", words: "Sequence[str]") -> int:
+def off(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """Refuse consent, and delete what waits."""
     home = home_of(env)
     gone = purge(home)
@@ -1625,26 +1517,27 @@ def switch(home: str, value: str) -> bool:
     """Set "telemetry" in config.json and keep all else in it; True if that changed it."""
     import json
     path, mode = os.path.realpath(home + HOME + "config.json"), 0o600
-    config: "Dict[str, Any]" = {}
+    config: "Json" = {}
     try:
         if os.path.lexists(path):
             config, mode = dict(loads(contents(path)).items()), os.stat(path).st_mode & 0o777
-        before = config.get("telemetry")
         data = json.dumps(dict(config, telemetry=value), indent=2, allow_nan=False).encode() + b"\n"
     except (ValueError, AttributeError, RecursionError):
         word = "off" if value == "off" else "on"
         raise Told("%s/config.json is not a JSON object, and is left alone: mend it, or set "
                    "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word)) from None
-    if before == value:
+    if config.get("telemetry") == value:
         return False
     own(home, HOME, make=True)
     write_whole(path, data, mode)
-    sync(path)
+    quietly(sync, path)
     return True
 
 
 # For each command: its function, the flags that it takes, and the number of other words.
-COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
+COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
+    "": (hook, "--dir --wait", 0),
+    "track": (track, "--dir DIR --discoveries DIR REF", None),
     "show": (show, "--dir DIR", 0),
     "status": (status, "--json", 0),
     "mine": (mine, "", 0),
@@ -1654,56 +1547,51 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, int]]" = {
 }
 
 
-def command(argv: "Sequence[str]") -> int:
-    """Run a command other than the hooks; its exit status."""
-    if argv[0] not in COMMANDS:
-        return complain("no such command; see emit.py --help", 2)
-    function, takes, number_of_words = COMMANDS[argv[0]]
-    given, words = parsed(argv[1:])
-    if len(words) != number_of_words or not set(given).issubset(takes.split()):
-        return complain("%s takes %s; see emit.py --help" % (argv[0], takes or "nothing"), 2)
-    try:
-        return function(environment(), given, words)
-    except (OSError, ValueError) as error:
-        return complain("could not be done: " + reason(error), 1)
-
-
 def complain(text: str, code: int = 0) -> int:
     """Write one line to standard error, and return `code`."""
-    try:
-        sys.stderr.write("emit.py: %s\n" % text)
-        sys.stderr.flush()
-    except (AttributeError, OSError):  # closed by whoever called
-        pass
+    if sys.stderr:  # None, or broken, where the caller closed it
+        quietly(lambda: print("emit.py: %s\n" % text, end="", file=sys.stderr, flush=True))
     return code
 
 
 def main(argv: "Sequence[str]") -> int:
-    """Run a command line; its exit status. The process that sends does not return from here."""
+    """Run a command line; its exit status. A hook run never fails, and says why if it is asked."""
     os.umask(0o077)
     if "--help" in argv or "-h" in argv:
         print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
-    elif "--version" in argv:
+        return 0
+    if "--version" in argv:
         print("emit.py " + VERSION)
-    elif not argv or argv[0][:1] == "-":
-        return hook(argv)
-    elif argv[0] == "track":
-        return track(argv[1:])
-    else:
-        return command(argv)
-    return 0
+        return 0
+    name, *rest = argv if argv and argv[0][:1] != "-" else ["", *argv]
+    if name not in COMMANDS:
+        return complain("no such command; see emit.py --help", 2)
+    function, takes, number = COMMANDS[name]
+    given, words = parsed(rest)
+    is_hook = not name or (name == "track" and not words)
+    misused = number not in (None, len(words)) or not set(given).issubset(takes.split())
+    if misused and not is_hook:
+        return complain("%s takes %s; see emit.py --help" % (name, takes or "nothing"), 2)
+    env: "Env" = {}
+    try:
+        env = environment()
+        if misused:
+            say(env, "arguments ignored: see --help")
+        return function(env, given, words)
+    except BaseException as error:
+        if is_hook:
+            return say(env, "failed: " + reason(error) + place_of(error))
+        done = "recorded" if name == "track" else "done"
+        return complain("could not be %s: %s" % (done, reason(error)), 1)
 
 
 def run() -> None:
     """`main`, then leave the process at once, without the interpreter's clean-up."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    if folder in map(os.path.abspath, sys.path[:1]):  # a json.py beside this file must not be used
-        del sys.path[0]
+    if os.path.dirname(FILE) in map(os.path.abspath, sys.path[:1]):
+        del sys.path[0]  # a json.py beside this file must not be used
     code = main(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except (AttributeError, OSError):  # closed by whoever called
-        pass
+    if sys.stdout:  # None, or broken, where the caller closed it
+        quietly(sys.stdout.flush)
     os._exit(code)
 
 

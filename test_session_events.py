@@ -620,7 +620,7 @@ def test_emit_reads_and_writes_times():
         assert emit.iso((1795468789000 + ms) / 1000)[20:23] == "%03d" % (ms % 1000)
     for text in (*NO_MOMENTS, "2026-05-22T12:34:56.Z", "2026-05-22T12:34:56+5:00",
                  "2026-05-22T12:34:56-00:60", "2026-5-22T12:34:56", "2026-05-22T12:34:6",
-                 "2026-05-22T1٢:34:56Z", None, 5, []):
+                 "2026-05-22T1٢:34:56Z"):
         with pytest.raises(ValueError):
             emit.instant(text)
 
@@ -1880,8 +1880,8 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
 
 
 @oldest_and_newest
-def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path, received):
-    """Empty and relative entries of PATH are skipped. Without a PATH no git runs."""
+def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
+    """Empty and relative entries of PATH are skipped, also by `show`, which runs in the project."""
     project = tmp_path / "project"
     shutil.copytree(str(repository[0]), str(project))
     (project / "bin").mkdir()
@@ -1889,23 +1889,13 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path, 
         (project / name).write_text("#!/bin/sh\necho ran >> %s/ran\necho 1234567\n" % tmp_path)
         (project / name).chmod(0o755)
     real, found = os.environ["PATH"], []
-    for n, path in enumerate((".:" + real, ":" + real, "bin:" + real, ".:bin:", None)):
-        person.emit(
-            "--wait",
-            "20000",
-            "--dir",
-            str(project),
-            python=python,
-            cwd=str(project),
-            env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
-            before="import os; del os.fork",  # a sender of its own is in another folder
-            stdin=subprocess.DEVNULL,
-        )
-        found.append(json.loads(received.requests[-1][2])["branch_sha"])
+    for path in (".:" + real, ":" + real, "bin:" + real, ".:bin:", None):
+        shown = person.emit("show", "--dir", str(project), python=python, cwd=str(project),
+                            env={"PATH": path}, stdin=subprocess.DEVNULL, recorded=False)
+        found.append(json.loads(shown.stdout)["branch_sha"])
     assert not (tmp_path / "ran").exists()
-    assert (
-        repository[1][:12] in found and found[3] is None
-    )  # git may take longer than it is given, once
+    # Git may take longer than it is given, once.
+    assert repository[1][:12] in found[:3] and found[3] is None
 
 
 @oldest_and_newest
@@ -2193,7 +2183,7 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
     silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
-    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
+    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d", "settled")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
     person.session_file("sid-a folder").mkdir()
@@ -2648,7 +2638,7 @@ def test_emit_takes_other_folders_for_discoveries(person):
 
 def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
     """A hook that fails before it knows anything returns 0 and prints nothing."""
-    done = person.emit(before="import os; os.environb = None",
+    done = person.emit(before="import os; os.environ = None",
                        env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "no environment"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert person.kept() == []
