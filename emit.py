@@ -1048,13 +1048,14 @@ def shown_endpoint(env: "Env") -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The text of an error, without paths and URLs."""
+    """The text of an error, without URLs, and of paths only that they lie in ~/.ashlr."""
     inner = getattr(error, "reason", None)
     error = inner if isinstance(inner, Exception) else error  # urllib wraps
     if isinstance(error, Told):
         return str(error)
-    words = getattr(error, "strerror", None)
-    return "%s: %s" % (type(error).__name__, words) if words else type(error).__name__
+    words = ": %s" % error.strerror if isinstance(error, OSError) and error.strerror else ""
+    place = " in " + HOME_FOLDER if HOME in str(getattr(error, "filename", "")) else ""
+    return type(error).__name__ + words + place
 
 
 def place_of(error: BaseException) -> str:
@@ -1534,6 +1535,18 @@ def switch(home: str, value: str) -> bool:
     return True
 
 
+def usage(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+    """Print what stands at the head of this file."""
+    print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
+    return 0
+
+
+def version(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+    """Print the version."""
+    print("emit.py " + VERSION)
+    return 0
+
+
 # For each command: its function, the flags that it takes, and the number of other words.
 COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
     "": (hook, "--dir --wait", 0),
@@ -1544,6 +1557,9 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
     "hooks": (hooks, "HOST --folder TEXT", 1),
     "on": (on, "", 0),
     "off": (off, "", 0),
+    "--help": (usage, "", 0),
+    "-h": (usage, "", 0),
+    "--version": (version, "", 0),
 }
 
 
@@ -1557,21 +1573,17 @@ def complain(text: str, code: int = 0) -> int:
 def main(argv: "Sequence[str]") -> int:
     """Run a command line; its exit status. A hook run never fails, and says why if it is asked."""
     os.umask(0o077)
-    if "--help" in argv or "-h" in argv:
-        print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
-        return 0
-    if "--version" in argv:
-        print("emit.py " + VERSION)
-        return 0
-    name, *rest = argv if argv and argv[0][:1] != "-" else ["", *argv]
+    asked = [flag for flag in ("--help", "-h", "--version") if flag in argv]
+    name, *rest = asked[:1] or (argv if argv and argv[0][:1] != "-" else ["", *argv])
     if name not in COMMANDS:
         return complain("no such command; see emit.py --help", 2)
     function, takes, number = COMMANDS[name]
     given, words = parsed(rest)
     is_hook = not name or (name == "track" and not words)
     misused = number not in (None, len(words)) or not set(given).issubset(takes.split())
-    if misused and not is_hook:
-        return complain("%s takes %s; see emit.py --help" % (name, takes or "nothing"), 2)
+    if misused and (not is_hook or os.isatty(0)):  # at a terminal it is a person's slip
+        return complain("%s takes %s; see emit.py --help" % (
+            name or "emit.py", takes or "nothing"), 2)
     env: "Env" = {}
     try:
         env = environment()
@@ -1590,8 +1602,11 @@ def run() -> None:
     if os.path.dirname(FILE) in map(os.path.abspath, sys.path[:1]):
         del sys.path[0]  # a json.py beside this file must not be used
     code = main(sys.argv[1:])
-    if sys.stdout:  # None, or broken, where the caller closed it
-        quietly(sys.stdout.flush)
+    try:
+        if sys.stdout:  # None where the caller closed it
+            sys.stdout.flush()
+    except OSError as error:  # a full disk, or nobody reads
+        code = complain("could not be printed: " + reason(error), 1)
     os._exit(code)
 
 

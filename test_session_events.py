@@ -2549,7 +2549,7 @@ OBSTACLES = {  # why nothing can be captured, in words of `status`
         (person.ashlr / "machine-id").unlink(),
         (person.ashlr / "machine-id").symlink_to("nowhere")],
     "Is a directory": folder_for("machine-id"),
-    "Not a directory": text_for("a file", "session-events"),
+    "Not a directory in ~/.ashlr": text_for("a file", "session-events"),
     "no home folder": variable("HOME", ""),
 }
 
@@ -2571,6 +2571,33 @@ def test_emit_says_that_the_disk_is_full(person):
     done = person.emit("status", **full)
     assert done.returncode == 1 and "cannot be used: OSError: File too large" in done.stdout
     assert not list(person.ashlr.rglob("*.tmp"))
+
+
+@needs_linux
+@pytest.mark.parametrize("command", ["--help", "--version", "status", "hooks claude"])
+def test_emit_says_that_its_output_cannot_be_printed(command, person):
+    for options in ((), ("-u",)):
+        argv = [sys.executable, *options, "-I", "-S", EMIT, *command.split()]
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                list(map(str, argv)), env=person.env, stdout=full, stderr=subprocess.PIPE)
+        *_, said = done.stderr.splitlines()
+        assert done.returncode == 1 and said.startswith(b"emit.py: could not be ")
+        assert said.endswith(b"No space left on device") and b"Traceback" not in done.stderr
+
+
+@needs_linux
+def test_emit_takes_a_slip_at_a_terminal_for_no_end_of_a_session(person):
+    """A host's hook has no terminal. What it gives too much is passed over, and said if asked."""
+    person.env.update(CLAUDE_SESSION_ID="slip", ASHLR_TELEMETRY_DEBUG="1")
+    ours, terminal = os.openpty()
+    done = person.emit("--hlep", stdin=terminal)
+    os.close(ours)
+    os.close(terminal)
+    assert (done.returncode, done.stdout) == (2, "") and "emit.py takes --dir" in done.stderr
+    assert person.kept() == [] and not person.pending.exists()
+    assert "arguments ignored" in person.hook("slip", "--hlep")
+    assert [event["session_id_hash"] for event in person.kept()] == [secret_hash("slip")]
 
 
 def test_emit_with_an_empty_home_writes_nowhere(person, tmp_path):
