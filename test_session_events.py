@@ -113,10 +113,11 @@ MOMENTS = (  # as an event may have them, and as they are stored
     ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
     ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
     ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
+    ("2026-05-22T12:34:56-23:59", "2026-05-23T12:33:56.000Z"),
 )
 NO_MOMENTS = ("2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
               "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
-              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", "")
+              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+24:00", "2026-05-22T12:34:56+01:60", "")
 
 
 def event(n, **changes):
@@ -421,6 +422,8 @@ EMIT = ROOT / "emit.py"
 # As hosts start it: so Python keeps the compiled program.
 CACHED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import emit; emit.run()"
 HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
+# A sender gives the new events of others 0.1 s, and not a second, before it sends them.
+SOON = CACHED.replace("emit.run()", constants(emit, COMMIT_S=0.1) + "emit.run()")
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
     "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS])
@@ -487,11 +490,13 @@ class Person:
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         return done.stderr
 
-    def starts(self, session, *args, python=sys.executable, **options):
+    def starts(self, session, *args, python=sys.executable, code=CACHED, **options):
         """The process of a session's end, which nobody has waited for."""
         env = {**self.env, "CLAUDE_SESSION_ID": session, **options.pop("env", {})}
         options.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.Popen([python, *HOOK, *args], env=env, **options)
+        argv = [python, *HOOK, *args]
+        argv[argv.index(CACHED)] = code
+        return subprocess.Popen(argv, env=env, **options)
 
     def session_file(self, session):
         secret_hash(session)
@@ -1206,7 +1211,7 @@ def test_emit_sends_from_one_process_at_a_time(person):
 
     with Odd(answer) as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        hooks = [person.starts("turn-%d" % n) for n in range(8)]
+        hooks = [person.starts("turn-%d" % n, code=SOON) for n in range(8)]
         assert [process.wait(60) for process in hooks] == [0] * 8
         until(lambda: not person.senders())
         assert sorted(server.sessions()) == sorted(secret_hash("turn-%d" % n) for n in range(8))
@@ -1625,7 +1630,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
         person = Person(tmp_path / "home", server.url)
 
         def hangs_up(n):
-            hook = person.starts("hup-%d" % n, python=python, start_new_session=True)
+            hook = person.starts("hup-%d" % n, python=python, code=SOON, start_new_session=True)
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
@@ -1985,7 +1990,7 @@ def test_emit_survives_kills(person, received):
     def kill(n):
         session, pipes = "kill-%d" % n, dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
         said = {"ASHLR_TELEMETRY_DEBUG": "1"}
-        with person.starts(session, "--wait", "20000", env=said, **pipes) as process:
+        with person.starts(session, "--wait", "20000", code=SOON, env=said, **pipes) as process:
             said = b""
             if n % 2:  # at some instant after the capture
                 said = process.stderr.readline() + process.stderr.readline()
@@ -2001,13 +2006,13 @@ def test_emit_survives_kills(person, received):
     begun = time.monotonic()
     person.emit("--wait", "20000")
     whole = 2 * (time.monotonic() - begun)  # of a run beside the others
-    at_once(kill, range(50), 6)
+    at_once(kill, range(30), 6)
     assert all(
         emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
     said = person.hook("after the kills")
     assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
     assert set(captured) <= set(received.sessions()) and person.kept() == [], said
-    assert len(captured) >= 25
+    assert len(captured) >= 15
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
@@ -2095,28 +2100,32 @@ def test_emit_tracks_64_at_once(person):
 
 def test_emit_of_three_ends_at_once_is_one_event(person):
     """gemini fires three ends on `/quit`. They make one event with every discovery."""
-    for n in range(60):
-        session = "thrice-%d" % n
-        lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
-        lines += ["call %d" % (time.time() * 1000)] * 5
-        emit.append(str(person.home), session, lines)
-    env = {**person.env, "ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
-    for n in range(60):
-        secret_hash("thrice-%d" % n)
-        hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
-        argv = [sys.executable, *HOOK]
-        ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
-        for process in ends:
-            process.stdin.write(hook)
+    home, now = str(person.home), 1000 * int(time.time())
+    news = ["call %d" % now] * 5 + ["touch %d ref-%d" % (now, n) for n in range(3)]
+    told = 5, ["ref-0", "ref-1", "ref-2"]
+    for n in range(300):  # threads come closer to each other than processes do
+        session, together = "threads-%d" % n, threading.Barrier(3)
+        emit.append(home, session, news)
+
+        def end(_, session=session, together=together):
+            together.wait()
+            return emit.end_session(home, session, now, None, 0)
+
+        parts = [part for part in at_once(end, range(3), 3) if part]
+        assert [(part.calls, part.refs) for part in parts] == [told], n
+    env = {"ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
+    sessions = ["processes-%d" % n for n in range(8)]
+    for session in sessions:
+        emit.append(home, session, news)
+        ends = [person.starts(session, stdin=subprocess.PIPE, env=env) for _ in range(3)]
         for process in ends:
             process.stdin.close()
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 60
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
+    assert len(person.kept()) == len(found) and set(found) == set(map(secret_hash, sessions))
     for kept in found.values():
-        assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
+        assert (kept["tool_count"], kept["discovery_refs"]) == told
 
 
 @oldest_and_newest
@@ -2740,7 +2749,8 @@ def test_emit_commands(python, person, tmp_path):
 def test_emit_makes_one_machine_id(python, person, received):
     """Six first sessions at once agree on one machine-id, and nobody overwrites it."""
     (person.ashlr / "machine-id").unlink()
-    hooks = [person.starts("first-%d" % n, "--wait", "20000", python=python) for n in range(6)]
+    waits = "--wait", "20000"
+    hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
     person.hook("first-7")
     until(lambda: len(received.requests) == 7)
@@ -3602,12 +3612,13 @@ def test_server_http_half_closed_client_gets_its_answers(one):
             assert wire.reply() is None
 
 
-def test_server_http_refused_client_that_goes_on_sending_reads_why(one):
+def test_server_http_refused_client_that_goes_on_sending_reads_why(tmp_path):
     """The refused client reads its answer, which an immediate close would reset.
 
     The server does not read on for ever.
     """
-    with Wire(one) as wire:
+    before = constants(server, LINGER_SECONDS=1.0)
+    with serving(tmp_path / "events.db", before=before) as running, Wire(running) as wire:
         assert wire.send(request(bytes(2 << 20)))
         assert wire.reply().status == 413
         while wire.send(b"x" * 1000):
@@ -4253,15 +4264,15 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(30)
-        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
+        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
         env.pop("WATCHDOG_PID", None)
         with serving(tmp_path / "events.db", env=env) as running:
             assert notices.recv(100) == b"READY=1"
             started = time.monotonic()
             assert [notices.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
-            assert time.monotonic() - started > 0.35  # not at every turn, but at every 0.15 s
+            assert time.monotonic() - started > 0.25  # not at every turn, but at every 0.1 s
             running.process.send_signal(signal.SIGSTOP)
-            notices.settimeout(0.45)
+            notices.settimeout(0.3)
             with pytest.raises(socket.timeout):
                 while notices.recv(100):  # one may have been under way
                     pass
@@ -4272,7 +4283,7 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
         with serving(tmp_path / "events.db", env=env) as running:
             while notices.recv(100) != b"READY=1":
                 pass
-            notices.settimeout(0.4)
+            notices.settimeout(0.3)
             with pytest.raises(socket.timeout):
                 notices.recv(100)
 
@@ -4285,7 +4296,7 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
 
     A connection that takes no answers is closed, too.
     """
-    flags = ("--request-seconds", 1, "--idle-seconds", 1.5, "--write-seconds", 0.5)
+    flags = ("--request-seconds", 0.7, "--idle-seconds", 1, "--write-seconds", 0.3)
     with serving(tmp_path / "events.db", *flags) as running:
         with Wire(running) as dribbling, Wire(running) as idle, Wire(running) as deaf:
             started = time.monotonic()
@@ -4303,8 +4314,8 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
                 ):
                     break
             assert dribbling.reply().status == 408 and dribbling.reply() is None
-            assert time.monotonic() - started >= 1
-            assert idle.reply() is None and time.monotonic() - started >= 1.5
+            assert time.monotonic() - started >= 0.7
+            assert idle.reply() is None and time.monotonic() - started >= 1
             deaf.sock.settimeout(30)
             with contextlib.suppress(ConnectionError):
                 while deaf.sock.recv(65536):
@@ -4324,7 +4335,7 @@ def test_server_request_in_time_is_answered_however_late_the_server_is(tmp_path)
         running.process.send_signal(signal.SIGSTOP)
         idle.send(request(as_sent(event("late"))))
         halfway.send(request(BODY)[-10:])
-        time.sleep(1.5)  # over the deadline
+        time.sleep(1.1)  # over the deadlines, of which the first began before
         running.process.send_signal(signal.SIGCONT)
         assert idle.reply().status == halfway.reply().status == 202
 
@@ -4358,8 +4369,8 @@ def test_server_without_descriptors_it_neither_spins_nor_stops(tmp_path):
         assert running.says('"out_of_descriptors"')
         full = [stack.enter_context(Wire(running)) for _ in range(30)]
         used = cpu_seconds(pid)
-        time.sleep(1)  # a second in which a server that spins would show
-        assert cpu_seconds(pid) - used < 0.5 and len(running.errors) < 20
+        time.sleep(0.5)  # in this time a server that spins would show
+        assert cpu_seconds(pid) - used < 0.25 and len(running.errors) < 20
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         for wire in full:
             wire.send(HEALTH)
@@ -4555,7 +4566,7 @@ def test_server_database_at_its_size_limit(tmp_path):
         statuses = [
             post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)]
         assert statuses[0] == 202 and statuses[-1] == 503 and sorted(statuses) == statuses
-        remembered = time.monotonic() + 1.5  # longer than the last write is
+        remembered = time.monotonic() + 1.2  # s; the last write's result counts for one
         while time.monotonic() < remembered:
             assert ready(running) == 503
             time.sleep(0.1)
@@ -6166,7 +6177,7 @@ def test_server_fuzz(tmp_path):
              CHUNKED + chunks(BODY, 64)]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
-        for hundred in range(80):
+        for hundred in range(40):
             wires = []
             for _ in range(100):
                 data = mutated(rng, rng.choice(valid))
@@ -6191,15 +6202,15 @@ def test_server_fuzz(tmp_path):
             assert post(running, event(("fuzz", hundred))).status == 202
         print(dict(answered))
         assert not [status for status in answered if status >= 500]
-        assert answered[400] > 400
-        assert answered[202] > 200
+        assert answered[400] > 200
+        assert answered[202] > 100
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/%d/fd" % running.process.pid)) > descriptors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert running.stop() == 0 and running.errors == []
     stored = {row["session_id_hash"] for row in rows_of(tmp_path / "events.db")}
-    assert {event(("fuzz", n))["session_id_hash"] for n in range(80)} <= stored
+    assert {event(("fuzz", n))["session_id_hash"] for n in range(40)} <= stored
 
 
 # ==================================================================================================
@@ -6275,14 +6286,8 @@ def test_reader_moments():
     for text, stored_form in (
         *MOMENTS,
         ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
-        ("2026-05-22", None),
-        ("2026-02-30T00:00:00Z", None),
-        ("2026-05-22T24:00:01Z", None),
-        ("2026-05-22T12:34:56Z\n", None),
-        ("٢٠٢٦-05-22T12:34:56Z", None),
-        ("2026-05-22T12:34:56+25:00", None),
+        *((text, None) for text in NO_MOMENTS),
         ("0000-01-01T00:00:00Z", None),
-        ("", None),
         (None, None),
         (5, None),
         (b"2026-05-22T12:34:56Z", None),
@@ -6702,12 +6707,10 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
                     del one["last_aggregated_at"]
         return found, sound
 
-    for window in [
-        only._replace(github=github, discovery=discovery)
-        for only in (may, part)
-        for github in (None, True, False)
-        for discovery in (None, "r1")
-    ]:
+    # Each filter meets each other one.
+    for only, github, discovery in ((may, None, None), (may, True, "r1"), (may, False, None),
+                                    (part, None, "r1"), (part, True, None), (part, False, "r1")):
+        window = only._replace(github=github, discovery=discovery)
         fast, sound = answers(clean, window)
         assert sound == {True}
         mixed, sound = answers(beside, window)
@@ -7747,6 +7750,7 @@ class Chromium:
 
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-extensions", "--disable-default-apps", "--metrics-recording-only",
              "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe")
 
     def __init__(self, program, profile):
@@ -7803,7 +7807,8 @@ class Chromium:
             self.events.append(self.listen())
 
     def open(self, url):
-        for address in ("about:blank", url):  # first away: another #... alone would load nothing
+        # First away: where only the part behind # is another, nothing would be loaded.
+        for address in ("about:blank", url) if "#" in url else (url,):
             self.loaded(self.call("Page.navigate", url=address)["loaderId"].__eq__)
 
     def enter(self, url):
@@ -9683,7 +9688,7 @@ def test_ship_chaos(tmp_path, clickhouse):
     for thread in threads:
         thread.start()
     try:
-        end = time.monotonic() + float(os.environ.get("TEST_SECONDS", "3"))
+        end = time.monotonic() + float(os.environ.get("TEST_SECONDS", "1"))
         for turn in itertools.count():
             if turn > 3 and time.monotonic() > end:
                 break
