@@ -103,7 +103,8 @@ OCTOCAT = "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"  # 
 SESSION = "deterministic-session-id-xyz"
 SESSION_HASH = "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"
 BUCKETS = (  # parent's pid, HOME, bucket
-    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"))
+    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"),
+    (77, "/home/☃😀", "p32907c8a"))
 MOMENTS = (  # as an event may have them, and as they are stored
     ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
     ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
@@ -2633,6 +2634,9 @@ def test_emit_mine_and_version(person):
         salt = "salt_" + quarter
         known = secret_hash(MACHINE + salt), secret_hash("octocat" + salt)
         assert text == "identity_hash %s github_hash %s" % known
+    os.utime(str(person.ashlr / "machine-id"))  # made today: today's quarter is there
+    lines = person.emit("mine", recorded=False).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [emit.salt(time.time())[5:]]
     (person.ashlr / "pro-token-cache.json").unlink()
     assert "github" not in person.emit("mine", recorded=False).stdout
     (person.ashlr / "machine-id").unlink()
@@ -2747,8 +2751,17 @@ def test_emit_commands(python, person, tmp_path):
 
 @oldest_and_newest
 def test_emit_makes_one_machine_id(python, person, received):
-    """Six first sessions at once agree on one machine-id, and nobody overwrites it."""
+    """First sessions at once agree on one machine-id, and nobody overwrites it."""
     (person.ashlr / "machine-id").unlink()
+    for n in range(50):  # as threads, which come closer to each other than processes do
+        home, together = str(person.home / str(n)), threading.Barrier(4)
+
+        def first(_, home=home, together=together):
+            together.wait()
+            return emit.machine_id(home)
+
+        os.makedirs(home)
+        assert len(set(at_once(first, range(4), 4))) == 1
     waits = "--wait", "20000"
     hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
@@ -3615,14 +3628,16 @@ def test_server_http_half_closed_client_gets_its_answers(one):
 def test_server_http_refused_client_that_goes_on_sending_reads_why(tmp_path):
     """The refused client reads its answer, which an immediate close would reset.
 
-    The server does not read on for ever.
+    The server reads on for LINGER_SECONDS, and not for ever.
     """
     before = constants(server, LINGER_SECONDS=1.0)
     with serving(tmp_path / "events.db", before=before) as running, Wire(running) as wire:
         assert wire.send(request(bytes(2 << 20)))
         assert wire.reply().status == 413
+        answered = time.monotonic()
         while wire.send(b"x" * 1000):
             assert not select.select([], [], [], 0.01)[0]
+        assert time.monotonic() - answered > 0.5
 
 
 @quick
@@ -4266,11 +4281,20 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
         notices.settimeout(30)
         env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
         env.pop("WATCHDOG_PID", None)
+        started = time.monotonic()
         with serving(tmp_path / "events.db", env=env) as running:
             assert notices.recv(100) == b"READY=1"
-            started = time.monotonic()
-            assert [notices.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
-            assert time.monotonic() - started > 0.25  # not at every turn, but at every 0.1 s
+            assert [notices.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            with Wire(running) as wire:
+                for _ in range(50):  # as many turns
+                    wire.send(HEALTH)
+                    assert wire.reply().status == 200
+            fed = 3
+            notices.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while notices.recv(100):
+                    fed += 1
+            assert fed <= 1 + (time.monotonic() - started) / 0.1  # by the time, not by the turns
             running.process.send_signal(signal.SIGSTOP)
             notices.settimeout(0.3)
             with pytest.raises(socket.timeout):
@@ -6988,6 +7012,33 @@ def test_reader_databases_of_other_programs(tmp_path):
 
 
 @quick
+def test_reader_ticks_are_round_moments():
+    """A time axis has hours, days, Mondays, months, quarters or years, as its span asks for."""
+    day = 86_400_000
+    for start, days, first, second, count in (
+        ("2026-05-20T10:20:00Z", 1 / 3, "11:00", "12:00", 8),
+        ("2026-05-20T10:20:00Z", 10, "21 May", "22 May", 10),
+        ("2026-05-20T10:20:00Z", 30, "25 May", "1 Jun", 4),  # Mondays
+        ("2026-05-25T00:00:00Z", 28, "25 May", "1 Jun", 5),  # both ends
+        ("2026-05-20T10:20:00Z", 200, "Jun 2026", "Jul 2026", 7),
+        ("2026-05-20T10:20:00Z", 900, "Q3 2026", "Q4 2026", 10),
+        ("2026-05-20T10:20:00Z", 4000, "2027", "2028", 11),
+    ):
+        begun = session_events.instant(start)
+        ticks = session_events.ticks_of(begun, int(days * day))
+        labels = [label for _, label in ticks]
+        assert (labels[0], labels[1], len(labels)) == (first, second, count), days
+        assert begun <= ticks[0][0] and ticks[-1][0] <= begun + days * day
+
+
+@quick
+def test_reader_lists_three_discoveries_and_counts_the_rest():
+    for count, rest in ((0, ""), (3, ""), (4, " +1"), (9, " +6")):
+        shown = session_events.discovery_links(["r%d" % n for n in range(count)])
+        assert (shown.count("<a "), shown.rpartition("</a>")[2]) == (min(count, 3), rest)
+
+
+@quick
 def test_reader_prefixes_that_look_alike():
     keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
     assert session_events.labels(keys) == {
@@ -7203,6 +7254,7 @@ def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
     assert [r["session_id_hash"] for r in listed] == [r["session_id_hash"] for r in exported]
     assert listed[0]["discovery_refs"] == "x y"
     assert next(csv.DictReader(io.StringIO(texts["graph", "csv"])))["discoveries"] == "x"
+    assert "in this window 35 sessions, in as many days before 1" in texts["activity", "text"]
     dot = texts["graph", "dot"]
     assert '"%s" -> "%s" [label="x" color' % (sha("session 1"), sha("session 2")) in dot
     assert dot.count("{") == dot.count("}")
@@ -7322,9 +7374,12 @@ def test_reader_every_condition_of_the_file(tmp_path, monkeypatch):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(db + suffix)
     os.unlink(str(copied / "e.db-shm"))
-    sealed = [forked_count(folder), forked_count(copied)]
-    assert sealed[0] == "4", sealed
-    assert "-wal file" in sealed[1], sealed  # never the old state as if it were the new one
+    emptied = tmp_path / "emptied"  # a -wal file without a change in it
+    shutil.copytree(str(folder), str(emptied))
+    (emptied / "e.db-wal").touch()
+    sealed = [forked_count(path) for path in (folder, emptied, copied)]
+    assert sealed[:2] == ["4", "4"], sealed
+    assert "-wal file" in sealed[2], sealed  # never the old state as if it were the new one
 
     monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
     locked = stored(tmp_path / "locked.db", *STORY, journal="DELETE")
