@@ -679,6 +679,7 @@ def test_emit_endpoint():
 
 @quick
 def test_emit_counts():
+    """Calls and tokens are summed over the buckets that can be this session's."""
     now = emit.instant("2026-11-22T12:00:00Z")
     fresh = {"sessionId": "s2", "updatedAt": "2026-11-22T11:00:00.000Z"}
     stats = {
@@ -954,6 +955,7 @@ def test_emit_verdicts():
 
 @quick
 def test_emit_knows_where_a_home_passes(monkeypatch):
+    """The hook waits 0.5 s for the answer where the home may end with the session."""
     nowhere, everywhere = (lambda path: False), (lambda path: True)
     for env, exists, seconds in (
         ({}, nowhere, 0.0),
@@ -1677,6 +1679,7 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
 
 @oldest_and_newest
 def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
+    """An event goes when it arrived or is at fault. After any other answer it stays."""
     with Odd() as elsewhere:
         answers = [(status, b"", 0) for status in (202, 400, 413, 422)]  # how many files stay
         answers += [(200, b'{"ok":true}', 0), (200, b"<html>a captive portal</html>", 1)]
@@ -1795,7 +1798,8 @@ def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
             assert 3500 < at - time.time() < 3700
             server.answer = lambda n, body: (202, {})
             year = 365 * 86400
-            for n, at in enumerate((time.time() - 1, time.time() + year)):  # over; a clock ahead
+            # A wish whose time is over, and one of a clock that was ahead.
+            for n, at in enumerate((time.time() - 1, time.time() + year)):
                 path.write_text(json.dumps(dict(state, retry_at={key: at})))
                 person.hook("retry-%d" % (3 + n))
                 assert person.kept() == []
@@ -1907,7 +1911,7 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path, 
             python=python,
             cwd=str(project),
             env={"PATH": path, "CLAUDE_SESSION_ID": "git-%d" % n},
-            before="import os; del os.fork",  # a sender of its own is in another folder
+            before="import os; del os.fork",  # a sender of its own would run in another folder
             stdin=subprocess.DEVNULL,
         )
         found.append(json.loads(received.requests[-1][2])["branch_sha"])
@@ -2038,6 +2042,7 @@ TOOLS = [
 
 @oldest_and_newest
 def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
+    """A call and its discovery go to the session of the hook's input, or of the environment."""
     person.env["CLAUDE_PROJECT_DIR"] = str(tmp_path)
     alias = tmp_path / "alias"
     alias.symlink_to(tmp_path)
@@ -2154,7 +2159,7 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, rec
     assert end("again") == [(part[1], 1, 0, ["two"])]
     stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
     person.put("stats.json", stats)
-    assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
+    assert end("again") == [(part[2], 7, 500, [])]  # 3 of the 10 were sent before
     assert end("again") == []
     stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
     person.put("stats.json", stats)
@@ -2204,10 +2209,10 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
     silent("sid-running", day / 2, "call %d")
     silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
-    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took the event
+    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took its event
     silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
     silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
-    silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
+    silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have lived for one call
     silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
@@ -2688,6 +2693,7 @@ def test_emit_names_the_line_of_a_fault(person):
 
 @oldest_and_newest
 def test_emit_commands(python, person, tmp_path):
+    """What `on`, `off`, `status`, `show` and `--help` print, change and return."""
     person.env.pop("ASHLR_TELEMETRY")
     person.env["ASHLR_SESSION_EVENTS_URL"] = "http://127.0.0.1:9/x?key=hidden-key"
     SECRETS.add("hidden-key")
@@ -3544,6 +3550,7 @@ def in_pieces(data):
 @pytest.mark.parametrize("way", ["whole", "byte by byte", "with another behind"])
 @pytest.mark.parametrize("name", ANSWERS)
 def test_server_http_answers(one, name, way):
+    """Each request of OUTCOMES is answered as told there, in whatever pieces it arrives."""
     data, status, body, stays = ANSWERS[name]
     with Wire(one) as wire:
         wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4746,7 +4753,7 @@ def test_server_rate_limit_is_a_token_bucket():
         (5, 720),
         (60, 60),
         (7, None),
-    ):  # the least that is enough, on any clock
+    ):  # Retry-After is the least that is enough
         hourly = server.RateLimit(server.Rate(per_hour, 3600.0))
         for now in [rng.uniform(0, 1e7) for _ in range(300)]:
             name = b"%r" % now
@@ -5247,7 +5254,7 @@ def test_server_metrics_on_their_own_listener(tmp_path):
             wire.send(b"".join(request(as_sent(event(("turn", n)))) for n in range(500)))
             assert [wire.reply().status for _ in range(500)] == [202] * 500
         turns = metrics_at(port)[prefix + "turn_rows_bucket"]
-        # One client's 32 a turn, twice where it was held up.
+        # A turn takes 32 requests of one client, or 64 where it was held up.
         assert turns['le="64"'] == turns['le="+Inf"']
         assert any(server.__version__ in labels for labels in samples[prefix + "build_info"])
         with pytest.raises(urllib.error.HTTPError):  # events are not taken there
@@ -5621,7 +5628,7 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
             assert reader.execute("SELECT count(*) FROM session_events").fetchone() == seen
         until(lambda: write(20) and store.checkpoints.emptied)
         longest = write(20)
-        assert write(100) == longest  # from its start again: 4,000 pages of the 11,000 that it had
+        assert write(100) == longest  # it fills from its start again: 4,000 pages of 11,000
         assert store.checkpoints.fault == ""
     assert len(rows_of(db)) == next(serial)
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
@@ -5653,10 +5660,10 @@ def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, 
             del synced[:]
             stuck = moves.move()
             assert stuck.stuck and len(synced) == 1  # the second pass moved nothing
-        moves.finish(store.db, stuck)  # the reader is gone: not for the writer to move it all
+        moves.finish(store.db, stuck)  # the reader is gone, but the writer may not move it all
         assert not moves.emptied
         moves.finish(store.db, whole)
-        assert moves.emptied  # so what the next one reports can be learned from
+        assert moves.emptied  # so that the next report can be learned from
         for reported, due in ((1, 2.0), (1 << 30, 0.25), (24_000, 0.5)):
             moves.asked, moves.emptied = server.CHECKPOINT_PAGES, True
             moves.finish(store.db, server.Moved(reported, False, ""))
@@ -5957,7 +5964,7 @@ def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
     """No byte is left in the free pages of earlier deletions, in split index pages, in the log."""
     db = crowded(tmp_path / "events.db", 5000, secure=secure)
     scripted(
-        db,  # a sweep of old, whose pages stay full of them where SQLite does not overwrite
+        db,  # an old sweep: where SQLite does not overwrite, its pages stay full of the rows
         "PRAGMA secure_delete = %d; DELETE FROM session_events WHERE id <= 1000" % secure,
     )
     before = [row for row in rows_of(db) if row["id"] % 50 not in (1, 2, 19)]
@@ -6337,9 +6344,8 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         assert (
             session_events.sessions(reader, window._replace(discovery="z"))["total_count_in_window"]
             == 1)
-        edges = window._replace(
-            since=STORY[1]["ended_at"], until=STORY[4]["ended_at"]
-        )  # in, and not in
+        # A session that ended at `since` is in, one that ended at `until` is not.
+        edges = window._replace(since=STORY[1]["ended_at"], until=STORY[4]["ended_at"])
         assert session_events.sessions(reader, edges)["total_count_in_window"] == 3
 
         may_13 = session_events.instant("2026-05-13T00:00:00Z")
@@ -7548,7 +7554,7 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             assert (http(view.address, "/",
                          {"Cookie": "session_events_%d%s" % (view.address[1], guess)})[0]
                     == 403)
-        assert http(view.address, view.url[len(view.base) :])[0] == 403  # used
+        assert http(view.address, view.url[len(view.base) :])[0] == 403  # the ticket was used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base) :], cookie)[0] == 200
         for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example",
@@ -8263,6 +8269,7 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
 
 
 def test_reader_pages_without_script(tmp_path, chromium):
+    """Where no script runs, each page has its picture, its table and its links."""
     with View(stored(tmp_path / "e.db", *STORY)) as view:
         chromium.events = []
         chromium.screen(1280, 900)
@@ -8872,7 +8879,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     assert agrees()
     late = ("SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
             % name_of(dbs["b"], url))
-    assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
+    assert clickhouse.ask(late, url) == [["0"]]  # no condition brings back a row that gave way
     merge(clickhouse, url)
     assert viewed(clickhouse, url) == 650
     assert agrees() and clickhouse.ask(late, url) == [["0"]]
@@ -8892,7 +8899,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     merge(clickhouse, url)
     assert viewed(clickhouse, url) == 680 and agrees()
 
-    none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # nothing of it is left
+    none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # all its rows give way
     for flags, sent in (((), 600), (("--again",), 600)):
         assert shipped(none, url, *flags) == sent
         merge(clickhouse, url)
@@ -9874,6 +9881,7 @@ def reply(status, body=b"", *headers):
 
 
 def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbinary, monkeypatch):
+    """One line says what is wrong with the other side. It has no password and no user."""
     db = stored(tmp_path / "a.db", *many(10))
     secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
     up = reply(200, b"99\n")
@@ -9950,6 +9958,7 @@ def test_ship_checks_certificates(tmp_path):
 
 
 def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
+    """What `ship` refuses and prints, where a batch ends, and how long it waits after failures."""
     db = stored(tmp_path / "a.db", *many(2))
     for to in ("ftp://h/", "http://", "h:8123", "http://u@h/", "http://u:p@h/", "http://h:99999/",
                "http://h/?user=u", "http://h/?password=p", "http://h/?database=a;b",
