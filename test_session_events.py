@@ -79,7 +79,8 @@ ROOT = Path(__file__).resolve().parent
 # ==================================================================================================
 
 PRINTED = []  # bytes: all that the programs printed
-# Texts that must not be found there: of a hash no 7 digits in a row, of any other text the whole.
+# Texts that must not be found there. A hash is found where 7 of its digits stand in a row, any
+# other text where it stands whole.
 SECRETS = set()
 
 EVENT = {"identity_hash": hashlib.sha256(b"identity").hexdigest(),
@@ -91,7 +92,7 @@ EVENT = {"identity_hash": hashlib.sha256(b"identity").hexdigest(),
 
 
 MACHINE = "3f2b8c1e-9d47-4a6b-8f10-2c5d7e9a1b34"
-# Known answers: shared with every other client and server of the contract.
+# The known answers, which every client and server of the contract shares.
 IDENTITIES = (  # of MACHINE: date, its quarter, hash
     ("2026-11-22", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
     ("2026-12-31", "2026Q4", "c6806fc0a112b83956c6cfc9aeafea00a34cba756ec78f7ea0ca78b84df65b4a"),
@@ -103,7 +104,8 @@ OCTOCAT = "755dd7b916ca3c3eee9852aac136fbc26e69ba68e776fb0409fce72e00452763"  # 
 SESSION = "deterministic-session-id-xyz"
 SESSION_HASH = "09f0b7a07ce940858dbda3b5c0d06da4ab993427445feea11fcfc9807a288754"
 BUCKETS = (  # parent's pid, HOME, bucket
-    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"))
+    (4242, "/home/dev", "p184789d5"), (1, "", "pe9ceaae8"), (77, "/home/zoë", "p31e8963a"),
+    (77, "/home/☃😀", "p32907c8a"))
 MOMENTS = (  # as an event may have them, and as they are stored
     ("2026-05-22T12:34:56.000Z", "2026-05-22T12:34:56.000Z"),
     ("2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
@@ -113,16 +115,17 @@ MOMENTS = (  # as an event may have them, and as they are stored
     ("2026-12-31T23:30:00-01:00", "2027-01-01T00:30:00.000Z"),
     ("1999-12-31T23:59:59.999Z", "1999-12-31T23:59:59.999Z"),
     ("2026-05-22T12:34:56.12345678901234Z", "2026-05-22T12:34:56.123Z"),
+    ("2026-05-22T12:34:56-23:59", "2026-05-23T12:33:56.000Z"),
 )
 NO_MOMENTS = ("2026/05/22", "2026-05-22", "2026-02-30T00:00:00Z", "2026-05-22T24:00:01Z",
               "2026-05-22T12:34:56Z\n", "2026-05-22T12:34:56Zgarbage", "٢٠٢٦-05-22T12:34:56Z",
-              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+25:00", "")
+              "2026-05-22 12:34:56Z", "2026-05-22T12:34:56+24:00", "2026-05-22T12:34:56+01:60", "")
 
 
 def event(n, **changes):
     """A valid event of session `n` (any value: it is hashed), with `changes` laid over it."""
     session = hashlib.sha256(str(n).encode()).hexdigest()
-    if len(SECRETS) < 1000:  # of the many that load tests send, some would be found in anything
+    if len(SECRETS) < 1000:  # pieces of the thousands that load tests send would match by chance
         SECRETS.update((session, EVENT["identity_hash"], EVENT["github_hash"]))
     return dict(EVENT, **{"session_id_hash": session, **changes})
 
@@ -249,9 +252,9 @@ STARTING = threading.Lock()
 
 @functools.lru_cache(maxsize=None)
 def starter():
-    """(the socket to a process that has imported the programs and forks for each start, itself).
+    """(the socket to a process, the process). A program that is started is a fork of that process.
 
-    So a start takes 0.02 s, and not the 0.2 s of the imports.
+    It has imported the programs, so a start takes 0.02 s, and not the 0.2 s of the imports.
     """
     ours, theirs = socket.socketpair()
     code = "import test_session_events; test_session_events.fork_for_each_request()"
@@ -289,7 +292,7 @@ class Forked:
         self.pid = int(self.report.readline())
 
     def wait(self, timeout=None):
-        waits = self.returncode is None  # without the lock, which nobody may hold for long
+        waits = self.returncode is None  # read without the lock: a long wait may not hold it
         if waits and not select.select([self.report], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(self.args, timeout)
         with self.waiting:
@@ -421,6 +424,8 @@ EMIT = ROOT / "emit.py"
 # As hosts start it: so Python keeps the compiled program.
 CACHED = "import sys; sys.path.insert(0, sys.argv.pop(1)); import emit; emit.run()"
 HOOK = ["-I", "-S", "-c", CACHED, str(ROOT)]  # behind the Python that runs it
+# A sender gives the new events of others 0.1 s, and not a second, before it sends them.
+SOON = CACHED.replace("emit.run()", constants(emit, COMMIT_S=0.1) + "emit.run()")
 EMIT_PYTHONS = interpreters((3, 6))
 every_python = pytest.mark.parametrize(
     "python", EMIT_PYTHONS.values(), ids=["%d.%d" % version for version in EMIT_PYTHONS])
@@ -453,7 +458,7 @@ class Person:
             "HOME": str(home),
             "ASHLR_TELEMETRY": "on",
             "ASHLR_SESSION_EVENTS_URL": url,
-            "ASHLR_SESSION_EVENTS_WAIT": "0",  # wherever the tests run
+            "ASHLR_SESSION_EVENTS_WAIT": "0",  # also where the tests run in a container
             "CLAUDE_PROJECT_DIR": str(home),
             **env,
         }
@@ -487,11 +492,13 @@ class Person:
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         return done.stderr
 
-    def starts(self, session, *args, python=sys.executable, **options):
+    def starts(self, session, *args, python=sys.executable, code=CACHED, **options):
         """The process of a session's end, which nobody has waited for."""
         env = {**self.env, "CLAUDE_SESSION_ID": session, **options.pop("env", {})}
         options.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.Popen([python, *HOOK, *args], env=env, **options)
+        argv = [python, *HOOK, *args]
+        argv[argv.index(CACHED)] = code
+        return subprocess.Popen(argv, env=env, **options)
 
     def session_file(self, session):
         secret_hash(session)
@@ -600,7 +607,7 @@ def until(condition, seconds=60):
 
 @quick
 def test_emit_known_hashes():
-    """`vectors.json`, of the contract."""
+    """The answers that every client and server of the contract has to give."""
     for date, quarter, digest in IDENTITIES:
         salt = emit.salt(calendar.timegm(time.strptime(date, "%Y-%m-%d")))
         assert (salt, emit.sha256_hex(MACHINE + salt)) == ("salt_" + quarter, digest)
@@ -673,6 +680,7 @@ def test_emit_endpoint():
 
 @quick
 def test_emit_counts():
+    """Calls and tokens are summed over the buckets that can be this session's."""
     now = emit.instant("2026-11-22T12:00:00Z")
     fresh = {"sessionId": "s2", "updatedAt": "2026-11-22T11:00:00.000Z"}
     stats = {
@@ -706,7 +714,7 @@ def test_emit_counts():
 
 @quick
 def test_emit_finds_discoveries_in_paths():
-    """Of a path, the stem of a file in the project's discoveries, and nothing else."""
+    """A path gives the stem of a file in the project's discoveries, and nothing else of it."""
     folder = ".ashlrcode/genome/sections/discoveries/"
     windows = "C:\\Src\\App\\.ashlrcode\\genome\\sections\\discoveries\\"
     for path, base, project, ref in (
@@ -814,7 +822,7 @@ def test_emit_knows_its_events():
 
 @quick
 def test_emit_builds_what_the_server_accepts():
-    """At every edge of every field, and on the server's short path."""
+    """The server's short path takes an event with a field at any edge of its rule."""
     for changes in ({},
                     {"github_hash": None, "branch_sha": None, "discovery_refs": []},
                     {"tool_count": 0, "tokens_saved": 0},
@@ -948,6 +956,7 @@ def test_emit_verdicts():
 
 @quick
 def test_emit_knows_where_a_home_passes(monkeypatch):
+    """The hook waits 0.5 s for the answer where the home may end with the session."""
     nowhere, everywhere = (lambda path: False), (lambda path: True)
     for env, exists, seconds in (
         ({}, nowhere, 0.0),
@@ -972,7 +981,7 @@ def test_emit_knows_where_a_home_passes(monkeypatch):
 
 
 @quick
-def test_emit_small_rules():
+def test_emit_reads_retry_after_arguments_logins_and_file_names():
     now = emit.instant("2026-11-22T12:00:00Z")
     for header, at in (
         (None, 0.0),
@@ -1031,7 +1040,10 @@ def test_emit_small_rules():
 
 
 def test_emit_is_plain(tmp_path):
-    """No code in strings, no private modules; importing it does nothing, and a fault is found."""
+    """It has no code in strings and no private modules, and importing it does nothing.
+
+    A line that is no Python is found when the file is compiled.
+    """
     text = EMIT.read_text(encoding="utf-8")
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -1055,7 +1067,7 @@ def test_emit_is_plain(tmp_path):
 
 @oldest_and_newest
 def test_emit_starts_from_a_folder_that_cannot_be_written(python, person, tmp_path):
-    """`python3 emit.py`, where no compiled program can be kept, and a plugin's own json.py."""
+    """`python3 emit.py` works where no compiled program can be kept, beside a plugin's json.py."""
     folder = tmp_path / "plugin"
     folder.mkdir()
     shutil.copy(str(EMIT), str(folder))
@@ -1074,7 +1086,7 @@ def test_emit_starts_from_a_folder_that_cannot_be_written(python, person, tmp_pa
 
 @every_python
 def test_emit_refuses_endless_numbers(python, person):
-    """Alike on all Pythons: without a limit, a million digits in a hook's JSON cost 4 s of work."""
+    """Every Python refuses a number of more than 4,300 digits. A million would cost 4 s of work."""
     unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0)"
     for digits in (4300, 4301):
         shown = person.emit("show", python=python, before=unlimited, recorded=False,
@@ -1087,7 +1099,7 @@ def test_emit_refuses_endless_numbers(python, person):
 
 @every_python
 def test_emit_imports_no_more_than_it_needs(python, person):
-    """What a start costs, in what does not depend on the machine: until the caller is let go."""
+    """The modules that are loaded when the caller is let go. They are the cost of a start."""
     watch = (
         "import sys, os; known = ('json', 're', 'subprocess', 'hashlib', 'datetime', 'select')\n"
         "def leave(*status):\n"
@@ -1189,21 +1201,21 @@ def test_emit_of_50_sessions_at_once_leaves_its_callers(crowd):
 
 
 def test_emit_sends_from_one_process_at_a_time(person):
-    """Eight sessions that end at once: each event is sent once, and never two beside each other."""
+    """Eight sessions end at once. Each event is sent once, and no two at the same time."""
     inside, most, gate = [], [], threading.Lock()
 
     def answer(n, body):
         with gate:
             inside.append(n)
             most.append(len(inside))
-        time.sleep(0.05)  # so long it takes
+        time.sleep(0.05)  # an answer that takes no time would hide two senders
         with gate:
             inside.remove(n)
         return 202, {}
 
     with Odd(answer) as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        hooks = [person.starts("turn-%d" % n) for n in range(8)]
+        hooks = [person.starts("turn-%d" % n, code=SOON) for n in range(8)]
         assert [process.wait(60) for process in hooks] == [0] * 8
         until(lambda: not person.senders())
         assert sorted(server.sessions()) == sorted(secret_hash("turn-%d" % n) for n in range(8))
@@ -1212,11 +1224,11 @@ def test_emit_sends_from_one_process_at_a_time(person):
 
 @every_python
 def test_emit_whole_path(python, tmp_path, repository, ingest):
-    """Hook JSON in, row out; a home that is not ASCII, in an environment without a locale."""
+    """A hook's JSON goes in, a row comes out. The home is not ASCII, and there is no locale."""
     server, row = ingest
     login = "octocat-of-the-test"
     (tmp_path / "package.json").write_text('{"version": "1.31.0"}')
-    for n in range(9):  # git has 250 ms, which a machine under load may not give it the first time
+    for n in range(9):  # git has 250 ms, which a loaded machine may not give it
         session = "whole-path-%d-%s" % (n, python)
         person = Person(tmp_path / str(n) / "zoë", server.url, CLAUDE_PROJECT_DIR="",
                         ASHLR_TELEMETRY="", CLAUDE_PLUGIN_ROOT=str(tmp_path))
@@ -1318,7 +1330,7 @@ def recorded(shape, session, project, path, name=""):
 
 
 def test_emit_understands_every_host(person, received):
-    """Session, project and discovery of each host's recorded input; a call counted for each."""
+    """Each host's recorded input gives the session, the project, the discovery and the calls."""
     person.env.update(CLAUDE_PROJECT_DIR="", CLAUDE_SESSION_ID="of the session outside")
     project = str(person.home / "app")
     path = project + "/.ashlrcode/genome/sections/discoveries/auth-flow.md"
@@ -1335,7 +1347,7 @@ def test_emit_understands_every_host(person, received):
 
 
 def test_emit_prints_hooks_that_work(person, tmp_path):
-    """`hooks HOST`: each printed command is run by a shell, with that host's recorded input."""
+    """A shell runs each command that `hooks HOST` prints, with that host's recorded input."""
     person.env["CLAUDE_PROJECT_DIR"] = ""
     project, plugin = str(person.home / "app"), tmp_path / "it's a plugin"
     path = project + "/.ashlrcode/genome/sections/discoveries/by-hook.md"
@@ -1431,7 +1443,7 @@ def test_emit_prints_a_plugin_for_opencode(person, tmp_path):
 
 @oldest_and_newest
 def test_emit_waits_for_no_input(python, tmp_path):
-    """No terminal, rubbish, input without an end and silence are one event each. None hangs."""
+    """A closed input, rubbish, an endless input and silence make one event each. None hangs."""
     started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     parent = "ppid:%d:%s:%s" % (os.getpid(), started, MACHINE)
     rubbish = b"", b"{", b"[]", b"\xff\xfe", b'{"session_id": 7}', b'{"session_id": " "}'
@@ -1460,7 +1472,7 @@ def test_emit_waits_for_no_input(python, tmp_path):
             os.write(write, data)
             cases.append((session, {"stdin": read}))
         at_once(ends, cases, 4)  # most of them wait
-    read, write = os.pipe()  # the rest may come later than the first byte must
+    read, write = os.pipe()  # the first byte has to come soon; the rest may come later
     os.write(write, b'{"session_id": ')
     rest = threading.Timer(0.4, lambda: (os.write(write, b'"in two"}'), os.close(write)))
     rest.start()
@@ -1493,7 +1505,7 @@ def variable(name, value):
     return lambda person: person.env.update({name: value})
 
 
-BREAKAGES = {  # what somebody may have done to the folder: nothing may come of it but silence
+BREAKAGES = {  # what somebody may have done to the folder; the hook stays silent all the same
     "config is a folder": folder_for("config.json"),
     "config is no JSON": text_for("{telemetry: on", "config.json"),
     "config is a pipe": pipe_for("config.json"),
@@ -1575,7 +1587,7 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
 
 
 def test_emit_no_deletes_what_waits_also_beside_a_broken_file(person):
-    """An unreadable config.json keeps the spool only when the environment does not say no."""
+    """Beside an unreadable config.json the spool is kept, unless the environment says no."""
     for env, stays in (
         ({"DO_NOT_TRACK": "1"}, 0),
         ({"ASHLR_TELEMETRY": "off"}, 0),
@@ -1622,7 +1634,7 @@ def test_emit_is_out_of_reach_when_its_caller_is_let_go(python, tmp_path):
         person = Person(tmp_path / "home", server.url)
 
         def hangs_up(n):
-            hook = person.starts("hup-%d" % n, python=python, start_new_session=True)
+            hook = person.starts("hup-%d" % n, python=python, code=SOON, start_new_session=True)
             hook.wait(60)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(hook.pid, signal.SIGHUP)
@@ -1668,6 +1680,7 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
 
 @oldest_and_newest
 def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
+    """An event goes when it arrived or is at fault. After any other answer it stays."""
     with Odd() as elsewhere:
         answers = [(status, b"", 0) for status in (202, 400, 413, 422)]  # how many files stay
         answers += [(200, b'{"ok":true}', 0), (200, b"<html>a captive portal</html>", 1)]
@@ -1688,7 +1701,7 @@ def test_emit_keeps_or_drops_by_the_answer(python, tmp_path):
 
 @pytest.mark.parametrize("status", [401, 200])
 def test_emit_empties_no_backlog(status, person):
-    """A wrong token, address or network says nothing about the events; a portal's page neither."""
+    """A wrong token and a portal's page say nothing about an event, so each event is kept."""
     now = int(time.time() * 1000) - 60000
     for n in range(15):
         person.waits(now + n, n)
@@ -1707,7 +1720,7 @@ def test_emit_empties_no_backlog(status, person):
 
 
 def test_emit_lets_no_failing_event_hold_up_the_rest(person):
-    """Ten that are answered 500 go behind; the next session's end sends the others."""
+    """Events that are answered 500 go behind the others, which the next session's end sends."""
     bad = {event(n)["session_id_hash"] for n in range(12)}
     now = int(time.time() * 1000) - 60000
     for n in range(20):
@@ -1726,7 +1739,7 @@ def test_emit_lets_no_failing_event_hold_up_the_rest(person):
 
 
 def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
-    """A server that never ends its answer ends the sender's time: the next one begins elsewhere."""
+    """A silent server may cost a sender all its time. The next sender begins with another event."""
     for n in range(2):
         person.waits(1000 + n, n)
     arrived = threading.Event()
@@ -1743,7 +1756,7 @@ def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
 
 
 def test_emit_leaves_events_of_another_version(person):
-    """Keys that this version does not know: not sent, not deleted, whatever the age and number."""
+    """An event with an unknown key is neither sent nor deleted, whatever its age and number."""
     for n in range(3):
         later = dict(event(n), schema_of_the_future=1)
         person.waits(n + 1, n, later)
@@ -1786,7 +1799,8 @@ def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
             assert 3500 < at - time.time() < 3700
             server.answer = lambda n, body: (202, {})
             year = 365 * 86400
-            for n, at in enumerate((time.time() - 1, time.time() + year)):  # over; a clock ahead
+            # A wish whose time is over, and one of a clock that was ahead.
+            for n, at in enumerate((time.time() - 1, time.time() + year)):
                 path.write_text(json.dumps(dict(state, retry_at={key: at})))
                 person.hook("retry-%d" % (3 + n))
                 assert person.kept() == []
@@ -1848,7 +1862,7 @@ def test_emit_lets_500_events_wait_for_30_days(person):
 
 @oldest_and_newest
 def test_emit_without_room_sends_at_once(python, tmp_path):
-    """A full disk, and a folder that cannot be written: the event goes without the spool."""
+    """On a full disk, or beside a folder that cannot be written, the event needs no spool."""
     for n, (before, options) in enumerate(
             ((lambda person: person.put("session-events", "a file"), {}),
              (lambda person: None,
@@ -1866,7 +1880,7 @@ def test_emit_asks_git_for_no_favours(person, repository, tmp_path):
     with Odd() as server:
         person.env.update(
             ASHLR_SESSION_EVENTS_URL=server.url, GIT_DIR="/nonexistent", GIT_WORK_TREE="/")
-        for n in range(9):  # see above
+        for n in range(9):  # git has 250 ms, which a loaded machine may not give it
             person.hook("git-%d" % n, "--dir", str(repository[0]))
             if json.loads(server.requests[-1][2])["branch_sha"]:
                 break
@@ -1894,13 +1908,13 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
                             env={"PATH": path}, stdin=subprocess.DEVNULL, recorded=False)
         found.append(json.loads(shown.stdout)["branch_sha"])
     assert not (tmp_path / "ran").exists()
-    # Git may take longer than it is given, once.
-    assert repository[1][:12] in found[:3] and found[3] is None
+    # Not every time: git has 250 ms, which a loaded machine may not give it.
+    assert repository[1][:12] in found and found[3] is None
 
 
 @oldest_and_newest
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
-    """And no other: on a Mac, urllib would ask the system, which crashes after a fork."""
+    """No other proxy is asked for: a Mac's urllib would ask the system, and crash after a fork."""
     with Odd() as proxy:
         person.env.update(ASHLR_SESSION_EVENTS_URL="http://me:secret-word@far.example/x",
                           http_proxy=proxy.url.rsplit("/", 2)[0])
@@ -1946,7 +1960,7 @@ def test_emit_without_what_other_systems_lack(python, person):
 
 
 def test_emit_of_a_parent_without_a_start_time(tmp_path):
-    """Where /proc tells nothing, `ps` does; where neither, the text has an empty place."""
+    """`ps` tells the start time where /proc does not. Without both, its place stays empty."""
     hidden = ("import os; real = os.open; os.open = lambda path, *a, **k: "
               "real('/nonexistent' if str(path)[:5] == '/proc' else path, *a, **k)")
     started = subprocess.run(
@@ -1973,7 +1987,7 @@ def test_emit_survives_kills(person, received):
     def kill(n):
         session, pipes = "kill-%d" % n, dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
         said = {"ASHLR_TELEMETRY_DEBUG": "1"}
-        with person.starts(session, "--wait", "20000", env=said, **pipes) as process:
+        with person.starts(session, "--wait", "20000", code=SOON, env=said, **pipes) as process:
             said = b""
             if n % 2:  # at some instant after the capture
                 said = process.stderr.readline() + process.stderr.readline()
@@ -1989,13 +2003,13 @@ def test_emit_survives_kills(person, received):
     begun = time.monotonic()
     person.emit("--wait", "20000")
     whole = 2 * (time.monotonic() - begun)  # of a run beside the others
-    at_once(kill, range(50), 6)
+    at_once(kill, range(30), 6)
     assert all(
         emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
     said = person.hook("after the kills")
     assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
     assert set(captured) <= set(received.sessions()) and person.kept() == [], said
-    assert len(captured) >= 25
+    assert len(captured) >= 15
 
 
 # -- Discoveries -----------------------------------------------------------------------------------
@@ -2020,6 +2034,7 @@ TOOLS = [
 
 @oldest_and_newest
 def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
+    """A call and its discovery go to the session of the hook's input, or of the environment."""
     person.env["CLAUDE_PROJECT_DIR"] = str(tmp_path)
     alias = tmp_path / "alias"
     alias.symlink_to(tmp_path)
@@ -2062,7 +2077,7 @@ def test_emit_track_and_the_session_it_belongs_to(python, person, tmp_path):
 
 
 def test_emit_tracks_64_at_once(person):
-    """Tool hooks that run at the same moment lose nothing, and nothing of a session's end."""
+    """Tool hooks that run at the same moment lose no call and no discovery."""
     env = {**person.env, "CLAUDE_SESSION_ID": "many"}
     argv = [sys.executable, *HOOK, "track"]
     call = person.put("call", {"cwd": "/", "tool_name": "x"})
@@ -2082,34 +2097,38 @@ def test_emit_tracks_64_at_once(person):
 
 
 def test_emit_of_three_ends_at_once_is_one_event(person):
-    """One host does that on `/quit`: one event, with every discovery, however they fall."""
-    for n in range(60):
-        session = "thrice-%d" % n
-        lines = ["touch %d ref-%d" % (time.time() * 1000, k) for k in range(3)]
-        lines += ["call %d" % (time.time() * 1000)] * 5
-        emit.append(str(person.home), session, lines)
-    env = {**person.env, "ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
-    for n in range(60):
-        secret_hash("thrice-%d" % n)
-        hook = json.dumps({"session_id": "thrice-%d" % n, "cwd": "/"}).encode()
-        argv = [sys.executable, *HOOK]
-        ends = [subprocess.Popen(argv, env=env, stdin=subprocess.PIPE) for _ in range(3)]
-        for process in ends:
-            process.stdin.write(hook)
+    """gemini fires three ends on `/quit`. They make one event with every discovery."""
+    home, now = str(person.home), 1000 * int(time.time())
+    news = ["call %d" % now] * 5 + ["touch %d ref-%d" % (now, n) for n in range(3)]
+    told = 5, ["ref-0", "ref-1", "ref-2"]
+    for n in range(300):  # threads come closer to each other than processes do
+        session, together = "threads-%d" % n, threading.Barrier(3)
+        emit.append(home, session, news)
+
+        def end(_, session=session, together=together):
+            together.wait()
+            return emit.end_session(home, session, now, None, 0)
+
+        parts = [part for part in at_once(end, range(3), 3) if part]
+        assert [(part.calls, part.refs) for part in parts] == [told], n
+    env = {"ASHLR_SESSION_EVENTS_URL": "nowhere"}  # the senders have nothing to do
+    sessions = ["processes-%d" % n for n in range(8)]
+    for session in sessions:
+        emit.append(home, session, news)
+        ends = [person.starts(session, stdin=subprocess.PIPE, env=env) for _ in range(3)]
         for process in ends:
             process.stdin.close()
         assert [process.wait(60) for process in ends] == [0, 0, 0]
     until(lambda: not person.senders())
     found = {kept["session_id_hash"]: kept for kept in person.kept()}
-    assert len(person.kept()) == len(found) == 60
-    assert set(found) == {secret_hash("thrice-%d" % n) for n in range(60)}
+    assert len(person.kept()) == len(found) and set(found) == set(map(secret_hash, sessions))
     for kept in found.values():
-        assert (kept["tool_count"], kept["discovery_refs"]) == (5, ["ref-0", "ref-1", "ref-2"])
+        assert (kept["tool_count"], kept["discovery_refs"]) == told
 
 
 @oldest_and_newest
 def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, received):
-    """A session that is continued: what is new since the end before, by stats.json or by track."""
+    """Each end of a session sends what is new since the end before, by stats.json or by track."""
 
     def end(session):
         del received.requests[:]
@@ -2132,7 +2151,7 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, rec
     assert end("again") == [(part[1], 1, 0, ["two"])]
     stats = {"schemaVersion": 2, "sessions": {"again": {"calls": 10, "tokensSaved": 500}}}
     person.put("stats.json", stats)
-    assert end("again") == [(part[2], 7, 500, [])]  # 3 were told
+    assert end("again") == [(part[2], 7, 500, [])]  # 3 of the 10 were sent before
     assert end("again") == []
     stats["sessions"]["again"] = {"calls": 12, "tokensSaved": 500}
     person.put("stats.json", stats)
@@ -2167,7 +2186,10 @@ def test_emit_names_a_part_by_its_own_quarter(person):
 
 
 def test_emit_sends_sessions_that_never_ended(person, received):
-    """Silent for a day: sent when another session ends, ended at the last call, and once."""
+    """A session that was silent for a day is sent once, when another one ends.
+
+    It ended at its last call.
+    """
     day, now = 86400, time.time()
 
     def silent(session, age, *lines):
@@ -2179,10 +2201,10 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
     silent("sid-running", day / 2, "call %d")
     silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
-    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took the event
+    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took its event
     silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
     silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
-    silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have been one call's
+    silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have lived for one call
     silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d", "settled")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
@@ -2235,7 +2257,7 @@ def test_emit_expires_by_age_and_overwrites_no_name(person):
 
 @quick
 def test_emit_loses_no_line_to_one_that_was_cut_short(person):
-    """A full disk may leave half a line: the next one is whole all the same."""
+    """A full disk may leave half a line. The next line is whole all the same."""
     home = str(person.home)
     emit.append(home, "cut short", ["call 5"])
     with person.session_file("cut short").open("a") as file:
@@ -2267,7 +2289,7 @@ HOSTILE = {  # what may stand where a session's file should
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_emit_ends_a_session_whose_file_is_hostile(kind, person, received):
-    """The event goes all the same, and so does what waits."""
+    """The session's event is sent all the same, and so are the events that wait."""
     path = person.session_file("sid-hostile")
     path.parent.mkdir(parents=True)
     theirs = person.put("session-events/a person's", "untouched")
@@ -2282,11 +2304,11 @@ def test_emit_ends_a_session_whose_file_is_hostile(kind, person, received):
 
 @oldest_and_newest
 def test_emit_whatever_the_locale(python, tmp_path, repository):
-    """A project that is not ASCII, in an environment that knows only that: Python 3.6 is strict."""
+    """The project's name is not ASCII, and the locale knows only ASCII. Python 3.6 is strict."""
     project = tmp_path / "zoë ☃"
     project.symlink_to(repository[0])
     with Odd() as server:
-        for n in range(9):  # git has 250 ms
+        for n in range(9):  # git has 250 ms, which a loaded machine may not give it
             person = Person(tmp_path / ("é%d" % n), server.url, LC_ALL="C", CLAUDE_PROJECT_DIR="")
             session = "locale-%d ☃" % n
             path = str(project) + "/sub/../.ashlrcode/genome/sections/discoveries/x.md"
@@ -2304,12 +2326,14 @@ def test_emit_whatever_the_locale(python, tmp_path, repository):
 
 
 def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path):
-    """The event is in the spool when the hook returns; its commit follows, and no other sender
-    takes it before."""
+    """The event is in the spool when the hook returns, and its commit follows.
+
+    No other sender takes the event before.
+    """
     (tmp_path / "git").write_text('#!/bin/sh\nsleep 0.1\nexec %s "$@"\n' % shutil.which("git"))
     (tmp_path / "git").chmod(0o755)
     with Odd() as server:
-        for n in range(9):  # git has 250 ms, which a machine under load may not give it
+        for n in range(9):  # git has 250 ms, which a loaded machine may not give it
             home = Person(tmp_path / str(n), server.url)
             home.env["CLAUDE_PROJECT_DIR"] = str(repository[0])
             slow = {"PATH": "%s:%s" % (tmp_path, os.environ["PATH"]), "CLAUDE_SESSION_ID": "slow"}
@@ -2331,7 +2355,7 @@ def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path)
 
 @quick
 def test_emit_leaves_a_new_event_to_its_own_child():
-    """Its own child may still add the commit; another process sends it from the next second on."""
+    """A new event waits for its own child, which adds the commit. Later any process sends it."""
     name = "001764000000000-%012x%s.json"
     for after, attempts, new in (
         (0, "", True),
@@ -2355,7 +2379,7 @@ def has_unshare():
 
 @pytest.mark.skipif(not has_unshare(), reason="unshare -pf")
 def test_emit_captures_before_everything_ends(person):
-    """The namespace ends, and all that runs in it, as soon as the hook returns: 20 of 20."""
+    """All that runs in the namespace ends as soon as the hook returns. 20 of 20 events stay."""
     command = "%s -I -S -c '%s' %s" % (sys.executable, CACHED, ROOT)
 
     def unshared(n):
@@ -2371,7 +2395,7 @@ def test_emit_captures_before_everything_ends(person):
 
 @oldest_and_newest
 def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
-    """Answered before the hook returns; a silent server is waited for as long as was said."""
+    """The hook returns after the answer. It waits for a silent server as long as it was told."""
     with Odd() as server, Odd(lambda n, body: None) as silent:
         for n, env in enumerate(({"ASHLR_SESSION_EVENTS_WAIT": "20000"}, {"CI": "true"})):
             person = Person(tmp_path / str(n), server.url)
@@ -2392,7 +2416,7 @@ def test_emit_stays_for_the_answer_where_the_home_passes(python, tmp_path):
 
 @oldest_and_newest
 def test_emit_without_standard_streams(python, person):
-    """Their numbers do not become those of the pipe by which the sender says that it is done."""
+    """The pipe by which the sender says that it is done gets no number of a standard stream."""
     with Odd() as server:
         env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": server.url}
         closed = {"preexec_fn": lambda: os.closerange(0, 3), "stdin": None}
@@ -2402,7 +2426,7 @@ def test_emit_without_standard_streams(python, person):
 
 
 def test_emit_is_interrupted_in_silence(person):
-    """Ctrl-C while the hook stays for the answer: no traceback, and the event is in the spool."""
+    """Ctrl-C while the hook waits for the answer prints nothing. The event is in the spool."""
     with Odd(lambda n, body: None) as silent:
         env = {"ASHLR_SESSION_EVENTS_WAIT": "20000", "ASHLR_SESSION_EVENTS_URL": silent.url}
         pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
@@ -2466,7 +2490,7 @@ def test_emit_as_another_product(person, tmp_path):
 
 
 def test_emit_deletes_nothing_that_is_not_its_own(person, tmp_path):
-    """`off`, and no consent: only names that it makes, and through no symbolic link."""
+    """`off` and a missing consent delete only names that it makes, and follow no symbolic link."""
     names = "%015d-%012x.json" % (5, 5), "%015d-%012x-3.json" % (5, 5), ".0123456789abcdef.tmp"
     foreign = ("note.txt", "5-5.json", "0123456789abcdef.tmp", "%015d-%012x.json.bak" % (5, 5))
     for n, way in enumerate(("off", "DO_NOT_TRACK")):
@@ -2506,7 +2530,7 @@ def test_emit_deletes_nothing_that_is_not_its_own(person, tmp_path):
 
 
 def test_emit_writes_through_no_link(person, tmp_path, received):
-    """A spool that is a link is not used: the event is sent at once, and `status` says why."""
+    """A spool that is a link is not used. The event is sent at once, and `status` says why."""
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (person.ashlr / "session-events").mkdir()
@@ -2526,7 +2550,7 @@ def test_emit_writes_through_no_link(person, tmp_path, received):
 
 
 def test_emit_sends_where_no_lock_can_be_had(person, received):
-    """Somebody's folder stands where the lock should: the event arrives all the same."""
+    """A folder stands in the place of the lock. The event arrives all the same."""
     (person.ashlr / "session-events" / "flush.lock").mkdir(parents=True)
     assert "failed" not in person.hook("lockless")
     assert received.sessions() == [secret_hash("lockless")]
@@ -2601,7 +2625,7 @@ def test_emit_takes_a_slip_at_a_terminal_for_no_end_of_a_session(person):
 
 
 def test_emit_with_an_empty_home_writes_nowhere(person, tmp_path):
-    """An empty HOME is no home: not the root, not the password file's, not a relative folder."""
+    """An empty HOME stands for no folder: not the root, not the user's own, not a relative one."""
     for argv in ([], ["track"], ["track", "x"], ["off"], ["status"]):
         env = {**person.env, "HOME": "", "ASHLR_TELEMETRY_DEBUG": "1"}
         done = run([sys.executable, "-I", "-S", EMIT, *argv], env=env, cwd=str(tmp_path))
@@ -2621,7 +2645,7 @@ def test_emit_shows_the_folder_to_nobody(person, tmp_path):
 
 
 def test_emit_mine_and_version(person):
-    """For a person who asks an operator to delete what is stored: each quarter's names."""
+    """`mine` prints each quarter's hashes. Who wants them deleted gives them to an operator."""
     person.put("pro-token-cache.json", {"valid": True, "githubLogin": " octocat "})
     made = emit.instant("2026-05-22T12:00:00Z")
     os.utime(str(person.ashlr / "machine-id"), (made, made))
@@ -2634,6 +2658,9 @@ def test_emit_mine_and_version(person):
         salt = "salt_" + quarter
         known = secret_hash(MACHINE + salt), secret_hash("octocat" + salt)
         assert text == "identity_hash %s github_hash %s" % known
+    os.utime(str(person.ashlr / "machine-id"))  # made today: today's quarter is there
+    lines = person.emit("mine", recorded=False).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [emit.salt(time.time())[5:]]
     (person.ashlr / "pro-token-cache.json").unlink()
     assert "github" not in person.emit("mine", recorded=False).stdout
     (person.ashlr / "machine-id").unlink()
@@ -2672,7 +2699,7 @@ def test_emit_hook_that_cannot_read_its_environment_is_silent(person):
 
 
 def test_emit_names_the_line_of_a_fault(person):
-    """Under ASHLR_TELEMETRY_DEBUG, and not what the error says, which may hold a path."""
+    """ASHLR_TELEMETRY_DEBUG shows the line, and not the error's words, which may hold a path."""
     broken = "import os; os.urandom = lambda n: {}['/secret/path']"
     env = {"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "fault"}
     done = person.emit(before=broken, env=env)
@@ -2685,6 +2712,7 @@ def test_emit_names_the_line_of_a_fault(person):
 
 @oldest_and_newest
 def test_emit_commands(python, person, tmp_path):
+    """What `on`, `off`, `status`, `show` and `--help` print, change and return."""
     person.env.pop("ASHLR_TELEMETRY")
     person.env["ASHLR_SESSION_EVENTS_URL"] = "http://127.0.0.1:9/x?key=hidden-key"
     SECRETS.add("hidden-key")
@@ -2748,9 +2776,19 @@ def test_emit_commands(python, person, tmp_path):
 
 @oldest_and_newest
 def test_emit_makes_one_machine_id(python, person, received):
-    """50 first sessions at once agree on one name, and nobody overwrites it."""
+    """First sessions at once agree on one machine-id, and nobody overwrites it."""
     (person.ashlr / "machine-id").unlink()
-    hooks = [person.starts("first-%d" % n, "--wait", "20000", python=python) for n in range(6)]
+    for n in range(50):  # as threads, which come closer to each other than processes do
+        home, together = str(person.home / str(n)), threading.Barrier(4)
+
+        def first(_, home=home, together=together):
+            together.wait()
+            return emit.machine_id(home)
+
+        os.makedirs(home)
+        assert len(set(at_once(first, range(4), 4))) == 1
+    waits = "--wait", "20000"
+    hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
     person.hook("first-7")
     until(lambda: len(received.requests) == 7)
@@ -2946,7 +2984,7 @@ def test_server_event_check_no_event(body):
 
 @quick
 def test_server_short_check_is_the_long_one_sooner():
-    """Whatever canonical_row takes, check_event makes the same row of it. Seeded mutations."""
+    """Whatever canonical_row takes, check_event makes the same row of it. Seeded mutants."""
     rng, taken = random.Random(5), 0
     body = as_sent(EVENT, separators=(",", ":"))
     alphabet = b'0123456789abcfzTZ",:{}[]-+._ e' + bytes([0x80, 0xFF])
@@ -3281,7 +3319,7 @@ def test_server_transaction_that_fails_is_undone_and_the_next_goes_through():
 
 @quick
 def test_server_database_emptied_in_place_takes_nothing(tmp_path):
-    """It is the same file, without a byte."""
+    """The path still leads to the same file, which has no byte left."""
     with contextlib.closing(server.Store(str(tmp_path / "events.db"))) as store:
         os.truncate(tmp_path / "events.db", 0)
         with pytest.raises(server.Unavailable, match="emptied"):
@@ -3531,6 +3569,7 @@ def in_pieces(data):
 @pytest.mark.parametrize("way", ["whole", "byte by byte", "with another behind"])
 @pytest.mark.parametrize("name", ANSWERS)
 def test_server_http_answers(one, name, way):
+    """Each request of OUTCOMES is answered as told there, in whatever pieces it arrives."""
     data, status, body, stays = ANSWERS[name]
     with Wire(one) as wire:
         wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3559,7 +3598,7 @@ def test_server_http_answers(one, name, way):
 
 
 def test_server_http_paths_give_the_same_answers(one):
-    """The short path and the general one answer the same bodies alike, but for the date.
+    """The short path and the general one give each body the same answer, apart from the date.
 
     A query in the target leads to the general path.
     """
@@ -3612,16 +3651,19 @@ def test_server_http_half_closed_client_gets_its_answers(one):
             assert wire.reply() is None
 
 
-def test_server_http_refused_client_that_goes_on_sending_reads_why(one):
+def test_server_http_refused_client_that_goes_on_sending_reads_why(tmp_path):
     """The refused client reads its answer, which an immediate close would reset.
 
-    The server does not read on for ever.
+    The server reads on for LINGER_SECONDS, and not for ever.
     """
-    with Wire(one) as wire:
+    before = constants(server, LINGER_SECONDS=1.0)
+    with serving(tmp_path / "events.db", before=before) as running, Wire(running) as wire:
         assert wire.send(request(bytes(2 << 20)))
         assert wire.reply().status == 413
+        answered = time.monotonic()
         while wire.send(b"x" * 1000):
             assert not select.select([], [], [], 0.01)[0]
+        assert time.monotonic() - answered > 0.5
 
 
 @quick
@@ -3702,7 +3744,7 @@ FRAMES = {  # name: (bytes, requests found and what is held, or refused, at thei
 @quick
 @pytest.mark.parametrize("name", FRAMES)
 def test_server_framing_does_not_depend_on_how_bytes_arrive(name):
-    """Whole, one by one, cut in two at every place, and with the beginning of another behind."""
+    """A request arrives whole, byte by byte, cut at every place, or with the next one's start."""
     data, expected = FRAMES[name]
     assert framed([data]) == framed([data[i : i + 1] for i in range(len(data))]) == expected
     for cut in range(len(data)):
@@ -3744,7 +3786,7 @@ def test_server_framing_of_mutated_chunks_is_the_same_however_they_arrive():
 
 @quick
 def test_server_framing_holds_no_more_than_a_request():
-    """Chunks of a byte with long sizes: 21 bytes each on the wire, one in memory."""
+    """A chunk of one byte with a long size takes 21 bytes on the wire, and one in memory."""
     reader = server.RequestReader()
     reader.feed(CHUNKED)
     for _ in range(64):
@@ -3902,7 +3944,10 @@ def test_server_connections_keep_the_rules_of_their_table():
 
 @quick
 def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
-    """The selector saw it ready before the backlog's turn ended it, and then the turn was full."""
+    """The selector saw a connection ready, and then the backlog's turn ended it.
+
+    Nothing may come of the readiness, whether the turn has time left or not.
+    """
     with turning() as turned, socket.create_connection(turned.server_address) as client:
         turned.turn(10)
         [connection] = turned.connections.all()
@@ -3918,7 +3963,7 @@ def test_server_connection_that_ended_earlier_in_the_turn_stays_ended():
 
 @quick
 def test_server_first_read_of_a_connection_asks_for_the_turns_time():
-    """250 that have connected with a costly body: no turn takes much longer than its 20 ms."""
+    """250 clients connect and send a costly body. No turn takes much longer than its 20 ms."""
     body = b'{"a":' + b"[" * 500 + b"1," * 32000 + b"1" + b"]" * 500 + b"}"
     costly = request(body[:65000].rstrip(b",") + b"]" * 500 + b"}")
     with turning() as turned, contextlib.ExitStack() as stack:
@@ -3940,7 +3985,7 @@ def test_server_first_read_of_a_connection_asks_for_the_turns_time():
 
 
 def test_server_drains_its_own_listener_and_leaves_an_inherited_one():
-    """Who has connected is served by this process, or by the next one that has the same socket."""
+    """A client that has connected is served by this process, or by the socket's next owner."""
     for inherits in (False, True):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(30)
@@ -4005,7 +4050,7 @@ PYTHONS = {version: path for version, path in EMIT_PYTHONS.items() if version >=
 
 
 def test_server_alone_in_a_folder(tmp_path):
-    """The one file serves on each Python: an event in, a row out.
+    """The one file serves on each Python. An event goes in, a row comes out.
 
     SIGTERM and Ctrl-C end it within 5 s with status 0.
     """
@@ -4209,7 +4254,7 @@ def test_server_running_for_fixtures(tmp_path):
 
 
 def test_server_running_says_what_it_cannot_read(tmp_path):
-    """Whoever asks gets an answer or an exception, also beside stop(), and also of odd rows."""
+    """Whoever asks for events gets rows or an exception, also beside stop() and of odd rows."""
     scripted(tmp_path / "other.db", OTHER_PROGRAM)
     insert_rows(tmp_path / "other.db", ["no json"])
     with server.running(str(tmp_path / "other.db")) as running:
@@ -4288,7 +4333,7 @@ def p99(seconds):
 @pytest.mark.parametrize(
     ("lives", "often"), [(12, False), (6, True)], ids=["usual", "in checkpoints"])
 def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path, lives, often):
-    """Killed under load: every 202 is a row, the file is whole, and the next start is quick."""
+    """After a kill under load every 202 is a row, the file is whole and the next start quick."""
     db, rng, accepted, starts = tmp_path / "events.db", random.Random(50), set(), []
     for life in range(lives):
         started = time.monotonic()
@@ -4355,15 +4400,22 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
         notices.bind(str(tmp_path / "notify"))
         notices.settimeout(30)
-        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
+        env = dict(os.environ, NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
         env.pop("WATCHDOG_PID", None)
+        started = time.monotonic()
         with serving(tmp_path / "events.db", env=env) as running:
             assert notices.recv(100) == b"READY=1"
-            started = time.monotonic()
-            assert [notices.recv(100) for _ in range(4)] == [b"WATCHDOG=1"] * 4
-            assert time.monotonic() - started > 0.35  # not at every turn, but at every 0.15 s
+            assert [notices.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+            fed = 3
+            with Wire(running) as wire:
+                for _ in range(60):  # as many turns
+                    wire.send(HEALTH)
+                    assert wire.reply().status == 200
+                    while select.select([notices], [], [], 0)[0]:
+                        fed += notices.recv(100) == b"WATCHDOG=1"
+            assert fed <= 1 + (time.monotonic() - started) / 0.1  # by the time, not by the turns
             running.process.send_signal(signal.SIGSTOP)
-            notices.settimeout(0.45)
+            notices.settimeout(0.3)
             with pytest.raises(socket.timeout):
                 while notices.recv(100):  # one may have been under way
                     pass
@@ -4374,7 +4426,7 @@ def test_server_feeds_the_watchdog_as_long_as_its_loop_turns(tmp_path):
         with serving(tmp_path / "events.db", env=env) as running:
             while notices.recv(100) != b"READY=1":
                 pass
-            notices.settimeout(0.4)
+            notices.settimeout(0.3)
             with pytest.raises(socket.timeout):
                 notices.recv(100)
 
@@ -4387,7 +4439,7 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
 
     A connection that takes no answers is closed, too.
     """
-    flags = ("--request-seconds", 1, "--idle-seconds", 1.5, "--write-seconds", 0.5)
+    flags = ("--request-seconds", 0.7, "--idle-seconds", 1, "--write-seconds", 0.3)
     with serving(tmp_path / "events.db", *flags) as running:
         with Wire(running) as dribbling, Wire(running) as idle, Wire(running) as deaf:
             started = time.monotonic()
@@ -4405,8 +4457,8 @@ def test_server_slow_clients_are_ended_and_others_are_not(tmp_path):
                 ):
                     break
             assert dribbling.reply().status == 408 and dribbling.reply() is None
-            assert time.monotonic() - started >= 1
-            assert idle.reply() is None and time.monotonic() - started >= 1.5
+            assert time.monotonic() - started >= 0.7
+            assert idle.reply() is None and time.monotonic() - started >= 1
             deaf.sock.settimeout(30)
             with contextlib.suppress(ConnectionError):
                 while deaf.sock.recv(65536):
@@ -4426,7 +4478,7 @@ def test_server_request_in_time_is_answered_however_late_the_server_is(tmp_path)
         running.process.send_signal(signal.SIGSTOP)
         idle.send(request(as_sent(event("late"))))
         halfway.send(request(BODY)[-10:])
-        time.sleep(1.5)  # over the deadline
+        time.sleep(1.1)  # over the deadlines, of which the first began before
         running.process.send_signal(signal.SIGCONT)
         assert idle.reply().status == halfway.reply().status == 202
 
@@ -4460,8 +4512,8 @@ def test_server_without_descriptors_it_neither_spins_nor_stops(tmp_path):
         assert running.says('"out_of_descriptors"')
         full = [stack.enter_context(Wire(running)) for _ in range(30)]
         used = cpu_seconds(pid)
-        time.sleep(1)  # a second in which a server that spins would show
-        assert cpu_seconds(pid) - used < 0.5 and len(running.errors) < 20
+        time.sleep(0.5)  # in this time a server that spins would show
+        assert cpu_seconds(pid) - used < 0.25 and len(running.errors) < 20
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         for wire in full:
             wire.send(HEALTH)
@@ -4509,7 +4561,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
         peak = peak_megabytes(running.process.pid)
         print("p99 alone %.2f ms, beside the crowd %.2f ms; %d MB"
               % (alone * 1e3, beside * 1e3, peak))
-        assert beside < 2 * alone + 0.02  # 20 ms for what else this machine does
+        assert beside < 2 * alone + 0.02  # 20 ms for what else runs here
         assert peak < 120
 
 
@@ -4597,7 +4649,7 @@ def mounted(folder, *options):
 @needs_linux
 @pytest.mark.parametrize(("size", "often"), [("1m", False), ("2m", True)])
 def test_server_disk_full_file_system(tmp_path, size, often):
-    """Also where the log can grow and the database cannot: every answer holds, and is said once."""
+    """Every 202 holds, and the fault is logged once, also where only the log can still grow."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=" + size, "tmpfs") as disk:
         with serving(disk / "events.db", before=OFTEN * often) as running:
             more = ["mount", "-o", "remount,size=64m", disk]
@@ -4606,7 +4658,7 @@ def test_server_disk_full_file_system(tmp_path, size, often):
 
 @needs_linux
 def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
-    """503 until there is room, then it goes on by itself."""
+    """It answers 503 until there is room, and then goes on by itself."""
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
         server.Store(str(disk / "events.db")).close()
         with open(disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
@@ -4630,7 +4682,7 @@ def test_server_starts_on_a_disk_without_room_for_its_side_files(tmp_path):
 
 @needs_linux
 def test_server_file_system_turned_read_only(tmp_path):
-    """As a disk error does it: a real ext4, told to have seen one."""
+    """A real ext4 is told that its disk had an error, and turns read-only."""
     image = tmp_path / "image"
     image.write_bytes(bytes(16 << 20))
     if not shutil.which("mkfs.ext4") or run(["mkfs.ext4", "-q", image]).returncode:
@@ -4657,7 +4709,7 @@ def test_server_database_at_its_size_limit(tmp_path):
         statuses = [
             post(running, event(n, discovery_refs=["r" * 100] * 100)).status for n in range(40)]
         assert statuses[0] == 202 and statuses[-1] == 503 and sorted(statuses) == statuses
-        remembered = time.monotonic() + 1.5  # longer than the last write is
+        remembered = time.monotonic() + 1.2  # s; the last write's result counts for one
         while time.monotonic() < remembered:
             assert ready(running) == 503
             time.sleep(0.1)
@@ -4691,7 +4743,7 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
 
 
 def test_server_lock_held_by_another_process(tmp_path):
-    """503 for the turns meanwhile, each after 250 ms; then it goes on."""
+    """Each turn meanwhile is answered 503 after 250 ms. Then the server goes on."""
     with serving(tmp_path / "events.db") as running:
         assert post(running, event(0)).status == 202
         hold = ("import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
@@ -4711,7 +4763,7 @@ def test_server_lock_held_by_another_process(tmp_path):
     "words", ["ABORT, 'no'", "ABORT, 'that one is locked'", "ROLLBACK, 'no'", "FAIL, 'no'"]
 )
 def test_server_row_refused_by_another_programs_trigger(tmp_path, words):
-    """The others of its turn are stored; the log names no more than six digits."""
+    """The other rows of its turn are stored. The log has six digits of the identity, no more."""
     db = tmp_path / "events.db"
     rows = [event(n, identity_hash=hashlib.sha256(b"who %d" % n).hexdigest()) for n in range(5)]
     SECRETS.update(row["identity_hash"] for row in rows)
@@ -4736,7 +4788,7 @@ def test_server_row_refused_by_another_programs_trigger(tmp_path, words):
 
 @pytest.mark.parametrize("how", ["deleted", "replaced", "emptied", "log deleted"])
 def test_server_file_taken_away_from_under_it(tmp_path, how):
-    """The server answers 503 and says why: no 202 for what went into a deleted file.
+    """The server answers 503 and says why. It gives no 202 for what goes into a deleted file.
 
     It goes on when the file is put back.
     """
@@ -4815,7 +4867,7 @@ def test_server_rate_limit_is_a_token_bucket():
         (5, 720),
         (60, 60),
         (7, None),
-    ):  # the least that is enough, on any clock
+    ):  # Retry-After is the least that is enough
         hourly = server.RateLimit(server.Rate(per_hour, 3600.0))
         for now in [rng.uniform(0, 1e7) for _ in range(300)]:
             name = b"%r" % now
@@ -4882,7 +4934,7 @@ def test_server_pepper_hides_the_hashes_and_keeps_idempotency(tmp_path):
 
 
 def test_server_access_log_only_when_asked_and_without_names(tmp_path):
-    """Also of what is refused it names the route, where that is one that the server knows."""
+    """A line has the route, also of a refused request, if it is one that the server knows."""
     bad_host = request(BODY, headers=["Host: again"])
     cases = [  # (bytes, route, status)
         (request(as_sent(event("log"))), "POST /v1/session-events", 202),
@@ -4957,7 +5009,7 @@ def test_server_log_whose_reader_stopped_costs_lines_and_no_answers(tmp_path, st
 
 @quick
 def test_server_store_that_fails_in_changing_ways_is_a_line_a_second():
-    """And the last word is said, at the latest when the server ends."""
+    """The store's last state is logged too, at the latest when the server ends."""
     said = []
     with turning() as turned, pytest.MonkeyPatch.context() as patched:
         patched.setattr(server.ERRORS, "write", lambda text: said.append(json.loads(text)))
@@ -4997,7 +5049,7 @@ def referred(roots):
 
 
 def test_server_no_address_survives_its_request():
-    """After requests of 250 clients behind a proxy, by both paths, kept, refused and half sent."""
+    """No object holds an address of 250 clients behind a proxy, whose requests took each path."""
     addresses = ["198.18.%d.%d" % divmod(n + 1000, 250) for n in range(250)]
     options = {"limits": server.Limits(rate=server.Rate(600, 60.0))}
     options["trusted"] = [ipaddress.ip_network("127.0.0.0/8")]
@@ -5134,7 +5186,7 @@ def other_address():
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
 @pytest.mark.skipif(not other_address(), reason="loopback, the only address, has no rate limit")
 def test_server_client_that_only_shakes_hands_is_limited(tmp_path):
-    """Like one that sends; a handshake that a request follows costs nothing beside that."""
+    """A handshake alone counts as a request does. One that a request follows costs nothing."""
     cert, key = certificate(tmp_path, "shake")
     inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     inside.load_cert_chain(str(cert), str(key))
@@ -5185,7 +5237,7 @@ def test_server_client_that_only_shakes_hands_is_limited(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
 def test_server_tls_client_that_reads_late_or_takes_its_leave_first(tmp_path, capfd):
-    """OpenSSL cannot send yet, or has said goodbye to both sides already: nothing gets lost."""
+    """No answer is lost where OpenSSL cannot send yet, or where the client said goodbye first."""
     cert, key = certificate(tmp_path, "late")
     inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     inside.load_cert_chain(str(cert), str(key))
@@ -5226,7 +5278,7 @@ def test_server_tls_client_that_reads_late_or_takes_its_leave_first(tmp_path, ca
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificates")
 def test_server_handshakes_come_under_the_turns_time(tmp_path):
-    """200 clients shake hands at once: no turn does them all, and all get there."""
+    """200 clients shake hands at once. No turn does them all, and all come to their end."""
     cert, key = certificate(tmp_path, "many")
     inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     inside.load_cert_chain(str(cert), str(key))
@@ -5322,7 +5374,7 @@ def test_server_metrics_on_their_own_listener(tmp_path):
             wire.send(b"".join(request(as_sent(event(("turn", n)))) for n in range(500)))
             assert [wire.reply().status for _ in range(500)] == [202] * 500
         turns = metrics_at(port)[prefix + "turn_rows_bucket"]
-        # One client's 32 a turn, twice where it was held up.
+        # A turn takes 32 requests of one client, or 64 where it was held up.
         assert turns['le="64"'] == turns['le="+Inf"']
         assert any(server.__version__ in labels for labels in samples[prefix + "build_info"])
         with pytest.raises(urllib.error.HTTPError):  # events are not taken there
@@ -5383,7 +5435,7 @@ def test_server_retention_doubts_its_clock(newest, clocks):
 
 @quick
 def test_server_retention_knows_what_it_received_itself():
-    """Whatever the stamps say: its monotonic clock knows that a row is younger than the process."""
+    """Its monotonic clock tells which rows are younger than the process, whatever their stamps."""
     retention = server.Retention(10 * DAYS, None, 7, NOON, 0.0)
     for day in range(30):
         retention.received(100 * day, day * DAYS)
@@ -5421,9 +5473,9 @@ def test_server_retention_knows_what_it_received_itself():
 )
 @pytest.mark.parametrize("most", [1, 2, 256])
 def test_server_old_rows_are_known_by_their_neighbours(tmp_path, stamps, old, most):
-    """In pieces of any size, and with a restart after each piece, the same rows go.
+    """The same rows go in pieces of any size, and with a restart after each piece.
 
-    A client says that its sessions end in 2099: that keeps no row.
+    Each row's session ends in 2099, as its client says. That keeps no row.
     """
     rows = [
         (n, "%d-05-22T12:00:00Z" % stamp if type(stamp) is int and stamp > 7 else stamp, "2099")
@@ -5475,7 +5527,7 @@ def ids_of(db):
 
 @needs_faketime
 def test_server_retention_survives_a_start_in_2038(tmp_path):
-    """The clock is wrong for 20 minutes (a second here is 1,000 there), and taken for no truth."""
+    """No row goes while the clock is wrong for 20 minutes. It runs 1,000 times as fast here."""
     db = tmp_path / "events.db"
     old_and_new(db, (20, "-40 days"), (20, "-1 hour"))
     env = at_time(FAKETIME="@2038-01-01 00:00:00 x1000")
@@ -5523,7 +5575,7 @@ def test_server_retention_survives_a_start_in_2000_that_is_corrected(tmp_path):
 
 
 def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
-    """What is older goes, a piece at a time, while events come in; what is younger stays."""
+    """Old rows go a piece at a time while events come in. The younger rows stay."""
     db = tmp_path / "events.db"
     count = int(os.environ.get("TEST_ROWS", "4000"))
     old_and_new(db, (count, "-2000 days"), (10, "-2 days"))
@@ -5543,7 +5595,7 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
           % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3))
     assert (
         p99(during.seconds) < 2 * p99(usual.seconds) + 0.02
-    )  # 20 ms for what else this machine does
+    )  # 20 ms for what else runs here
     stay = len(usual.accepted) + len(during.accepted) + 10
     assert rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": stay}]
     assert rows_of(db, "SELECT count(*) AS n FROM session_discoveries") == [{"n": 2 * stay}]
@@ -5552,7 +5604,7 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
 
 @quick
 def test_server_sweep_gains_on_what_comes_in(tmp_path):
-    """In each turn more rows go than come, also in a turn of one row."""
+    """More rows go than come, also in turns of one row."""
     db = tmp_path / "events.db"
     old_and_new(db, (3000, "-40 days"), (1, "-1 hour"))
     with contextlib.closing(server.Store(str(db), retain_days=30)) as store:
@@ -5696,7 +5748,7 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
             assert reader.execute("SELECT count(*) FROM session_events").fetchone() == seen
         until(lambda: write(20) and store.checkpoints.emptied)
         longest = write(20)
-        assert write(100) == longest  # from its start again: 4,000 pages of the 11,000 that it had
+        assert write(100) == longest  # it fills from its start again: 4,000 pages of 11,000
         assert store.checkpoints.fault == ""
     assert len(rows_of(db)) == next(serial)
     assert rows_of(db, "PRAGMA integrity_check") == [{"integrity_check": "ok"}]
@@ -5706,7 +5758,7 @@ def test_server_log_is_moved_beside_the_loop(tmp_path, monkeypatch):
 @quick
 @needs_linux
 def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, monkeypatch, capfd):
-    """What a checkpoint reports, and what the writer makes of it, without a thread."""
+    """Without a thread: what a checkpoint reports, and what the writer does with the report."""
     before, db = set(os.listdir("/proc/self/fd")), str(tmp_path / "events.db")
     with contextlib.closing(server.Store(db)) as store:
         moves, serial, synced = store.checkpoints, itertools.count(), []
@@ -5728,10 +5780,10 @@ def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, 
             del synced[:]
             stuck = moves.move()
             assert stuck.stuck and len(synced) == 1  # the second pass moved nothing
-        moves.finish(store.db, stuck)  # the reader is gone: not for the writer to move it all
+        moves.finish(store.db, stuck)  # the reader is gone, but the writer may not move it all
         assert not moves.emptied
         moves.finish(store.db, whole)
-        assert moves.emptied  # so what the next one reports can be learned from
+        assert moves.emptied  # so that the next report can be learned from
         for reported, due in ((1, 2.0), (1 << 30, 0.25), (24_000, 0.5)):
             moves.asked, moves.emptied = server.CHECKPOINT_PAGES, True
             moves.finish(store.db, server.Checkpointed(reported, False, ""))
@@ -5773,7 +5825,7 @@ def test_server_checkpoint_leaves_the_writer_no_more_than_a_few_pages(tmp_path, 
 
 @quick
 def test_server_cache_suits_the_files_size(tmp_path, monkeypatch):
-    """A large cache would cost a small file time, and spares a large one reads."""
+    """A large cache spares a large file's reads. A small file would only lose time by it."""
     monkeypatch.setattr(server, "LARGE_FILE", 1 << 20)
     monkeypatch.setattr(server, "CHECKPOINT_PAGES", 100)
     db = tmp_path / "events.db"
@@ -5871,7 +5923,7 @@ def fenced(heading):
 
 
 def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
-    """The copy is whole and has every event answered before; README's steps bring it back."""
+    """The copy is whole and has each event that was answered before. README's steps restore it."""
     db, copy = crowded(tmp_path / "events.db", 10000), tmp_path / "events-backup.db"
     with serving(db) as running:
         clients = [Load(("backup", n), running) for n in range(3)]
@@ -5979,7 +6031,7 @@ def test_server_backup_on_another_file_system_also_a_full_one(tmp_path):
 
 
 def test_server_commands_on_the_file_show_how_far_they_are(tmp_path):
-    """Lines on a file, one line that changes on a terminal; never a line for each step."""
+    """A file gets some lines, a terminal one line that changes. No step has a line of its own."""
     db = crowded(tmp_path / "events.db", 10000)
     often = (
         "\ninit = server.Command.__init__\ndef eager(self): init(self); self.every = self.due = 0")
@@ -6029,10 +6081,10 @@ def traces(folder, text):
 @pytest.mark.parametrize("secure", [True, False], ids=["overwriting", "not overwriting"])
 @pytest.mark.parametrize("how", ["alone", "beside a server"])
 def test_server_forget_leaves_no_byte_of_a_hash(tmp_path, how, secure):
-    """Also none in free pages of earlier deletions, in index pages that were split, in the log."""
+    """No byte is left in the free pages of earlier deletions, in split index pages, in the log."""
     db = crowded(tmp_path / "events.db", 5000, secure=secure)
     scripted(
-        db,  # a sweep of old, whose pages stay full of them where SQLite does not overwrite
+        db,  # an old sweep: where SQLite does not overwrite, its pages stay full of the rows
         "PRAGMA secure_delete = %d; DELETE FROM session_events WHERE id <= 1000" % secure,
     )
     before = [row for row in rows_of(db) if row["id"] % 50 not in (1, 2, 19)]
@@ -6083,7 +6135,7 @@ def test_server_forget_finds_a_piece_of_a_hash_wherever_it_is(tmp_path, monkeypa
 
 
 def test_server_forget_takes_its_time_with_many_rows(tmp_path):
-    """A server beside it answers every event while 1,000 rows go, a pause after each hundred."""
+    """1,000 rows go, with a pause after each hundred. A server beside it answers every event."""
     db = crowded(tmp_path / "events.db", 2000, identities=2)
     pauses = ("server.READ_BATCH = 300\nsleep = server.time.sleep\n"
               "server.time.sleep = lambda seconds: (sys.stderr.write('.'), sleep(seconds))")
@@ -6112,7 +6164,7 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     assert done.returncode == 0 and "deleted 0 events" in done.stderr
     assert "--pepper-file" in done.stderr  # a hint
     (tmp_path / "copy.db").unlink()
-    # Somebody reads: the log cannot be emptied. It says so, and the second run ends it.
+    # While somebody reads, the log cannot be emptied. The command says so. A second run ends it.
     reader = sqlite3.connect(str(db), isolation_level=None)
     reader.execute("BEGIN")
     assert len(reader.execute("SELECT * FROM session_events").fetchall()) == 490
@@ -6193,7 +6245,7 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
         "server", "--db", db, "--forget", sha("identity", 3))))
     done = run(["bash", "-c", closed])
     assert done.returncode == 1 and "could not be printed: standard output is closed" in done.stderr
-    # Nobody reads the statement: the deleting goes on, and the exit status says it.
+    # Nobody reads the statement. The deleting goes on, and the exit status tells of it.
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run(
@@ -6213,7 +6265,7 @@ def test_server_forget_with_odd_input_and_output(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130 and process.stderr.read() == b"server.py: interrupted\n"
     process.communicate()
-    # Another program's table has the hash: it says so, and the events are gone all the same.
+    # Another program's table has the hash. The command says so, and the events are gone.
     scripted(
         db, "CREATE TABLE audit (x); INSERT INTO audit SELECT identity_hash FROM session_events")
     done = forget(db, sha("identity", 2))
@@ -6238,7 +6290,7 @@ def test_server_forget_interrupted_is_finished_by_the_next_run(tmp_path):
 
 
 def test_server_forget_says_it_in_clickhouses_words_too(tmp_path, clickhouse):
-    """The statement that it prints, run in a real ClickHouse on the table that `ship` makes."""
+    """A real ClickHouse runs the statement that it prints, on the table that `ship` makes."""
     url = clickhouse.database()
     make_tables(clickhouse, url)
     for n, (identity, login) in enumerate([("a", "x"), ("a", None), ("b", "y"), ("c", "x")]):
@@ -6297,7 +6349,7 @@ def test_server_fuzz(tmp_path):
              CHUNKED + chunks(BODY, 64)]
     with serving(tmp_path / "events.db", "--request-seconds", 5) as running:
         descriptors = len(os.listdir("/proc/%d/fd" % running.process.pid))
-        for hundred in range(80):
+        for hundred in range(40):
             wires = []
             for _ in range(100):
                 data = mutated(rng, rng.choice(valid))
@@ -6322,15 +6374,15 @@ def test_server_fuzz(tmp_path):
             assert post(running, event(("fuzz", hundred))).status == 202
         print(dict(answered))
         assert not [status for status in answered if status >= 500]
-        assert answered[400] > 400
-        assert answered[202] > 200
+        assert answered[400] > 200
+        assert answered[202] > 100
         deadline = time.monotonic() + 30
         while len(os.listdir("/proc/%d/fd" % running.process.pid)) > descriptors:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert running.stop() == 0 and running.errors == []
     stored = {row["session_id_hash"] for row in rows_of(tmp_path / "events.db")}
-    assert {event(("fuzz", n))["session_id_hash"] for n in range(80)} <= stored
+    assert {event(("fuzz", n))["session_id_hash"] for n in range(40)} <= stored
 
 
 # ==================================================================================================
@@ -6402,18 +6454,12 @@ def story_session(n):
 
 @quick
 def test_reader_moments():
-    """Every form that an event may have, read back as the stored form; what is none is no time."""
+    """Each form that an event may have is read back as the stored form. All else is no moment."""
     for text, stored_form in (
         *MOMENTS,
         ("0001-01-01T00:00:00Z", "0001-01-01T00:00:00.000Z"),
-        ("2026-05-22", None),
-        ("2026-02-30T00:00:00Z", None),
-        ("2026-05-22T24:00:01Z", None),
-        ("2026-05-22T12:34:56Z\n", None),
-        ("٢٠٢٦-05-22T12:34:56Z", None),
-        ("2026-05-22T12:34:56+25:00", None),
+        *((text, None) for text in NO_MOMENTS),
         ("0000-01-01T00:00:00Z", None),
-        ("", None),
         (None, None),
         (5, None),
         (b"2026-05-22T12:34:56Z", None),
@@ -6441,9 +6487,8 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         assert (
             session_events.sessions(reader, window._replace(discovery="z"))["total_count_in_window"]
             == 1)
-        edges = window._replace(
-            since=STORY[1]["ended_at"], until=STORY[4]["ended_at"]
-        )  # in, and not in
+        # A session that ended at `since` is in, one that ended at `until` is not.
+        edges = window._replace(since=STORY[1]["ended_at"], until=STORY[4]["ended_at"])
         assert session_events.sessions(reader, edges)["total_count_in_window"] == 3
 
         may_13 = session_events.instant("2026-05-13T00:00:00Z")
@@ -6564,7 +6609,7 @@ def reference_edges(rows):
 def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
     """Random sessions, some ended in the same moment, give the answers of a plain reference.
 
-    Chunks are small, and moments with more than one row are crowded. So each way is taken.
+    Chunks are small, and few rows are read together. So each way is taken.
     """
     monkeypatch.setattr(session_events, "CHUNK", 7)
     monkeypatch.setattr(session_events, "MOST_JOINED", 1)
@@ -6771,9 +6816,9 @@ def plain_check(cells):
 
 
 def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch):
-    """The same sessions with and without rows beside them that are none.
+    """The answers are the same with and without rows that are no sessions.
 
-    With nothing sound, and without the index, each row is looked at alone.
+    They are the same where each row is looked at alone: if nothing is sound, or without the index.
     """
     monkeypatch.setattr(session_events, "CHUNK", 20)
     chance = random.Random(3)
@@ -6833,12 +6878,10 @@ def test_reader_the_fast_way_answers_like_the_careful_one(tmp_path, monkeypatch)
                     del one["last_aggregated_at"]
         return found, sound
 
-    for window in [
-        only._replace(github=github, discovery=discovery)
-        for only in (may, part)
-        for github in (None, True, False)
-        for discovery in (None, "r1")
-    ]:
+    # Each filter meets each other one.
+    for only, github, discovery in ((may, None, None), (may, True, "r1"), (may, False, None),
+                                    (part, None, "r1"), (part, True, None), (part, False, "r1")):
+        window = only._replace(github=github, discovery=discovery)
         fast, sound = answers(clean, window)
         assert sound == {True}
         mixed, sound = answers(beside, window)
@@ -6878,7 +6921,7 @@ def test_reader_files_with_other_indexes_and_types(tmp_path):
 
 @quick
 def test_reader_counts_as_left_out_only_what_is_in_the_window(tmp_path):
-    """Also where a moment without a fraction widens what is read."""
+    """A moment without a fraction widens what is read, and what is left out stays the same."""
     db = stored(tmp_path / "edge.db", row(1, at="2026-09-04T00:00:00Z"),
                 row(2, at="2026-09-05T00:00:00.900Z", tool_count=-1))
     for until, left_out in (("2026-09-05T00:00:00.000Z", 0), ("2026-09-05T00:00:01.000Z", 1)):
@@ -7093,7 +7136,7 @@ STRANGE += ("A" * 64, b"0" * 64, '["a b"]', '{"a": "b"}', "2026-05-02t10:00:00z"
 
 @quick
 def test_reader_databases_of_other_programs(tmp_path):
-    """Every figure of random small ones against the reference, which sees the sessions alone."""
+    """Random small ones give the reference's figures. The reference sees only the sessions."""
     for seed in range(15):
         db, rows = stranger(random.Random(seed), tmp_path / ("%d.db" % seed))
         for since, until, github in (
@@ -7113,6 +7156,33 @@ def test_reader_databases_of_other_programs(tmp_path):
                 if inside:
                     check_discoveries(reader, window, inside, who)
                 check_figures(reader, window, rows, inside, who)
+
+
+@quick
+def test_reader_ticks_are_round_moments():
+    """A time axis has hours, days, Mondays, months, quarters or years, as its span asks for."""
+    day = 86_400_000
+    for start, days, first, second, count in (
+        ("2026-05-20T10:20:00Z", 1 / 3, "11:00", "12:00", 8),
+        ("2026-05-20T10:20:00Z", 10, "21 May", "22 May", 10),
+        ("2026-05-20T10:20:00Z", 30, "25 May", "1 Jun", 4),  # Mondays
+        ("2026-05-25T00:00:00Z", 28, "25 May", "1 Jun", 5),  # both ends
+        ("2026-05-20T10:20:00Z", 200, "Jun 2026", "Jul 2026", 7),
+        ("2026-05-20T10:20:00Z", 900, "Q3 2026", "Q4 2026", 10),
+        ("2026-05-20T10:20:00Z", 4000, "2027", "2028", 11),
+    ):
+        begun = session_events.instant(start)
+        ticks = session_events.ticks_of(begun, int(days * day))
+        labels = [label for _, label in ticks]
+        assert (labels[0], labels[1], len(labels)) == (first, second, count), days
+        assert begun <= ticks[0][0] and ticks[-1][0] <= begun + days * day
+
+
+@quick
+def test_reader_lists_three_discoveries_and_counts_the_rest():
+    for count, rest in ((0, ""), (3, ""), (4, " +1"), (9, " +6")):
+        shown = session_events.discovery_links(["r%d" % n for n in range(count)])
+        assert (shown.count("<a "), shown.rpartition("</a>")[2]) == (min(count, 3), rest)
 
 
 @quick
@@ -7235,7 +7305,7 @@ def test_reader_hostile_rows_change_nothing(tmp_path, capfdbinary):
 
 @quick
 def test_reader_what_it_refuses(tmp_path, capfdbinary):
-    """For each file that is no session-event store: one line that says why, exit status 1."""
+    """A file that is no session-event store gets one line that says why, and exit status 1."""
     good = stored(tmp_path / "good.db", *STORY)
     other = tmp_path / "other.db"
     sqlite3.connect(str(other)).execute("CREATE TABLE t (x)").connection.close()
@@ -7331,6 +7401,7 @@ def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
     assert [r["session_id_hash"] for r in listed] == [r["session_id_hash"] for r in exported]
     assert listed[0]["discovery_refs"] == "x y"
     assert next(csv.DictReader(io.StringIO(texts["graph", "csv"])))["discoveries"] == "x"
+    assert "in this window 35 sessions, in as many days before 1" in texts["activity", "text"]
     dot = texts["graph", "dot"]
     assert '"%s" -> "%s" [label="x" color' % (sha("session 1"), sha("session 2")) in dot
     assert dot.count("{") == dot.count("}")
@@ -7340,7 +7411,7 @@ def test_reader_forms_for_people_and_programs(tmp_path, capfdbinary):
 
 @quick
 def test_reader_dot_of_a_graph_without_nodes(tmp_path, capfdbinary):
-    """Graphviz can read it: an empty drawing, not an error and not an empty file."""
+    """Graphviz can read what comes out as an empty drawing. It is no error and no empty file."""
     db = stored(tmp_path / "e.db")
     status, out, err = answered(capfdbinary, ["graph", "--db", db, "--format", "dot"])
     first, settings, last = out.splitlines()
@@ -7392,7 +7463,7 @@ atexit.register(said)
 
 
 def test_reader_export_in_constant_memory(tmp_path):
-    """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
+    """Six times the rows need hardly more memory. A terminal sees how far the command is."""
     peaks = []
     for count in (2_500, 15_000):
         db = stored(
@@ -7423,7 +7494,7 @@ def test_reader_export_in_constant_memory(tmp_path):
 
 
 def test_reader_every_condition_of_the_file(tmp_path, monkeypatch):
-    """Files of a server that writes, ended or was killed; a read-only folder; a locked file."""
+    """The server writes, has ended or was killed; the folder is read-only; the file is locked."""
     folder = tmp_path / "a folder? with #odd%20 characters"
     folder.mkdir()
     db = stored(folder / "e.db", *STORY)
@@ -7450,9 +7521,12 @@ def test_reader_every_condition_of_the_file(tmp_path, monkeypatch):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(db + suffix)
     os.unlink(str(copied / "e.db-shm"))
-    sealed = [forked_count(folder), forked_count(copied)]
-    assert sealed[0] == "4", sealed
-    assert "-wal file" in sealed[1], sealed  # never the old state as if it were the new one
+    emptied = tmp_path / "emptied"  # a -wal file without a change in it
+    shutil.copytree(str(folder), str(emptied))
+    (emptied / "e.db-wal").touch()
+    sealed = [forked_count(path) for path in (folder, emptied, copied)]
+    assert sealed[:2] == ["4", "4"], sealed
+    assert "-wal file" in sealed[2], sealed  # never the old state as if it were the new one
 
     monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
     locked = stored(tmp_path / "locked.db", *STORY, journal="DELETE")
@@ -7492,7 +7566,7 @@ def forked_count(folder):
 
 @quick
 def test_reader_queries_use_the_indexes(tmp_path):
-    """No plan reads the whole table or sorts a window: so answers stay fast at a million rows."""
+    """No plan reads the whole table or sorts a window, so answers stay fast at a million rows."""
     db = stored(tmp_path / "e.db", *STORY)
     plans = []
     with session_events.reading(db) as reader:
@@ -7608,9 +7682,8 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             )
         ]
         refused = {http(view.address, path)[::2] for path, _ in inside}
-        assert (
-            len(refused) == 1 and next(iter(refused))[0] == 403
-        )  # the same answer, whatever there is
+        # The same answer, whether the page exists or not.
+        assert len(refused) == 1 and next(iter(refused))[0] == 403
         assert http(view.address, "/?token=wrong")[0] == 403
         # A HEAD, as link previews and proxies send it, does not use the ticket up.
         status, headers, _ = http(view.address, view.url[len(view.base) :], (), "HEAD")
@@ -7624,7 +7697,7 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             assert (http(view.address, "/",
                          {"Cookie": "session_events_%d%s" % (view.address[1], guess)})[0]
                     == 403)
-        assert http(view.address, view.url[len(view.base) :])[0] == 403  # used
+        assert http(view.address, view.url[len(view.base) :])[0] == 403  # the ticket was used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base) :], cookie)[0] == 200
         for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example",
@@ -7743,7 +7816,7 @@ def test_reader_opens_a_browser_that_nobody_can_forestall(tmp_path, chromium):
 
 
 def test_reader_the_endpoints_to_the_letter(tmp_path):
-    """README, Contract 7, line by line."""
+    """They answer as README, Contract 7 says, line by line."""
     now = datetime.datetime.now(datetime.timezone.utc)
 
     def ago(days, **more):
@@ -7879,6 +7952,7 @@ class Chromium:
 
     FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
              "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-extensions", "--disable-default-apps", "--metrics-recording-only",
              "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe")
 
     def __init__(self, program, profile):
@@ -7935,7 +8009,8 @@ class Chromium:
             self.events.append(self.listen())
 
     def open(self, url):
-        for address in ("about:blank", url):  # first away: another #... alone would load nothing
+        # First away: where only the part behind # is another, nothing would be loaded.
+        for address in ("about:blank", url) if "#" in url else (url,):
             self.loaded(self.call("Page.navigate", url=address)["loaderId"].__eq__)
 
     def enter(self, url):
@@ -8295,8 +8370,10 @@ EVERY_PAGE = ("/", "/sessions", "/session/" + sha("session 1"), "/discoveries", 
 
 
 def test_reader_every_page_in_chromium(tmp_path, chromium):
-    """Each page at three widths in both themes: as wide as the screen, one h1, no empty title of a
-    column, and nothing that axe-core has to say (npm install -g axe-core, or $AXE_CORE)."""
+    """Each page at three widths in both themes is as wide as the screen, and has one h1.
+
+    No column lacks a title. axe-core finds no fault (npm install -g axe-core, or $AXE_CORE).
+    """
     axe = axe_core()
     with View(stored(tmp_path / "e.db", *STORY)) as view:
         chromium.events = []
@@ -8324,7 +8401,8 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
                     == 0), where
                 if axe and (width, scheme) in ((390, "dark"), (1440, "light")):
                     found = chromium.js(
-                        "axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes.map("
+                        "axe.run({resultTypes: ['violations']}).then(r => r.violations.map("
+                        "v => v.id + ': ' + v.nodes.map("
                         "n => n.target + ' ' + n.failureSummary).join(' | ')))")
                     assert found == [], where
         assert chromium.complaints() == []
@@ -8334,6 +8412,7 @@ def test_reader_every_page_in_chromium(tmp_path, chromium):
 
 
 def test_reader_pages_without_script(tmp_path, chromium):
+    """Where no script runs, each page has its picture, its table and its links."""
     with View(stored(tmp_path / "e.db", *STORY)) as view:
         chromium.events = []
         chromium.screen(1280, 900)
@@ -8570,7 +8649,7 @@ def test_reader_the_demo(tmp_path):
 
 
 def test_reader_beside_a_server_under_load_and_a_sweep(tmp_path):
-    """While a server writes and sweeps old rows, no answer fails.
+    """While a server writes and old rows are swept, no answer fails.
 
     Each answer is right for one moment.
     """
@@ -8705,7 +8784,7 @@ def clickhouse(tmp_path_factory):
     if not shutil.which("clickhouse-server"):
         pytest.skip("no clickhouse-server on this machine: shipping is not tested")
     house = ClickHouse(tmp_path_factory.mktemp("clickhouse"))
-    # What is confirmed within a second of its start is taken for doubtful, and goes once more.
+    # A mark that was confirmed within a second of ClickHouse's start is doubted.
     eventually(lambda: int(house.ask("SELECT uptime()")[0][0]) >= 2)
     yield house
     house.stop()
@@ -8746,9 +8825,7 @@ AGAIN = "session_events: rows go once more: --again"
 
 
 def sessions_of(*nodes):
-    """The rows that there are over several nodes, worked out here: of each session the one received
-    first.
-    """
+    """The rows over several nodes, worked out here: of each session the one received first."""
     first = {}
     for node, rows in enumerate(nodes):
         for n, r in enumerate(rows):
@@ -8770,8 +8847,9 @@ def as_viewed(r):
 
 
 def whole(clickhouse, url, *nodes):
-    """Each session of the nodes is in the view once, as it was received first, and the raw table
-    holds nothing else once it is merged; it may be now.
+    """The view has each session of the nodes once, as it was received first.
+
+    The raw table holds nothing else when it is merged (FINAL).
     """
     expected = sorted(map(as_viewed, sessions_of(*nodes)))
     assert sorted(clickhouse.ask(VIEW, url)) == expected
@@ -8817,8 +8895,9 @@ def make_tables(clickhouse, url):
 
 
 def many(count, start=0, **changes):
-    """Rows of all shapes: without GitHub, without branch, with many discoveries, in any year, over
-    three months of arrival.
+    """Rows of all shapes: without GitHub, without branch, with many discoveries, in any year.
+
+    They were received over three months.
     """
     rng = random.Random(count + start)
     rows = []
@@ -8840,8 +8919,9 @@ def many(count, start=0, **changes):
 
 
 def test_ship_two_nodes_at_once(tmp_path, clickhouse):
-    """Two nodes, each shipped by two processes at once, with sessions that both nodes received:
-    every row is there once, and the views answer what SQLite answers on the same sessions.
+    """Two processes at once ship each of two nodes. Some sessions were received by both nodes.
+
+    Every session is there once. The views answer what SQLite answers on the same sessions.
     """
     url = clickhouse.database()
     one, two = many(1200), [*many(800, 1000), *many(100, 9000)]
@@ -8855,9 +8935,8 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
     assert marks(a) == [1200] and marks(b) == [900]
-    nodes = (
-        [one, two] if name_of(a, url) < name_of(b, url) else [two, one]
-    )  # in the same second, the node's name decides
+    # In the same second, the node's name decides.
+    nodes = [one, two] if name_of(a, url) < name_of(b, url) else [two, one]
     whole(clickhouse, url, *nodes)
     merged = stored(tmp_path / "merged.db", *sessions_of(*nodes))
     with session_events.reading(merged) as reader:
@@ -8891,7 +8970,7 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
 
 
 def retold(rows, received, **changes):
-    """What another node keeps of the same sessions: received at other times, with other content."""
+    """The same sessions on another node: received at other times, with other content."""
     return [
         dict(
             r,
@@ -8919,9 +8998,10 @@ SAME = ("%d sessions in the file: %d in the view, 0 missing, 0 waiting to be shi
 
 @pytest.mark.parametrize("order", ("ab", "ba"))
 def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
-    """A session that two nodes received, months apart and with other content, ends up once in the
-    raw table, the one received first, whichever is shipped first; the view and --check say so
-    before and after it is merged.
+    """Two nodes received a session, months apart and with other content.
+
+    The raw table ends up with the one received first, whichever is shipped first. The view and
+    --check say so before and after the table is merged.
     """
     url = clickhouse.database()
     rows = {"a": many(600)}
@@ -8942,15 +9022,14 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     assert agrees()
     late = ("SELECT count() FROM session_events WHERE node = '%s' AND toMonth(received_at) = 8"
             % name_of(dbs["b"], url))
-    assert clickhouse.ask(late, url) == [["0"]]  # a condition brings nothing back that gave way
+    assert clickhouse.ask(late, url) == [["0"]]  # no condition brings back a row that gave way
     merge(clickhouse, url)
     assert viewed(clickhouse, url) == 650
     assert agrees() and clickhouse.ask(late, url) == [["0"]]
     if order == "ba":
         return  # what follows does not depend on the order
-    assert (
-        shipped(dbs["a"], url) == shipped(dbs["b"], url) == 0
-    )  # of b, the newest 100 rows are gone
+    # Of b, the newest 100 rows gave way to those of a.
+    assert shipped(dbs["a"], url) == shipped(dbs["b"], url) == 0
     more = many(30, 7000)
     with contextlib.closing(sqlite3.connect(dbs["b"])) as connection:
         insert(connection, more)
@@ -8963,7 +9042,7 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
     merge(clickhouse, url)
     assert viewed(clickhouse, url) == 680 and agrees()
 
-    none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # nothing of it is left
+    none = stored(tmp_path / "c.db", *retold(rows["a"], later))  # all its rows give way
     for flags, sent in (((), 600), (("--again",), 600)):
         assert shipped(none, url, *flags) == sent
         merge(clickhouse, url)
@@ -8972,9 +9051,10 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
 
 
 class Relay:
-    """Between a ship and ClickHouse. Once `limit` more bytes have gone to ClickHouse it calls
-    `then` and cuts the connection; or, with `late`, it does so in place of passing the next answer
-    on.
+    """It stands between a ship and ClickHouse, and passes on what they say.
+
+    Once `limit` more bytes have gone to ClickHouse it calls `then` and cuts the connection. With
+    `late`, it does so in place of passing the next answer on; "pass" cuts nothing.
     """
 
     def __init__(self, port):
@@ -9021,9 +9101,10 @@ class Relay:
 
 
 def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
-    """SIGKILL in the middle of a batch, a connection cut there, an answer that does not arrive,
-    ClickHouse killed and started again, and in between another node's rows, which take the place of
-    some: afterwards every session is there, once, as it was received first.
+    """A ship is killed in a batch, its connection is cut, an answer is lost, ClickHouse is killed.
+
+    In between come another node's rows, some of which were received first. Afterwards every session
+    is there once, as it was received first.
     """
     url = clickhouse.database()
     rows = many(4000)
@@ -9045,9 +9126,8 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
             status, _, err = ship(db, by_relay)
             assert status == 1 and "cannot reach" in err
         relay.late = False
-        assert (
-            0 < seen < int(clickhouse.ask(count, url)[0][0]) < 4000
-        )  # there is still something to do
+        # Each ship got further, and the last has still something to do.
+        assert 0 < seen < int(clickhouse.ask(count, url)[0][0]) < 4000
         assert shipped(other, url) == 1600
         merge(clickhouse, url)  # of rows that were sent, some are no longer there
         relay.limit, relay.then = 70_000, lambda: clickhouse.stop(signal.SIGKILL)
@@ -9073,8 +9153,9 @@ def test_ship_killed_cut_and_restarted(tmp_path, clickhouse):
 
 
 def test_ship_follows_a_server(tmp_path, clickhouse):
-    """What a running server stores arrives while it runs; Ctrl-C ends the ship with 0; both
-    programs share the file.
+    """What a running server stores arrives while it runs. The two programs share the file.
+
+    Ctrl-C ends the ship with 0.
     """
     url, db = clickhouse.database(), tmp_path / "events.db"
     with serving(db) as server:
@@ -9111,9 +9192,10 @@ def viewed(clickhouse, url):
 
 
 def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
-    """The file goes back to a backup while --follow runs: the rows that come afterwards, whose ids
-    were shipped before as other rows, arrive; so do those that follow, up to far beyond the old
-    ids.
+    """The file goes back to a backup while --follow runs.
+
+    The rows that come afterwards have ids that were shipped before as other rows. They arrive, and
+    so do the rows that follow, far beyond the old ids.
     """
     url, db, backup = clickhouse.database(), tmp_path / "a.db", tmp_path / "backup.db"
     first, lost, later = many(200), many(300, 1000), many(40, 5000)
@@ -9166,8 +9248,9 @@ def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
 
 
 def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
-    """A copy of the file on a second node goes on from its own mark; another destination has
-    another mark; a name that was dropped means all over again; nothing counts twice.
+    """A copy of the file goes on from its own mark, and each destination has its own mark.
+
+    Without marks everything is shipped again. Nothing counts twice.
     """
     url, other = clickhouse.database(), clickhouse.database()
     rows, here, there = many(300), many(50, 2000), many(60, 3000)
@@ -9200,8 +9283,9 @@ def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
 
 
 def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
-    """A table that was dropped, emptied, or made anew and filled by another node, is filled from
-    the beginning, also while --follow runs.
+    """While --follow runs, the table is dropped, emptied, or filled anew by another node.
+
+    The ship fills it from the beginning.
     """
     url = clickhouse.database()
     db, beside = stored(tmp_path / "a.db", *many(300)), stored(tmp_path / "b.db", *many(90, 900))
@@ -9225,9 +9309,9 @@ def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
 
 
 def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse):
-    """Where ClickHouse was started after the mark, what was confirmed in the ten minutes before
-    goes once more, and nothing older; a mark in the future is doubted, too; a mark above every row
-    is none.
+    """If ClickHouse was started after the mark, the ten minutes before the mark go once more.
+
+    Nothing older does. A mark in the future is doubted too. A mark above every row counts as none.
     """
     url = clickhouse.database()
     db = stored(tmp_path / "a.db", *many(900))
@@ -9299,8 +9383,9 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
 
 
 def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, monkeypatch):
-    """A locked file is waited for, and what was sent meanwhile goes again; a file that may not be
-    written is a clear error. A running server is not in the way.
+    """A locked file is waited for, and what was sent meanwhile goes again.
+
+    A file that may not be written is a clear error.
     """
     url = clickhouse.database()
     db = stored(tmp_path / "a.db", *many(50))
@@ -9354,8 +9439,9 @@ UNFIT = (
 
 
 def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
-    """It is named by its id and column; what stands before it is shipped, it and what comes after
-    it wait.
+    """The row is named by its id and column. The rows before it are shipped.
+
+    The row itself and those after it wait.
     """
     url = clickhouse.database()
     rows = many(300)
@@ -9380,8 +9466,9 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
 
 
 def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
-    """Whatever the cluster's owner has put behind the table: the row is found, and ClickHouse's
-    words, which could quote it, are not printed.
+    """The row is found, whatever the cluster's owner has put behind the table.
+
+    ClickHouse's words could quote the row, so they are not printed.
     """
     url = clickhouse.database()
     rows = many(600)
@@ -9406,8 +9493,9 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
 
 
 def test_ship_check_names_the_days(tmp_path, clickhouse):
-    """--check is about sessions: it names the days of which some are not in the view, what waits,
-    and what lies in a month that was dropped; other nodes and repeats make no difference.
+    """--check names the days with missing or waiting sessions, and the months that were dropped.
+
+    It counts sessions, so other nodes and repeats make no difference.
     """
     url = clickhouse.database()
     rows = [
@@ -9464,8 +9552,9 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
 
 @needs_linux
 def test_ship_full_disk_of_clickhouse(tmp_path):
-    """Where ClickHouse's disk is full, --follow blames no row, waits, and goes on by itself when
-    there is room.
+    """While ClickHouse's disk is full, --follow waits and blames no row.
+
+    It goes on by itself when there is room.
     """
     if not shutil.which("clickhouse-server"):
         pytest.skip("no clickhouse-server on this machine: shipping is not tested")
@@ -9502,7 +9591,7 @@ def test_ship_full_disk_of_clickhouse(tmp_path):
 
 
 def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickhouse):
-    """Where a row that was taken before meets an error of data too, no row is at fault."""
+    """If a row that was taken before is refused too, then no row is at fault."""
     url = clickhouse.database()
     db = stored(tmp_path / "a.db", *many(30))
     assert shipped(db, url) == 30
@@ -9535,8 +9624,9 @@ def test_ship_gives_a_silent_peer_up(tmp_path):
 
 
 def test_ship_is_watched(tmp_path, clickhouse):
-    """Each state is logged once as a line of JSON with the time; once a minute (here: faster) how
-    far it is; the metrics say the same; no password, no hash.
+    """Each state is logged once, as a line of JSON with the time. The metrics say the same.
+
+    Once a minute (sooner here) a line says how far it is. No line has a password or a hash.
     """
     url, port = clickhouse.database(), free_port()
     db = stored(tmp_path / "a.db", *many(300))
@@ -9597,8 +9687,9 @@ def test_ship_is_watched(tmp_path, clickhouse):
 
 
 def test_ship_notices_different_peppers(tmp_path, clickhouse):
-    """server.py notes a fingerprint of its pepper, of which the pepper cannot be told; nodes with
-    different ones are noticed, nodes with the same are not.
+    """Nodes with different peppers are noticed, nodes with the same one are not.
+
+    server.py notes a fingerprint of its pepper, from which nobody can tell the pepper.
     """
     url = clickhouse.database()
     said = {}
@@ -9622,9 +9713,10 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
 
 
 def test_ship_months(tmp_path, clickhouse):
-    """A table of the older layout is refused with the statements that migrate it, which lose
-    nothing; invented dates make no more than some months; a month is dropped, and what came twice
-    appears as the other node has it.
+    """A table of the older layout is refused with statements that migrate it and lose nothing.
+
+    Invented dates make only a few months. If a month is dropped, a session that came twice appears
+    as the other node has it.
     """
     url = clickhouse.database()
     rows = [
@@ -9652,7 +9744,7 @@ def test_ship_months(tmp_path, clickhouse):
     assert shipped(db, url, rows=20_000) == 800 and viewed(clickhouse, url) == 1800
     assert ship(db, url, "--check")[0] == 0
     assert len(clickhouse.ask("SELECT DISTINCT toYYYYMM(ended) FROM session_events_raw", url)) <= 20
-    # Twenty years of one row a day, in one file: more months than one INSERT may have.
+    # Twenty years of one row a month, in one file: more months than one INSERT may have.
     slow = stored(
         tmp_path / "slow.db",
         *(
@@ -9686,8 +9778,9 @@ def test_ship_months(tmp_path, clickhouse):
 
 
 def test_ship_rows_by_the_rules(tmp_path):
-    """Unusual rows are shipped in the usual form, among others and alone; a row that is no event is
-    named by its column, and ends the batch before it.
+    """Unusual rows are shipped in the usual form, among others and alone.
+
+    A batch ends before a row that is no event. The row is named by its column.
     """
     odd = [
         ("ended_at", "2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
@@ -9767,9 +9860,10 @@ def test_ship_rows_by_the_rules(tmp_path):
 
 
 def test_ship_chaos(tmp_path, clickhouse):
-    """Two servers and their followers; SIGKILL for a server, a ship and ClickHouse, a file that
-    goes back to a backup. Every event that was answered 202 is in the view, once. TEST_SECONDS=60
-    makes it longer.
+    """A server, a ship and ClickHouse are killed in turn, and a file goes back to a backup.
+
+    There are two servers, each with its follower. Every event that was answered 202 is in the view
+    once. TEST_SECONDS=60 makes it longer.
     """
     url, rng = clickhouse.database(), random.Random(5)
     dbs = [tmp_path / "0.db", tmp_path / "1.db"]
@@ -9798,7 +9892,7 @@ def test_ship_chaos(tmp_path, clickhouse):
     for thread in threads:
         thread.start()
     try:
-        end = time.monotonic() + float(os.environ.get("TEST_SECONDS", "3"))
+        end = time.monotonic() + float(os.environ.get("TEST_SECONDS", "1"))
         for turn in itertools.count():
             if turn > 3 and time.monotonic() > end:
                 break
@@ -9859,9 +9953,7 @@ def test_ship_unit_of_the_readme(tmp_path):
 
 
 def test_ship_asks_for_sessions_without_naming_them(tmp_path):
-    """Whole hashes travel as a table, not in the query's text, which ClickHouse writes into its
-    logs.
-    """
+    """Whole hashes travel as a table. ClickHouse writes the query's text into its logs."""
     with session_events.reading(stored(tmp_path / "a.db", *many(3))) as reader:
         rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 10)
     with Pretender(reply(200, b"1\n3\n"), reply(200)) as pretender:
@@ -9873,8 +9965,9 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
 
 
 def test_ship_seniority(clickhouse):
-    """Sooner comes before later, then the node whose name is less; all moments and names fit into
-    64 bits.
+    """Sooner comes before later. In the same second the lesser name of a node comes first.
+
+    All moments and names fit into 64 bits.
     """
     least = session_events.SENIORITY % "toDateTime(toUInt32(%d))"
     asked = [
@@ -9888,8 +9981,9 @@ def test_ship_seniority(clickhouse):
 
 
 class Pretender(threading.Thread):
-    """An HTTP server that gives prepared answers (bytes), one a connection, and keeps what it was
-    asked and when.
+    """An HTTP server that gives one prepared answer (bytes) to each connection.
+
+    It keeps what it was asked and when.
     """
 
     def __init__(self, *answers, tls=None, patient=True):
@@ -9930,6 +10024,7 @@ def reply(status, body=b"", *headers):
 
 
 def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbinary, monkeypatch):
+    """One line says what is wrong with the other side. It has no password and no user."""
     db = stored(tmp_path / "a.db", *many(10))
     secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
     up = reply(200, b"99\n")
@@ -10006,6 +10101,7 @@ def test_ship_checks_certificates(tmp_path):
 
 
 def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
+    """What `ship` refuses and prints, where a batch ends, and how long it waits after failures."""
     db = stored(tmp_path / "a.db", *many(2))
     for to in ("ftp://h/", "http://", "h:8123", "http://u@h/", "http://u:p@h/", "http://h:99999/",
                "http://h/?user=u", "http://h/?password=p", "http://h/?database=a;b",
@@ -10054,7 +10150,7 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
 
 @needs_linux
 def test_ship_in_constant_memory(tmp_path, clickhouse):
-    """Six times the rows may not need noticeably more memory; and a terminal sees how far it is."""
+    """Six times the rows need hardly more memory. A terminal sees how far the command is."""
     peaks = []
     for count in (2_000, 12_000):
         db = stored(
