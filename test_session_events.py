@@ -8596,11 +8596,8 @@ def ship(db, url, *flags, **options):
 def shipped(db, url, *flags, **options):
     """How many rows one `ship` sent; it has nothing to complain of."""
     status, out, err = ship(db, url, *flags, **options)
-    assert status == 0 and set(err.splitlines()) <= {AGAIN}, err
+    assert (status, err) == (0, ""), err
     return int(re.match(r"([\d,]+) rows shipped\n$", out)[1].replace(",", ""))
-
-
-AGAIN = "session_events: rows go once more: --again"
 
 
 def sessions_of(*nodes):
@@ -8643,11 +8640,7 @@ def merge(clickhouse, url):
 
 def name_of(db, url):
     """The file's name as a node at this destination, made if it has none."""
-    house = session_events.ClickHouse(url, {})
-    session_events.Shipment(str(db), house, print).begin()
-    with contextlib.closing(sqlite3.connect(str(db))) as connection:
-        return connection.execute(
-            "SELECT node FROM ship_marks WHERE destination = ?", [house.destination]).fetchone()[0]
+    return session_events.Shipment(str(db), session_events.ClickHouse(url, {})).begun().node
 
 
 def marks(db):
@@ -9110,37 +9103,37 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
         assert shipped(db, url) == 0
     # What was confirmed ten minutes before becomes the place to go back to, and not earlier.
+    shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}))
+    with session_events.reading(db) as reader:
+        rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 900)
     for at, next_at, synced in (
         ("12:05:00", "11:56:00", 100),
         ("12:05:00", "11:54:00", 700),
-        ("11:54:00", "11:54:00", 900),
+        ("11:54:00", "11:54:00", 880),
     ):
-        aged("UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 900,"
+        aged("UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 880,"
              " confirmed_at = '2026-05-01T%s.000Z', next_at = '2026-05-01T%s.000Z'"
              % (at, next_at))
-        shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
-        with session_events.reading(db) as reader:
-            mark = shipment.mark(reader)
-        assert shipment.move(mark, 950, session_events.instant("2026-05-01T12:05:00Z"))
-        with session_events.reading(db) as reader:
-            assert shipment.mark(reader).synced_id == synced
-        assert not shipment.move(mark, 960, 0)  # the mark is not the one that was read
+        mark = shipment.mark()
+        sent = session_events.instant("2026-05-01T12:05:00Z")
+        for wrong in (rows[889]._replace(id=890 + 1), rows[889]._replace(id=901)):
+            shipment.forward(mark, wrong, sent)
+            assert shipment.mark() == mark  # the row is not the one that was sent
+        shipment.forward(mark, rows[889], sent)
+        assert shipment.mark()[1::2] == (890, synced)
+        shipment.forward(mark, rows[899], sent)
+        assert shipment.mark().last_id == 890  # the mark is not the one that was read
     # A clock that was ahead for a while does not hold that place for ever.
     aged(
         "UPDATE ship_marks SET synced_id = 100, last_id = 900, next_at = '2999-01-01T00:00:00.000Z'"
     )
     for minute in (6, 14, 17):
-        with session_events.reading(db) as reader:
-            mark = shipment.mark(reader)
+        mark = shipment.mark()
         assert mark.synced_id == 100
-        assert shipment.move(mark, 900, session_events.instant("2026-05-01T12:%02d:00Z" % minute))
-    with session_events.reading(db) as reader:
-        assert shipment.mark(reader).synced_id == 900
+        shipment.forward(mark, rows[-1], session_events.instant("2026-05-01T12:%02d:00Z" % minute))
+    assert shipment.mark().synced_id == 900
     aged("UPDATE ship_marks SET confirmed_at = '2999-01-01T00:00:00.000Z', synced_id = 900,"
          " last_id = 900")
-    shipment.looked = time.monotonic() + 1e9  # a clock that went back does not keep it from asking
-    with session_events.reading(db) as reader:
-        assert shipment.doubt(reader, shipment.mark(reader))
     assert ship(db, url)[0] == 0
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
@@ -9164,7 +9157,7 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
     db = stored(tmp_path / "a.db", *many(50))
     monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
     house = session_events.ClickHouse(url, {})
-    shipment = session_events.Shipment(db, house, print)
+    shipment = session_events.Shipment(db, house)
     shipment.prepare(None)
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
@@ -9370,15 +9363,10 @@ def test_ship_blames_no_row_for_what_clickhouse_refuses_of_all(tmp_path, clickho
     with contextlib.closing(sqlite3.connect(db)) as connection:
         insert(connection, many(40, 800))
     status, _, err = ship(db, url)
-    assert status == 1 and "row id" not in err and "refuses a row that it took before" in err, err
+    assert status == 1 and "row id" not in err and "refuses rows that it took before" in err, err
     assert marks(db) == [30]
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 40
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        insert(connection, many(5, 900))
-    shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}), print)
-    shipment.most = 1  # as after a refused row; what is taken ends that
-    assert [shipment.step() for _ in range(3)] == [True, True, False]
 
 
 def test_ship_gives_a_silent_peer_up(tmp_path):
@@ -9857,7 +9845,7 @@ def test_ship_checks_certificates(tmp_path):
     tls.load_cert_chain(str(cert), str(key))
     with Pretender(reply(503), tls=tls) as pretender:
         status, _, err = ship(db, pretender.url)
-    assert status == 1 and "cannot be trusted" in err and pretender.asked == []
+    assert status == 1 and "certificate verify failed" in err and pretender.asked == []
     with Pretender(reply(503), tls=tls) as pretender:
         status, _, err = ship(db, pretender.url, env={"SSL_CERT_FILE": str(cert)})
     assert status == 1 and "status 503" in err and len(pretender.asked) == 1
