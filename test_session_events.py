@@ -47,6 +47,7 @@ import socketserver
 import sqlite3
 import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -9399,10 +9400,8 @@ def test_ship_is_watched(tmp_path, clickhouse):
         with urllib.request.urlopen("http://127.0.0.1:%d/metrics" % port, timeout=30) as answer:
             text = answer.read().decode()
         assert not NAMES_NOBODY(text) and "shipper" not in text
-        return {
-            k[len("session_events_ship_") :]: float(v)
-            for k, v in re.findall(r"(?m)^(\w+) (\S+)$", text)
-        }
+        return {name[len("session_events_ship_"):]: value[None]
+                for name, value in parse_metrics(text).items()}
 
     try:
         eventually(
@@ -9440,6 +9439,39 @@ def test_ship_is_watched(tmp_path, clickhouse):
     assert set(status[-1]) == {"time", "event", "last_id", "rows_waiting", "oldest_waiting_seconds"}
     assert all(
         re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_ship_metrics_and_clients_that_go_away(tmp_path, capfd, host):
+    """The metrics are served on IPv6, too. A file that cannot be read is a 503 that says why,
+    whatever its name. A client that goes away leaves no line, least of all with its address.
+    """
+    family, bare = (socket.AF_INET6 if ":" in host else socket.AF_INET), host.strip("[]")
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((bare, 0))
+            port = probe.getsockname()[1]
+    except OSError as error:
+        assert error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+        pytest.skip("this machine has no IPv6")
+    db = stored(tmp_path / "\u6570.db", *many(3))
+    shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
+    session_events.serve_metrics("%s:%d" % (host, port), shipment)
+    url, threads = "http://%s:%d/metrics" % (host, port), threading.active_count()
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        samples = parse_metrics(answer.read().decode())
+    assert list(samples) == [
+        "session_events_ship_" + name for name, _, _ in session_events.SHIP_METRICS]
+    with socket.socket(family) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.connect((bare, port))
+        client.sendall(b"GET ")
+    os.unlink(db)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(url, timeout=30)
+    assert refused.value.code == 503 and b"there is no file" in refused.value.read()
+    eventually(lambda: threading.active_count() == threads)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_ship_notices_different_peppers(tmp_path, clickhouse):
