@@ -3063,8 +3063,8 @@ class RowsRefused(Refused):
 SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# Its groups: the date of received_at (ClickHouse's DateTime holds the years 1970 to 2105),
-# ended_at, the date of that.
+# Its groups are the date of received_at, ended_at, and the date of ended_at. ClickHouse's DateTime
+# holds the years 1970 to 2105.
 usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *(
     ("(%s)" if rule == "moment" else "(?:%s)") % cell_pattern(kind, rule)
     for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
@@ -3072,7 +3072,7 @@ usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *
 
 class Shipped(NamedTuple):
     """A row on its way. `line` has received_at and the fields, with tabs between them. `ended` is
-    ended_at within the days of `ship_span`."""
+    ended_at, or the end of `ship_span` that is nearer to it."""
 
     id: int
     ended: str
@@ -3115,8 +3115,9 @@ def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> Match[str]
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
-    """At most `most` rows of `id` + condition, of about SHIP_BYTES and SHIP_MONTHS. The list ends
-    before a row that is no session. Raises Unfit if that is the first one."""
+    """At most `most` rows whose id meets the condition, and no more than SHIP_MONTHS or about
+    SHIP_BYTES. The list ends before a row that is no session. Raises Unfit if that is the first
+    one."""
     rows: List[Shipped] = []
     size, months = 0, set()
     for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
@@ -3144,11 +3145,12 @@ MINE = "id Int64, ended String, received_at String, " + ", ".join(
     for column, (_, kind, *_) in zip(COLUMNS[1:], FIELDS))
 SHIP_MOMENT = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
 SHIP_HASH = "toFixedString(unhex(%s), 32)"
-# Of the rows of one session the largest seniority stays: the one which was received first, in the
-# same second that of the node whose name comes first (8 of its digits), whatever is sent when.
+# Of the rows of one session, the one with the largest seniority stays, whatever was sent first. It
+# is the one that was received first. Of two in the same second, it is the one of the node whose
+# name comes first (8 digits are compared).
 SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
-# Name, type, how it is made of `mine`. ended_at is text, since no type of 18.16 has all its years.
-# `ended` is for charts and months: near the arrival, so that invented dates make no partitions.
+# Name, type, how it is made of `mine`. `ended_at` is text, since no type of 18.16 has all years.
+# `ended` is for charts and months. It is near the arrival: invented dates make no partitions.
 RAW_COLUMNS = (
     ("node", "String", "'{node}'"),
     ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at"),
@@ -3171,8 +3173,9 @@ FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
   SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
   GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
       SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash")
-# Rows of one key are merged, where they are on one shard and in one partition. FINAL answers as if
-# all were. In the view it stands below any WHERE: no condition brings back a row that gave way.
+# ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
+# as if all were merged. In the view it works before any WHERE, so that no condition can bring back
+# a row that another one has replaced.
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
 SHIP_TABLES = (  # name, name on each shard, columns, engine, key
     (SHIP_RAW, "session_events_local", ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS),
@@ -3181,7 +3184,7 @@ SHIP_TABLES = (  # name, name on each shard, columns, engine, key
     (SHIP_NODES, SHIP_NODES + "_local", "node String, pepper String, seen UInt32",
      "ReplacingMergeTree({}seen) ORDER BY ({})", "node"))
 SHIP_ON = " ON CLUSTER '%s'"
-# {0}, since 18.16 takes another host's default database for that of a name without one.
+# {0} is the database. Where a name has none, 18.16 takes the other host's default database.
 SHIP_VIEWS = {"session_events": """
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
@@ -3213,7 +3216,8 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
 
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
-    """The statements that take the rows of an older layout over, on each shard."""
+    """The statements that make the table anew, with the rows that it has in an older layout. In a
+    cluster they are for each shard."""
     table, on = SHIP_TABLES[0][bool(cluster)], SHIP_ON % cluster if cluster else ""
     arrival = "toInt64(toUInt32(received_at))"
     clamped = "toDateTime(least(greatest(toInt64(toUInt32(ended)), %s - %d), %s + %d), 'UTC')" % (
@@ -3235,10 +3239,16 @@ SETTINGS_SENT = {
 # array that it cannot take, a type, a constraint. No other says anything about a row.
 SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
                     376, 395, 407, 441, 467, 469}
-SHIP_SAID = {  # the numbers that a person has to do something about, and what
+SHIP_WAITS = {  # numbers that pass by themselves or with more room, in words
+    75: "its disk is full or cannot be written", 243: "its disk is full", 241: "it lacks memory",
+    202: "it is asked too much at once", 252: "it has too many parts to merge",
+    242: "its table is read-only"}
+SHIP_SAID = {  # numbers that a person has to do something about, and what
     **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set "
                                           "CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
-    164: "lets this user only read",
+    115: "does not know a setting that --to names",
+    164: "lets this user only read: give another one, with SELECT and INSERT",
+    170: "has no cluster of the name that --cluster gives",
     497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
     60: "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW,
     81: "has no such database: make it, or name another in --to (?database=...)"}
@@ -3264,8 +3274,9 @@ def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
 
 
 class ClickHouse:
-    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
-    gone stale. `destination` is the name of its mark: no user, no password."""
+    """One ClickHouse over HTTP. Each request has a connection of its own: there are few requests,
+    and an old connection can be dead. `destination` is the name of its mark, without user and
+    password."""
 
     def __init__(self, url: str, environment: Mapping[str, str]) -> None:
         """Raises Usage for what --to or the two variables cannot be."""
@@ -3313,9 +3324,9 @@ class ClickHouse:
         self.numbers(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
 
     def found(self, rows: Sequence[Shipped]) -> Set[int]:
-        """The ids of the rows whose session is in the table, and with that in the view. Their own
-        months are searched first. What is not there may stand in another month, as another node
-        received it."""
+        """The ids of the rows whose session is in the table, and therefore in the view. The months
+        of these rows are searched first. A session that is not there may be in another month, if
+        another node received it too."""
         found: Set[int] = set()
         months = ", ".join(map(str, {row.month for row in rows}))
         for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
@@ -3343,8 +3354,9 @@ class ClickHouse:
         why = "its error %s; its log has the words under query_id %s" % (code, query_id)
         if rows and code in SHIP_DATA_ERRORS:
             return RowsRefused("%s refuses: %s" % (self.name, why))
-        return Later("%s cannot take it now (%s)" % (
-            self.name, "status %d" % status if code is None else why))
+        return Later("%s cannot take it now: %s%s" % (
+            self.name, SHIP_WAITS[code] + ": " if code in SHIP_WAITS else "",
+            "status %d" % status if code is None else why))
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
@@ -3397,41 +3409,43 @@ class ClickHouse:
 
 # -- The mark, in the file; one step --
 
-# `node` is the file's name at this destination. What stands up to `synced_id` was confirmed at
-# least SHIP_UNSYNCED before `last_id`. `next_id`, confirmed at `next_at`, takes its place when it
-# is as old.
 SHIP_MARKS = """CREATE TABLE IF NOT EXISTS ship_marks (
   destination TEXT PRIMARY KEY, node TEXT NOT NULL, last_id INTEGER NOT NULL,
   confirmed_at TEXT NOT NULL, synced_id INTEGER NOT NULL, next_id INTEGER NOT NULL,
   next_at TEXT NOT NULL) WITHOUT ROWID"""
-SHIP_MARK_COLUMNS = re.findall("([a-z_]+) (?:TEXT|INTEGER)", SHIP_MARKS)
-MARK_BEGIN = """INSERT OR IGNORE INTO ship_marks
-  VALUES (:destination, :node, :to, :at, :to, :to, :at)"""
-MARK_BACK = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
-    synced_id = min(synced_id, :to), next_id = min(next_id, :to)
-  WHERE destination = :destination"""
-# Only if the file still has the mark that was read, and the row that was confirmed. The file may
-# have been replaced, and a second ship may have been faster.
-MARK_FORWARD = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
-    synced_id = CASE WHEN confirmed_at <= :old THEN last_id
-                     WHEN next_at <= :old THEN next_id ELSE synced_id END,
-    next_id = CASE WHEN next_at BETWEEN :old AND :at THEN next_id ELSE last_id END,
-    next_at = CASE WHEN next_at BETWEEN :old AND :at THEN next_at ELSE min(confirmed_at, :at) END
-  WHERE destination = :destination AND node = :node AND last_id = :last_id
-    AND EXISTS (SELECT 1 FROM session_events
-                WHERE id = :to AND received_at = :received AND session_id_hash = :session)"""
+SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
+SHIP_SESSION = "SELECT session_id_hash FROM session_events WHERE id = ?"
 
 
 class Mark(NamedTuple):
-    """How far one destination has got. `confirmed_at` is when the last batch was sent."""
+    """A row of ship_marks: how far one destination has got."""
 
-    node: str
-    last_id: int
-    confirmed_at: str
-    synced_id: int
+    destination: str
+    node: str  # the file's name at this destination
+    last_id: int  # the last row that was confirmed
+    confirmed_at: str  # when it was sent
+    synced_id: int  # what stands up to it was confirmed at least SHIP_UNSYNCED before last_id
+    next_id: int  # the synced_id to be, confirmed at next_at
+    next_at: str
 
 
-NO_MARK = Mark("", SHIP_LEAST, "", SHIP_LEAST)
+NO_MARK = Mark("", "", SHIP_LEAST, "", SHIP_LEAST, SHIP_LEAST, "")
+
+
+def moved_on(mark: Mark, to: int, sent: int) -> Mark:
+    """The mark when the rows up to `to` are confirmed. `sent`: milliseconds since 1970."""
+    at, old = moment_text(sent), moment_text(sent - SHIP_UNSYNCED * 1000)
+    synced = (mark.last_id if mark.confirmed_at <= old else
+              mark.next_id if mark.next_at <= old else mark.synced_id)
+    if not old <= mark.next_at <= at:  # it has become synced_id, or a clock was wrong
+        mark = mark._replace(next_id=mark.last_id, next_at=min(mark.confirmed_at, at))
+    return mark._replace(last_id=to, confirmed_at=at, synced_id=synced)
+
+
+def moved_back(mark: Mark, to: int) -> Mark:
+    """The mark when the rows above `to` shall go once more."""
+    return mark._replace(last_id=to, confirmed_at=moment_text(now_ms()),
+                         synced_id=min(mark.synced_id, to), next_id=min(mark.next_id, to))
 
 
 def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
@@ -3441,9 +3455,10 @@ def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
 
 
 def ship_log(event: str, **details: Any) -> None:
-    """One line of JSON on standard error."""
+    """One line of JSON on standard error. A log that takes nothing (a full disk) stops no ship."""
     line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 class Shipment:
@@ -3459,31 +3474,30 @@ class Shipment:
     def mark(self) -> Mark:
         """The mark, or NO_MARK. Raises Refused if it is none of ours."""
         with reading(self.path) as reader:
-            columns = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
-            found = columns == SHIP_MARK_COLUMNS and reader.rows(
-                "SELECT * FROM ship_marks WHERE destination = ?",
-                [self.house.destination]).fetchone()
-        if not found and columns in ([], SHIP_MARK_COLUMNS):
-            return NO_MARK
-        if not found or list(map(type, found)) != [str, str, int, str, int, int, str] or not (
-                re.fullmatch("[0-9a-f]{16}", found[1]) and stored_instant(found[3]) is not None):
+            columns = tuple(row[1] for row in reader.rows("PRAGMA table_info(ship_marks)"))
+            found = columns == Mark._fields and reader.rows(
+                SHIP_MARK, [self.house.destination]).fetchone()
+        mark = Mark._make(found) if found else NO_MARK
+        if (columns not in ((), Mark._fields) or list(map(type, mark)) != list(map(type, NO_MARK))
+                or not re.fullmatch("([0-9a-f]{16})?", mark.node)):
             raise Refused("the table ship_marks in %s does not hold a mark of this version; drop "
                           "it, and all rows go once more" % self.path)
-        return Mark._make(found[1:5])
+        return mark
 
     def begun(self) -> Mark:
         """The mark. Where there is none, one below every row is written. Raises Later, Refused."""
         mark = self.mark()
         if mark is NO_MARK:
-            self.write(MARK_BEGIN, SHIP_LEAST, node=secrets.token_hex(8))
+            now = moment_text(now_ms())
+            self.write(mark, Mark(self.house.destination, secrets.token_hex(8), SHIP_LEAST, now,
+                                  SHIP_LEAST, SHIP_LEAST, now))
             mark = self.mark()
         return mark
 
-    def write(self, sql: str, to: int, **values: Any) -> None:
-        """Executes MARK_..., a short write transaction beside a running server. Raises Later,
-        Refused."""
-        values = {"to": to, "destination": self.house.destination, "at": moment_text(now_ms()),
-                  **values}
+    def write(self, before: Mark, after: Mark, row: Optional[Shipped] = None) -> None:
+        """Replaces a mark, in a short write transaction beside a running server. It does so only if
+        the file still has the mark `before`, and the row that was confirmed: the file may have been
+        replaced, and a second ship may have been faster. Raises Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
                     Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
@@ -3492,7 +3506,11 @@ class Shipment:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(SHIP_MARKS)
-                connection.execute(sql, values)
+                found = connection.execute(SHIP_MARK, [after.destination]).fetchone() or NO_MARK
+                there = row and connection.execute(SHIP_SESSION, [row.id]).fetchone()
+                if found == before and (not row or there == (row.line.split("\t")[SESSION_ID],)):
+                    connection.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                       after)
                 connection.execute("COMMIT")
         except sqlite3.Error as error:
             kind, advice = (Later, "") if re.search("locked|full", str(error)) else (
@@ -3500,10 +3518,10 @@ class Shipment:
             raise kind("cannot write the mark of what was shipped into %s (%s)%s" % (
                 self.path, error, advice)) from error
 
-    def confirmed(self, reader: Reader, mark: Mark) -> List[Shipped]:
-        """The last rows up to the mark."""
+    def confirmed(self, reader: Reader, last_id: int) -> List[Shipped]:
+        """The last rows up to this id."""
         try:
-            return ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, SHIP_SAMPLE)
+            return ship_batch(reader, "<= ? ORDER BY id DESC", last_id, SHIP_SAMPLE)
         except Unfit:  # it was made unfit since
             return []
 
@@ -3520,10 +3538,12 @@ class Shipment:
         if mark.last_id == SHIP_LEAST or time.monotonic() < self.look_at:
             return SHIP_LEAST, ""
         self.look_at = time.monotonic() + 1
-        sample = self.confirmed(reader, mark)
-        if sample and not self.house.found(sample) and not all(
-                map(self.house.dropped, {row.month for row in sample})):
-            return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
+        # Rows that were sent after the table was emptied may hide it. Those up to synced_id cannot.
+        for last_id in {mark.last_id, mark.synced_id}:
+            sample = self.confirmed(reader, last_id)
+            if sample and not self.house.found(sample) and not all(
+                    map(self.house.dropped, {row.month for row in sample})):
+                return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
         up = max(self.house.numbers("SELECT uptime()"), default=0)
         # ClickHouse's start seems late rather than early.
         if not (moment_text(now_ms() - up * 1000) <= mark.confirmed_at
@@ -3540,7 +3560,7 @@ class Shipment:
             back, why = self.doubt(reader, mark)
             rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
         if why:
-            self.write(MARK_BACK, back)
+            self.write(mark, moved_back(mark, back))
             ship_log("again", why="rows go once more: " + why)
         elif rows:
             self.send(mark, rows)
@@ -3558,7 +3578,7 @@ class Shipment:
                 self.send(mark, rows[:len(rows) // 2])
                 return
             with reading(self.path) as reader:
-                before = self.confirmed(reader, mark)
+                before = self.confirmed(reader, mark.last_id)
             try:
                 if before:
                     self.house.insert(mark.node, before)
@@ -3566,16 +3586,8 @@ class Shipment:
                 raise Later("%s; and refuses rows that it took before" % refused) from None
             raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
                 rows[0].id, refused)) from None
-        self.forward(mark, rows[-1], sent)
+        self.write(mark, moved_on(mark, rows[-1].id, sent), rows[-1])
         self.rows_shipped += len(rows)
-
-    def forward(self, mark: Mark, row: Shipped, sent: int) -> None:
-        """Moves the mark to this row, if it may be (see MARK_FORWARD). `sent`: milliseconds since
-        1970."""
-        received, _, _, session, _ = row.line.split("\t", 4)
-        self.write(MARK_FORWARD, row.id, node=mark.node, last_id=mark.last_id,
-                   at=moment_text(sent), old=moment_text(sent - SHIP_UNSYNCED * 1000),
-                   received=received, session=session)
 
     def status(self) -> Dict[str, int]:
         """How far it is. Raises Refused."""
@@ -3700,8 +3712,7 @@ def ship_check(shipment: Shipment) -> int:
     ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
     shipment.house.silence = SHIP_CHECK_SILENCE
     dropped = functools.lru_cache(None)(shipment.house.dropped)
-    lacking: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
-    sums: Dict[str, int] = collections.Counter()
+    counts: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
     last = SHIP_LEAST
     while True:
         mark = shipment.mark()
@@ -3710,26 +3721,27 @@ def ship_check(shipment: Shipment) -> int:
         if not rows:
             break
         last, found = rows[-1].id, shipment.house.found(rows)
-        sums["in the view"] += len(found)
         for row in rows:
-            if row.id in found:
-                continue
             when, what = row.line[:10], "missing"
-            if row.id > mark.last_id:
+            if row.id in found:
+                when, what = "", "in the view"
+            elif row.id > mark.last_id:
                 what = "waiting to be shipped"
             elif dropped(row.month):
                 when, what = row.ended[:7], "in dropped months"
-            sums[what] += 1
-            lacking[when, what] += 1
-    for (when, what), n in sorted(lacking.items()):
-        print("{}  {:,} {}".format(when, n, what))
+            counts[when, what] += 1
+    sums = dict.fromkeys(
+        ("in the view", "missing", "waiting to be shipped", "in dropped months"), 0)
+    for (when, what), n in sorted(counts.items()):
+        sums[what] += n
+        if when:
+            print("{}  {:,} {}".format(when, n, what))
     print("{:,} sessions in the file: {}{}".format(
-        sum(sums.values()), ", ".join("{:,} {}".format(sums[what], what) for what in (
-            "in the view", "missing", "waiting to be shipped", "in dropped months")),
+        sum(sums.values()), ", ".join("{:,} {}".format(n, what) for what, n in sums.items()),
         "; ship --again sends all once more" if sums["missing"] else ""))
     today = moment_text(now_ms())[:10]
     return int(any(what == "missing" or (what == "waiting to be shipped" and when < today)
-                   for when, what in lacking))
+                   for when, what in counts))
 
 
 def ship(options: argparse.Namespace) -> int:
@@ -3759,7 +3771,8 @@ def ship(options: argparse.Namespace) -> int:
         return 0
     shipment.prepare(options.cluster)
     if options.again:
-        shipment.write(MARK_BACK, SHIP_LEAST)
+        mark = shipment.mark()
+        shipment.write(mark, moved_back(mark, SHIP_LEAST))
     while shipment.step():
         if sys.stderr.isatty():
             print("{:,} rows shipped".format(shipment.rows_shipped), end="\r", file=sys.stderr,

@@ -9074,6 +9074,17 @@ def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
         status, _, err = finished(process)
     events = [json.loads(line)["event"] for line in err.splitlines()]
     assert status == 0 and events.count("again") == 3 and events[0] == "shipping", err
+    # Rows that arrive right after it was emptied do not hide that those before are gone.
+    house = session_events.ClickHouse(url, {})
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("UPDATE ship_marks SET synced_id = 200")
+        connection.commit()
+    with session_events.reading(db) as reader:
+        last = session_events.ship_batch(reader, "> ? ORDER BY id", 290, 10)
+    clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
+    house.insert("ab" * 8, last)
+    status, out, err = ship(db, url)
+    assert (status, out) == (0, "300 rows shipped\n") and "emptied or made anew" in err, err
 
 
 def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse):
@@ -9103,43 +9114,10 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         sent = 900 - max(synced, 0)
         assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
         assert shipped(db, url) == 0
-    # What was confirmed ten minutes before becomes the place to go back to, and not earlier.
-    shipment = session_events.Shipment(db, session_events.ClickHouse(url, {}))
-    with session_events.reading(db) as reader:
-        rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 900)
-    for at, next_at, synced in (
-        ("12:05:00", "11:56:00", 100),
-        ("12:05:00", "11:54:00", 700),
-        ("11:54:00", "11:54:00", 880),
-    ):
-        aged("UPDATE ship_marks SET synced_id = 100, next_id = 700, last_id = 880,"
-             " confirmed_at = '2026-05-01T%s.000Z', next_at = '2026-05-01T%s.000Z'"
-             % (at, next_at))
-        mark = shipment.mark()
-        sent = session_events.instant("2026-05-01T12:05:00Z")
-        for wrong in (rows[889]._replace(id=890 + 1), rows[889]._replace(id=901)):
-            shipment.forward(mark, wrong, sent)
-            assert shipment.mark() == mark  # the row is not the one that was sent
-        shipment.forward(mark, rows[889], sent)
-        assert shipment.mark()[1::2] == (890, synced)
-        shipment.forward(mark, rows[899], sent)
-        assert shipment.mark().last_id == 890  # the mark is not the one that was read
-    # A clock that was ahead for a while does not hold that place for ever.
-    aged(
-        "UPDATE ship_marks SET synced_id = 100, last_id = 900, next_at = '2999-01-01T00:00:00.000Z'"
-    )
-    for minute in (6, 14, 17):
-        mark = shipment.mark()
-        assert mark.synced_id == 100
-        shipment.forward(mark, rows[-1], session_events.instant("2026-05-01T12:%02d:00Z" % minute))
-    assert shipment.mark().synced_id == 900
-    aged("UPDATE ship_marks SET confirmed_at = '2999-01-01T00:00:00.000Z', synced_id = 900,"
-         " last_id = 900")
-    assert ship(db, url)[0] == 0
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
     assert (status, out) == (0, "900 rows shipped\n") and "not of this file" in err
-    for column, value in (("last_id", "'x'"), ("confirmed_at", "'soon'"), ("node", "'a''b'")):
+    for column, value in (("last_id", "'x'"), ("node", "'a''b'")):
         aged("UPDATE ship_marks SET %s = %s" % (column, value))
         status, _, err = ship(db, url)
         assert status == 1 and "does not hold a mark" in err
@@ -9148,6 +9126,56 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
     aged("ALTER TABLE ship_marks ADD COLUMN other")
     status, _, err = ship(db, url)
     assert status == 1 and "of this version; drop it" in err
+
+
+@quick
+def test_ship_mark_knows_what_was_confirmed_ten_minutes_before():
+    """That becomes the place to go back to, and nothing earlier does. A clock that was ahead for a
+    while does not hold that place for ever.
+    """
+    noon = "2026-05-01T12:%s.000Z"
+    sent = session_events.instant(noon % "05:00")
+    for at, next_at, synced, next_id in (
+        ("05:00", "05:00", 100, 700),  # both are of this moment
+        ("05:00", "55:01", 100, 700),  # the second is 9 minutes and 59 seconds old
+        ("05:00", "54:00", 700, 880),
+        ("54:00", "54:00", 880, 880),
+    ):
+        times = ["2026-05-01T%s:%s.000Z" % ("11" if t > "30" else "12", t) for t in (at, next_at)]
+        mark = session_events.Mark("d", "n", 880, times[0], 100, 700, times[1])
+        moved = session_events.moved_on(mark, 890, sent)
+        assert moved[:5] == ("d", "n", 890, noon % "05:00", synced), (at, next_at)
+        assert moved.next_id == next_id and moved.next_at <= moved.confirmed_at
+    mark = session_events.Mark("d", "n", 900, noon % "05:00", 100, 700, "2999-01-01T00:00:00.000Z")
+    for minute, synced in ((6, 100), (14, 100), (17, 900)):
+        mark = session_events.moved_on(
+            mark, 900 + minute, session_events.instant(noon % ("%02d:00" % minute)))
+        assert (mark.last_id, mark.synced_id) == (900 + minute, synced)
+    back = session_events.moved_back(mark, 500)
+    assert (back.last_id, back.synced_id, back.next_id) == (500, 500, 500)
+    assert back.confirmed_at > mark.confirmed_at
+    again = session_events.moved_back(mark, 10**6)
+    assert (again.synced_id, again.next_id) == (mark.synced_id, mark.next_id)
+
+
+def test_ship_mark_is_replaced_only_where_it_was_read(tmp_path):
+    """A mark is not written over one that another ship has moved, nor into a file that has another
+    row under this id.
+    """
+    db = stored(tmp_path / "a.db", *many(20))
+    shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
+    mark = shipment.begun()
+    assert mark.last_id == session_events.SHIP_LEAST and shipment.begun() == mark
+    with session_events.reading(db) as reader:
+        rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20)
+    for wrong in (rows[8]._replace(id=10), rows[9]._replace(id=21)):
+        shipment.write(mark, mark._replace(last_id=wrong.id), wrong)
+        assert shipment.mark() == mark
+    moved = mark._replace(last_id=10)
+    shipment.write(mark, moved, rows[9])
+    assert shipment.mark() == moved
+    shipment.write(mark, mark._replace(last_id=12), rows[11])
+    assert shipment.mark() == moved
 
 
 def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, monkeypatch):
@@ -9168,7 +9196,7 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
         holder.execute("ROLLBACK")
     assert shipment.step() and not shipment.step() and marks(db) == [50]
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        connection.execute("CREATE TRIGGER no BEFORE UPDATE ON ship_marks"
+        connection.execute("CREATE TRIGGER no BEFORE INSERT ON ship_marks"
                            " BEGIN SELECT RAISE(ABORT, 'readonly'); END")
         insert(connection, many(5, 700))
     status, _, err = ship(db, url)
@@ -9379,6 +9407,23 @@ def test_ship_gives_a_silent_peer_up(tmp_path):
         flags = "ship", "--db", db, "--to", url
         done = recorded_texts(ended("session_events", *flags, before=impatient, timeout=25))
     assert done.returncode == 1 and "says nothing for" in done.stderr
+
+
+@needs_linux
+def test_ship_goes_on_where_its_log_takes_nothing(tmp_path, clickhouse):
+    """A log on a full disk is no reason to stop."""
+    url, db = clickhouse.database(), stored(tmp_path / "a.db", *many(30))
+    with open("/dev/full", "wb") as full:
+        process = subprocess.Popen(
+            program("session_events", "ship", "--db", db, "--to", url, "--follow"),
+            stdin=subprocess.DEVNULL, stdout=full, stderr=full)
+    try:
+        eventually(lambda: marks(db) == [30], process)
+        clickhouse.ask("DROP TABLE session_events_raw", url)
+        eventually(lambda: viewed(clickhouse, url) == 30, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) in (0, 120)  # 120: Python could not write the rest
 
 
 def test_ship_is_watched(tmp_path, clickhouse):
@@ -9820,15 +9865,16 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         ([reply(404, b"nothing here")], "is it ClickHouse's HTTP port"),
         ([b"SSH-2.0-x\r\n"], "no HTTP"),
         ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
-        ([reply(503, b"busy")], "cannot take it now (status 503"),
-        ([reply(500, b"Code: 241, e.displayText() = memory")], "its error 241"),
+        ([reply(503, b"busy")], "cannot take it now: status 503"),
+        ([reply(500, b"Code: 241, e.displayText() = memory")],
+         "cannot take it now: it lacks memory: its error 241"),
         ([reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")],
          "its error 62; its log has the words"),
         ([up, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
         ([up, reply(200, made), reply(200), reply(200, b"1" * 30 + b"\n")], "not asked"),
         ([*ready, reply(200, b"surprise")], "answers what was not asked"),
         ([*ready, reply(500, b"Code: 210, e.x")], "its error 210"),
-        ([*ready, reply(500, b"Code: 75, e.x")], "its error 75"),
+        ([*ready, reply(500, b"Code: 75, e.x")], "its disk is full or cannot be written: its"),
     ):
         with Pretender(*answers) as pretender, monkeypatch.context() as changed:
             for name, value in secret.items():
@@ -9866,6 +9912,8 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
     assert "does not know this user" in ship(db, url, env=wrong)[2]
     assert "only read" in ship(db, url, env={"CLICKHOUSE_USER": "visitor"})[2]
     assert "no such database" in ship(db, url + "x")[2]
+    assert "a setting that --to names" in ship(db, url + "&no_such=1")[2]
+    assert "--cluster" in ship(db, url, "--cluster", "nowhere")[2]
     assert shipped(db, url, env=secret) == 10
 
 
