@@ -3312,12 +3312,18 @@ class ClickHouse:
             raise self.refusal(status, said, query_id, bool(rows))
         return said.decode("utf-8", "replace").splitlines()
 
-    def numbers(self, sql: str, rows: Sequence[Shipped] = ()) -> List[int]:
-        """The answer to a SELECT of one number, or to a statement that answers nothing."""
+    def numbers(self, sql: str, rows: Sequence[Shipped] = (), least: int = 0) -> List[int]:
+        """The answer to a SELECT of one number, in at least so many lines, or to a statement that
+        answers nothing. Raises what `ask` raises."""
         lines = self.ask(sql, rows)
-        if not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
+        if len(lines) < least or not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
             raise Refused(self.name + " answers what was not asked; is it one?")
         return list(map(int, lines))
+
+    def uptime(self) -> int:
+        """Seconds since it was started. Only a ClickHouse answers this. Another server may answer
+        an INSERT with 200 and keep nothing."""
+        return self.numbers("SELECT uptime()", least=1)[0]
 
     def insert(self, node: str, rows: Sequence[Shipped]) -> None:
         """One INSERT. Raises Later, RowsRefused, Refused."""
@@ -3386,7 +3392,7 @@ class ClickHouse:
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes the tables and views that are missing. Raises Refused where the table has an older
         layout."""
-        self.numbers("SELECT uptime()")  # what is no ClickHouse says something else
+        self.uptime()
         made = dict(line.partition("\t")[::2] for line in self.ask(
             "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
         database = self.parameters["database"]
@@ -3538,16 +3544,14 @@ class Shipment:
         if mark.last_id == SHIP_LEAST or time.monotonic() < self.look_at:
             return SHIP_LEAST, ""
         self.look_at = time.monotonic() + 1
+        started = now_ms() - self.house.uptime() * 1000  # seems late rather than early
         # Rows that were sent after the table was emptied may hide it. Those up to synced_id cannot.
         for last_id in {mark.last_id, mark.synced_id}:
             sample = self.confirmed(reader, last_id)
             if sample and not self.house.found(sample) and not all(
                     map(self.house.dropped, {row.month for row in sample})):
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        up = max(self.house.numbers("SELECT uptime()"), default=0)
-        # ClickHouse's start seems late rather than early.
-        if not (moment_text(now_ms() - up * 1000) <= mark.confirmed_at
-                <= moment_text(now_ms() + 2000)):
+        if not moment_text(started) <= mark.confirmed_at <= moment_text(now_ms() + 2000):
             return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
                                     " the mark lies in the future")
         return SHIP_LEAST, ""
@@ -3711,6 +3715,7 @@ def ship_check(shipment: Shipment) -> int:
     yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
     ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
     shipment.house.silence = SHIP_CHECK_SILENCE
+    shipment.house.uptime()  # refuses what is no ClickHouse
     dropped = functools.lru_cache(None)(shipment.house.dropped)
     counts: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
     last = SHIP_LEAST

@@ -8824,9 +8824,9 @@ def test_ship_keeps_what_was_received_first(tmp_path, clickhouse, order):
 
 
 class Relay:
-    """Between a ship and ClickHouse. Once `limit` more bytes have gone to ClickHouse it calls
-    `then` and cuts the connection; or, with `late`, it does so in place of passing the next answer
-    on.
+    """Stands between a ship and ClickHouse. When `limit` more bytes have gone to ClickHouse, it
+    calls `then` and cuts the connection. With `late` it waits for the next answer, and cuts the
+    connection in place of passing that on. With `late` = "pass" it passes that on, too.
     """
 
     def __init__(self, port):
@@ -8963,9 +8963,8 @@ def viewed(clickhouse, url):
 
 
 def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
-    """The file goes back to a backup while --follow runs: the rows that come afterwards, whose ids
-    were shipped before as other rows, arrive; so do those that follow, up to far beyond the old
-    ids.
+    """The file goes back to a backup while --follow runs. Rows that come afterwards get ids under
+    which other rows were shipped before. They arrive, and so do those with later ids.
     """
     url, db, backup = clickhouse.database(), tmp_path / "a.db", tmp_path / "backup.db"
     first, lost, later = many(200), many(300, 1000), many(40, 5000)
@@ -9018,8 +9017,8 @@ def test_ship_file_restored_while_it_follows(tmp_path, clickhouse):
 
 
 def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
-    """A copy of the file on a second node goes on from its own mark; another destination has
-    another mark; a name that was dropped means all over again; nothing counts twice.
+    """A copy of the file on a second node goes on from its own mark. Another destination has
+    another mark. Where the marks were dropped, all rows go once more. Nothing counts twice.
     """
     url, other = clickhouse.database(), clickhouse.database()
     rows, here, there = many(300), many(50, 2000), many(60, 3000)
@@ -9089,8 +9088,8 @@ def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
 
 def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse):
     """Where ClickHouse was started after the mark, what was confirmed in the ten minutes before
-    goes once more, and nothing older; a mark in the future is doubted, too; a mark above every row
-    is none.
+    goes once more, and nothing older. So it does if the mark lies in the future. A mark above every
+    row is not this file's, and all rows go.
     """
     url = clickhouse.database()
     db = stored(tmp_path / "a.db", *many(900))
@@ -9234,7 +9233,7 @@ UNFIT = (
 
 
 def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
-    """It is named by its id and column; what stands before it is shipped, it and what comes after
+    """The row is named by its id and column. The rows before it are shipped. It and the rows after
     it wait.
     """
     url = clickhouse.database()
@@ -9260,8 +9259,8 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
 
 
 def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
-    """Whatever the cluster's owner has put behind the table: the row is found, and ClickHouse's
-    words, which could quote it, are not printed.
+    """The table's owner can have added rules of their own. The row that breaks one is found.
+    ClickHouse's words are not printed, since they could quote it.
     """
     url = clickhouse.database()
     rows = many(600)
@@ -9286,8 +9285,8 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
 
 
 def test_ship_check_names_the_days(tmp_path, clickhouse):
-    """--check is about sessions: it names the days of which some are not in the view, what waits,
-    and what lies in a month that was dropped; other nodes and repeats make no difference.
+    """--check names the days of which sessions are not in the view, those that wait, and those of
+    months that were dropped. Other nodes and repeats make no difference.
     """
     url = clickhouse.database()
     rows = [
@@ -9344,8 +9343,8 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
 
 @needs_linux
 def test_ship_full_disk_of_clickhouse(tmp_path):
-    """Where ClickHouse's disk is full, --follow blames no row, waits, and goes on by itself when
-    there is room.
+    """While ClickHouse's disk is full, --follow blames no row and waits. When there is room, it
+    goes on by itself.
     """
     if not shutil.which("clickhouse-server"):
         pytest.skip("no clickhouse-server on this machine: shipping is not tested")
@@ -9427,8 +9426,8 @@ def test_ship_goes_on_where_its_log_takes_nothing(tmp_path, clickhouse):
 
 
 def test_ship_is_watched(tmp_path, clickhouse):
-    """Each state is logged once as a line of JSON with the time; once a minute (here: faster) how
-    far it is; the metrics say the same; no password, no hash.
+    """Each state is logged once, as a line of JSON with the time. A line once a minute (here: more
+    often) says how far it is, and the metrics say the same. No line holds a password or a hash.
     """
     url, port = clickhouse.database(), free_port()
     db = stored(tmp_path / "a.db", *many(300))
@@ -9520,8 +9519,8 @@ def test_ship_metrics_and_clients_that_go_away(tmp_path, capfd, host):
 
 
 def test_ship_notices_different_peppers(tmp_path, clickhouse):
-    """server.py notes a fingerprint of its pepper, of which the pepper cannot be told; nodes with
-    different ones are noticed, nodes with the same are not.
+    """server.py notes a fingerprint that does not tell its pepper. `ship` warns where nodes have
+    different fingerprints, and only there.
     """
     url = clickhouse.database()
     said = {}
@@ -9545,9 +9544,9 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
 
 
 def test_ship_months(tmp_path, clickhouse):
-    """A table of the older layout is refused with the statements that migrate it, which lose
-    nothing; invented dates make no more than some months; a month is dropped, and what came twice
-    appears as the other node has it.
+    """A table of the older layout is refused, with the statements that migrate it and lose
+    nothing. Invented dates make only a few months. When a month was dropped, a session that came
+    twice appears as the other node has it.
     """
     url = clickhouse.database()
     rows = [
@@ -9609,8 +9608,8 @@ def test_ship_months(tmp_path, clickhouse):
 
 
 def test_ship_rows_by_the_rules(tmp_path):
-    """Unusual rows are shipped in the usual form, among others and alone; a row that is no event is
-    named by its column, and ends the batch before it.
+    """A row in an unusual form is shipped in the usual form, among other rows and alone. A row that
+    is no event is named by its column, and the batch ends before it.
     """
     odd = [
         ("ended_at", "2026-05-22T12:34:56Z", "2026-05-22T12:34:56.000Z"),
@@ -9796,8 +9795,8 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
 
 
 def test_ship_seniority(clickhouse):
-    """Sooner comes before later, then the node whose name is less; all moments and names fit into
-    64 bits.
+    """A row that was received sooner is before a later one. In the same second, the node whose name
+    comes first is first. All moments and names fit into 64 bits.
     """
     least = session_events.SENIORITY % "toDateTime(toUInt32(%d))"
     asked = [
@@ -9862,6 +9861,7 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
     for answers, says in (
         ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "is it ClickHouse's HTTP port"),
         ([reply(200, b"<html>")], "answers what was not asked"),
+        ([reply(200)], "answers what was not asked"),  # else every row would seem shipped
         ([reply(404, b"nothing here")], "is it ClickHouse's HTTP port"),
         ([b"SSH-2.0-x\r\n"], "no HTTP"),
         ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
@@ -9887,6 +9887,13 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
             assert b"X-ClickHouse-User: shipper" in head
             assert b"X-ClickHouse-Key: open sesame" in head
             assert b"sesame" not in head.split(b"\r\n")[0]
+    with Pretender(reply(200)) as pretender:  # in the place of a ClickHouse that was there before
+        shipment = session_events.Shipment(db, session_events.ClickHouse(pretender.url, {}))
+        mark = shipment.begun()
+        shipment.write(mark, mark._replace(last_id=5))
+        with pytest.raises(session_events.Refused, match="not asked"):
+            shipment.step()
+        assert shipment.mark().last_id == 5
     assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
     busy = reply(503)
     with Pretender(
