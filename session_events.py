@@ -86,6 +86,7 @@ from typing import (
     Set,
     TextIO,
     Tuple,
+    Type,
     Union,
 )
 
@@ -3235,23 +3236,27 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# Its error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number, date or
-# array that it cannot take, a type, a constraint. No other says anything about a row.
-SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-                    376, 395, 407, 441, 467, 469}
-SHIP_WAITS = {  # numbers that pass by themselves or with more room, in words
-    75: "its disk is full or cannot be written", 243: "its disk is full", 241: "it lacks memory",
-    202: "it is asked too much at once", 252: "it has too many parts to merge",
-    242: "its table is read-only"}
-SHIP_SAID = {  # numbers that a person has to do something about, and what
-    **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set "
-                                          "CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
-    115: "does not know a setting that --to names",
-    164: "lets this user only read: give another one, with SELECT and INSERT",
-    170: "has no cluster of the name that --cluster gives",
-    497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW,
-    81: "has no such database: make it, or name another in --to (?database=...)"}
+# Its error numbers (ErrorCodes.cpp): what to make of each, and words for a person. Any other number
+# is for Later, and says nothing about a row.
+SHIP_ERRORS: Dict[int, Tuple[Type[Refused], str]] = {
+    # The data of an INSERT: a text, number, date or array, a type, a constraint.
+    **dict.fromkeys((6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+                     376, 395, 407, 441, 467, 469), (RowsRefused, "refuses the rows")),
+    **dict.fromkeys((192, 193, 194, 516), (
+        Refused, "does not know this user or password: set CLICKHOUSE_USER and "
+                 "CLICKHOUSE_PASSWORD")),
+    60: (Refused, "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW),
+    81: (Refused, "has no such database: make it, or name another in --to (?database=...)"),
+    115: (Refused, "does not know a setting that --to names"),
+    164: (Refused, "lets this user only read: take one with SELECT and INSERT"),
+    170: (Refused, "has no cluster of the name that --cluster gives"),
+    497: (Refused, "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
+                   " first time"),
+    75: (Later, "cannot write to its disk, which may be full"),
+    241: (Later, "lacks memory"),
+    242: (Later, "has made its table read-only"),
+    243: (Later, "has no room left on its disk"),
+    252: (Later, "has too many parts to merge")}
 
 
 def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
@@ -3351,18 +3356,14 @@ class ClickHouse:
         """What to make of an answer that is no success. ClickHouse's own words are not repeated:
         they could quote a row, or name the user."""
         match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
-        code = int(match[1]) if match else None
-        if code in SHIP_SAID:
-            return Refused("%s %s (its error %d)" % (self.name, SHIP_SAID[code], code))
-        if code is None and status not in (408, 429, 500, 502, 503, 504):
-            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
-                           "HTTP port?" % (self.name, status))
-        why = "its error %s; its log has the words under query_id %s" % (code, query_id)
-        if rows and code in SHIP_DATA_ERRORS:
-            return RowsRefused("%s refuses: %s" % (self.name, why))
-        return Later("%s cannot take it now: %s%s" % (
-            self.name, SHIP_WAITS[code] + ": " if code in SHIP_WAITS else "",
-            "status %d" % status if code is None else why))
+        if match is None:
+            passes = status in (408, 429, 500, 502, 503, 504)
+            return (Later if passes else Refused)("%s answers with status %d%s" % (
+                self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
+        kind, words = SHIP_ERRORS.get(int(match[1]), (Later, "cannot take it now"))
+        return (kind if rows or kind is not RowsRefused else Later)(
+            "%s %s (its error %d; its log has the words under query_id %s)" % (
+                self.name, words, int(match[1]), query_id))
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
