@@ -79,12 +79,14 @@ from typing import (
     Iterator,
     List,
     Mapping,
+    Match,
     NamedTuple,
     Optional,
     Sequence,
     Set,
     TextIO,
     Tuple,
+    Type,
     Union,
 )
 
@@ -3062,8 +3064,8 @@ class RowsRefused(Refused):
 SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# Its groups: the date of received_at (ClickHouse's DateTime holds the years 1970 to 2105),
-# ended_at, the date of that.
+# Its groups are the date of received_at, ended_at, and the date of ended_at. ClickHouse's DateTime
+# holds the years 1970 to 2105.
 usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *(
     ("(%s)" if rule == "moment" else "(?:%s)") % cell_pattern(kind, rule)
     for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
@@ -3071,7 +3073,7 @@ usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *
 
 class Shipped(NamedTuple):
     """A row on its way. `line` has received_at and the fields, with tabs between them. `ended` is
-    ended_at within the days of `ship_span`."""
+    ended_at, or the end of `ship_span` that is nearer to it."""
 
     id: int
     ended: str
@@ -3091,9 +3093,13 @@ def ship_span(date: str) -> Tuple[str, str]:
     return "%sT00:00:00" % first, "%sT23:59:59" % (day + datetime.timedelta(SHIP_EARLY))
 
 
-def odd_line(reader: Reader, row_id: int) -> str:
-    """The usual line of a row that has another: another program may have written it. Raises Unfit
-    if it is no session. The text names the column, never a value."""
+def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> Match[str]:
+    """The match of `usual_line` with a row's line. Where another program wrote the row in another
+    form, the line is made anew from its cells. Raises Unfit if the row is no session; the text
+    names the column, never a value."""
+    match = usual_line(line or "")
+    if match and midnight(match[1]) is not None and midnight(match[3]) is not None:
+        return match
     *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
                                  % SELECTED, [row_id]).fetchone()
     wrong = [name for name, fits, cell in zip(COLUMNS[1:], CHECKS, row[1:]) if not fits(cell)]
@@ -3103,24 +3109,25 @@ def odd_line(reader: Reader, row_id: int) -> str:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (row_id, wrong[0]))
-    return "\t".join("" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:]))
+    match = usual_line("\t".join(
+        "" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:])))
+    assert match
+    return match
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
-    """At most `most` rows of `id` + condition, of about SHIP_BYTES and SHIP_MONTHS. The list ends
-    before a row that is no session. Raises Unfit if that is the first one."""
+    """At most `most` rows whose id meets the condition, and no more than SHIP_MONTHS or about
+    SHIP_BYTES. The list ends before a row that is no session. Raises Unfit if that is the first
+    one."""
     rows: List[Shipped] = []
     size, months = 0, set()
     for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
-        match = usual_line(line or "")
-        if not match or midnight(match[1]) is None or midnight(match[3]) is None:
-            try:
-                match = usual_line(odd_line(reader, row_id))
-            except Unfit:
-                if rows:
-                    break
-                raise
-            assert match
+        try:
+            match = checked_line(reader, row_id, line)
+        except Unfit:
+            if rows:
+                break
+            raise
         received, ended, _ = match.groups()
         first, last = ship_span(received)
         rows.append(Shipped(row_id, max(first, min(last, ended)), match.string))
@@ -3139,11 +3146,12 @@ MINE = "id Int64, ended String, received_at String, " + ", ".join(
     for column, (_, kind, *_) in zip(COLUMNS[1:], FIELDS))
 SHIP_MOMENT = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
 SHIP_HASH = "toFixedString(unhex(%s), 32)"
-# Of the rows of one session the largest seniority stays: the one which was received first, in the
-# same second that of the node whose name comes first (8 of its digits), whatever is sent when.
+# Of the rows of one session, the one with the largest seniority stays, whatever was sent first. It
+# is the one that was received first. Of two in the same second, it is the one of the node whose
+# name comes first (8 digits are compared).
 SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
-# Name, type, how it is made of `mine`. ended_at is text, since no type of 18.16 has all its years.
-# `ended` is for charts and months: near the arrival, so that invented dates make no partitions.
+# Name, type, how it is made of `mine`. `ended_at` is text, since no type of 18.16 has all years.
+# `ended` is for charts and months. It is near the arrival: invented dates make no partitions.
 RAW_COLUMNS = (
     ("node", "String", "'{node}'"),
     ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at"),
@@ -3166,9 +3174,9 @@ FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
   SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
   GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
       SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash")
-SHIP_HELD = "SELECT DISTINCT toYYYYMM(ended) FROM " + SHIP_RAW  # the months that hold a row
-# Rows of one key are merged, where they are on one shard and in one partition. FINAL answers as if
-# all were. In the view it stands below any WHERE: no condition brings back a row that gave way.
+# ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
+# as if all were merged. In the view it works before any WHERE, so that no condition can bring back
+# a row that another one has replaced.
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
 SHIP_TABLES = (  # name, name on each shard, columns, engine, key
     (SHIP_RAW, "session_events_local", ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS),
@@ -3177,7 +3185,7 @@ SHIP_TABLES = (  # name, name on each shard, columns, engine, key
     (SHIP_NODES, SHIP_NODES + "_local", "node String, pepper String, seen UInt32",
      "ReplacingMergeTree({}seen) ORDER BY ({})", "node"))
 SHIP_ON = " ON CLUSTER '%s'"
-# {0}, since 18.16 takes another host's default database for that of a name without one.
+# {0} is the database. Where a name has none, 18.16 takes the other host's default database.
 SHIP_VIEWS = {"session_events": """
 SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
   lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
@@ -3209,7 +3217,8 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
 
 
 def ship_migration(cluster: Optional[str], database: str) -> str:
-    """The statements that take the rows of an older layout over, on each shard."""
+    """The statements that make the table anew, with the rows that it has in an older layout. In a
+    cluster they are for each shard."""
     table, on = SHIP_TABLES[0][bool(cluster)], SHIP_ON % cluster if cluster else ""
     arrival = "toInt64(toUInt32(received_at))"
     clamped = "toDateTime(least(greatest(toInt64(toUInt32(ended)), %s - %d), %s + %d), 'UTC')" % (
@@ -3227,17 +3236,27 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# Its error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number, date or
-# array that it cannot take, a type, a constraint. No other says anything about a row.
-SHIP_DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-                    376, 395, 407, 441, 467, 469}
-SHIP_SAID = {  # the numbers that a person has to do something about, and what
-    **dict.fromkeys((192, 193, 194, 516), "does not know this user or password: set "
-                                          "CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
-    164: "lets this user only read",
-    497: "does not let this user do that: grant SELECT and INSERT, and CREATE for the first time",
-    60: "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW,
-    81: "has no such database: make it, or name another in --to (?database=...)"}
+# Its error numbers (ErrorCodes.cpp): what to make of each, and words for a person. Any other number
+# is for Later, and says nothing about a row.
+SHIP_ERRORS: Dict[int, Tuple[Type[Refused], str]] = {
+    # The data of an INSERT: a text, number, date or array, a type, a constraint.
+    **dict.fromkeys((6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+                     376, 395, 407, 441, 467, 469), (RowsRefused, "refuses the rows")),
+    **dict.fromkeys((192, 193, 194, 516), (
+        Refused, "does not know this user or password: set CLICKHOUSE_USER and "
+                 "CLICKHOUSE_PASSWORD")),
+    60: (Refused, "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW),
+    81: (Refused, "has no such database: make it, or name another in --to (?database=...)"),
+    115: (Refused, "does not know a setting that --to names"),
+    164: (Refused, "lets this user only read: take one with SELECT and INSERT"),
+    170: (Refused, "has no cluster of the name that --cluster gives"),
+    497: (Refused, "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
+                   " first time"),
+    75: (Later, "cannot write to its disk, which may be full"),
+    241: (Later, "lacks memory"),
+    242: (Later, "has made its table read-only"),
+    243: (Later, "has no room left on its disk"),
+    252: (Later, "has too many parts to merge")}
 
 
 def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
@@ -3260,8 +3279,9 @@ def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
 
 
 class ClickHouse:
-    """One ClickHouse over HTTP. A connection for each request: there are few, and none can have
-    gone stale. `destination` is the name of its mark: no user, no password."""
+    """One ClickHouse over HTTP. Each request has a connection of its own: there are few requests,
+    and an old connection can be dead. `destination` is the name of its mark, without user and
+    password."""
 
     def __init__(self, url: str, environment: Mapping[str, str]) -> None:
         """Raises Usage for what --to or the two variables cannot be."""
@@ -3297,21 +3317,27 @@ class ClickHouse:
             raise self.refusal(status, said, query_id, bool(rows))
         return said.decode("utf-8", "replace").splitlines()
 
-    def numbers(self, sql: str, rows: Sequence[Shipped] = ()) -> List[int]:
-        """The answer to a SELECT of one number, or to a statement that answers nothing."""
+    def numbers(self, sql: str, rows: Sequence[Shipped] = (), least: int = 0) -> List[int]:
+        """The answer to a SELECT of one number, in at least so many lines, or to a statement that
+        answers nothing. Raises what `ask` raises."""
         lines = self.ask(sql, rows)
-        if not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
+        if len(lines) < least or not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
             raise Refused(self.name + " answers what was not asked; is it one?")
         return list(map(int, lines))
+
+    def uptime(self) -> int:
+        """Seconds since it was started. Only a ClickHouse answers this. Another server may answer
+        an INSERT with 200 and keep nothing."""
+        return self.numbers("SELECT uptime()", least=1)[0]
 
     def insert(self, node: str, rows: Sequence[Shipped]) -> None:
         """One INSERT. Raises Later, RowsRefused, Refused."""
         self.numbers(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
 
     def found(self, rows: Sequence[Shipped]) -> Set[int]:
-        """The ids of the rows whose session is in the table, and with that in the view. Their own
-        months are searched first. What is not there may stand in another month, as another node
-        received it."""
+        """The ids of the rows whose session is in the table, and therefore in the view. The months
+        of these rows are searched first. A session that is not there may be in another month, if
+        another node received it too."""
         found: Set[int] = set()
         months = ", ".join(map(str, {row.month for row in rows}))
         for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
@@ -3320,21 +3346,24 @@ class ClickHouse:
                 found.update(self.numbers(FOUND.format(where), left))
         return found
 
+    def dropped(self, month: int) -> bool:
+        """Whether no row lies in this month, though the table is not empty."""
+        any_row = "SELECT 1 FROM %s WHERE %s LIMIT 1"
+        return not self.numbers(any_row % (SHIP_RAW, "toYYYYMM(ended) = %d" % month)) and bool(
+            self.numbers(any_row % (SHIP_RAW, "1")))
+
     def refusal(self, status: int, said: bytes, query_id: str, rows: bool) -> Refused:
         """What to make of an answer that is no success. ClickHouse's own words are not repeated:
         they could quote a row, or name the user."""
         match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
-        code = int(match[1]) if match else None
-        if code in SHIP_SAID:
-            return Refused("%s %s (its error %d)" % (self.name, SHIP_SAID[code], code))
-        if code is None and status not in (408, 429, 500, 502, 503, 504):
-            return Refused("%s answers with status %d and no error of its own: is it ClickHouse's "
-                           "HTTP port?" % (self.name, status))
-        why = "its error %s; its log has the words under query_id %s" % (code, query_id)
-        if rows and code in SHIP_DATA_ERRORS:
-            return RowsRefused("%s refuses: %s" % (self.name, why))
-        return Later("%s cannot take it now (%s)" % (
-            self.name, "status %d" % status if code is None else why))
+        if match is None:
+            passes = status in (408, 429, 500, 502, 503, 504)
+            return (Later if passes else Refused)("%s answers with status %d%s" % (
+                self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
+        kind, words = SHIP_ERRORS.get(int(match[1]), (Later, "cannot take it now"))
+        return (kind if rows or kind is not RowsRefused else Later)(
+            "%s %s (its error %d; its log has the words under query_id %s)" % (
+                self.name, words, int(match[1]), query_id))
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
@@ -3351,9 +3380,6 @@ class ClickHouse:
             if answer.length:
                 raise http.client.IncompleteRead(said)
             return answer.status, said
-        except ssl.SSLCertVerificationError as error:
-            raise Refused("%s has a certificate that cannot be trusted: %s" % (
-                self.name, error.verify_message)) from None
         except http.client.HTTPException as error:
             why = "it broke off its answer, or it is no HTTP (%s)" % type(error).__name__
         except socket.timeout:
@@ -3367,7 +3393,7 @@ class ClickHouse:
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes the tables and views that are missing. Raises Refused where the table has an older
         layout."""
-        self.numbers("SELECT uptime()")  # what is no ClickHouse says something else
+        self.uptime()
         made = dict(line.partition("\t")[::2] for line in self.ask(
             "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
         database = self.parameters["database"]
@@ -3390,35 +3416,43 @@ class ClickHouse:
 
 # -- The mark, in the file; one step --
 
-# `node` is the file's name at this destination. `synced_id` was confirmed at least SHIP_UNSYNCED
-# before `last_id`. `next_id`, confirmed at `next_at`, takes its place when it is as old.
 SHIP_MARKS = """CREATE TABLE IF NOT EXISTS ship_marks (
   destination TEXT PRIMARY KEY, node TEXT NOT NULL, last_id INTEGER NOT NULL,
   confirmed_at TEXT NOT NULL, synced_id INTEGER NOT NULL, next_id INTEGER NOT NULL,
   next_at TEXT NOT NULL) WITHOUT ROWID"""
-SHIP_MARK_COLUMNS = re.findall("([a-z_]+) (?:TEXT|INTEGER)", SHIP_MARKS)
-# Only if the file still has the mark that was read, and the row that was confirmed: it may have
-# been replaced, and a second ship may have been faster.
-SHIP_MOVE = """UPDATE ship_marks SET last_id = :to, confirmed_at = :at,
-    synced_id = min(:to, CASE WHEN confirmed_at <= :old THEN last_id
-                              WHEN next_at <= :old THEN next_id ELSE synced_id END),
-    next_id = min(:to, CASE WHEN next_at BETWEEN :old AND :at THEN next_id ELSE last_id END),
-    next_at = CASE WHEN next_at BETWEEN :old AND :at THEN next_at ELSE min(confirmed_at, :at) END
-  WHERE destination = :destination AND node = :node AND last_id = :last_id
-    AND (:received IS NULL OR EXISTS (SELECT 1 FROM session_events WHERE id = :to
-      AND received_at = :received AND identity_hash = :identity AND session_id_hash = :session))"""
+SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
+SHIP_SESSION = "SELECT session_id_hash FROM session_events WHERE id = ?"
 
 
 class Mark(NamedTuple):
-    """How far one destination has got. `confirmed_at` is when the last batch was sent."""
+    """A row of ship_marks: how far one destination has got."""
 
-    node: str
-    last_id: int
-    confirmed_at: str
-    synced_id: int
+    destination: str
+    node: str  # the file's name at this destination
+    last_id: int  # the last row that was confirmed
+    confirmed_at: str  # when it was sent
+    synced_id: int  # what stands up to it was confirmed at least SHIP_UNSYNCED before last_id
+    next_id: int  # the synced_id to be, confirmed at next_at
+    next_at: str
 
 
-NO_MARK = Mark("", SHIP_LEAST, "", SHIP_LEAST)
+NO_MARK = Mark("", "", SHIP_LEAST, "", SHIP_LEAST, SHIP_LEAST, "")
+
+
+def moved_on(mark: Mark, to: int, sent: int) -> Mark:
+    """The mark when the rows up to `to` are confirmed. `sent`: milliseconds since 1970."""
+    at, old = moment_text(sent), moment_text(sent - SHIP_UNSYNCED * 1000)
+    synced = (mark.last_id if mark.confirmed_at <= old else
+              mark.next_id if mark.next_at <= old else mark.synced_id)
+    if not old <= mark.next_at <= at:  # it has become synced_id, or a clock was wrong
+        mark = mark._replace(next_id=mark.last_id, next_at=min(mark.confirmed_at, at))
+    return mark._replace(last_id=to, confirmed_at=at, synced_id=synced)
+
+
+def moved_back(mark: Mark, to: int) -> Mark:
+    """The mark when the rows above `to` shall go once more."""
+    return mark._replace(last_id=to, confirmed_at=moment_text(now_ms()),
+                         synced_id=min(mark.synced_id, to), next_id=min(mark.next_id, to))
 
 
 def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
@@ -3427,35 +3461,50 @@ def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
     return (there and reader.rows(sql).fetchone()) or ()
 
 
+def ship_log(event: str, **details: Any) -> None:
+    """One line of JSON on standard error. A log that takes nothing (a full disk) stops no ship."""
+    line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class Shipment:
-    """One database file and one destination. What was confirmed stands in the file, which is opened
-    anew for each step: a restored file, a copy, or two ships at once are no special cases."""
+    """One database file and one destination. What was confirmed stands in the file. Each step opens
+    the file anew, so that a restored file, a copy, or two ships at once are no special cases."""
 
-    def __init__(self, path: str, house: ClickHouse, say: Callable[..., None]) -> None:
-        """`say(event, why=...)` is told what is remarkable."""
-        self.path, self.house, self.say = path, house, say
+    def __init__(self, path: str, house: ClickHouse) -> None:
+        self.path, self.house = path, house
         self.rows_shipped = 0
-        self.most = SHIP_ROWS  # of the next batch: halved until a refused row is alone
-        self.again = False  # all rows once more
-        self.waiting = False  # for ClickHouse or for the file
-        self.looked = -1.0  # monotonic seconds: when ClickHouse was last asked what it has
+        self.trouble = ""  # what --follow waits for
+        self.look_at = 0.0  # monotonic seconds: when ClickHouse is next asked what it has
 
-    def mark(self, reader: Reader) -> Mark:
+    def mark(self) -> Mark:
         """The mark, or NO_MARK. Raises Refused if it is none of ours."""
-        columns = [row[1] for row in reader.rows("PRAGMA table_info(ship_marks)")]
-        found = columns == SHIP_MARK_COLUMNS and reader.rows(
-            "SELECT * FROM ship_marks WHERE destination = ?", [self.house.destination]).fetchone()
-        if not found and columns in ([], SHIP_MARK_COLUMNS):
-            return NO_MARK
-        if not found or list(map(type, found)) != [str, str, int, str, int, int, str] or not (
-                re.fullmatch("[0-9a-f]{16}", found[1]) and stored_instant(found[3]) is not None):
+        with reading(self.path) as reader:
+            columns = tuple(row[1] for row in reader.rows("PRAGMA table_info(ship_marks)"))
+            found = columns == Mark._fields and reader.rows(
+                SHIP_MARK, [self.house.destination]).fetchone()
+        mark = Mark._make(found) if found else NO_MARK
+        if (columns not in ((), Mark._fields) or list(map(type, mark)) != list(map(type, NO_MARK))
+                or not re.fullmatch("([0-9a-f]{16})?", mark.node)):
             raise Refused("the table ship_marks in %s does not hold a mark of this version; drop "
                           "it, and all rows go once more" % self.path)
-        return Mark._make(found[1:5])
+        return mark
 
-    def write(self, sql: str, values: Mapping[str, Any]) -> bool:
-        """A short write transaction beside a running server; whether it changed a row. Raises
-        Later, Refused."""
+    def begun(self) -> Mark:
+        """The mark. Where there is none, one below every row is written. Raises Later, Refused."""
+        mark = self.mark()
+        if mark is NO_MARK:
+            now = moment_text(now_ms())
+            self.write(mark, Mark(self.house.destination, secrets.token_hex(8), SHIP_LEAST, now,
+                                  SHIP_LEAST, SHIP_LEAST, now))
+            mark = self.mark()
+        return mark
+
+    def write(self, before: Mark, after: Mark, row: Optional[Shipped] = None) -> None:
+        """Replaces a mark, in a short write transaction beside a running server. It does so only if
+        the file still has the mark `before`, and the row that was confirmed: the file may have been
+        replaced, and a second ship may have been faster. Raises Later, Refused."""
         try:
             with contextlib.closing(sqlite3.connect(
                     Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
@@ -3464,110 +3513,91 @@ class Shipment:
                 connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
                 connection.execute("BEGIN IMMEDIATE")
                 connection.execute(SHIP_MARKS)
-                changed = connection.execute(sql, values).rowcount > 0
+                found = connection.execute(SHIP_MARK, [after.destination]).fetchone() or NO_MARK
+                there = row and connection.execute(SHIP_SESSION, [row.id]).fetchone()
+                if found == before and (not row or there == (row.line.split("\t")[SESSION_ID],)):
+                    connection.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?, ?)",
+                                       after)
                 connection.execute("COMMIT")
-                return changed
         except sqlite3.Error as error:
-            kind = Later if re.search("locked|full", str(error)) else Refused
-            raise kind("cannot write the mark of what was shipped into %s: %s (only a user who may "
-                       "write the file and its folder can: run this as the server's user)" % (
-                           self.path, error)) from error
+            kind, advice = (Later, "") if re.search("locked|full", str(error)) else (
+                Refused, ": run this as the server's user, who may write the file and its folder")
+            raise kind("cannot write the mark of what was shipped into %s (%s)%s" % (
+                self.path, error, advice)) from error
 
-    def begin(self) -> None:
-        """Writes a mark below every row, where there is none."""
-        self.write("INSERT OR IGNORE INTO ship_marks VALUES"
-                   " (:destination, :node, :least, :now, :least, :least, :now)", {
-                       "destination": self.house.destination, "node": secrets.token_hex(8),
-                       "least": SHIP_LEAST, "now": moment_text(now_ms())})
-
-    def move(self, mark: Mark, to: int, sent: int, last: Optional[Shipped] = None) -> bool:
-        """Moves the mark, up to the row `last` or down; False if it was not (see SHIP_MOVE).
-        `sent`: milliseconds since 1970."""
-        received, identity, _, session = last.line.split("\t")[:4] if last else [None] * 4
-        return self.write(SHIP_MOVE, {
-            "destination": self.house.destination, "node": mark.node, "last_id": mark.last_id,
-            "to": to, "at": moment_text(sent), "old": moment_text(sent - SHIP_UNSYNCED * 1000),
-            "received": received, "identity": identity, "session": session})
-
-    def confirmed(self, reader: Reader, mark: Mark, most: int) -> List[Shipped]:
-        """The last rows up to the mark."""
+    def confirmed(self, reader: Reader, last_id: int) -> List[Shipped]:
+        """The last rows up to this id."""
         try:
-            return ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, most)
+            return ship_batch(reader, "<= ? ORDER BY id DESC", last_id, SHIP_SAMPLE)
         except Unfit:  # it was made unfit since
             return []
 
-    def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
-        """(the id after which rows go once more, why), None where ClickHouse has what the mark
-        says. Raises Later, Refused."""
-        if mark.last_id == SHIP_LEAST:
-            return None
-        if self.again:
-            self.again = False
-            return SHIP_LEAST, "--again"
-        used = [*reader.rows("SELECT max(id) FROM session_events").fetchone(), *first_row(
+    def doubt(self, reader: Reader, mark: Mark) -> Tuple[int, str]:
+        """The id after which rows go once more, and why; the why is empty where ClickHouse has what
+        the mark says. Raises Later, Refused."""
+        used, = first_row(
             reader, "sqlite_sequence",
-            "SELECT max(seq) FROM sqlite_sequence WHERE name = 'session_events'")]
-        if mark.last_id > max([n for n in used if isinstance(n, int)], default=SHIP_LEAST):
+            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'"
+        ) or reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
+        if mark.last_id > used:
             return SHIP_LEAST, "the mark is not of this file's rows"
-        if 0 <= time.monotonic() - self.looked < 1:  # before each batch: a quarter of the time
-            return None
-        self.looked = time.monotonic()
-        sample = self.confirmed(reader, mark, SHIP_SAMPLE)
-        if sample and not self.house.found(sample):
-            there = set(self.house.numbers(SHIP_HELD))
-            if not there or there & {row.month for row in sample}:
+        # To ask before each batch would take a quarter of the time.
+        if mark.last_id == SHIP_LEAST or time.monotonic() < self.look_at:
+            return SHIP_LEAST, ""
+        self.look_at = time.monotonic() + 1
+        started = now_ms() - self.house.uptime() * 1000  # seems late rather than early
+        # Rows that were sent after the table was emptied may hide it. Those up to synced_id cannot.
+        for last_id in {mark.last_id, mark.synced_id}:
+            sample = self.confirmed(reader, last_id)
+            if sample and not self.house.found(sample) and not all(
+                    map(self.house.dropped, {row.month for row in sample})):
                 return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        up = max(self.house.numbers("SELECT uptime()"), default=0)
-        # ClickHouse's start seems late rather than early.
-        if not (moment_text(now_ms() - up * 1000) <= mark.confirmed_at
-                <= moment_text(now_ms() + 2000)):
+        if not moment_text(started) <= mark.confirmed_at <= moment_text(now_ms() + 2000):
             return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
                                     " the mark lies in the future")
-        return None
+        return SHIP_LEAST, ""
 
     def step(self) -> bool:
-        """Sends one batch, or moves the mark down; False if there was nothing to do. Raises Unfit
+        """Sends one batch, or moves the mark back; False if there was nothing to do. Raises Unfit
         for a row that cannot go, Later, Refused."""
+        mark = self.begun()
         with reading(self.path) as reader:
-            mark = self.mark(reader)
-            doubt = self.doubt(reader, mark)
-            rows = [] if doubt else ship_batch(reader, "> ? ORDER BY id", mark.last_id, self.most)
-        sent = now_ms()
-        if mark is NO_MARK:
-            self.begin()
-        elif doubt and self.move(mark, doubt[0], sent):
-            self.say("again", why="rows go once more: " + doubt[1])
-        elif rows and self.taken(mark, rows):
-            self.move(mark, rows[-1].id, sent, rows[-1])
-            self.rows_shipped += len(rows)
-        return bool(mark is NO_MARK or doubt or rows)
+            back, why = self.doubt(reader, mark)
+            rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
+        if why:
+            self.write(mark, moved_back(mark, back))
+            ship_log("again", why="rows go once more: " + why)
+        elif rows:
+            self.send(mark, rows)
+        return bool(why or rows)
 
-    def taken(self, mark: Mark, rows: Sequence[Shipped]) -> bool:
-        """Inserts rows; False if they are refused, and half of them shall be tried next. Before a
-        row is blamed, one that was taken before goes once more. Raises Unfit, Later, Refused."""
+    def send(self, mark: Mark, rows: Sequence[Shipped]) -> None:
+        """Inserts these rows and moves the mark. If they are refused, the first half of them is
+        sent, until the row at fault is alone. Before it is blamed, rows that were taken before go
+        once more. Raises Unfit, Later, Refused."""
+        sent = now_ms()
         try:
             self.house.insert(mark.node, rows)
-            self.most = SHIP_ROWS
-            return True
-        except RowsRefused as error:
-            refused = error
-        if len(rows) > 1:
-            self.most = len(rows) // 2
-            return False
-        try:
+        except RowsRefused as refused:
+            if len(rows) > 1:
+                self.send(mark, rows[:len(rows) // 2])
+                return
             with reading(self.path) as reader:
-                before = self.confirmed(reader, mark, 1)
-            if before:
-                self.house.insert(mark.node, before)
-        except RowsRefused:
-            raise Later("%s; and refuses a row that it took before" % refused) from None
-        raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
-            rows[0].id, refused))
+                before = self.confirmed(reader, mark.last_id)
+            try:
+                if before:
+                    self.house.insert(mark.node, before)
+            except RowsRefused:
+                raise Later("%s; and refuses rows that it took before" % refused) from None
+            raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+                rows[0].id, refused)) from None
+        self.write(mark, moved_on(mark, rows[-1].id, sent), rows[-1])
+        self.rows_shipped += len(rows)
 
     def status(self) -> Dict[str, int]:
         """How far it is. Raises Refused."""
+        last = self.mark().last_id
         with reading(self.path) as reader:
-            last = self.mark(reader).last_id
             waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
                                           "WHERE id > ?", [last]).fetchone()
         since = stored_instant(oldest)
@@ -3577,22 +3607,74 @@ class Shipment:
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes what is missing on both sides, and says if another node has another pepper:
         server.py notes a fingerprint of it in the file. Raises Later, Refused."""
-        self.looked = -1.0
+        self.look_at = 0.0
         self.house.prepare(cluster)
+        node = self.begun().node
         with reading(self.path) as reader:
-            self.mark(reader)  # of this version, if there is one
-        self.begin()
-        with reading(self.path) as reader:
-            mark = self.mark(reader)
             pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
                                 "session_events_pepper ORDER BY rowid DESC") or ("",)
         fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
-        if self.house.peppers(mark.node, fingerprint) > 1:
-            self.say("warning", why="the nodes of this ClickHouse have different peppers "
+        if self.house.peppers(node, fingerprint) > 1:
+            ship_log("warning", why="the nodes of this ClickHouse have different peppers "
                      "(server.py --pepper-file): a developer is somebody else on each of them")
 
 
 # -- The commands: once, --follow, --check --
+
+SHIP_METRICS = (  # name, type, words
+    ("last_id", "gauge", "The last id that ClickHouse confirmed."),
+    ("rows_waiting", "gauge", "Rows that ClickHouse did not confirm yet."),
+    ("oldest_waiting_seconds", "gauge", "Age of the oldest of these rows."),
+    ("waiting", "gauge", "1 if the last try failed and will be repeated, else 0."),
+    ("rows_total", "counter", "Rows that ClickHouse confirmed since this program was started."))
+
+
+def metrics_text(shipment: Shipment) -> str:
+    """Prometheus' text format, version 0.0.4. Raises Refused."""
+    values = {**shipment.status(), "waiting": int(bool(shipment.trouble)),
+              "rows_total": shipment.rows_shipped}
+    return "".join("# HELP {0} {1}\n# TYPE {0} {2}\n{0} {3}\n".format(
+        "session_events_ship_" + name, words, kind, values[name])
+        for name, kind, words in SHIP_METRICS)
+
+
+def serve_metrics(text: str, shipment: Shipment) -> None:
+    """Answers GET /metrics at the address `text`, in a thread. Raises Usage."""
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, *_: Any) -> None:
+            """Nothing: the client has gone, and its address stands in no log."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 10
+
+        def do_GET(self) -> None:
+            status, answer = 404, "Not found\n"
+            if self.path == "/metrics":
+                try:
+                    status, answer = 200, metrics_text(shipment)
+                except Refused as error:
+                    status, answer = 503, visible(str(error)) + "\n"
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(answer.encode("utf-8", "replace"))
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing: the log is about shipping."""
+
+    try:
+        if not host:  # it would mean every interface
+            raise ValueError("no host")
+        server = Server((host, int(port)), Handler)
+    except (OSError, OverflowError, ValueError) as error:
+        raise Usage("--metrics takes an address to listen on, such as 127.0.0.1:9101: %s"
+                    % error) from None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def back_off(failures: int, chance: float) -> float:
@@ -3601,55 +3683,10 @@ def back_off(failures: int, chance: float) -> float:
     return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
 
 
-def ship_log(event: str, **details: Any) -> None:
-    """One line of JSON on standard error."""
-    line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
-    print(line, file=sys.stderr, flush=True)
-
-
-def serve_metrics(text: str, shipment: Shipment) -> None:
-    """Answers GET /metrics at the address `text` in Prometheus' text form, in a thread. Raises
-    Usage."""
-    class Metrics(http.server.BaseHTTPRequestHandler):
-        timeout = 10
-
-        def do_GET(self) -> None:
-            if self.path != "/metrics":
-                self.send_error(404)
-                return
-            try:
-                values = {**shipment.status(), "waiting": int(shipment.waiting),
-                          "rows_total": shipment.rows_shipped}
-            except Refused as error:
-                self.send_error(503, visible(str(error)))
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.end_headers()
-            self.wfile.write("".join(
-                "# TYPE session_events_ship_{0} {1}\nsession_events_ship_{0} {2}\n".format(
-                    name, "counter" if name == "rows_total" else "gauge", value)
-                for name, value in values.items()).encode())
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the log is about shipping."""
-
-    host, _, port = text.rpartition(":")
-    try:
-        if not host:  # it would mean every interface
-            raise ValueError("no host")
-        server = http.server.ThreadingHTTPServer((host, int(port)), Metrics)
-    except (OSError, OverflowError, ValueError) as error:
-        raise Usage("--metrics takes an address to listen on, such as 127.0.0.1:9101: %s"
-                    % error) from None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-
 def follow(shipment: Shipment, cluster: Optional[str]) -> None:
-    """Ships for ever. Raises Unfit, and Refused for what cannot be done at the start; all else that
+    """Ships for ever. Raises Unfit, and Refused for what cannot be done at the start. All else that
     cannot be done is tried again."""
     started, failures, noted = False, 0, time.monotonic()
-    trouble: Dict[str, str] = {}
     while True:
         try:
             if failures or not started:
@@ -3658,19 +3695,19 @@ def follow(shipment: Shipment, cluster: Optional[str]) -> None:
             if failures or not started:
                 ship_log("recovered" if failures else "shipping",
                          to=shipment.house.destination, **shipment.status())
-            started, failures, trouble = True, 0, {}
+            started, failures, shipment.trouble = True, 0, ""
         except Refused as error:
             if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
                 raise
-            failures, trouble = failures + 1, {"why": str(error)}
+            failures, shipment.trouble = failures + 1, str(error)
             wait = back_off(failures, random.random())
             if failures == 1:
-                ship_log("waiting", **trouble, again_in_seconds=round(wait, 1))
-        shipment.waiting = failures > 0
+                ship_log("waiting", why=str(error), again_in_seconds=round(wait, 1))
         if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
             noted = time.monotonic()
+            why = {"why": shipment.trouble} if shipment.trouble else {}
             with contextlib.suppress(Refused):  # the reason is in the line before
-                ship_log("status", **trouble, **shipment.status())
+                ship_log("status", **why, **shipment.status())
         time.sleep(wait)
 
 
@@ -3679,36 +3716,38 @@ def ship_check(shipment: Shipment) -> int:
     yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
     ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
     shipment.house.silence = SHIP_CHECK_SILENCE
-    lacking: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
-    sums: Dict[str, int] = collections.Counter()
-    last, months = SHIP_LEAST, set(shipment.house.numbers(SHIP_HELD))
+    shipment.house.uptime()  # refuses what is no ClickHouse
+    dropped = functools.lru_cache(None)(shipment.house.dropped)
+    counts: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
+    last = SHIP_LEAST
     while True:
+        mark = shipment.mark()
         with reading(shipment.path) as reader:
-            mark = shipment.mark(reader)
             rows = ship_batch(reader, "> ? ORDER BY id", last, SHIP_ROWS)
         if not rows:
             break
         last, found = rows[-1].id, shipment.house.found(rows)
-        sums["in the view"] += len(found)
         for row in rows:
-            if row.id in found:
-                continue
             when, what = row.line[:10], "missing"
-            if row.id > mark.last_id:
+            if row.id in found:
+                when, what = "", "in the view"
+            elif row.id > mark.last_id:
                 what = "waiting to be shipped"
-            elif months and row.month not in months:
+            elif dropped(row.month):
                 when, what = row.ended[:7], "in dropped months"
-            sums[what] += 1
-            lacking[when, what] += 1
-    for (when, what), n in sorted(lacking.items()):
-        print("{}  {:,} {}".format(when, n, what))
+            counts[when, what] += 1
+    sums = dict.fromkeys(
+        ("in the view", "missing", "waiting to be shipped", "in dropped months"), 0)
+    for (when, what), n in sorted(counts.items()):
+        sums[what] += n
+        if when:
+            print("{}  {:,} {}".format(when, n, what))
     print("{:,} sessions in the file: {}{}".format(
-        sum(sums.values()), ", ".join("{:,} {}".format(sums[what], what) for what in (
-            "in the view", "missing", "waiting to be shipped", "in dropped months")),
+        sum(sums.values()), ", ".join("{:,} {}".format(n, what) for what, n in sums.items()),
         "; ship --again sends all once more" if sums["missing"] else ""))
     today = moment_text(now_ms())[:10]
     return int(any(what == "missing" or (what == "waiting to be shipped" and when < today)
-                   for when, what in lacking))
+                   for when, what in counts))
 
 
 def ship(options: argparse.Namespace) -> int:
@@ -3726,7 +3765,7 @@ def ship(options: argparse.Namespace) -> int:
     if options.metrics and not options.follow:
         raise Usage("--metrics goes with --follow")
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
-    shipment = Shipment(options.db, ClickHouse(options.to, os.environ), ship_log)
+    shipment = Shipment(options.db, ClickHouse(options.to, os.environ))
     if options.check:
         return ship_check(shipment)
     if options.follow:
@@ -3736,9 +3775,10 @@ def ship(options: argparse.Namespace) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             follow(shipment, options.cluster)
         return 0
-    shipment.say = lambda _, why: print("session_events: " + visible(why), file=sys.stderr)
-    shipment.again = options.again
     shipment.prepare(options.cluster)
+    if options.again:
+        mark = shipment.mark()
+        shipment.write(mark, moved_back(mark, SHIP_LEAST))
     while shipment.step():
         if sys.stderr.isatty():
             print("{:,} rows shipped".format(shipment.rows_shipped), end="\r", file=sys.stderr,
