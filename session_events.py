@@ -32,6 +32,7 @@ file → viewer → demo → ship → command line → style → script.
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import bisect
 import collections
@@ -73,6 +74,8 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Collection,
+    Counter,
     Deque,
     Dict,
     Iterable,
@@ -297,20 +300,31 @@ def hash_lines(text: bytes, count: int) -> bool:
 
 def hash_or_null_lines(text: bytes, count: int) -> bool:
     """Lines of 64 digits; an empty one stands for NULL."""
-    cells = text.split(b"\n")
-    found = list(filter(None, cells))
-    return len(cells) == count and (not found or hash_lines(b"\n".join(found), len(found)))
+    lengths = list(map(len, text.split(b"\n")))
+    return (len(lengths) == count and {0, 64}.issuperset(lengths)
+            and not text.translate(None, HEX_DIGITS + b"\n"))
+
+
+def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
+    """Moments in order, by the first `length` characters: (these, first place, place after the
+    last)."""
+    start = 0
+    while start < len(moments):
+        same = moments[start][:length]
+        end = bisect.bisect_left(moments, same + "~", start)
+        yield same, start, end
+        start = end
 
 
 def moment_lines(text: bytes, count: int) -> bool:
-    """Lines of moments with milliseconds, in order (a file may lack the index)."""
+    """Lines of moments with milliseconds, in order. An hour is looked at once."""
     form = b"0000-00-00T00:00:00.000Z\n" * count
     if text.translate(DIGITS_TO_0) != form[:-1]:
         return False
-    lines = text.split(b"\n")
-    hours = set(map(operator.itemgetter(slice(13)), lines))  # a chunk has few
-    return (lines == sorted(lines) and max(text[14::25] + text[17::25]) < ord("6")
-            and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
+    lines = text.decode().split("\n")
+    minutes_and_seconds = text[14::25] + text[17::25]  # the tens of each
+    return (lines == sorted(lines) and not minutes_and_seconds.translate(None, b"012345")
+            and all(stored_instant(hour + ":00:00Z") is not None for hour, _, _ in runs(lines, 13)))
 
 
 def cell_pattern(kind: str, rule: Any) -> str:
@@ -350,28 +364,20 @@ RIGHT_TYPES = " AND ".join([
     # With + a column of another program that is declared as text compares as what it holds.
     *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
-JOINED = "SELECT count(*), sum(%s), %s" % (
-    RIGHT_TYPES, ", ".join("group_concat(%s, '\n')" % cell for cell in CELLS))
+JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
 
 
 def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
-    """True only if all of these rows are sessions (see JOINED)."""
+    """True only if all of these rows are sessions (see `Reader.joined`)."""
     return count == right and all(
         check(text, count) for check, text in zip(LINES, texts[1:]))
 
 
-def in_order(texts: Sequence[bytes]) -> bool:
-    """True if sound rows come by moment and id. (An index of another program may have its own
-    order for rows of one moment.)"""
-    order = list(zip(texts[ENDED_AT].split(b"\n"), map(int, texts[ID].split(b"\n"))))
-    return all(map(operator.le, order, order[1:]))
-
-
 def cells_in(place: int, text: bytes) -> Sequence[Any]:
     """The cells of one column of sound rows."""
-    cells: Sequence[Any] = text.decode("ascii").split("\n")
-    if place in (ID, TOOLS, TOKENS):
-        return list(map(int, cells))
+    if place in (ID, TOOLS, TOKENS):  # read as JSON in half of the time that int() takes
+        return json.loads(b"[%b]" % text.replace(b"\n", b","))  # type: ignore[no-any-return]
+    cells = text.decode("ascii").split("\n")
     return [cell or None for cell in cells] if NULLABLE[place] else cells
 
 
@@ -473,13 +479,15 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 CHUNK = 1000  # rows in memory at once
 MOST_JOINED = 2_000  # rows with one moment stay in one chunk; more are not joined
-FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
+FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
-# Another program's file may lack the index on ended_at, of all rows and in the order of bytes.
-INDEXED = """SELECT 1 FROM pragma_index_list('session_events') AS one,
-  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.seqno = 0
-  AND part.name = 'ended_at' AND part.coll = 'BINARY'"""
+# The index on ended_at alone, of all rows and in the order of bytes: it has rows of one moment in
+# the order of their ids. Another program's file may lack it, or have others.
+INDEX = """SELECT one.name FROM pragma_index_list('session_events') AS one,
+  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.name = 'ended_at'
+  AND part.coll = 'BINARY' AND NOT part."desc"
+  AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
@@ -496,12 +504,11 @@ Columns = Sequence[Sequence[Any]]
 
 class Look(NamedTuple):
     """The result of reading all rows of a window. `total`: the sessions that pass its filters;
-    `newest`: the last `limit` of these, as rows; `pairs`: who was there in the window's time."""
+    `newest`: the last `limit` of these, as rows."""
 
     limit: int
     total: int
     newest: Deque[Tuple[Any, ...]]
-    pairs: Set[Pair]
 
 
 def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
@@ -517,7 +524,7 @@ class Reader:
         self.connection = connection
         self.odd: Set[int] = set()  # ids of rows that are no sessions
         self.looks: Dict[Window, Look] = {}
-        self.stories: Dict[Window, Story] = {}
+        self.pairs: Dict[Window, Collection[Pair]] = {}  # who was there in a window's time
 
     @property
     def left_out(self) -> int:
@@ -542,29 +549,36 @@ class Reader:
                     self.odd.add(row[ID])
             yield good
 
-    def joined(self, sql: str, values: Sequence[Any]) -> Tuple[int, int, List[bytes]]:
-        """How many rows these are, how many have the right types, and their columns as lines; no
-        column where one is too long for SQLite."""
+    def joined(self, sql: str, values: Sequence[Any], places: Sequence[int] = range(len(COLUMNS))
+               ) -> Tuple[int, int, List[bytes]]:
+        """How many rows these are, how many have the right types, and their columns as lines: all
+        but the ids, which are joined if they are among `places`. No column where one is too long
+        for SQLite."""
+        columns = JOINED if ID in places else ["NULL", *JOINED[1:]]
         lenient, self.connection.text_factory = self.connection.text_factory, bytes
         try:
-            count, right, *texts = self.rows("%s %s" % (JOINED, sql), values).fetchone()
+            count, right, *texts = self.rows("SELECT count(*), sum(%s), %s %s" % (
+                RIGHT_TYPES, ", ".join(columns), sql), values).fetchone()
         except sqlite3.DataError:
             count, right, texts = -1, 0, []
         finally:
             self.connection.text_factory = lenient
         return count, right, texts
 
-    def parts(self, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
+    def parts(self, index: str, since: str, until: str
+              ) -> Iterator[Tuple[str, List[Any], bool]]:
         """This time in order as conditions on the rows, with their values: about CHUNK rows each,
         and whether there are too many to be joined. (One query for each, since an ORDER BY below
         group_concat takes three times as long, and the index gives the order.)"""
+        by_index = 'INDEXED BY "%s"' % index.replace('"', '""')
         lower: Tuple[str, Any] = (">= ?", since)
         while lower[1] is not None:
-            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % FROM % (lower[0], "< ?")
+            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % (
+                FROM % (by_index, lower[0], "< ?"))
             (last,) = self.rows(end, [lower[1], until, CHUNK]).fetchone() or (None,)
             upper = ("< ?", until) if last is None else ("<= " + MOMENT_OF, last)
             crowded = self.rows(CROWDED, [last, MOST_JOINED]).fetchone() is not None
-            yield FROM % (lower[0], upper[0]), [lower[1], upper[1]], crowded
+            yield FROM % (by_index, lower[0], upper[0]), [lower[1], upper[1]], crowded
             lower = "> " + MOMENT_OF, last
 
     def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
@@ -574,19 +588,35 @@ class Reader:
         # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
-        seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
+        seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
         bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
-        if bare or not self.rows(INDEXED).fetchone():
+        index = self.rows(INDEX).fetchone()
+        if bare or not index:
             for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
                 yield from columns_of(rows, places)
             return
-        for sql, values, crowded in self.parts(since, until):
-            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
-            if count and sound(count, right, texts) and in_order(texts):
+        for sql, values, crowded in self.parts(index[0], since, until):
+            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values, places)
+            if count and sound(count, right, texts):
                 yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
                     yield from columns_of(rows, places)
+
+    def columns(self, window: Window, places: Sequence[int], numbers: Dict[Pair, int]
+                ) -> Iterator[Columns]:
+        """The sessions of the window, oldest first, some at a time, as columns: who it was, as one
+        of the `numbers`, and then the columns at these places of COLUMNS. `numbers` gets everybody
+        who was there in the window's time."""
+        filtered = window[2:] != NO_FILTER
+        needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
+        for identities, githubs, *columns in self.chunks(window, needed):
+            columns.insert(0, [numbers[pair] for pair in zip(identities, githubs)])
+            if filtered:
+                kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
+                columns = [list(itertools.compress(column, kept)) for column in columns]
+            yield columns
+        self.pairs[window] = numbers.keys()
 
     def look(self, window: Window, limit: int = 0) -> Look:
         """Read every row of the window once. The result is kept."""
@@ -605,21 +635,28 @@ class Reader:
                             if passes(window, github, texts)]
                 total += len(rows)
                 newest.extend(rows)
-            found = self.looks[window] = Look(limit, total, newest, pairs)
+            self.pairs[window] = pairs
+            found = self.looks[window] = Look(limit, total, newest)
         return found
+
+    def everybody(self, window: Window) -> Collection[Pair]:
+        """Who was there in the window's time, whatever its filters."""
+        if window not in self.pairs:
+            self.look(window)
+        return self.pairs[window]
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first (the later stored first where two ended
         together)."""
         limit = sys.maxsize if limit < 0 else limit
         look = self.look(window, limit)
-        logins = logins_of(look.pairs)
+        logins = logins_of(self.pairs[window])
         newest = itertools.islice(reversed(look.newest), limit)
         return [session_of(row, logins.get(row[IDENTITY])) for row in newest]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        logins = logins_of(self.look(window).pairs)
+        logins = logins_of(self.everybody(window))
         for columns in self.chunks(window):
             for row in zip(*columns):
                 if passes(window, row[GITHUB], row[REFS]):
@@ -665,7 +702,9 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 def last_event(reader: Reader) -> Optional[str]:
     """When the newest session of the database ended, None if there is none."""
     newest = reader.some("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
-    return next((moment_text(s.ended) for s in newest), None)
+    # Within a second, a moment without a fraction sorts wrong as text (see BARE_SECOND).
+    seconds = itertools.groupby(newest, lambda s: s.ended // 1000)
+    return next((moment_text(max(s.ended for s in same)) for _, same in seconds), None)
 
 
 NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
@@ -728,38 +767,80 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
 SPARKS = 24  # parts of a window in which a discovery's sessions are counted
 
 
-class Trail:
-    """One discovery in a window: of each session that touched it the moment (stored form) and who
-    (a place in `people`), in the order of time."""
+class Told:
+    """The sessions of a window as columns, in the order of time (by `ended_at`, then `id`).
 
-    __slots__ = ("ended", "last", "people", "shared", "who")
+    `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
+    (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
+    it}."""
 
-    def __init__(self, people: List[Tuple[str, str]]) -> None:
-        self.people = people  # (developer, identity) of each
+    def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
+        numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
+        self.who = array.array("I")
         self.ended: List[str] = []
-        self.who: List[int] = []
-        self.last = ""  # the developer of the last session
-        self.shared = False  # by two developers or more
+        self.more: List[List[Any]] = [[] for _ in more]
+        self.touched: Dict[str, array.array[int]] = collections.defaultdict(
+            lambda: array.array("I"))
+        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS), numbers):
+            for place, cell in enumerate(refs, len(self.ended)):
+                for ref in refs_in(cell):
+                    self.touched[ref].append(place)
+            self.who.extend(who)
+            self.ended.extend(ended)
+            for whole, part in zip(self.more, others):
+                whole.extend(part)
+        developers = developers_of(numbers)
+        self.people = [(developers[pair], pair[0]) for pair in numbers]
+
+    def developer(self, place: int) -> str:
+        return self.people[self.who[place]][0]
+
+    def trails(self) -> Dict[str, "Trail"]:
+        return {ref: Trail(self, places) for ref, places in self.touched.items()}
+
+
+class Trail(NamedTuple):
+    """One discovery in a window: the places of the sessions that touched it, in order of time."""
+
+    told: Told
+    places: Sequence[int]
+
+    def ended(self) -> List[str]:
+        return [self.told.ended[place] for place in self.places]
+
+    def people(self) -> List[Tuple[str, str]]:
+        """(developer, identity), each once."""
+        return [self.told.people[who] for who in {self.told.who[place] for place in self.places}]
 
     def identities(self) -> int:
-        return len({self.people[who][1] for who in set(self.who)})
+        return len({identity for _, identity in self.people()})
 
-    def reached(self) -> Dict[str, str]:
-        """{developer: the moment of the first session}, in the order of time."""
-        first: Dict[str, str] = {}
-        moments = dict(zip(reversed(self.who), reversed(self.ended)))  # the earliest stays
-        for who, ended in sorted(moments.items(), key=operator.itemgetter(1)):
-            first.setdefault(self.people[who][0], ended)
+    def reach(self) -> int:
+        """How many developers it reached."""
+        return len({developer for developer, _ in self.people()})
+
+    def reached(self) -> Dict[str, int]:
+        """{developer: the place of the first session}, in the order of time."""
+        first: Dict[str, int] = {}
+        for place in self.places:
+            first.setdefault(self.told.developer(place), place)
         return first
 
+    def hours_until(self, place: int) -> float:
+        """From its first session to the one at `place`, to a hundredth of an hour."""
+        start, end = (stored_instant(self.told.ended[n]) or 0 for n in (self.places[0], place))
+        return round((end - start) / 3_600_000, 2)
+
     def hours_to_second(self) -> Optional[float]:
-        reached = list(self.reached().values())
-        return hours(self.ended[0], reached[1]) if len(reached) > 1 else None
+        """None if it reached one developer alone."""
+        first = self.told.developer(self.places[0])
+        second = next((n for n in self.places if self.told.developer(n) != first), None)
+        return None if second is None else self.hours_until(second)
 
     def half_life(self) -> Optional[float]:
         """Until half of its sessions, 4 or more, had ended."""
-        count = len(self.ended)
-        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
+        count = len(self.places)
+        return self.hours_until(self.places[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
 class Deeds:
@@ -773,105 +854,50 @@ class Deeds:
         self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-TOLD = (IDENTITY, GITHUB, ENDED_AT, TOOLS, TOKENS, REFS)
-
-
 class Story:
-    """A window in figures. `take` adds its sessions in time order (by `ended_at`, then `id`)."""
+    """A window in figures: `trails`, the `developers` {who: deeds}, `flows` {(giver, receiver):
+    hand-overs}, and `saved`: the tokens of sessions that built on others (True) or did not."""
 
-    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
-        self.window, self.logins = window, logins
-        self.trails: Dict[str, Trail] = {}
+    def __init__(self, reader: Reader, window: Window) -> None:
+        told = Told(reader, window, (TOOLS, TOKENS))
+        self.trails = told.trails()
         self.developers: Dict[str, Deeds] = {}
-        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
-        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
-        self.people: List[Tuple[str, str]] = []  # (developer, identity)
-        self.places: Dict[Pair, int] = {}  # in `people`, of everybody in the window's time
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}
+        names = [told.people[who][0] for who in told.who]
+        built: Set[int] = set()
+        steps: Counter[Tuple[str, str]] = collections.Counter()
+        for places in told.touched.values():
+            path = [names[place] for place in places]
+            steps.update(zip(path, path[1:]))
+            # From the second developer on, every session builds on another's.
+            alone = next((n for n, who in enumerate(path) if who != path[0]), len(path))
+            built.update(places[alone:])
+        for place, (who, ended, tools, tokens) in enumerate(zip(names, told.ended, *told.more)):
+            self.add(who, ended, tools, tokens, place in built)
+        for who in self.developers:
+            del steps[who, who]
+        self.flows = steps
+        for (giver, receiver), count in steps.items():
+            self.developers[giver].given += count
+            self.developers[receiver].received += count
 
-    def take(self, rows: Iterable[Tuple[Any, ...]]) -> None:
-        """Sessions as rows of TOLD. (A Session of each would take as long again.)"""
-        every, trails, flows = self.window[2:] == NO_FILTER, self.trails, self.flows
-        places, people = self.places, self.people
-        for identity, github, ended, tools, tokens, refs in rows:
-            place = places.get((identity, github))
-            if place is None:
-                place = places[identity, github] = len(people)
-                people.append((github or self.logins.get(identity) or identity, identity))
-            if not every and not passes(self.window, github, refs):
-                continue
-            who = people[place][0]
-            deeds = self.developers.get(who)
-            if deeds is None:
-                deeds = self.developers[who] = Deeds(ended)
-            built = False
-            for ref in refs_in(refs):
-                trail = trails.get(ref)
-                if trail is None:
-                    trail = trails[ref] = Trail(people)
-                elif trail.last != who:
-                    built = trail.shared = True
-                    flow = trail.last, who
-                    flows[flow] = flows.get(flow, 0) + 1
-                elif trail.shared:
-                    built = True
-                trail.ended.append(ended)
-                trail.who.append(place)
-                trail.last = who
-            if built and deeds.cold is None:
-                deeds.cold = deeds.sessions
-            deeds.last = ended
-            deeds.sessions += 1
-            deeds.tools += tools
-            deeds.tokens += tokens
-            self.saved[built].append(tokens)
-
-
-def hours(start: str, end: str) -> float:
-    """From one moment in stored form to another, to a hundredth of an hour."""
-    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+    def add(self, who: str, ended: str, tools: int, tokens: int, built: bool) -> None:
+        """One session more."""
+        deeds = self.developers.get(who)
+        if deeds is None:
+            deeds = self.developers[who] = Deeds(ended)
+        if built and deeds.cold is None:
+            deeds.cold = deeds.sessions
+        deeds.last = ended
+        deeds.sessions += 1
+        deeds.tools += tools
+        deeds.tokens += tokens
+        self.saved[built].append(tokens)
 
 
 def middle(values: Sequence[float]) -> Optional[float]:
     """The median; None of an empty list."""
     return round(statistics.median(values), 2) if values else None
-
-
-def trails_of(reader: Reader, window: Window) -> Dict[str, Trail]:
-    """{discovery: its trail} of a window, whatever its `discovery`. (A Story takes twice the time
-    and the memory.)"""
-    trails: Dict[str, Trail] = {}
-    people: List[Tuple[str, str]] = []
-    places: Dict[Pair, int] = {}
-    for columns in reader.chunks(window, (IDENTITY, GITHUB, ENDED_AT, REFS)):
-        for identity, github, ended, refs in zip(*columns):
-            place = places.setdefault((identity, github), len(places))
-            if window.github not in (None, github is not None):
-                continue
-            for ref in refs_in(refs):
-                trail = trails.get(ref) or trails.setdefault(ref, Trail(people))
-                trail.ended.append(ended)
-                trail.who.append(place)
-    developers = developers_of(places)
-    people.extend((developers[pair], pair[0]) for pair in places)
-    return trails
-
-
-def story(reader: Reader, window: Window) -> Story:
-    """The window's story; remembered. Who logged in within the window is known at its end only; if
-    somebody did, it is told again."""
-    logins: Dict[str, Optional[str]] = {}
-    while window not in reader.stories:
-        told = Story(window, logins)
-        for columns in reader.chunks(window, TOLD):
-            told.take(zip(*columns))
-        logins = logins_of(told.places)
-        if told.logins or not any(
-                github is None and logins.get(identity) for identity, github in told.places):
-            for (giver, receiver), count in told.flows.items():
-                told.developers[giver].given += count
-                told.developers[receiver].received += count
-            reader.stories[window] = told
-    return reader.stories[window]
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
@@ -891,14 +917,14 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
     return window._replace(since=moment_text(start - (end - start)), until=window.since)
 
 
-def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
+def newcomers(reader: Reader, window: Window, told: Story, before: Optional[Window]
+              ) -> Dict[str, Deeds]:
     """The developers of a window who were not there in as many days before. (An identity that
     logged in meanwhile was there: developers are looked for by all their hashes.)"""
     if before is None:
         return dict(told.developers)
-    pairs = reader.stories[before].places if before in reader.stories else reader.look(before).pairs
-    there = {key for pair in pairs for key in pair if key}
-    known = {told.people[place][0] for pair, place in told.places.items()
+    there = {key for pair in reader.everybody(before) for key in pair if key}
+    known = {who for pair, who in developers_of(reader.everybody(window)).items()
              if not there.isdisjoint(pair)}
     return {who: deeds for who, deeds in told.developers.items() if who not in known}
 
@@ -926,9 +952,10 @@ def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
 
 def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     """`summary` without the window before; `before` decides who is new."""
-    told = story(reader, window)
+    told = Story(reader, window)
     everybody = told.developers.values()
-    waits = [trail.hours_to_second() for trail in told.trails.values() if trail.shared]
+    waits = [wait for wait in (trail.hours_to_second() for trail in told.trails.values())
+             if wait is not None]
     built, others = told.saved[True], told.saved[False]
     count = len(built) + len(others)
     return dict(
@@ -939,8 +966,8 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
         built_on_others={
             "sessions": len(built), "share": round(len(built) / count, 4) if count else None},
         tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
-        hours_to_second_developer=middle([wait for wait in waits if wait is not None]),
-        cold_start=cold_start(newcomers(reader, told, before)))
+        hours_to_second_developer=middle(waits),
+        cold_start=cold_start(newcomers(reader, window, told, before)))
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
@@ -949,9 +976,9 @@ def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
     if not trails:
         return None
     name = min(trails, key=lambda ref: DISCOVERY_SORTS["developer_count"](ref, trails[ref]))
-    reached = list(trails[name].reached().values())
+    reached = trails[name].reached()
     return {"discovery_id": name, "developers": len(reached),
-            "hours": hours(reached[0], reached[-1])}
+            "hours": trails[name].hours_until(max(reached.values()))}
 
 
 def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -961,8 +988,8 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
     then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
     "cold_start": of the new ones, as in `summary`}."""
-    told = story(reader, window)
-    fresh = newcomers(reader, told, before_of(window, now))
+    told = Story(reader, window)
+    fresh = newcomers(reader, window, told, before_of(window, now))
     shown = labels(told.developers)
     ranked = sorted(told.developers.items(),
                     key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
@@ -982,16 +1009,16 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) -> Plain:
     """`ends` of the window in ms; without a start it begins with the first session."""
-    start, end = ends
+    (start, end), ended = ends, trail.ended()
     if start is None:
-        start = stored_instant(trail.ended[0]) or 0
+        start = stored_instant(ended[0]) or 0
     edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
-    cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
-    return {"discovery_id": name, "first_seen_at": trail.ended[0],
-            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+    cuts = [0, *(bisect.bisect_left(ended, edge) for edge in edges), len(ended)]
+    return {"discovery_id": name, "first_seen_at": ended[0],
+            "last_seen_at": ended[-1], "session_count": len(ended),
             "distinct_identity_count": trail.identities(),
             "last_aggregated_at": moment_text(now_ms()),
-            "developer_count": len(trail.reached()),
+            "developer_count": trail.reach(),
             "hours_to_second_developer": trail.hours_to_second(),
             "half_life_hours": trail.half_life(),
             "counts": [after - before for before, after in zip(cuts, cuts[1:])]}
@@ -1002,13 +1029,13 @@ def none_last(value: Optional[float]) -> Tuple[bool, float]:
 
 
 DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
-    "session_count": lambda name, t: (-len(t.ended), name),
+    "session_count": lambda name, t: (-len(t.places), name),
     "distinct_identity_count": lambda name, t: (-t.identities(), name),
-    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
-    "developer_count": lambda name, t: (-len(t.reached()), -len(t.ended), name),
+    "recent": lambda name, t: (-(stored_instant(t.told.ended[t.places[-1]]) or 0), name),
+    "developer_count": lambda name, t: (-t.reach(), -len(t.places), name),
     "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
     "half_life": lambda name, t: (none_last(t.half_life()), name),
-    "first_seen": lambda name, t: (t.ended[0], name),
+    "first_seen": lambda name, t: (t.told.ended[t.places[0]], name),
     "name": lambda name, t: (name,),
 }
 
@@ -1021,12 +1048,13 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
     "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
     the window; its `discovery` is not looked at."""
-    trails = trails_of(reader, window)
+    told = Told(reader, window._replace(discovery=None))
+    trails = told.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
     start, end = ends_of(window, now)
-    if start is None and trails:
-        start = stored_instant(min(trail.ended[0] for trail in trails.values()))
+    if start is None and told.ended:
+        start = stored_instant(told.ended[0])
     return dict(
         span(window), discoveries_in_window=len(trails),
         discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
@@ -1038,24 +1066,20 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
     [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
     [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
     after `limit`. Raises NotFound when no session of the window touched it."""
-    window = window._replace(discovery=ref)
-    touched = reader.window(window)[::-1]
-    if not touched:
+    told = Told(reader, window._replace(discovery=ref), [SESSION_ID])
+    if not told.ended:
         raise NotFound("no session of this window touched this discovery")
-    trail = Trail([(s.developer, s.identity) for s in touched])
-    trail.who = list(range(len(touched)))
-    trail.ended = [moment_text(s.ended) for s in touched]
-    first: Dict[str, Session] = {}
-    for s in touched:
-        first.setdefault(s.developer, s)
-    shown = labels(first)
+    trail = told.trails()[ref]
+    reached = trail.reached()
+    shown = labels(reached)
+    path = [(told.more[0][n], shown[told.developer(n)], told.ended[n]) for n in trail.places]
     return dict(
         span(window), **discovery_figures(ref, trail, ends_of(window, now)),
-        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
-                  "session_id_hash": s.session} for s in list(first.values())[:limit]],
-        path=[{"session_id_hash": s.session, "developer": shown[s.developer],
-               "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
-              for before, s in zip([touched[0], *touched], touched[:limit])])
+        reached=[{"at": path[n][2], "developer": path[n][1], "session_id_hash": path[n][0]}
+                 for n in list(reached.values())[:limit]],
+        path=[{"session_id_hash": name, "developer": developer, "ended_at": ended,
+               "crosses": developer != before}
+              for (name, developer, ended), (_, before, _) in zip(path[:limit], path[:1] + path)])
 
 
 ACTIVE_DAYS = (1, 7, 28)
@@ -1077,24 +1101,15 @@ Days = Dict[int, Day]  # by `datetime.date.toordinal`
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
-    numbers: Dict[Pair, int] = {}  # a set of pairs for each day would take ten times the memory
-    for identities, githubs, *columns in reader.chunks(window, TOLD):
-        who = [numbers.setdefault(pair, len(numbers)) for pair in zip(identities, githubs)]
-        ended, tools, tokens, refs = columns
-        if window[2:] != NO_FILTER:
-            kept = [passes(window, *cells) for cells in zip(githubs, refs)]
-            who, ended, tools, tokens = (
-                list(itertools.compress(column, kept)) for column in (who, ended, tools, tokens))
-        start = 0
-        while start < len(ended):
-            date = ended[start][:10]
-            end = bisect.bisect_left(ended, date + "Z", start)
+    # A set of pairs for each day would take ten times the memory.
+    numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
+    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS), numbers):
+        for date, start, end in runs(ended, 10):
             day = days[date]
             day.sessions += end - start
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-            start = end
     names = list(developers_of(numbers).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
@@ -1164,22 +1179,25 @@ def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
-    rolled = {}
-    for kind, (name, before) in PERIODS.items():
-        totals = {name(day): Day() for day in days}
-        for number, day in sums.items():
-            total = totals[name(number)]
-            total.who |= day.who
-            total.sessions += day.sessions
-            total.tools += day.tools
-            total.tokens += day.tokens
-        earlier = {name(day): name(before(day)) for day in days if before(day) > 0}
-        rolled[kind] = [
-            {"period": period, "developers": len(total.who),
-             "came_back": len(total.who & totals.get(earlier.get(period, ""), Day()).who),
-             "sessions": total.sessions, "tool_count": total.tools, "tokens_saved": total.tokens}
-            for period, total in totals.items()]
-    return rolled
+    return {kind: list(rolled_up(sums, days, *names)) for kind, names in PERIODS.items()}
+
+
+def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
+              before: Callable[[int], int]) -> Iterator[Plain]:
+    """P of each period of these days (see PERIODS), in order."""
+    last = ""  # the period before
+    there: Set[str] = set()  # its developers
+    for period, group in itertools.groupby(days, name):
+        numbers = list(group)
+        found = [sums[day] for day in numbers if day in sums]
+        who: Set[str] = set().union(*(day.who for day in found))
+        if last != name(max(1, before(numbers[0]))):
+            there = set()
+        yield {"period": period, "developers": len(who), "came_back": len(who & there),
+               "sessions": sum(day.sessions for day in found),
+               "tool_count": sum(day.tools for day in found),
+               "tokens_saved": sum(day.tokens for day in found)}
+        last, there = period, who
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
@@ -1187,7 +1205,7 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     "plugin_version".
 
     All labels have one length, the least at which no two developers of the window look alike."""
-    ordered = sorted(set(developers_of(reader.look(window).pairs).values()))
+    ordered = sorted(set(developers_of(reader.everybody(window)).values()))
     length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
     for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
