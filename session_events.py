@@ -74,7 +74,6 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
-    Collection,
     Counter,
     Deque,
     Dict,
@@ -496,7 +495,6 @@ BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, IN
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
-PASSING = (IDENTITY, GITHUB, REFS)
 Pair = Tuple[str, Optional[str]]  # (identity, GitHub hash)
 Rows = List[Tuple[Any, ...]]
 Columns = Sequence[Sequence[Any]]
@@ -524,7 +522,7 @@ class Reader:
         self.connection = connection
         self.odd: Set[int] = set()  # ids of rows that are no sessions
         self.looks: Dict[Window, Look] = {}
-        self.pairs: Dict[Window, Collection[Pair]] = {}  # who was there in a window's time
+        self.pairs: Dict[Window, List[Pair]] = {}  # who was there in a window's time
 
     @property
     def left_out(self) -> int:
@@ -565,8 +563,7 @@ class Reader:
             self.connection.text_factory = lenient
         return count, right, texts
 
-    def parts(self, index: str, since: str, until: str
-              ) -> Iterator[Tuple[str, List[Any], bool]]:
+    def parts(self, index: str, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
         """This time in order as conditions on the rows, with their values: about CHUNK rows each,
         and whether there are too many to be joined. (One query for each, since an ORDER BY below
         group_concat takes three times as long, and the index gives the order.)"""
@@ -581,8 +578,7 @@ class Reader:
             yield FROM % (by_index, lower[0], upper[0]), [lower[1], upper[1]], crowded
             lower = "> " + MOMENT_OF, last
 
-    def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
-               ) -> Iterator[Columns]:
+    def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
         """All sessions in the window's time, whatever its filters, oldest first, one or more at a
         time: the columns at these places of COLUMNS."""
         # A row whose ended_at is no moment counts as left out of every window.
@@ -603,11 +599,10 @@ class Reader:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
                     yield from columns_of(rows, places)
 
-    def columns(self, window: Window, places: Sequence[int], numbers: Dict[Pair, int]
-                ) -> Iterator[Columns]:
-        """The sessions of the window, oldest first, some at a time, as columns: who it was, as one
-        of the `numbers`, and then the columns at these places of COLUMNS. `numbers` gets everybody
-        who was there in the window's time."""
+    def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
+        """The sessions of the window, oldest first, some at a time, as columns: who it was, as a
+        place in `everybody`, and then the columns at these places of COLUMNS."""
+        numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
         filtered = window[2:] != NO_FILTER
         needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
         for identities, githubs, *columns in self.chunks(window, needed):
@@ -616,30 +611,21 @@ class Reader:
                 kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
                 columns = [list(itertools.compress(column, kept)) for column in columns]
             yield columns
-        self.pairs[window] = numbers.keys()
+        self.pairs[window] = list(numbers)
 
     def look(self, window: Window, limit: int = 0) -> Look:
         """Read every row of the window once. The result is kept."""
         found = self.looks.get(window)
         if found is None or found.limit < limit:
             total = 0
-            pairs: Set[Pair] = set()
             newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
-            for columns in self.chunks(window, range(len(COLUMNS)) if limit else PASSING):
-                identities, githubs, refs = (columns[place] for place in (
-                    (IDENTITY, GITHUB, REFS) if limit else (0, 1, 2)))
-                pairs.update(zip(identities, githubs))
-                rows = list(zip(*columns))
-                if window[2:] != NO_FILTER:
-                    rows = [row for row, github, texts in zip(rows, githubs, refs)
-                            if passes(window, github, texts)]
-                total += len(rows)
-                newest.extend(rows)
-            self.pairs[window] = pairs
+            for who, *columns in self.columns(window, range(len(COLUMNS)) if limit else ()):
+                total += len(who)
+                newest.extend(zip(*columns))
             found = self.looks[window] = Look(limit, total, newest)
         return found
 
-    def everybody(self, window: Window) -> Collection[Pair]:
+    def everybody(self, window: Window) -> List[Pair]:
         """Who was there in the window's time, whatever its filters."""
         if window not in self.pairs:
             self.look(window)
@@ -649,18 +635,17 @@ class Reader:
         """The sessions of a window, newest first (the later stored first where two ended
         together)."""
         limit = sys.maxsize if limit < 0 else limit
-        look = self.look(window, limit)
-        logins = logins_of(self.pairs[window])
-        newest = itertools.islice(reversed(look.newest), limit)
-        return [session_of(row, logins.get(row[IDENTITY])) for row in newest]
+        newest = self.look(window, limit).newest
+        logins = logins_of(self.everybody(window))
+        return [session_of(row, logins.get(row[IDENTITY]))
+                for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
         logins = logins_of(self.everybody(window))
-        for columns in self.chunks(window):
+        for _, *columns in self.columns(window, range(len(COLUMNS))):
             for row in zip(*columns):
-                if passes(window, row[GITHUB], row[REFS]):
-                    yield session_of(row, logins.get(row[IDENTITY]))
+                yield session_of(row, logins.get(row[IDENTITY]))
 
     def count(self, window: Window) -> int:
         return self.look(window).total
@@ -775,13 +760,12 @@ class Told:
     it}."""
 
     def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
-        numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
         self.who = array.array("I")
         self.ended: List[str] = []
         self.more: List[List[Any]] = [[] for _ in more]
         self.touched: Dict[str, array.array[int]] = collections.defaultdict(
             lambda: array.array("I"))
-        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS), numbers):
+        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
             for place, cell in enumerate(refs, len(self.ended)):
                 for ref in refs_in(cell):
                     self.touched[ref].append(place)
@@ -789,8 +773,8 @@ class Told:
             self.ended.extend(ended)
             for whole, part in zip(self.more, others):
                 whole.extend(part)
-        developers = developers_of(numbers)
-        self.people = [(developers[pair], pair[0]) for pair in numbers]
+        developers = developers_of(reader.everybody(window))
+        self.people = [(who, identity) for (identity, _), who in developers.items()]
 
     def developer(self, place: int) -> str:
         return self.people[self.who[place]][0]
@@ -1092,7 +1076,7 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[Any] = set()  # numbers of pairs; when all days are read, developers
+        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, developers
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
@@ -1101,16 +1085,14 @@ Days = Dict[int, Day]  # by `datetime.date.toordinal`
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
-    # A set of pairs for each day would take ten times the memory.
-    numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
-    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS), numbers):
+    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS)):
         for date, start, end in runs(ended, 10):
             day = days[date]
             day.sessions += end - start
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-    names = list(developers_of(numbers).values())
+    names = list(developers_of(reader.everybody(window)).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day
@@ -1739,8 +1721,10 @@ def cell_html(column: Column, row: Plain) -> str:
 
 def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
                sort: str = "", by: Optional[Callable[[str], str]] = None) -> str:
-    """A table that becomes a card for each row where the screen is narrow. `by`: the address that
-    sorts by a column; `sort`: the order of these rows."""
+    """A table that becomes a card for each row where the screen is narrow; "" without rows. `by`:
+    the address that sorts by a column; `sort`: the order of these rows."""
+    if not rows:
+        return ""
     titles, body = [], []
     for c in columns:
         text, order = esc(c.title), ""
@@ -2269,29 +2253,32 @@ def window_words(window: Window) -> str:
 
 
 def words_of(*names: str) -> str:
-    return ('<details class="words"><summary>What the words mean</summary><p>%s</p></details>'
-            % " ".join(WORDS[name] for name in names))
+    text = " ".join(WORDS[name] for name in names)
+    return text and ('<details class="words"><summary>What the words mean</summary><p>%s</p>'
+                     '</details>' % text)
 
 
 def note_html(text: str) -> str:
     return '<p class="note">%s</p>' % esc(text) if text else ""
 
 
-def page(reader: Reader, path: str, title: str, filters: Filters, main: str,
-         window: Optional[Window] = None, beside: str = "") -> str:
+def page(reader: Reader, path: str, title: str, filters: Optional[Filters], main: str,
+         window: Optional[Window] = None, words: Iterable[str] = (),
+         kept: Optional[Mapping[str, str]] = None, beside: str = "") -> str:
     """A page of the viewer: links to the others, the title with what stands `beside` it, the
-    window in words, and what was left out."""
-    query = esc(filters.query())
+    window and what the `words` mean, the form that chooses the window (see `filter_form`; none
+    without `filters`), `main` or else that there is nothing, and what was left out."""
+    query = esc(filters.query()) if filters else ""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
         to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
     left_out = "%s left out: not sessions as the contract has them." % some(
         reader.left_out, "row was", "rows were") if reader.left_out else ""
-    return document(title + " - sessions", (
+    return document(title + " - sessions", "".join([
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
         '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
-        '</div>%s%s%s</main>' % (
-            nav, esc(title), beside, note_html(window_words(window) if window else ""), main,
-            note_html(left_out))))
+        '</div>' % (nav, esc(title), beside), note_html(window_words(window) if window else ""),
+        words_of(*words), filter_form(path, filters, kept) if filters else "",
+        main or nothing(reader, window or EVER), note_html(left_out), "</main>"]))
 
 
 def empty(text: str) -> str:
@@ -2308,16 +2295,14 @@ def nothing(reader: Reader, window: Window) -> str:
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
-    window, query = filters.window(), filters.query()
+    window, body, save = filters.window(), "", ""
     newest = reader.window(window, DRAWN)
-    form = filter_form("/", filters)
-    if not newest:
-        return page(reader, "/", "Replay", filters, form + nothing(reader, window), window)
-    save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
-        filters.fixed().query())
-    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
-                  query=query)
-    return page(reader, "/", "Replay", filters, words_of(*WORDS) + form + body, window, save)
+    if newest:
+        save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
+            filters.fixed().query())
+        body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+                      query=filters.query())
+    return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
 def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
@@ -2328,14 +2313,13 @@ def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
 
 
 def sessions_page(reader: Reader, filters: Filters) -> str:
-    window, path = filters.window(), "/sessions"
+    window = filters.window()
     result = sessions(reader, window, LISTED_ROWS)
-    rows = result["sessions"]
     caption = "The newest %s of %s sessions in this window" % (
-        digits(len(rows)), digits(result["total_count_in_window"]))
-    table = html_table(caption, SESSION_COLUMNS, rows) if rows else nothing(reader, window)
-    return page(reader, path, "Sessions", filters, words_of(
-        "session", "calls", "saved", "developer") + filter_form(path, filters) + table, window)
+        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    return page(reader, "/sessions", "Sessions", filters,
+                html_table(caption, SESSION_COLUMNS, result["sessions"]), window,
+                ("session", "calls", "saved", "developer"))
 
 
 def session_page(reader: Reader, prefix: str) -> str:
@@ -2347,11 +2331,11 @@ def session_page(reader: Reader, prefix: str) -> str:
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
-    table = note_html("No other session of this machine in the last %d days." % RELATED_DAYS)
-    if related:
-        table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                           SESSION_COLUMNS, related)
-    return page(reader, "/session", "Session " + s["session_id_hash"][:12], Filters(),
+    table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                       SESSION_COLUMNS, related)
+    table = table or note_html("No other session of this machine in the last %d days."
+                               % RELATED_DAYS)
+    return page(reader, "/session", "Session " + s["session_id_hash"][:12], None,
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
                     esc(s["session_id_hash"]), "".join(facts), table))
 
@@ -2364,54 +2348,55 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     caption = "%s touched in this window%s; a title sorts by it" % (
         some(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    table = html_table(
-        caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
-        lambda key: path + filters.query(sort=key)) if rows else nothing(reader, window)
-    words = note_html("Reach: how many developers had a session that touched it. Half-life: until"
-                      " half of its sessions had ended; said of four sessions or more.")
-    body = words_of("discovery", "developer") + filter_form(path, filters, {"sort": sort})
-    return page(reader, path, "Discoveries", filters, body + table + words, window)
+    body = html_table(caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
+                      lambda key: path + filters.query(sort=key))
+    if body:
+        body += note_html("Reach: how many developers had a session that touched it. Half-life:"
+                          " until half of its sessions had ended; said of four sessions or more.")
+    return page(reader, path, "Discoveries", filters, body, window, ("discovery", "developer"),
+                {"sort": sort})
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
     window = EVER if all_time else filters.window()
-    title, path = fit(visible(ref), 128), "/discovery"
-    form = filter_form(path, filters, {"ref": ref})
     try:
         result = discovery(reader, ref, window)
     except NotFound:
         last = discovery(reader, ref, EVER, 1)["last_seen_at"]
-        return page(reader, path, title, filters, form + empty(
-            "No session of this window touched it; the last one that did ended %s UTC."
-            % minute(last)), window)
-    count = result["session_count"]
-    facts = "First seen %s, last %s UTC, in %s of %s." % (
-        minute(result["first_seen_at"]), minute(result["last_seen_at"]),
-        some(count, "session"), some(result["developer_count"], "developer"))
-    newest = reader.window(window._replace(discovery=ref), DRAWN)
-    body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
-    reached = html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"])
-    steps = html_table("Its path: the first %s of %s" % (
-        digits(len(result["path"])), some(count, "session")), PATH_COLUMNS, result["path"])
-    return page(reader, path, title, filters, form + body + reached + steps,
-                None if all_time else window)
+        body = empty("No session of this window touched it; the last one that did ended %s UTC."
+                     % minute(last))
+    else:
+        count = result["session_count"]
+        facts = "First seen %s, last %s UTC, in %s of %s." % (
+            minute(result["first_seen_at"]), minute(result["last_seen_at"]),
+            some(count, "session"), some(result["developer_count"], "developer"))
+        newest = reader.window(window._replace(discovery=ref), DRAWN)
+        body = "".join([
+            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query()),
+            html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"]),
+            html_table("Its path: the first %s of %s" % (
+                digits(len(result["path"])), some(count, "session")), PATH_COLUMNS,
+                result["path"])])
+    return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
+                None if all_time else window, kept={"ref": ref})
 
 
 def developers_page(reader: Reader, filters: Filters) -> str:
-    window, query, path = filters.window(), filters.query(), "/developers"
+    window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = result["developers"]
     name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
     caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    body = nothing(reader, window) if not rows else note_html(
-        cold_start_words(result["cold_start"]) + " Cold start: for developers who were not there"
-        " in as many days before, how many sessions came before that first one."
-    ) + html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
-    return page(reader, path, "Developers", filters, words_of(
-        "developer", "hand-over", "calls", "saved") + filter_form(path, filters) + body, window)
+    body = html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
+    if body:
+        body = note_html(
+            cold_start_words(result["cold_start"]) + " Cold start: for developers who were not"
+            " there in as many days before, how many sessions came before that first one.") + body
+    return page(reader, "/developers", "Developers", filters, body, window,
+                ("developer", "hand-over", "calls", "saved"))
 
 
 LISTED_ROWS = 200  # of a table
@@ -2420,31 +2405,28 @@ MOST_DAYS = 800  # in a chart
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    window, query, path = filters.window(), filters.query(), "/developer/" + label
     if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
         raise NotFound("there is no such developer")
+    window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = [row for row in result["developers"] if row["developer"].startswith(label)]
-    body = filter_form(path, filters, {})
-    if len(rows) != 1:
-        body += empty("Nobody of this name had a session in this window. The names change with the"
-                      " quarter.")
-        return page(reader, path, "Developer " + label, filters, body, window)
-    body += html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
-    for title, own, other in (("Learned from", "target", "source"),
-                              ("Handed on to", "source", "target")):
-        flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
-                 if flow[own] == label]
+    body = empty("Nobody of this name had a session in this window. The names change with the"
+                 " quarter.")
+    if len(rows) == 1:
+        body = html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
         name = DEVELOPER._replace(html=lambda f: developer_link(f, query))
-        body += "<h2>%s</h2>" % title + (
-            html_table("The most hand-overs first", (name, HAND_OVERS), flows) if flows
-            else note_html("Nobody in this window."))
-    newest = collections.deque(
-        (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
-    body += "<h2>Sessions</h2>" + html_table(
-        "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-        SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
-    return page(reader, path, "Developer " + label, filters, body, window)
+        for title, own, other in (("Learned from", "target", "source"),
+                                  ("Handed on to", "source", "target")):
+            flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
+                     if flow[own] == rows[0]["developer"]]
+            table = html_table("The most hand-overs first", (name, HAND_OVERS), flows)
+            body += "<h2>%s</h2>%s" % (title, table or note_html("Nobody in this window."))
+        newest = collections.deque(
+            (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
+        body += "<h2>Sessions</h2>" + html_table(
+            "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
+            SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
+    return page(reader, "/developer/" + label, "Developer " + label, filters, body, window, kept={})
 
 
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
@@ -2472,27 +2454,30 @@ def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
-    window, path = filters.window(), "/activity"
+    window = filters.window()
     result = activity(reader, window)
     days, before = result["days"], result["before"] or {"days": [], "since": ""}
-    body = words_of("session", "developer", "calls", "saved") + filter_form(path, filters) + tiles(
+    body = tiles(
         [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
             digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
         "large")
-    if not any(day["sessions"] for day in days):
-        return page(reader, path, "Activity", filters, body + nothing(reader, window), window)
-    ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
-    body += '<div class="plots">%s</div>' % "".join(
-        plot(c.title, by_day(days, window.since, c), by_day(before["days"], before["since"], c),
-             ends) for c in (SESSIONS, DEVELOPERS, SAVED))
-    body += note_html(
-        "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
-        " there in the period before. "
-        + cold_start_words(developers(reader, window)["cold_start"]))
-    for kind in PERIODS:
-        body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
-                           result[kind][-400:][::-1])
-    return page(reader, path, "Activity", filters, body, window)
+    if any(day["sessions"] for day in days):
+        ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
+        body += '<div class="plots">%s</div>' % "".join(
+            plot(c.title, by_day(days, window.since, c),
+                 by_day(before["days"], before["since"], c), ends)
+            for c in (SESSIONS, DEVELOPERS, SAVED))
+        body += note_html(
+            "Bars: this window. Pale line: as many days before it. Came back: developers who were"
+            " also there in the period before. "
+            + cold_start_words(developers(reader, window)["cold_start"]))
+        for kind in PERIODS:
+            body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
+                               result[kind][-400:][::-1])
+    else:
+        body += nothing(reader, window)
+    return page(reader, "/activity", "Activity", filters, body, window,
+                ("session", "developer", "calls", "saved"))
 
 
 # ==================================================================================================
