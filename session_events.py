@@ -169,7 +169,7 @@ class Session(NamedTuple):
 
     @property
     def developer(self) -> str:
-        """The whole key of who it was; goes through `labels` before anybody sees it."""
+        """Who it was, as a whole hash. `labels` shortens it before anybody sees it."""
         return self.github or self.login or self.identity
 
 
@@ -341,7 +341,7 @@ def pattern_lines(kind: str, rule: Any) -> Lines:
 
 
 def number_lines(text: bytes, count: int) -> bool:
-    """Numbers, of which SQLite has seen that they are in their range, without a fraction."""
+    """Whole numbers. RIGHT_TYPES has looked at their range."""
     return not text.translate(None, b"0123456789\n")
 
 
@@ -353,10 +353,10 @@ NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
 CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
          for column, nullable in zip(COLUMNS, NULLABLE)]
 TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
-# An expression that is 1 where the cells of a row have the right types. SQLite sorts numbers below
-# every text and BLOBs above: the greatest cell is text if no cell is a BLOB. (One max() takes half
-# the time of a comparison for each cell.) The rest is what the lines do not show: an empty line
-# must come from NULL, and a number can look like a branch or a version.
+# An expression that is 1 where the cells of a row have the right types, which the lines do not
+# show. SQLite sorts numbers below every text, and BLOBs above. So no cell is a BLOB if the greatest
+# is less than x'', the least BLOB. A version is more than '' if it is no number. A branch or a
+# GitHub hash is, if it is neither a number nor empty: an empty line stands for NULL alone.
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
@@ -477,7 +477,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows with one moment stay in one chunk; more are not joined
+MOST_JOINED = 2_000  # rows of one moment, which are never parted; more are read one by one
 FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -492,6 +492,7 @@ BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
            " ELSE e.ended_at END")
 BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, INSTANT)
+# Rows that no window has. A number sorts below '0', a BLOB above END_OF_TIME.
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
@@ -564,9 +565,9 @@ class Reader:
         return count, right, texts
 
     def parts(self, index: str, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
-        """This time in order as conditions on the rows, with their values: about CHUNK rows each,
-        and whether there are too many to be joined. (One query for each, since an ORDER BY below
-        group_concat takes three times as long, and the index gives the order.)"""
+        """This time, in order, in parts of about CHUNK rows: the condition of each with its values,
+        and whether its rows are too many to be joined. (The index gives the order within a part.
+        One query for all, with an ORDER BY below group_concat, takes three times as long.)"""
         by_index = 'INDEXED BY "%s"' % index.replace('"', '""')
         lower: Tuple[str, Any] = (">= ?", since)
         while lower[1] is not None:
@@ -692,11 +693,7 @@ def last_event(reader: Reader) -> Optional[str]:
     return next((moment_text(max(s.ended for s in same)) for _, same in seconds), None)
 
 
-NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-AMONG_NEWEST = """WHERE e.id IN (SELECT id
-  FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
-  WHERE session_id_hash = ?)"""
 # No index starts with the session's hash. The unique index has it behind the identity: two steps
 # for each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
 MOST_IDENTITIES = 15_000
@@ -722,8 +719,7 @@ def find_session(reader: Reader, prefix: str) -> Session:
     ways: List[Tuple[str, List[Any]]] = [
         (AMONG_ALL, [prefix, prefix + "g"])]  # "g" is above every digit
     if len(prefix) == 64:
-        ways = [(AMONG_NEWEST, [NEWEST, prefix]), (AMONG_IDENTITIES, [MOST_IDENTITIES, prefix]),
-                *ways]
+        ways.insert(0, (AMONG_IDENTITIES, [MOST_IDENTITIES, prefix]))
     each_way = (list(itertools.islice(reader.some(*way), MOST_MATCHES)) for way in ways)
     found: List[Session] = next(filter(None, each_way), [])
     if not found:
@@ -752,7 +748,7 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
 SPARKS = 24  # parts of a window in which a discovery's sessions are counted
 
 
-class Told:
+class Timeline:
     """The sessions of a window as columns, in the order of time (by `ended_at`, then `id`).
 
     `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
@@ -786,15 +782,15 @@ class Told:
 class Trail(NamedTuple):
     """One discovery in a window: the places of the sessions that touched it, in order of time."""
 
-    told: Told
+    within: Timeline
     places: Sequence[int]
 
     def ended(self) -> List[str]:
-        return [self.told.ended[place] for place in self.places]
+        return [self.within.ended[place] for place in self.places]
 
     def people(self) -> List[Tuple[str, str]]:
         """(developer, identity), each once."""
-        return [self.told.people[who] for who in {self.told.who[place] for place in self.places}]
+        return [self.within.people[who] for who in {self.within.who[n] for n in self.places}]
 
     def identities(self) -> int:
         return len({identity for _, identity in self.people()})
@@ -807,18 +803,18 @@ class Trail(NamedTuple):
         """{developer: the place of the first session}, in the order of time."""
         first: Dict[str, int] = {}
         for place in self.places:
-            first.setdefault(self.told.developer(place), place)
+            first.setdefault(self.within.developer(place), place)
         return first
 
     def hours_until(self, place: int) -> float:
         """From its first session to the one at `place`, to a hundredth of an hour."""
-        start, end = (stored_instant(self.told.ended[n]) or 0 for n in (self.places[0], place))
+        start, end = (stored_instant(self.within.ended[n]) or 0 for n in (self.places[0], place))
         return round((end - start) / 3_600_000, 2)
 
     def hours_to_second(self) -> Optional[float]:
         """None if it reached one developer alone."""
-        first = self.told.developer(self.places[0])
-        second = next((n for n in self.places if self.told.developer(n) != first), None)
+        first = self.within.developer(self.places[0])
+        second = next((n for n in self.places if self.within.developer(n) != first), None)
         return None if second is None else self.hours_until(second)
 
     def half_life(self) -> Optional[float]:
@@ -840,23 +836,25 @@ class Deeds:
 
 class Story:
     """A window in figures: `trails`, the `developers` {who: deeds}, `flows` {(giver, receiver):
-    hand-overs}, and `saved`: the tokens of sessions that built on others (True) or did not."""
+    hand-overs}, and `saved`: the tokens saved by sessions that built on others (True) or did not
+    (False)."""
 
     def __init__(self, reader: Reader, window: Window) -> None:
-        told = Told(reader, window, (TOOLS, TOKENS))
-        self.trails = told.trails()
+        timeline = Timeline(reader, window, (TOOLS, TOKENS))
+        self.trails = timeline.trails()
         self.developers: Dict[str, Deeds] = {}
         self.saved: Dict[bool, List[int]] = {True: [], False: []}
-        names = [told.people[who][0] for who in told.who]
+        names = [timeline.people[who][0] for who in timeline.who]
         built: Set[int] = set()
         steps: Counter[Tuple[str, str]] = collections.Counter()
-        for places in told.touched.values():
+        for places in timeline.touched.values():
             path = [names[place] for place in places]
             steps.update(zip(path, path[1:]))
             # From the second developer on, every session builds on another's.
             alone = next((n for n, who in enumerate(path) if who != path[0]), len(path))
             built.update(places[alone:])
-        for place, (who, ended, tools, tokens) in enumerate(zip(names, told.ended, *told.more)):
+        rows = zip(names, timeline.ended, *timeline.more)
+        for place, (who, ended, tools, tokens) in enumerate(rows):
             self.add(who, ended, tools, tokens, place in built)
         for who in self.developers:
             del steps[who, who]
@@ -901,16 +899,16 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
     return window._replace(since=moment_text(start - (end - start)), until=window.since)
 
 
-def newcomers(reader: Reader, window: Window, told: Story, before: Optional[Window]
+def newcomers(reader: Reader, window: Window, story: Story, before: Optional[Window]
               ) -> Dict[str, Deeds]:
-    """The developers of a window who were not there in as many days before. (An identity that
-    logged in meanwhile was there: developers are looked for by all their hashes.)"""
+    """The developers of a window who were not there in as many days before. A developer is looked
+    for by all its hashes, so that nobody is new only because of logging in."""
     if before is None:
-        return dict(told.developers)
+        return dict(story.developers)
     there = {key for pair in reader.everybody(before) for key in pair if key}
     known = {who for pair, who in developers_of(reader.everybody(window)).items()
              if not there.isdisjoint(pair)}
-    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+    return {who: deeds for who, deeds in story.developers.items() if who not in known}
 
 
 def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
@@ -936,22 +934,22 @@ def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
 
 def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     """`summary` without the window before; `before` decides who is new."""
-    told = Story(reader, window)
-    everybody = told.developers.values()
-    waits = [wait for wait in (trail.hours_to_second() for trail in told.trails.values())
+    found = Story(reader, window)
+    everybody = found.developers.values()
+    waits = [wait for wait in (trail.hours_to_second() for trail in found.trails.values())
              if wait is not None]
-    built, others = told.saved[True], told.saved[False]
+    built, others = found.saved[True], found.saved[False]
     count = len(built) + len(others)
     return dict(
-        span(window), sessions=count, developers=len(told.developers),
+        span(window), sessions=count, developers=len(found.developers),
         tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
-        discoveries=len(told.trails), shared_discoveries=len(waits),
-        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        discoveries=len(found.trails), shared_discoveries=len(waits),
+        hand_overs=sum(found.flows.values()), furthest=furthest(found.trails),
         built_on_others={
             "sessions": len(built), "share": round(len(built) / count, 4) if count else None},
         tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
         hours_to_second_developer=middle(waits),
-        cold_start=cold_start(newcomers(reader, window, told, before)))
+        cold_start=cold_start(newcomers(reader, window, found, before)))
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
@@ -972,13 +970,13 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
     then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
     "cold_start": of the new ones, as in `summary`}."""
-    told = Story(reader, window)
-    fresh = newcomers(reader, window, told, before_of(window, now))
-    shown = labels(told.developers)
-    ranked = sorted(told.developers.items(),
+    found = Story(reader, window)
+    fresh = newcomers(reader, window, found, before_of(window, now))
+    shown = labels(found.developers)
+    ranked = sorted(found.developers.items(),
                     key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
     flows = [(-count, shown[giver], shown[receiver])
-             for (giver, receiver), count in told.flows.items()]
+             for (giver, receiver), count in found.flows.items()]
     return dict(
         span(window),
         developers=[{
@@ -1015,11 +1013,11 @@ def none_last(value: Optional[float]) -> Tuple[bool, float]:
 DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
     "session_count": lambda name, t: (-len(t.places), name),
     "distinct_identity_count": lambda name, t: (-t.identities(), name),
-    "recent": lambda name, t: (-(stored_instant(t.told.ended[t.places[-1]]) or 0), name),
+    "recent": lambda name, t: (-(stored_instant(t.within.ended[t.places[-1]]) or 0), name),
     "developer_count": lambda name, t: (-t.reach(), -len(t.places), name),
     "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
     "half_life": lambda name, t: (none_last(t.half_life()), name),
-    "first_seen": lambda name, t: (t.told.ended[t.places[0]], name),
+    "first_seen": lambda name, t: (t.within.ended[t.places[0]], name),
     "name": lambda name, t: (name,),
 }
 
@@ -1032,13 +1030,13 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
     "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
     the window; its `discovery` is not looked at."""
-    told = Told(reader, window._replace(discovery=None))
-    trails = told.trails()
+    timeline = Timeline(reader, window._replace(discovery=None))
+    trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
     start, end = ends_of(window, now)
-    if start is None and told.ended:
-        start = stored_instant(told.ended[0])
+    if start is None and timeline.ended:
+        start = stored_instant(timeline.ended[0])
     return dict(
         span(window), discoveries_in_window=len(trails),
         discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
@@ -1050,13 +1048,14 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
     [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
     [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
     after `limit`. Raises NotFound when no session of the window touched it."""
-    told = Told(reader, window._replace(discovery=ref), [SESSION_ID])
-    if not told.ended:
+    timeline = Timeline(reader, window._replace(discovery=ref), [SESSION_ID])
+    if not timeline.ended:
         raise NotFound("no session of this window touched this discovery")
-    trail = told.trails()[ref]
+    trail = timeline.trails()[ref]
     reached = trail.reached()
     shown = labels(reached)
-    path = [(told.more[0][n], shown[told.developer(n)], told.ended[n]) for n in trail.places]
+    path = [(timeline.more[0][n], shown[timeline.developer(n)], timeline.ended[n])
+            for n in trail.places]
     return dict(
         span(window), **discovery_figures(ref, trail, ends_of(window, now)),
         reached=[{"at": path[n][2], "developer": path[n][1], "session_id_hash": path[n][0]}
@@ -1331,7 +1330,7 @@ SPARK_DIGITS = " .:-=+*#"
 def sparkline(counts: Sequence[int]) -> str:
     """Pairs of counts as characters; a larger sum has a darker one."""
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
-    steps = (len(SPARK_DIGITS) - 1) / (max(pairs) or 1)
+    steps = (len(SPARK_DIGITS) - 1) / max(pairs)
     return "".join(SPARK_DIGITS[math.ceil(n * steps - 1e-9)] for n in pairs).rstrip()
 
 
@@ -1339,8 +1338,8 @@ class Column(NamedTuple):
     """One column of a table, as text and as HTML.
 
     `cell`: its value, a number or text. `html`: the cell's HTML where that is more than the value.
-    `kind`: CSS classes: n number (stands right), m hash or time, d discoveries, wide what text and
-    a narrow screen leave out. `sort`: the order that the title links to. `short`: the title in
+    `kind`: CSS classes: n a number (aligned right), m a hash or time, d discoveries, wide what text
+    and a narrow screen leave out. `sort`: the order that the title links to. `short`: the title in
     text, where that differs."""
 
     title: str
@@ -1352,7 +1351,7 @@ class Column(NamedTuple):
 
 
 def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
-    """A table for a terminal. The widest text gives way where a line would be too long."""
+    """A table for a terminal. Where a line would be too long, the widest column of text is cut."""
     columns = [c for c in columns if "wide" not in c.kind]
     cells = [[c.short or c.title for c in columns]]
     cells += [[said(c.cell(row)) for c in columns] for row in rows]
@@ -1770,8 +1769,8 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
         for title, value, name in values))
 
 
-# The picture of the replay. Its height is px; across, a moment is a share of the width, so that
-# the same picture fits every screen, and the script has nothing to lay out.
+# The picture of the replay. Heights are in px. Across, a moment is a share of the width. So the
+# same picture fits every screen, and the script has nothing to lay out.
 
 CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
 MOST_ARCS = 6000  # in one page, which says so if there are more
@@ -2093,8 +2092,7 @@ def bars(values: Sequence[int], most: int, width: float, height: int, gap: float
 
 def spark_svg(values: Sequence[int]) -> str:
     return ('<svg class="spark" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-            '<path d="%s"/></svg>' % bars(
-                values, max(values, default=0) or 1, 100 / (len(values) or 1), 12, 1))
+            '<path d="%s"/></svg>' % bars(values, max(values), 100 / len(values), 12, 1))
 
 
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
@@ -2130,7 +2128,7 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
     if window.until == END_OF_TIME:
         window = window._replace(until=moment_text(now_ms()))
     newest = reader.window(window, limit)
-    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+    body = replay(newest[::-1], reader.count(window), *told_of(reader, window), window.discovery,
                   links=False, at=at) if newest else nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
@@ -2141,7 +2139,7 @@ def findings_html(sentences: Sequence[str]) -> str:
     return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
 
 
-def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
+def told_of(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
     """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
     of one discovery has neither: the page is about that one."""
     if window.discovery is not None:
@@ -2300,8 +2298,8 @@ def replay_page(reader: Reader, filters: Filters) -> str:
     if newest:
         save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
             filters.fixed().query())
-        body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
-                      query=filters.query())
+        body = replay(newest[::-1], reader.count(window), *told_of(reader, window),
+                      window.discovery, query=filters.query())
     return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
@@ -4038,7 +4036,7 @@ nav a[aria-current] { color: var(--ink); border-color: var(--cross) } a { color:
 :focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
 h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0;
   overflow-wrap: anywhere }
-h1.m { font-size: 16px; white-space: normal } h2 { font-size: 16px; margin: 22px 0 6px }
+h2 { font-size: 16px; margin: 22px 0 6px }
 p { margin: 4px 0 10px; max-width: 80ch } .note { color: var(--soft); font-size: 14px }
 .empty { padding: 22px 18px; font-size: 16px }
 form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 12px;
@@ -4083,7 +4081,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 #chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
 #chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
   "DejaVu Sans Mono", monospace }
-.lanes line { stroke: var(--line) } .lanes text { text-anchor: end } .lanes a { fill: var(--soft) }
+.lanes line { stroke: var(--line) } .lanes text { text-anchor: end }
 #ticks line { stroke: var(--line); stroke-dasharray: 2 4 } #ticks text { text-anchor: middle }
 #ticks .q line { stroke: var(--cross); stroke-dasharray: none }
 #ticks .q text { text-anchor: start; fill: var(--ink); transform: translateX(5px) }
@@ -4213,8 +4211,7 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .cards .spark { width: 60px; height: 14px }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important;
-  transition: none !important } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
 """
 
 # ==================================================================================================

@@ -6476,8 +6476,8 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             exported = list(session_events.exported(reader, window))
             assert [s["session_id_hash"] for s in exported] == [
                 r["session_id_hash"] for r in inside]
-    for newest in (1000, 3):  # found among the newest, in the whole index
-        monkeypatch.setattr(session_events, "NEWEST", newest)
+    for most in (1000, 3):  # found by each identity, in the whole index
+        monkeypatch.setattr(session_events, "MOST_IDENTITIES", most)
         with session_events.reading(db) as reader:
             for r in chance.sample(rows, 20):
                 for digits in (64, 12):
@@ -6505,8 +6505,8 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 (-2, "!", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
                 (-1, "0" * 64, good["session_id_hash"], "never"),
             ])
-    for newest in (1, 1000):
-        monkeypatch.setattr(session_events, "NEWEST", newest)
+    for most in (1, 1000):
+        monkeypatch.setattr(session_events, "MOST_IDENTITIES", most)
         with session_events.reading(db) as reader:
             for digits in (64, 12):
                 assert (
