@@ -32,6 +32,7 @@ file → viewer → demo → ship → command line → style → script.
 from __future__ import annotations
 
 import argparse
+import array
 import base64
 import bisect
 import collections
@@ -73,6 +74,7 @@ from pathlib import Path
 from typing import (
     Any,
     Callable,
+    Counter,
     Deque,
     Dict,
     Iterable,
@@ -169,7 +171,7 @@ class Session(NamedTuple):
 
     @property
     def developer(self) -> str:
-        """The whole key of who it was; goes through `labels` before anybody sees it."""
+        """Who it was, as a whole hash. `labels` shortens it before anybody sees it."""
         return self.github or self.login or self.identity
 
 
@@ -299,20 +301,31 @@ def hash_lines(text: bytes, count: int) -> bool:
 
 def hash_or_null_lines(text: bytes, count: int) -> bool:
     """Lines of 64 digits; an empty one stands for NULL."""
-    cells = text.split(b"\n")
-    found = list(filter(None, cells))
-    return len(cells) == count and (not found or hash_lines(b"\n".join(found), len(found)))
+    lengths = list(map(len, text.split(b"\n")))
+    return (len(lengths) == count and {0, 64}.issuperset(lengths)
+            and not text.translate(None, HEX_DIGITS + b"\n"))
+
+
+def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
+    """Moments in order, by the first `length` characters: (these, first place, place after the
+    last)."""
+    start = 0
+    while start < len(moments):
+        same = moments[start][:length]
+        end = bisect.bisect_left(moments, same + "~", start)
+        yield same, start, end
+        start = end
 
 
 def moment_lines(text: bytes, count: int) -> bool:
-    """Lines of moments with milliseconds, in order (a file may lack the index)."""
+    """Lines of moments with milliseconds, in order. An hour is looked at once."""
     form = b"0000-00-00T00:00:00.000Z\n" * count
     if text.translate(DIGITS_TO_0) != form[:-1]:
         return False
-    lines = text.split(b"\n")
-    hours = set(map(operator.itemgetter(slice(13)), lines))  # a chunk has few
-    return (lines == sorted(lines) and max(text[14::25] + text[17::25]) < ord("6")
-            and all(stored_instant(hour.decode() + ":00:00Z") is not None for hour in hours))
+    lines = text.decode().split("\n")
+    minutes_and_seconds = text[14::25] + text[17::25]  # the tens of each
+    return (lines == sorted(lines) and not minutes_and_seconds.translate(None, b"012345")
+            and all(stored_instant(hour + ":00:00Z") is not None for hour, _, _ in runs(lines, 13)))
 
 
 def cell_pattern(kind: str, rule: Any) -> str:
@@ -330,7 +343,7 @@ def pattern_lines(kind: str, rule: Any) -> Lines:
 
 
 def number_lines(text: bytes, count: int) -> bool:
-    """Numbers, of which SQLite has seen that they are in their range, without a fraction."""
+    """Whole numbers. RIGHT_TYPES has looked at their range."""
     return not text.translate(None, b"0123456789\n")
 
 
@@ -342,38 +355,30 @@ NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
 CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
          for column, nullable in zip(COLUMNS, NULLABLE)]
 TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
-# An expression that is 1 where the cells of a row have the right types. SQLite sorts numbers below
-# every text and BLOBs above: the greatest cell is text if no cell is a BLOB. (One max() takes half
-# the time of a comparison for each cell.) The rest is what the lines do not show: an empty line
-# must come from NULL, and a number can look like a branch or a version.
+# An expression that is 1 where the cells of a row have the right types, which the lines do not
+# show. SQLite sorts numbers below every text, and BLOBs above. So no cell is a BLOB if the greatest
+# is less than x'', the least BLOB. A version is more than '' if it is no number. A branch or a
+# GitHub hash is, if it is neither a number nor empty: an empty line stands for NULL alone.
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
     # With + a column of another program that is declared as text compares as what it holds.
     *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
-JOINED = "SELECT count(*), sum(%s), %s" % (
-    RIGHT_TYPES, ", ".join("group_concat(%s, '\n')" % cell for cell in CELLS))
+JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
 
 
 def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
-    """True only if all of these rows are sessions (see JOINED)."""
+    """True only if all of these rows are sessions (see `Reader.joined`)."""
     return count == right and all(
         check(text, count) for check, text in zip(LINES, texts[1:]))
 
 
-def in_order(texts: Sequence[bytes]) -> bool:
-    """True if sound rows come by moment and id. (An index of another program may have its own
-    order for rows of one moment.)"""
-    order = list(zip(texts[ENDED_AT].split(b"\n"), map(int, texts[ID].split(b"\n"))))
-    return all(map(operator.le, order, order[1:]))
-
-
 def cells_in(place: int, text: bytes) -> Sequence[Any]:
     """The cells of one column of sound rows."""
-    cells: Sequence[Any] = text.decode("ascii").split("\n")
-    if place in (ID, TOOLS, TOKENS):
-        return list(map(int, cells))
+    if place in (ID, TOOLS, TOKENS):  # read as JSON in half of the time that int() takes
+        return json.loads(b"[%b]" % text.replace(b"\n", b","))  # type: ignore[no-any-return]
+    cells = text.decode("ascii").split("\n")
     return [cell or None for cell in cells] if NULLABLE[place] else cells
 
 
@@ -474,23 +479,25 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows with one moment stay in one chunk; more are not joined
-FROM = "FROM session_events e WHERE e.ended_at %s AND e.ended_at %s"
+MOST_JOINED = 2_000  # rows of one moment, which are never parted; more are read one by one
+FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
-# Another program's file may lack the index on ended_at, of all rows and in the order of bytes.
-INDEXED = """SELECT 1 FROM pragma_index_list('session_events') AS one,
-  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.seqno = 0
-  AND part.name = 'ended_at' AND part.coll = 'BINARY'"""
+# The index on ended_at alone, of all rows and in the order of bytes: it has rows of one moment in
+# the order of their ids. Another program's file may lack it, or have others.
+INDEX = """SELECT one.name FROM pragma_index_list('session_events') AS one,
+  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.name = 'ended_at'
+  AND part.coll = 'BINARY' AND NOT part."desc"
+  AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
            " ELSE e.ended_at END")
 BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, INSTANT)
+# Rows that no window has. A number sorts below '0', a BLOB above END_OF_TIME.
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
-PASSING = (IDENTITY, GITHUB, REFS)
 Pair = Tuple[str, Optional[str]]  # (identity, GitHub hash)
 Rows = List[Tuple[Any, ...]]
 Columns = Sequence[Sequence[Any]]
@@ -498,12 +505,11 @@ Columns = Sequence[Sequence[Any]]
 
 class Look(NamedTuple):
     """The result of reading all rows of a window. `total`: the sessions that pass its filters;
-    `newest`: the last `limit` of these, as rows; `pairs`: who was there in the window's time."""
+    `newest`: the last `limit` of these, as rows."""
 
     limit: int
     total: int
     newest: Deque[Tuple[Any, ...]]
-    pairs: Set[Pair]
 
 
 def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
@@ -519,7 +525,7 @@ class Reader:
         self.connection = connection
         self.odd: Set[int] = set()  # ids of rows that are no sessions
         self.looks: Dict[Window, Look] = {}
-        self.stories: Dict[Window, Story] = {}
+        self.pairs: Dict[Window, List[Pair]] = {}  # who was there in a window's time
 
     @property
     def left_out(self) -> int:
@@ -544,88 +550,105 @@ class Reader:
                     self.odd.add(row[ID])
             yield good
 
-    def joined(self, sql: str, values: Sequence[Any]) -> Tuple[int, int, List[bytes]]:
-        """How many rows these are, how many have the right types, and their columns as lines; no
-        column where one is too long for SQLite."""
+    def joined(self, sql: str, values: Sequence[Any], places: Sequence[int] = range(len(COLUMNS))
+               ) -> Tuple[int, int, List[bytes]]:
+        """How many rows these are, how many have the right types, and their columns as lines: all
+        but the ids, which are joined if they are among `places`. No column where one is too long
+        for SQLite."""
+        columns = JOINED if ID in places else ["NULL", *JOINED[1:]]
         lenient, self.connection.text_factory = self.connection.text_factory, bytes
         try:
-            count, right, *texts = self.rows("%s %s" % (JOINED, sql), values).fetchone()
+            count, right, *texts = self.rows("SELECT count(*), sum(%s), %s %s" % (
+                RIGHT_TYPES, ", ".join(columns), sql), values).fetchone()
         except sqlite3.DataError:
             count, right, texts = -1, 0, []
         finally:
             self.connection.text_factory = lenient
         return count, right, texts
 
-    def parts(self, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
-        """This time in order as conditions on the rows, with their values: about CHUNK rows each,
-        and whether there are too many to be joined. (One query for each, since an ORDER BY below
-        group_concat takes three times as long, and the index gives the order.)"""
+    def parts(self, index: str, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
+        """This time, in order, in parts of about CHUNK rows: the condition of each with its values,
+        and whether its rows are too many to be joined. (The index gives the order within a part.
+        One query for all, with an ORDER BY below group_concat, takes three times as long.)"""
+        by_index = 'INDEXED BY "%s"' % index.replace('"', '""')
         lower: Tuple[str, Any] = (">= ?", since)
         while lower[1] is not None:
-            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % FROM % (lower[0], "< ?")
+            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % (
+                FROM % (by_index, lower[0], "< ?"))
             (last,) = self.rows(end, [lower[1], until, CHUNK]).fetchone() or (None,)
             upper = ("< ?", until) if last is None else ("<= " + MOMENT_OF, last)
             crowded = self.rows(CROWDED, [last, MOST_JOINED]).fetchone() is not None
-            yield FROM % (lower[0], upper[0]), [lower[1], upper[1]], crowded
+            yield FROM % (by_index, lower[0], upper[0]), [lower[1], upper[1]], crowded
             lower = "> " + MOMENT_OF, last
 
-    def chunks(self, window: Window, places: Sequence[int] = range(len(COLUMNS))
-               ) -> Iterator[Columns]:
+    def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
         """All sessions in the window's time, whatever its filters, oldest first, one or more at a
         time: the columns at these places of COLUMNS."""
         # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
-        seconds, sql = [since[:19], until[:19] + "~"], FROM % (">= ?", "< ?")
+        seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
         bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
-        if bare or not self.rows(INDEXED).fetchone():
+        index = self.rows(INDEX).fetchone()
+        if bare or not index:
             for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
                 yield from columns_of(rows, places)
             return
-        for sql, values, crowded in self.parts(since, until):
-            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values)
-            if count and sound(count, right, texts) and in_order(texts):
+        for sql, values, crowded in self.parts(index[0], since, until):
+            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values, places)
+            if count and sound(count, right, texts):
                 yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
                     yield from columns_of(rows, places)
+
+    def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
+        """The sessions of the window, oldest first, some at a time, as columns: who it was, as a
+        place in `everybody`, and then the columns at these places of COLUMNS."""
+        numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
+        filtered = window[2:] != NO_FILTER
+        needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
+        for identities, githubs, *columns in self.chunks(window, needed):
+            columns.insert(0, [numbers[pair] for pair in zip(identities, githubs)])
+            if filtered:
+                kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
+                columns = [list(itertools.compress(column, kept)) for column in columns]
+            yield columns
+        self.pairs[window] = list(numbers)
 
     def look(self, window: Window, limit: int = 0) -> Look:
         """Read every row of the window once. The result is kept."""
         found = self.looks.get(window)
         if found is None or found.limit < limit:
             total = 0
-            pairs: Set[Pair] = set()
             newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
-            for columns in self.chunks(window, range(len(COLUMNS)) if limit else PASSING):
-                identities, githubs, refs = (columns[place] for place in (
-                    (IDENTITY, GITHUB, REFS) if limit else (0, 1, 2)))
-                pairs.update(zip(identities, githubs))
-                rows = list(zip(*columns))
-                if window[2:] != NO_FILTER:
-                    rows = [row for row, github, texts in zip(rows, githubs, refs)
-                            if passes(window, github, texts)]
-                total += len(rows)
-                newest.extend(rows)
-            found = self.looks[window] = Look(limit, total, newest, pairs)
+            for who, *columns in self.columns(window, range(len(COLUMNS)) if limit else ()):
+                total += len(who)
+                newest.extend(zip(*columns))
+            found = self.looks[window] = Look(limit, total, newest)
         return found
+
+    def everybody(self, window: Window) -> List[Pair]:
+        """Who was there in the window's time, whatever its filters."""
+        if window not in self.pairs:
+            self.look(window)
+        return self.pairs[window]
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first (the later stored first where two ended
         together)."""
         limit = sys.maxsize if limit < 0 else limit
-        look = self.look(window, limit)
-        logins = logins_of(look.pairs)
-        newest = itertools.islice(reversed(look.newest), limit)
-        return [session_of(row, logins.get(row[IDENTITY])) for row in newest]
+        newest = self.look(window, limit).newest
+        logins = logins_of(self.everybody(window))
+        return [session_of(row, logins.get(row[IDENTITY]))
+                for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        logins = logins_of(self.look(window).pairs)
-        for columns in self.chunks(window):
+        logins = logins_of(self.everybody(window))
+        for _, *columns in self.columns(window, range(len(COLUMNS))):
             for row in zip(*columns):
-                if passes(window, row[GITHUB], row[REFS]):
-                    yield session_of(row, logins.get(row[IDENTITY]))
+                yield session_of(row, logins.get(row[IDENTITY]))
 
     def count(self, window: Window) -> int:
         return self.look(window).total
@@ -667,14 +690,12 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 def last_event(reader: Reader) -> Optional[str]:
     """When the newest session of the database ended, None if there is none."""
     newest = reader.some("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
-    return next((moment_text(s.ended) for s in newest), None)
+    # Within a second, a moment without a fraction sorts wrong as text (see BARE_SECOND).
+    seconds = itertools.groupby(newest, lambda s: s.ended // 1000)
+    return next((moment_text(max(s.ended for s in same)) for _, same in seconds), None)
 
 
-NEWEST = 1000  # rows looked at first: most of the sessions that people ask for are recent
 MOST_MATCHES = 1000  # of a prefix that fits many
-AMONG_NEWEST = """WHERE e.id IN (SELECT id
-  FROM (SELECT id, session_id_hash FROM session_events ORDER BY ended_at DESC LIMIT ?)
-  WHERE session_id_hash = ?)"""
 # No index starts with the session's hash. The unique index has it behind the identity: two steps
 # for each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
 MOST_IDENTITIES = 15_000
@@ -700,8 +721,7 @@ def find_session(reader: Reader, prefix: str) -> Session:
     ways: List[Tuple[str, List[Any]]] = [
         (AMONG_ALL, [prefix, prefix + "g"])]  # "g" is above every digit
     if len(prefix) == 64:
-        ways = [(AMONG_NEWEST, [NEWEST, prefix]), (AMONG_IDENTITIES, [MOST_IDENTITIES, prefix]),
-                *ways]
+        ways.insert(0, (AMONG_IDENTITIES, [MOST_IDENTITIES, prefix]))
     each_way = (list(itertools.islice(reader.some(*way), MOST_MATCHES)) for way in ways)
     found: List[Session] = next(filter(None, each_way), [])
     if not found:
@@ -730,38 +750,79 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
 SPARKS = 24  # parts of a window in which a discovery's sessions are counted
 
 
-class Trail:
-    """One discovery in a window: of each session that touched it the moment (stored form) and who
-    (a place in `people`), in the order of time."""
+class Timeline:
+    """The sessions of a window as columns, in the order of time (by `ended_at`, then `id`).
 
-    __slots__ = ("ended", "last", "people", "shared", "who")
+    `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
+    (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
+    it}."""
 
-    def __init__(self, people: List[Tuple[str, str]]) -> None:
-        self.people = people  # (developer, identity) of each
+    def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
+        self.who = array.array("I")
         self.ended: List[str] = []
-        self.who: List[int] = []
-        self.last = ""  # the developer of the last session
-        self.shared = False  # by two developers or more
+        self.more: List[List[Any]] = [[] for _ in more]
+        self.touched: Dict[str, array.array[int]] = collections.defaultdict(
+            lambda: array.array("I"))
+        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
+            for place, cell in enumerate(refs, len(self.ended)):
+                for ref in refs_in(cell):
+                    self.touched[ref].append(place)
+            self.who.extend(who)
+            self.ended.extend(ended)
+            for whole, part in zip(self.more, others):
+                whole.extend(part)
+        developers = developers_of(reader.everybody(window))
+        self.people = [(who, identity) for (identity, _), who in developers.items()]
+
+    def developer(self, place: int) -> str:
+        return self.people[self.who[place]][0]
+
+    def trails(self) -> Dict[str, "Trail"]:
+        return {ref: Trail(self, places) for ref, places in self.touched.items()}
+
+
+class Trail(NamedTuple):
+    """One discovery in a window: the places of the sessions that touched it, in order of time."""
+
+    within: Timeline
+    places: Sequence[int]
+
+    def ended(self) -> List[str]:
+        return [self.within.ended[place] for place in self.places]
+
+    def people(self) -> List[Tuple[str, str]]:
+        """(developer, identity), each once."""
+        return [self.within.people[who] for who in {self.within.who[n] for n in self.places}]
 
     def identities(self) -> int:
-        return len({self.people[who][1] for who in set(self.who)})
+        return len({identity for _, identity in self.people()})
 
-    def reached(self) -> Dict[str, str]:
-        """{developer: the moment of the first session}, in the order of time."""
-        first: Dict[str, str] = {}
-        moments = dict(zip(reversed(self.who), reversed(self.ended)))  # the earliest stays
-        for who, ended in sorted(moments.items(), key=operator.itemgetter(1)):
-            first.setdefault(self.people[who][0], ended)
+    def reach(self) -> int:
+        """How many developers it reached."""
+        return len({developer for developer, _ in self.people()})
+
+    def reached(self) -> Dict[str, int]:
+        """{developer: the place of the first session}, in the order of time."""
+        first: Dict[str, int] = {}
+        for place in self.places:
+            first.setdefault(self.within.developer(place), place)
         return first
 
+    def hours_until(self, place: int) -> float:
+        """From its first session to the one at `place`, to a hundredth of an hour."""
+        start, end = (stored_instant(self.within.ended[n]) or 0 for n in (self.places[0], place))
+        return round((end - start) / 3_600_000, 2)
+
     def hours_to_second(self) -> Optional[float]:
-        reached = list(self.reached().values())
-        return hours(self.ended[0], reached[1]) if len(reached) > 1 else None
+        """None if it reached one developer alone."""
+        first = self.within.developer(self.places[0])
+        second = next((n for n in self.places if self.within.developer(n) != first), None)
+        return None if second is None else self.hours_until(second)
 
     def half_life(self) -> Optional[float]:
         """Until half of its sessions, 4 or more, had ended."""
-        count = len(self.ended)
-        return hours(self.ended[0], self.ended[(count + 1) // 2 - 1]) if count >= 4 else None
+        count = len(self.places)
+        return self.hours_until(self.places[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
 class Deeds:
@@ -775,105 +836,52 @@ class Deeds:
         self.cold: Optional[int] = None  # own sessions before the first that built on others
 
 
-TOLD = (IDENTITY, GITHUB, ENDED_AT, TOOLS, TOKENS, REFS)
-
-
 class Story:
-    """A window in figures. `take` adds its sessions in time order (by `ended_at`, then `id`)."""
+    """A window in figures: `trails`, the `developers` {who: deeds}, `flows` {(giver, receiver):
+    hand-overs}, and `saved`: the tokens saved by sessions that built on others (True) or did not
+    (False)."""
 
-    def __init__(self, window: Window, logins: Mapping[str, Optional[str]]) -> None:
-        self.window, self.logins = window, logins
-        self.trails: Dict[str, Trail] = {}
+    def __init__(self, reader: Reader, window: Window) -> None:
+        timeline = Timeline(reader, window, (TOOLS, TOKENS))
+        self.trails = timeline.trails()
         self.developers: Dict[str, Deeds] = {}
-        self.flows: Dict[Tuple[str, str], int] = {}  # hand-overs from one developer to another
-        self.saved: Dict[bool, List[int]] = {True: [], False: []}  # tokens: built on others, or not
-        self.people: List[Tuple[str, str]] = []  # (developer, identity)
-        self.places: Dict[Pair, int] = {}  # in `people`, of everybody in the window's time
+        self.saved: Dict[bool, List[int]] = {True: [], False: []}
+        names = [timeline.people[who][0] for who in timeline.who]
+        built: Set[int] = set()
+        steps: Counter[Tuple[str, str]] = collections.Counter()
+        for places in timeline.touched.values():
+            path = [names[place] for place in places]
+            steps.update(zip(path, path[1:]))
+            # From the second developer on, every session builds on another's.
+            alone = next((n for n, who in enumerate(path) if who != path[0]), len(path))
+            built.update(places[alone:])
+        rows = zip(names, timeline.ended, *timeline.more)
+        for place, (who, ended, tools, tokens) in enumerate(rows):
+            self.add(who, ended, tools, tokens, place in built)
+        for who in self.developers:
+            del steps[who, who]
+        self.flows = steps
+        for (giver, receiver), count in steps.items():
+            self.developers[giver].given += count
+            self.developers[receiver].received += count
 
-    def take(self, rows: Iterable[Tuple[Any, ...]]) -> None:
-        """Sessions as rows of TOLD. (A Session of each would take as long again.)"""
-        every, trails, flows = self.window[2:] == NO_FILTER, self.trails, self.flows
-        places, people = self.places, self.people
-        for identity, github, ended, tools, tokens, refs in rows:
-            place = places.get((identity, github))
-            if place is None:
-                place = places[identity, github] = len(people)
-                people.append((github or self.logins.get(identity) or identity, identity))
-            if not every and not passes(self.window, github, refs):
-                continue
-            who = people[place][0]
-            deeds = self.developers.get(who)
-            if deeds is None:
-                deeds = self.developers[who] = Deeds(ended)
-            built = False
-            for ref in refs_in(refs):
-                trail = trails.get(ref)
-                if trail is None:
-                    trail = trails[ref] = Trail(people)
-                elif trail.last != who:
-                    built = trail.shared = True
-                    flow = trail.last, who
-                    flows[flow] = flows.get(flow, 0) + 1
-                elif trail.shared:
-                    built = True
-                trail.ended.append(ended)
-                trail.who.append(place)
-                trail.last = who
-            if built and deeds.cold is None:
-                deeds.cold = deeds.sessions
-            deeds.last = ended
-            deeds.sessions += 1
-            deeds.tools += tools
-            deeds.tokens += tokens
-            self.saved[built].append(tokens)
-
-
-def hours(start: str, end: str) -> float:
-    """From one moment in stored form to another, to a hundredth of an hour."""
-    return round(((stored_instant(end) or 0) - (stored_instant(start) or 0)) / 3_600_000, 2)
+    def add(self, who: str, ended: str, tools: int, tokens: int, built: bool) -> None:
+        """One session more."""
+        deeds = self.developers.get(who)
+        if deeds is None:
+            deeds = self.developers[who] = Deeds(ended)
+        if built and deeds.cold is None:
+            deeds.cold = deeds.sessions
+        deeds.last = ended
+        deeds.sessions += 1
+        deeds.tools += tools
+        deeds.tokens += tokens
+        self.saved[built].append(tokens)
 
 
 def middle(values: Sequence[float]) -> Optional[float]:
     """The median; None of an empty list."""
     return round(statistics.median(values), 2) if values else None
-
-
-def trails_of(reader: Reader, window: Window) -> Dict[str, Trail]:
-    """{discovery: its trail} of a window, whatever its `discovery`. (A Story takes twice the time
-    and the memory.)"""
-    trails: Dict[str, Trail] = {}
-    people: List[Tuple[str, str]] = []
-    places: Dict[Pair, int] = {}
-    for columns in reader.chunks(window, (IDENTITY, GITHUB, ENDED_AT, REFS)):
-        for identity, github, ended, refs in zip(*columns):
-            place = places.setdefault((identity, github), len(places))
-            if window.github not in (None, github is not None):
-                continue
-            for ref in refs_in(refs):
-                trail = trails.get(ref) or trails.setdefault(ref, Trail(people))
-                trail.ended.append(ended)
-                trail.who.append(place)
-    developers = developers_of(places)
-    people.extend((developers[pair], pair[0]) for pair in places)
-    return trails
-
-
-def story(reader: Reader, window: Window) -> Story:
-    """The window's story; remembered. Who logged in within the window is known at its end only; if
-    somebody did, it is told again."""
-    logins: Dict[str, Optional[str]] = {}
-    while window not in reader.stories:
-        told = Story(window, logins)
-        for columns in reader.chunks(window, TOLD):
-            told.take(zip(*columns))
-        logins = logins_of(told.places)
-        if told.logins or not any(
-                github is None and logins.get(identity) for identity, github in told.places):
-            for (giver, receiver), count in told.flows.items():
-                told.developers[giver].given += count
-                told.developers[receiver].received += count
-            reader.stories[window] = told
-    return reader.stories[window]
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
@@ -893,16 +901,16 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
     return window._replace(since=moment_text(start - (end - start)), until=window.since)
 
 
-def newcomers(reader: Reader, told: Story, before: Optional[Window]) -> Dict[str, Deeds]:
-    """The developers of a window who were not there in as many days before. (An identity that
-    logged in meanwhile was there: developers are looked for by all their hashes.)"""
+def newcomers(reader: Reader, window: Window, story: Story, before: Optional[Window]
+              ) -> Dict[str, Deeds]:
+    """The developers of a window who were not there in as many days before. A developer is looked
+    for by all its hashes, so that nobody is new only because of logging in."""
     if before is None:
-        return dict(told.developers)
-    pairs = reader.stories[before].places if before in reader.stories else reader.look(before).pairs
-    there = {key for pair in pairs for key in pair if key}
-    known = {told.people[place][0] for pair, place in told.places.items()
+        return dict(story.developers)
+    there = {key for pair in reader.everybody(before) for key in pair if key}
+    known = {who for pair, who in developers_of(reader.everybody(window)).items()
              if not there.isdisjoint(pair)}
-    return {who: deeds for who, deeds in told.developers.items() if who not in known}
+    return {who: deeds for who, deeds in story.developers.items() if who not in known}
 
 
 def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
@@ -928,21 +936,22 @@ def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
 
 def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     """`summary` without the window before; `before` decides who is new."""
-    told = story(reader, window)
-    everybody = told.developers.values()
-    waits = [trail.hours_to_second() for trail in told.trails.values() if trail.shared]
-    built, others = told.saved[True], told.saved[False]
+    found = Story(reader, window)
+    everybody = found.developers.values()
+    waits = [wait for wait in (trail.hours_to_second() for trail in found.trails.values())
+             if wait is not None]
+    built, others = found.saved[True], found.saved[False]
     count = len(built) + len(others)
     return dict(
-        span(window), sessions=count, developers=len(told.developers),
+        span(window), sessions=count, developers=len(found.developers),
         tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
-        discoveries=len(told.trails), shared_discoveries=len(waits),
-        hand_overs=sum(told.flows.values()), furthest=furthest(told.trails),
+        discoveries=len(found.trails), shared_discoveries=len(waits),
+        hand_overs=sum(found.flows.values()), furthest=furthest(found.trails),
         built_on_others={
             "sessions": len(built), "share": round(len(built) / count, 4) if count else None},
         tokens_saved_median={"built_on_others": middle(built), "others": middle(others)},
-        hours_to_second_developer=middle([wait for wait in waits if wait is not None]),
-        cold_start=cold_start(newcomers(reader, told, before)))
+        hours_to_second_developer=middle(waits),
+        cold_start=cold_start(newcomers(reader, window, found, before)))
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
@@ -951,9 +960,9 @@ def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
     if not trails:
         return None
     name = min(trails, key=lambda ref: DISCOVERY_SORTS["developer_count"](ref, trails[ref]))
-    reached = list(trails[name].reached().values())
+    reached = trails[name].reached()
     return {"discovery_id": name, "developers": len(reached),
-            "hours": hours(reached[0], reached[-1])}
+            "hours": trails[name].hours_until(max(reached.values()))}
 
 
 def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -963,13 +972,13 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     did), "first_seen_at", "last_seen_at"} ...] those who give most more than they receive first,
     then by first session, "matrix": [{"source", "target", "hand_overs"} ...] most first,
     "cold_start": of the new ones, as in `summary`}."""
-    told = story(reader, window)
-    fresh = newcomers(reader, told, before_of(window, now))
-    shown = labels(told.developers)
-    ranked = sorted(told.developers.items(),
+    found = Story(reader, window)
+    fresh = newcomers(reader, window, found, before_of(window, now))
+    shown = labels(found.developers)
+    ranked = sorted(found.developers.items(),
                     key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
     flows = [(-count, shown[giver], shown[receiver])
-             for (giver, receiver), count in told.flows.items()]
+             for (giver, receiver), count in found.flows.items()]
     return dict(
         span(window),
         developers=[{
@@ -984,16 +993,16 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) -> Plain:
     """`ends` of the window in ms; without a start it begins with the first session."""
-    start, end = ends
+    (start, end), ended = ends, trail.ended()
     if start is None:
-        start = stored_instant(trail.ended[0]) or 0
+        start = stored_instant(ended[0]) or 0
     edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
-    cuts = [0, *(bisect.bisect_left(trail.ended, edge) for edge in edges), len(trail.ended)]
-    return {"discovery_id": name, "first_seen_at": trail.ended[0],
-            "last_seen_at": trail.ended[-1], "session_count": len(trail.ended),
+    cuts = [0, *(bisect.bisect_left(ended, edge) for edge in edges), len(ended)]
+    return {"discovery_id": name, "first_seen_at": ended[0],
+            "last_seen_at": ended[-1], "session_count": len(ended),
             "distinct_identity_count": trail.identities(),
             "last_aggregated_at": moment_text(now_ms()),
-            "developer_count": len(trail.reached()),
+            "developer_count": trail.reach(),
             "hours_to_second_developer": trail.hours_to_second(),
             "half_life_hours": trail.half_life(),
             "counts": [after - before for before, after in zip(cuts, cuts[1:])]}
@@ -1004,13 +1013,13 @@ def none_last(value: Optional[float]) -> Tuple[bool, float]:
 
 
 DISCOVERY_SORTS: Dict[str, Callable[[str, Trail], Tuple[Any, ...]]] = {
-    "session_count": lambda name, t: (-len(t.ended), name),
+    "session_count": lambda name, t: (-len(t.places), name),
     "distinct_identity_count": lambda name, t: (-t.identities(), name),
-    "recent": lambda name, t: (-(stored_instant(t.ended[-1]) or 0), name),
-    "developer_count": lambda name, t: (-len(t.reached()), -len(t.ended), name),
+    "recent": lambda name, t: (-(stored_instant(t.within.ended[t.places[-1]]) or 0), name),
+    "developer_count": lambda name, t: (-t.reach(), -len(t.places), name),
     "hours_to_second_developer": lambda name, t: (none_last(t.hours_to_second()), name),
     "half_life": lambda name, t: (none_last(t.half_life()), name),
-    "first_seen": lambda name, t: (t.ended[0], name),
+    "first_seen": lambda name, t: (t.within.ended[t.places[0]], name),
     "name": lambda name, t: (name,),
 }
 
@@ -1023,12 +1032,13 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
     "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
     the window; its `discovery` is not looked at."""
-    trails = trails_of(reader, window)
+    timeline = Timeline(reader, window._replace(discovery=None))
+    trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
     start, end = ends_of(window, now)
-    if start is None and trails:
-        start = stored_instant(min(trail.ended[0] for trail in trails.values()))
+    if start is None and timeline.ended:
+        start = stored_instant(timeline.ended[0])
     return dict(
         span(window), discoveries_in_window=len(trails),
         discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
@@ -1040,24 +1050,21 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
     [{"at", "developer", "session_id_hash"} ...] each developer's first session, "path":
     [{"session_id_hash", "developer", "ended_at", "crosses"} ...] in time order; both lists cut
     after `limit`. Raises NotFound when no session of the window touched it."""
-    window = window._replace(discovery=ref)
-    touched = reader.window(window)[::-1]
-    if not touched:
+    timeline = Timeline(reader, window._replace(discovery=ref), [SESSION_ID])
+    if not timeline.ended:
         raise NotFound("no session of this window touched this discovery")
-    trail = Trail([(s.developer, s.identity) for s in touched])
-    trail.who = list(range(len(touched)))
-    trail.ended = [moment_text(s.ended) for s in touched]
-    first: Dict[str, Session] = {}
-    for s in touched:
-        first.setdefault(s.developer, s)
-    shown = labels(first)
+    trail = timeline.trails()[ref]
+    reached = trail.reached()
+    shown = labels(reached)
+    path = [(timeline.more[0][n], shown[timeline.developer(n)], timeline.ended[n])
+            for n in trail.places]
     return dict(
         span(window), **discovery_figures(ref, trail, ends_of(window, now)),
-        reached=[{"at": moment_text(s.ended), "developer": shown[s.developer],
-                  "session_id_hash": s.session} for s in list(first.values())[:limit]],
-        path=[{"session_id_hash": s.session, "developer": shown[s.developer],
-               "ended_at": moment_text(s.ended), "crosses": s.developer != before.developer}
-              for before, s in zip([touched[0], *touched], touched[:limit])])
+        reached=[{"at": path[n][2], "developer": path[n][1], "session_id_hash": path[n][0]}
+                 for n in list(reached.values())[:limit]],
+        path=[{"session_id_hash": name, "developer": developer, "ended_at": ended,
+               "crosses": developer != before}
+              for (name, developer, ended), (_, before, _) in zip(path[:limit], path[:1] + path)])
 
 
 ACTIVE_DAYS = (1, 7, 28)
@@ -1070,7 +1077,7 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[Any] = set()  # numbers of pairs; when all days are read, developers
+        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, developers
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
@@ -1079,25 +1086,14 @@ Days = Dict[int, Day]  # by `datetime.date.toordinal`
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
-    numbers: Dict[Pair, int] = {}  # a set of pairs for each day would take ten times the memory
-    for identities, githubs, *columns in reader.chunks(window, TOLD):
-        who = [numbers.setdefault(pair, len(numbers)) for pair in zip(identities, githubs)]
-        ended, tools, tokens, refs = columns
-        if window[2:] != NO_FILTER:
-            kept = [passes(window, *cells) for cells in zip(githubs, refs)]
-            who, ended, tools, tokens = (
-                list(itertools.compress(column, kept)) for column in (who, ended, tools, tokens))
-        start = 0
-        while start < len(ended):
-            date = ended[start][:10]
-            end = bisect.bisect_left(ended, date + "Z", start)
+    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS)):
+        for date, start, end in runs(ended, 10):
             day = days[date]
             day.sessions += end - start
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-            start = end
-    names = list(developers_of(numbers).values())
+    names = list(developers_of(reader.everybody(window)).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day
@@ -1166,22 +1162,25 @@ def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
-    rolled = {}
-    for kind, (name, before) in PERIODS.items():
-        totals = {name(day): Day() for day in days}
-        for number, day in sums.items():
-            total = totals[name(number)]
-            total.who |= day.who
-            total.sessions += day.sessions
-            total.tools += day.tools
-            total.tokens += day.tokens
-        earlier = {name(day): name(before(day)) for day in days if before(day) > 0}
-        rolled[kind] = [
-            {"period": period, "developers": len(total.who),
-             "came_back": len(total.who & totals.get(earlier.get(period, ""), Day()).who),
-             "sessions": total.sessions, "tool_count": total.tools, "tokens_saved": total.tokens}
-            for period, total in totals.items()]
-    return rolled
+    return {kind: list(rolled_up(sums, days, *names)) for kind, names in PERIODS.items()}
+
+
+def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
+              before: Callable[[int], int]) -> Iterator[Plain]:
+    """P of each period of these days (see PERIODS), in order."""
+    last = ""  # the period before
+    there: Set[str] = set()  # its developers
+    for period, group in itertools.groupby(days, name):
+        numbers = list(group)
+        found = [sums[day] for day in numbers if day in sums]
+        who: Set[str] = set().union(*(day.who for day in found))
+        if last != name(max(1, before(numbers[0]))):
+            there = set()
+        yield {"period": period, "developers": len(who), "came_back": len(who & there),
+               "sessions": sum(day.sessions for day in found),
+               "tool_count": sum(day.tools for day in found),
+               "tokens_saved": sum(day.tokens for day in found)}
+        last, there = period, who
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
@@ -1189,7 +1188,7 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     "plugin_version".
 
     All labels have one length, the least at which no two developers of the window look alike."""
-    ordered = sorted(set(developers_of(reader.look(window).pairs).values()))
+    ordered = sorted(set(developers_of(reader.everybody(window)).values()))
     length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
     for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
@@ -1333,7 +1332,7 @@ SPARK_DIGITS = " .:-=+*#"
 def sparkline(counts: Sequence[int]) -> str:
     """Pairs of counts as characters; a larger sum has a darker one."""
     pairs = [a + b for a, b in zip(counts[::2], counts[1::2])]
-    steps = (len(SPARK_DIGITS) - 1) / (max(pairs) or 1)
+    steps = (len(SPARK_DIGITS) - 1) / max(pairs)
     return "".join(SPARK_DIGITS[math.ceil(n * steps - 1e-9)] for n in pairs).rstrip()
 
 
@@ -1341,8 +1340,8 @@ class Column(NamedTuple):
     """One column of a table, as text and as HTML.
 
     `cell`: its value, a number or text. `html`: the cell's HTML where that is more than the value.
-    `kind`: CSS classes: n number (stands right), m hash or time, d discoveries, wide what text and
-    a narrow screen leave out. `sort`: the order that the title links to. `short`: the title in
+    `kind`: CSS classes: n a number (aligned right), m a hash or time, d discoveries, wide what text
+    and a narrow screen leave out. `sort`: the order that the title links to. `short`: the title in
     text, where that differs."""
 
     title: str
@@ -1354,7 +1353,7 @@ class Column(NamedTuple):
 
 
 def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
-    """A table for a terminal. The widest text gives way where a line would be too long."""
+    """A table for a terminal. Where a line would be too long, the widest column of text is cut."""
     columns = [c for c in columns if "wide" not in c.kind]
     cells = [[c.short or c.title for c in columns]]
     cells += [[said(c.cell(row)) for c in columns] for row in rows]
@@ -1723,8 +1722,10 @@ def cell_html(column: Column, row: Plain) -> str:
 
 def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
                sort: str = "", by: Optional[Callable[[str], str]] = None) -> str:
-    """A table that becomes a card for each row where the screen is narrow. `by`: the address that
-    sorts by a column; `sort`: the order of these rows."""
+    """A table that becomes a card for each row where the screen is narrow; "" without rows. `by`:
+    the address that sorts by a column; `sort`: the order of these rows."""
+    if not rows:
+        return ""
     titles, body = [], []
     for c in columns:
         text, order = esc(c.title), ""
@@ -1770,8 +1771,8 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
         for title, value, name in values))
 
 
-# The picture of the replay. Its height is px; across, a moment is a share of the width, so that
-# the same picture fits every screen, and the script has nothing to lay out.
+# The picture of the replay. Heights are in px. Across, a moment is a share of the width. So the
+# same picture fits every screen, and the script has nothing to lay out.
 
 CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
 MOST_ARCS = 6000  # in one page, which says so if there are more
@@ -2093,8 +2094,7 @@ def bars(values: Sequence[int], most: int, width: float, height: int, gap: float
 
 def spark_svg(values: Sequence[int]) -> str:
     return ('<svg class="spark" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-            '<path d="%s"/></svg>' % bars(
-                values, max(values, default=0) or 1, 100 / (len(values) or 1), 12, 1))
+            '<path d="%s"/></svg>' % bars(values, max(values), 100 / len(values), 12, 1))
 
 
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
@@ -2130,7 +2130,7 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
     if window.until == END_OF_TIME:
         window = window._replace(until=moment_text(now_ms()))
     newest = reader.window(window, limit)
-    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
+    body = replay(newest[::-1], reader.count(window), *told_of(reader, window), window.discovery,
                   links=False, at=at) if newest else nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
@@ -2141,7 +2141,7 @@ def findings_html(sentences: Sequence[str]) -> str:
     return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
 
 
-def told(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
+def told_of(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
     """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
     of one discovery has neither: the page is about that one."""
     if window.discovery is not None:
@@ -2253,29 +2253,32 @@ def window_words(window: Window) -> str:
 
 
 def words_of(*names: str) -> str:
-    return ('<details class="words"><summary>What the words mean</summary><p>%s</p></details>'
-            % " ".join(WORDS[name] for name in names))
+    text = " ".join(WORDS[name] for name in names)
+    return text and ('<details class="words"><summary>What the words mean</summary><p>%s</p>'
+                     '</details>' % text)
 
 
 def note_html(text: str) -> str:
     return '<p class="note">%s</p>' % esc(text) if text else ""
 
 
-def page(reader: Reader, path: str, title: str, filters: Filters, main: str,
-         window: Optional[Window] = None, beside: str = "") -> str:
+def page(reader: Reader, path: str, title: str, filters: Optional[Filters], main: str,
+         window: Optional[Window] = None, words: Iterable[str] = (),
+         kept: Optional[Mapping[str, str]] = None, beside: str = "") -> str:
     """A page of the viewer: links to the others, the title with what stands `beside` it, the
-    window in words, and what was left out."""
-    query = esc(filters.query())
+    window and what the `words` mean, the form that chooses the window (see `filter_form`; none
+    without `filters`), `main` or else that there is nothing, and what was left out."""
+    query = esc(filters.query()) if filters else ""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
         to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
     left_out = "%s left out: not sessions as the contract has them." % some(
         reader.left_out, "row was", "rows were") if reader.left_out else ""
-    return document(title + " - sessions", (
+    return document(title + " - sessions", "".join([
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
         '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
-        '</div>%s%s%s</main>' % (
-            nav, esc(title), beside, note_html(window_words(window) if window else ""), main,
-            note_html(left_out))))
+        '</div>' % (nav, esc(title), beside), note_html(window_words(window) if window else ""),
+        words_of(*words), filter_form(path, filters, kept) if filters else "",
+        main or nothing(reader, window or EVER), note_html(left_out), "</main>"]))
 
 
 def empty(text: str) -> str:
@@ -2292,16 +2295,14 @@ def nothing(reader: Reader, window: Window) -> str:
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
-    window, query = filters.window(), filters.query()
+    window, body, save = filters.window(), "", ""
     newest = reader.window(window, DRAWN)
-    form = filter_form("/", filters)
-    if not newest:
-        return page(reader, "/", "Replay", filters, form + nothing(reader, window), window)
-    save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
-        filters.fixed().query())
-    body = replay(newest[::-1], reader.count(window), *told(reader, window), window.discovery,
-                  query=query)
-    return page(reader, "/", "Replay", filters, words_of(*WORDS) + form + body, window, save)
+    if newest:
+        save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
+            filters.fixed().query())
+        body = replay(newest[::-1], reader.count(window), *told_of(reader, window),
+                      window.discovery, query=filters.query())
+    return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
 def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
@@ -2312,14 +2313,13 @@ def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
 
 
 def sessions_page(reader: Reader, filters: Filters) -> str:
-    window, path = filters.window(), "/sessions"
+    window = filters.window()
     result = sessions(reader, window, LISTED_ROWS)
-    rows = result["sessions"]
     caption = "The newest %s of %s sessions in this window" % (
-        digits(len(rows)), digits(result["total_count_in_window"]))
-    table = html_table(caption, SESSION_COLUMNS, rows) if rows else nothing(reader, window)
-    return page(reader, path, "Sessions", filters, words_of(
-        "session", "calls", "saved", "developer") + filter_form(path, filters) + table, window)
+        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    return page(reader, "/sessions", "Sessions", filters,
+                html_table(caption, SESSION_COLUMNS, result["sessions"]), window,
+                ("session", "calls", "saved", "developer"))
 
 
 def session_page(reader: Reader, prefix: str) -> str:
@@ -2331,11 +2331,11 @@ def session_page(reader: Reader, prefix: str) -> str:
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
-    table = note_html("No other session of this machine in the last %d days." % RELATED_DAYS)
-    if related:
-        table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                           SESSION_COLUMNS, related)
-    return page(reader, "/session", "Session " + s["session_id_hash"][:12], Filters(),
+    table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
+                       SESSION_COLUMNS, related)
+    table = table or note_html("No other session of this machine in the last %d days."
+                               % RELATED_DAYS)
+    return page(reader, "/session", "Session " + s["session_id_hash"][:12], None,
                 '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
                     esc(s["session_id_hash"]), "".join(facts), table))
 
@@ -2348,54 +2348,55 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     caption = "%s touched in this window%s; a title sorts by it" % (
         some(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    table = html_table(
-        caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
-        lambda key: path + filters.query(sort=key)) if rows else nothing(reader, window)
-    words = note_html("Reach: how many developers had a session that touched it. Half-life: until"
-                      " half of its sessions had ended; said of four sessions or more.")
-    body = words_of("discovery", "developer") + filter_form(path, filters, {"sort": sort})
-    return page(reader, path, "Discoveries", filters, body + table + words, window)
+    body = html_table(caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
+                      lambda key: path + filters.query(sort=key))
+    if body:
+        body += note_html("Reach: how many developers had a session that touched it. Half-life:"
+                          " until half of its sessions had ended; said of four sessions or more.")
+    return page(reader, path, "Discoveries", filters, body, window, ("discovery", "developer"),
+                {"sort": sort})
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
     window = EVER if all_time else filters.window()
-    title, path = fit(visible(ref), 128), "/discovery"
-    form = filter_form(path, filters, {"ref": ref})
     try:
         result = discovery(reader, ref, window)
     except NotFound:
         last = discovery(reader, ref, EVER, 1)["last_seen_at"]
-        return page(reader, path, title, filters, form + empty(
-            "No session of this window touched it; the last one that did ended %s UTC."
-            % minute(last)), window)
-    count = result["session_count"]
-    facts = "First seen %s, last %s UTC, in %s of %s." % (
-        minute(result["first_seen_at"]), minute(result["last_seen_at"]),
-        some(count, "session"), some(result["developer_count"], "developer"))
-    newest = reader.window(window._replace(discovery=ref), DRAWN)
-    body = replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query())
-    reached = html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"])
-    steps = html_table("Its path: the first %s of %s" % (
-        digits(len(result["path"])), some(count, "session")), PATH_COLUMNS, result["path"])
-    return page(reader, path, title, filters, form + body + reached + steps,
-                None if all_time else window)
+        body = empty("No session of this window touched it; the last one that did ended %s UTC."
+                     % minute(last))
+    else:
+        count = result["session_count"]
+        facts = "First seen %s, last %s UTC, in %s of %s." % (
+            minute(result["first_seen_at"]), minute(result["last_seen_at"]),
+            some(count, "session"), some(result["developer_count"], "developer"))
+        newest = reader.window(window._replace(discovery=ref), DRAWN)
+        body = "".join([
+            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query()),
+            html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"]),
+            html_table("Its path: the first %s of %s" % (
+                digits(len(result["path"])), some(count, "session")), PATH_COLUMNS,
+                result["path"])])
+    return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
+                None if all_time else window, kept={"ref": ref})
 
 
 def developers_page(reader: Reader, filters: Filters) -> str:
-    window, query, path = filters.window(), filters.query(), "/developers"
+    window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = result["developers"]
     name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
     caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    body = nothing(reader, window) if not rows else note_html(
-        cold_start_words(result["cold_start"]) + " Cold start: for developers who were not there"
-        " in as many days before, how many sessions came before that first one."
-    ) + html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
-    return page(reader, path, "Developers", filters, words_of(
-        "developer", "hand-over", "calls", "saved") + filter_form(path, filters) + body, window)
+    body = html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
+    if body:
+        body = note_html(
+            cold_start_words(result["cold_start"]) + " Cold start: for developers who were not"
+            " there in as many days before, how many sessions came before that first one.") + body
+    return page(reader, "/developers", "Developers", filters, body, window,
+                ("developer", "hand-over", "calls", "saved"))
 
 
 LISTED_ROWS = 200  # of a table
@@ -2404,31 +2405,28 @@ MOST_DAYS = 800  # in a chart
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    window, query, path = filters.window(), filters.query(), "/developer/" + label
     if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
         raise NotFound("there is no such developer")
+    window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = [row for row in result["developers"] if row["developer"].startswith(label)]
-    body = filter_form(path, filters, {})
-    if len(rows) != 1:
-        body += empty("Nobody of this name had a session in this window. The names change with the"
-                      " quarter.")
-        return page(reader, path, "Developer " + label, filters, body, window)
-    body += html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
-    for title, own, other in (("Learned from", "target", "source"),
-                              ("Handed on to", "source", "target")):
-        flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
-                 if flow[own] == label]
+    body = empty("Nobody of this name had a session in this window. The names change with the"
+                 " quarter.")
+    if len(rows) == 1:
+        body = html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
         name = DEVELOPER._replace(html=lambda f: developer_link(f, query))
-        body += "<h2>%s</h2>" % title + (
-            html_table("The most hand-overs first", (name, HAND_OVERS), flows) if flows
-            else note_html("Nobody in this window."))
-    newest = collections.deque(
-        (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
-    body += "<h2>Sessions</h2>" + html_table(
-        "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-        SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
-    return page(reader, path, "Developer " + label, filters, body, window)
+        for title, own, other in (("Learned from", "target", "source"),
+                                  ("Handed on to", "source", "target")):
+            flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
+                     if flow[own] == rows[0]["developer"]]
+            table = html_table("The most hand-overs first", (name, HAND_OVERS), flows)
+            body += "<h2>%s</h2>%s" % (title, table or note_html("Nobody in this window."))
+        newest = collections.deque(
+            (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
+        body += "<h2>Sessions</h2>" + html_table(
+            "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
+            SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
+    return page(reader, "/developer/" + label, "Developer " + label, filters, body, window, kept={})
 
 
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
@@ -2456,27 +2454,30 @@ def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
-    window, path = filters.window(), "/activity"
+    window = filters.window()
     result = activity(reader, window)
     days, before = result["days"], result["before"] or {"days": [], "since": ""}
-    body = words_of("session", "developer", "calls", "saved") + filter_form(path, filters) + tiles(
+    body = tiles(
         [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
             digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
         "large")
-    if not any(day["sessions"] for day in days):
-        return page(reader, path, "Activity", filters, body + nothing(reader, window), window)
-    ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
-    body += '<div class="plots">%s</div>' % "".join(
-        plot(c.title, by_day(days, window.since, c), by_day(before["days"], before["since"], c),
-             ends) for c in (SESSIONS, DEVELOPERS, SAVED))
-    body += note_html(
-        "Bars: this window. Pale line: as many days before it. Came back: developers who were also"
-        " there in the period before. "
-        + cold_start_words(developers(reader, window)["cold_start"]))
-    for kind in PERIODS:
-        body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
-                           result[kind][-400:][::-1])
-    return page(reader, path, "Activity", filters, body, window)
+    if any(day["sessions"] for day in days):
+        ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
+        body += '<div class="plots">%s</div>' % "".join(
+            plot(c.title, by_day(days, window.since, c),
+                 by_day(before["days"], before["since"], c), ends)
+            for c in (SESSIONS, DEVELOPERS, SAVED))
+        body += note_html(
+            "Bars: this window. Pale line: as many days before it. Came back: developers who were"
+            " also there in the period before. "
+            + cold_start_words(developers(reader, window)["cold_start"]))
+        for kind in PERIODS:
+            body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
+                               result[kind][-400:][::-1])
+    else:
+        body += nothing(reader, window)
+    return page(reader, "/activity", "Activity", filters, body, window,
+                ("session", "developer", "calls", "saved"))
 
 
 # ==================================================================================================
@@ -4075,7 +4076,7 @@ nav a[aria-current] { color: var(--ink); border-color: var(--cross) } a { color:
 :focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
 h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0;
   overflow-wrap: anywhere }
-h1.m { font-size: 16px; white-space: normal } h2 { font-size: 16px; margin: 22px 0 6px }
+h2 { font-size: 16px; margin: 22px 0 6px }
 p { margin: 4px 0 10px; max-width: 80ch } .note { color: var(--soft); font-size: 14px }
 .empty { padding: 22px 18px; font-size: 16px }
 form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 12px;
@@ -4120,7 +4121,7 @@ button, .button { cursor: pointer; font-weight: 600; text-decoration: none; colo
 #chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
 #chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
   "DejaVu Sans Mono", monospace }
-.lanes line { stroke: var(--line) } .lanes text { text-anchor: end } .lanes a { fill: var(--soft) }
+.lanes line { stroke: var(--line) } .lanes text { text-anchor: end }
 #ticks line { stroke: var(--line); stroke-dasharray: 2 4 } #ticks text { text-anchor: middle }
 #ticks .q line { stroke: var(--cross); stroke-dasharray: none }
 #ticks .q text { text-anchor: start; fill: var(--ink); transform: translateX(5px) }
@@ -4250,8 +4251,7 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
   .cards .spark { width: 60px; height: 14px }
   dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important;
-  transition: none !important } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
 """
 
 # ==================================================================================================

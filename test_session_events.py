@@ -6664,8 +6664,8 @@ def test_reader_answers_against_a_plain_reference(tmp_path, monkeypatch):
             exported = list(session_events.exported(reader, window))
             assert [s["session_id_hash"] for s in exported] == [
                 r["session_id_hash"] for r in inside]
-    for newest in (1000, 3):  # found among the newest, in the whole index
-        monkeypatch.setattr(session_events, "NEWEST", newest)
+    for most in (1000, 3):  # found by each identity, in the whole index
+        monkeypatch.setattr(session_events, "MOST_IDENTITIES", most)
         with session_events.reading(db) as reader:
             for r in chance.sample(rows, 20):
                 for digits in (64, 12):
@@ -6693,8 +6693,8 @@ def test_reader_rows_that_are_no_session_hide_none(tmp_path, monkeypatch):
                 (-2, "!", good["session_id_hash"], "2026-05-01T00:00:00.000Z"),
                 (-1, "0" * 64, good["session_id_hash"], "never"),
             ])
-    for newest in (1, 1000):
-        monkeypatch.setattr(session_events, "NEWEST", newest)
+    for most in (1, 1000):
+        monkeypatch.setattr(session_events, "MOST_IDENTITIES", most)
         with session_events.reading(db) as reader:
             for digits in (64, 12):
                 assert (
@@ -6779,6 +6779,9 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
             assert sum(day["sessions"] for day in activity["days"]) == sum(expected)
             assert len(list(session_events.exported(reader, every))) == sum(expected)
             assert session_events.graph(reader, every, -1)["totals"]["sessions"] == sum(expected)
+            for listed in session_events.discoveries(reader, every, 3)["discoveries"]:
+                one = session_events.discovery(reader, listed["discovery_id"], every)
+                assert one["session_count"] == listed["session_count"]
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         sql = "UPDATE session_events SET plugin_version = CAST(x'31fe' AS TEXT) WHERE id = ?"
         connection.execute(sql, [expected.index(True) + 1])
@@ -6896,17 +6899,20 @@ def test_reader_files_with_other_indexes_and_types(tmp_path):
     """What another program declared changes neither the order nor what a session is."""
     rows = [row(n, who, refs=["a"]) for n, who in enumerate(("bob", "ann", "bob"))]
     for number, index in enumerate(
-            ("(ended_at, identity_hash)", "(ended_at DESC, identity_hash DESC)",
+            ("(ended_at, %s)" % ", ".join(name for name in row(0) if name != "ended_at"),
+             "(ended_at DESC, identity_hash DESC)", "(ended_at DESC)",
              "(ended_at) WHERE github_hash IS NULL", "(ended_at COLLATE NOCASE)")):
         db = stored(tmp_path / ("index%d.db" % number), *rows)
-        with contextlib.closing(sqlite3.connect(db)) as connection:
-            connection.execute("DROP INDEX idx_session_events_ended_at")
-            connection.execute("CREATE INDEX other ON session_events " + index)
-        with session_events.reading(db) as reader:
-            listed = [s["session_id_hash"] for s in session_events.exported(
-                reader, session_events.EVER)]
-            assert listed == [sha("session", n) for n in range(3)], index
-            assert session_events.graph(reader, session_events.EVER)["totals"]["hand_overs"] == 2
+        for change in ("CREATE INDEX other ON session_events " + index,
+                       "DROP INDEX idx_session_events_ended_at"):
+            with contextlib.closing(sqlite3.connect(db)) as connection:
+                connection.execute(change)
+            with session_events.reading(db) as reader:
+                listed = [s["session_id_hash"] for s in session_events.exported(
+                    reader, session_events.EVER)]
+                assert listed == [sha("session", n) for n in range(3)], (index, change)
+                graph = session_events.graph(reader, session_events.EVER)
+                assert graph["totals"]["hand_overs"] == 2
     db = str(tmp_path / "text.db")
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         schema = (ROOT / "schema.sql").read_text(encoding="utf-8")
@@ -6937,10 +6943,11 @@ def test_reader_counts_as_left_out_only_what_is_in_the_window(tmp_path):
 def test_reader_moments_without_a_fraction(tmp_path):
     """They sort by their instant in lists, cuts, first and last seen, and at a window's edges."""
     ended = [
-        "12:00:00.500Z", "12:00:00Z", "12:00:00.000Z", "12:00:01Z", "11:59:59.999Z", "12:00:00Z"]
+        "12:00:00.500Z", "12:00:00Z", "12:00:00.000Z", "12:00:01Z", "11:59:59.999Z", "12:00:00Z",
+        "12:00:01.250Z"]
     rows = [row(n, "d%d" % n, "2026-05-22T" + at, ["x"]) for n, at in enumerate(ended)]
     db = stored(tmp_path / "e.db", *rows)
-    right = [sha("session", n) for n in (4, 1, 2, 5, 0, 3)]
+    right = [sha("session", n) for n in (4, 1, 2, 5, 0, 3, 6)]
     key = {
         n: "2026-05-22T" + (at if len(at) == 13 else at[:-1] + ".000Z")
         for n, at in enumerate(ended)
@@ -6948,7 +6955,8 @@ def test_reader_moments_without_a_fraction(tmp_path):
     with session_events.reading(db) as reader:
         window = session_events.Window(**MAY)
         assert [s["session_id_hash"] for s in session_events.exported(reader, window)] == right
-        for limit in range(1, 7):
+        assert session_events.last_event(reader) == key[6]
+        for limit in range(1, 8):
             listed = session_events.sessions(reader, window, limit)["sessions"]
             assert [s["session_id_hash"] for s in listed] == right[::-1][:limit]
         path = session_events.discovery(reader, "x", window)["path"]
@@ -6956,7 +6964,7 @@ def test_reader_moments_without_a_fraction(tmp_path):
         edges = session_events.graph(reader, window)["edges"]
         assert [e["target"] for e in edges] == right[1:]
         assert (
-            session_events.discoveries(reader, window)["discoveries"][0]["last_seen_at"] == key[3])
+            session_events.discoveries(reader, window)["discoveries"][0]["last_seen_at"] == key[6])
         times = [*key.values(), "2026-05-22T12:00:00.250Z", "2026-05-22T12:00:00.001Z"]
         for since, until in itertools.product(times, times):
             inside = {sha("session", n) for n in key if since <= key[n] < until}
