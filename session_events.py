@@ -92,6 +92,8 @@ from typing import (
     Union,
 )
 
+__version__ = "1.0.0"
+
 # ==================================================================================================
 # The contract
 # ==================================================================================================
@@ -1534,6 +1536,15 @@ def cold_start_words(cold: Plain) -> str:
     return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
+def nothing_words(reader: Reader, window: Window) -> str:
+    """What is said of a window without a session."""
+    kind = " of this kind" if window[2:] != NO_FILTER else ""
+    last = last_event(reader)
+    return "No session%s ended in this window. %s" % (
+        kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
+            kind and " of any kind", minute(last)))
+
+
 def percent(share: Optional[float]) -> str:
     return "-" if share is None else "%.0f %%" % (100 * share)
 
@@ -2286,12 +2297,7 @@ def empty(text: str) -> str:
 
 
 def nothing(reader: Reader, window: Window) -> str:
-    """What a page says of a window without a session."""
-    kind = " of this kind" if window[2:] != NO_FILTER else ""
-    last = last_event(reader)
-    return empty("No session%s ended in this window. %s" % (
-        kind, "None was ever stored here." if last is None else "The last one%s ended %s UTC." % (
-            kind and " of any kind", minute(last))))
+    return empty(nothing_words(reader, window))
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
@@ -2591,8 +2597,10 @@ def widened(connection: sqlite3.Connection) -> sqlite3.Connection:
 def reading(path: str) -> Iterator[Reader]:
     """One read transaction on the database file, as a Reader. Raises Refused, also in place of the
     sqlite3.Error of any query in the block."""
-    if not os.path.exists(path):
-        raise Refused("there is no file %s" % path)
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise Refused("cannot read %s: %s" % (path, error.strerror)) from None
     if not os.path.isfile(path):
         raise Refused("%s is not a file" % path)
     if not os.access(path, os.R_OK):
@@ -3986,6 +3994,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="example: python3 session_events.py demo\n\n"
                "exit status: 0 answered (also when there is nothing in the window),\n"
                "1 not found or not readable, 2 the command line is wrong")
+    top.add_argument("--version", action="version", version="session_events.py " + __version__)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     every: Dict[str, Union[Question, Action]] = {**QUESTIONS, **ACTIONS}
     for name, command in every.items():
@@ -4013,10 +4022,7 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         if question.found == "days":  # an empty day is listed
             found = any(day["sessions"] for day in found)
         if not found:
-            newest = last_event(reader)
-            print("nothing in this window; " + (
-                "the last session ended %s UTC (--days and --since look further back)"
-                % minute(newest) if newest else "there is no session at all"), file=sys.stderr)
+            print(nothing_words(reader, window), file=sys.stderr)
         if reader.left_out:
             print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
 
@@ -4029,6 +4035,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
 
     try:
+        if sys.stdout is None:
+            raise Refused("standard output is closed")
         if options.command in ACTIONS:
             return ACTIONS[options.command].run(options)
         ask(QUESTIONS[options.command], options, out)
@@ -4041,6 +4049,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         # Whoever read the output has closed it (`| head`). The flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + getattr(signal, "SIGPIPE", 13)
+    except OSError as error:  # a disk is full: that of standard output, or of the temporary files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("session_events: cannot go on: %s" % error.strerror, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 

@@ -7341,7 +7341,7 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
     changed("key.db", "DROP TABLE session_events", keyless)
     for name, says in (
         ("key.db", "the column id of its table session_events is no INTEGER PRIMARY KEY"),
-        ("none.db", "there is no file"),
+        ("none.db", "No such file"),
         (".", "is not a file"),
         ("text.db", "not an SQLite database"),
         ("empty.db", "holds no session events"),
@@ -7366,8 +7366,10 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
         (["sessions", "--db", good, "--since", "2026-05-02", "--until", "2026-05-01"],
          "must be after", 2),
         (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"],
-         "nothing in this window", 0),
-        (["export", "--db", good, "--until", "2020-02-01"], "nothing in this window", 0),
+         "No session ended in this window. The last one ended", 0),
+        (["export", "--db", good, "--until", "2020-02-01"], "No session ended", 0),
+        (["sessions", "--db", good, "--discovery", "nobody", *IN_MAY],
+         "No session of this kind ended in this window. The last one of any kind", 0),
     ):
         status, out, err = answered(capfdbinary, argv)
         assert (status, says in err) == (expected, True), (argv, err)
@@ -7457,6 +7459,12 @@ def test_reader_as_a_program(tmp_path):
     process.stdout.close()
     assert process.wait(60) == 128 + signal.SIGPIPE and process.stderr.read() == b""
     process.stderr.close()
+    for end, said in ((">/dev/full", "cannot go on: No space left on device"),
+                      (">&-", "standard output is closed")):
+        for command in ("sessions", "export"):
+            argv = program("session_events", command, "--days", 60, "--db", db)
+            done = run(["bash", "-c", " ".join([*map(shlex.quote, argv), end])])
+            assert (done.returncode, done.stderr) == (1, "session_events: %s\n" % said)
 
 
 # -- The database file -----------------------------------------------------------------------------
@@ -9754,7 +9762,7 @@ def test_ship_metrics_and_clients_that_go_away(tmp_path, capfd, host):
     os.unlink(db)
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(url, timeout=30)
-    assert refused.value.code == 503 and b"there is no file" in refused.value.read()
+    assert refused.value.code == 503 and b"No such file" in refused.value.read()
     eventually(lambda: threading.active_count() == threads)
     assert capfd.readouterr() == ("", "")
 
