@@ -7461,7 +7461,7 @@ def test_reader_as_a_program(tmp_path):
     process.stderr.close()
     for end, said in ((">/dev/full", "cannot go on: No space left on device"),
                       (">&-", "standard output is closed")):
-        for command in ("sessions", "export"):
+        for command in ("sessions", "export") if os.path.exists("/dev/full") else ():
             argv = program("session_events", command, "--days", 60, "--db", db)
             done = run(["bash", "-c", " ".join([*map(shlex.quote, argv), end])])
             assert (done.returncode, done.stderr) == (1, "session_events: %s\n" % said)
