@@ -3514,6 +3514,15 @@ class Shipment:
         """Replaces a mark, in a short write transaction beside a running server. It does so only if
         the file still has the mark `before`, and the row that was confirmed: the file may have been
         replaced, and a second ship may have been faster. Raises Later, Refused."""
+        with reading(self.path) as holder:
+            # The last user of a database syncs, and then deletes its -wal by name. If the database
+            # was replaced meanwhile, that is the -wal of the new one, with what a server stored. A
+            # reader deletes nothing. It is open until the writer has closed.
+            holder.rows("COMMIT")
+            self.write_beside(before, after, row)
+
+    def write_beside(self, before: Mark, after: Mark, row: Optional[Shipped]) -> None:
+        """`write`, while a reader has the file open."""
         try:
             with contextlib.closing(sqlite3.connect(
                     Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,

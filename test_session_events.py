@@ -9189,10 +9189,12 @@ def test_ship_follows_a_server(tmp_path, clickhouse):
 
 
 def restored(backup, db):
-    """Puts the backup in the place of the file, by renaming, as README says."""
-    for side in ("-wal", "-shm"):
+    """Puts the backup in the place of the file, in README's order: the file is moved first, so that
+    nobody makes a new -wal for it.
+    """
+    for end in ("", "-wal", "-shm"):
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(str(db) + side)
+            os.rename(str(db) + end, str(db) + ".replaced" + end)
     shutil.copy(str(backup), str(db) + ".new")
     os.replace(str(db) + ".new", str(db))
 
@@ -9418,6 +9420,20 @@ def test_ship_mark_is_replaced_only_where_it_was_read(tmp_path):
     assert shipment.mark() == moved
     shipment.write(mark, mark._replace(last_id=12), rows[11])
     assert shipment.mark() == moved
+
+
+def test_ship_deletes_no_wal(tmp_path):
+    """SQLite deletes a -wal file by its name when the last user of the database closes it. While it
+    syncs before that, another file can take the place of the database, and a server can store
+    events in a -wal of the same name. So a ship never closes a database as its last user.
+    """
+    db = stored(tmp_path / "a.db", *many(10))
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+    shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
+    mark = shipment.begun()
+    shipment.write(mark, mark._replace(last_id=1))
+    assert os.path.getsize(db + "-wal") > 0 and shipment.mark().last_id == 1
 
 
 def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, monkeypatch):
