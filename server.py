@@ -1369,7 +1369,7 @@ class Store:
                 raise  # what else it is passes, and a write will say it
 
     def check_pepper(self) -> None:
-        """Note the pepper's fingerprint. Raises StartError where rows have another pepper.
+        """Note the pepper's fingerprint. Raises StartError where the file has another pepper.
 
         With another pepper, or without one, everybody would be somebody else from now on.
         """
@@ -1377,8 +1377,8 @@ class Store:
         own = fingerprint(self.pepper) if self.pepper is not None else ""
         if noted and noted[-1] != own:
             raise StartError(
-                "%s has rows that were stored with %s pepper: start it with their --pepper-file, or"
-                " begin a new database" % (self.path, "another" if own else "a"))
+                "%s was made with %s pepper: put that back as --pepper-file, or begin a new"
+                " database" % (self.path, "another" if own else "a"))
         if own and not noted:
             self.db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
             self.db.execute("INSERT INTO session_events_pepper VALUES (?)", (own,))
@@ -1889,39 +1889,25 @@ def load_pepper(path: str) -> bytes:
     return pepper
 
 
-def own_pepper(path: str, database: str) -> bytes:
-    """The secret in `path`, for the server of `database`. Raises StartError.
-
-    It is made where there is none, unless the database has rows that were stored with it.
-    """
-    if not os.path.lexists(path):
-        noted: List[str] = []
-        if os.path.isfile(database):
-            with contextlib.suppress(sqlite3.Error), contextlib.closing(
-                    sqlite3.connect(database)) as db:
-                noted = noted_peppers(db)
-        if noted:
-            raise StartError("there is no pepper file %s, and %s has rows that were stored with it:"
-                             " put it back" % (path, database))
-        make_pepper(path)
-    return load_pepper(path)
-
-
-def make_pepper(path: str) -> None:
-    """Write a new secret to `path`, readable by its owner only. Raises StartError."""
+def make_pepper(path: str) -> bytes:
+    """A new secret in `path`, readable by its owner only, or the one of another process that was
+    faster. Raises StartError."""
     try:
-        made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with open(made, "w", encoding="ascii") as file:
+        # A folder, so that half a pepper never stands in the way of a whole one.
+        with tempfile.TemporaryDirectory(
+                ".partial", ".pepper-", os.path.dirname(os.path.abspath(path))) as folder:
+            made = os.path.join(folder, "pepper")
+            descriptor = os.open(made, os.O_WRONLY | os.O_CREAT, 0o600)
+            with open(descriptor, "w", encoding="ascii") as file:
                 file.write(os.urandom(32).hex() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
-            os.unlink(path)  # half a pepper would stand in the way of a whole one
-            raise
+            with contextlib.suppress(FileExistsError):
+                take_name(made, path)
     except OSError as error:
         raise StartError(
             "cannot make the pepper file %s: %s" % (path, error.strerror)) from None
+    return load_pepper(path)
 
 
 def peppered(pepper: bytes, digest: str) -> str:
@@ -2168,7 +2154,8 @@ def read_hashes(path: str, words: Sequence[str], pepper_file: Optional[str]) -> 
             if fingerprint(pepper) not in noted_peppers(db):
                 raise StartError("%s has no rows that were stored with the pepper in %s"
                                  % (path, pepper_file))
-        hashes = [peppered(pepper, text) for text in hashes]
+        # Rows may have been stored before there was a pepper.
+        hashes = [peppered(pepper, text) for text in hashes] + hashes
     return list(dict.fromkeys(hashes))
 
 
@@ -3455,11 +3442,9 @@ _rare: Dict[Tuple[str, Tuple[str, int]], Tuple[float, int]] = {}
 def log_rarely(event: str, place: Tuple[str, int], **fields: Any) -> None:
     """Log a line, for each kind at most one in LOG_SECONDS; the others are counted."""
     kind = event, place
-    if kind in _rare:
-        said_at, more = _rare[kind]
-        _rare[kind] = said_at, more + 1
-    else:
-        _rare[kind] = time.monotonic(), 0
+    said_at, more = _rare.get(kind, (time.monotonic(), -1))
+    _rare[kind] = said_at, more + 1
+    if more < 0:
         log(event, **fields)
 
 
@@ -3467,9 +3452,9 @@ def log_left_out(now: float) -> None:
     """Log, of each kind, how many lines were left out (`more`), when LOG_SECONDS are over."""
     for kind, (said_at, more) in list(_rare.items()):
         if now - said_at >= LOG_SECONDS:
-            del _rare[kind]
+            _rare.pop(kind, None)  # another server of this process may have done it
             if more:
-                _rare[kind] = now, 0
+                _rare[kind] = time.monotonic(), 0
                 log(kind[0], more=more)
 
 
@@ -3685,9 +3670,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:  # the database is as it was
         return 128 + signal.SIGINT
     handle_signals(server, options)
-    print_line("listening on " + server.url)
+    OUTPUT.write("listening on " + server.url)
     for listener in server.operators():
-        print_line("metrics on %s/metrics" % url_of("http", listener))
+        OUTPUT.write("metrics on %s/metrics" % url_of("http", listener))
     notify("READY=1")
     every = watchdog_seconds()
     if every:
@@ -3725,13 +3710,17 @@ def run_command(options: argparse.Namespace) -> int:
 def build(options: argparse.Namespace) -> IngestServer:
     """The server that the command line asks for, listening. Raises StartError."""
     tls = load_tls(options) if options.tls_cert else None
-    pepper = own_pepper(options.pepper_file, options.db) if options.pepper_file else None
+    new_pepper = bool(options.pepper_file) and not os.path.lexists(options.pepper_file)
+    pepper = None if new_pepper or not options.pepper_file else load_pepper(options.pepper_file)
     connections = raise_descriptor_limit(options.max_connections)
     limits = Limits(options.request_seconds, options.idle_seconds, options.write_seconds,
                     connections, options.rate)
     with contextlib.ExitStack() as undo:
         store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
         undo.callback(store.close)
+        if new_pepper:  # only now: a database that has one already was refused
+            store.pepper = make_pepper(options.pepper_file)
+            store.check_pepper()
         inherited = inherited_listener()
         with listening("--port", (options.host, options.port)):
             server = IngestServer(
