@@ -510,10 +510,8 @@ class Look(NamedTuple):
     newest: Deque[Tuple[Any, ...]]
 
 
-def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
-    """The rows, if there are any, as columns."""
-    if rows:
-        yield [[row[place] for row in rows] for place in places]
+def columns_of(rows: Rows, places: Sequence[int]) -> Columns:
+    return [[row[place] for row in rows] for place in places]
 
 
 class Reader:
@@ -580,8 +578,8 @@ class Reader:
             lower = "> " + MOMENT_OF, last
 
     def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """All sessions in the window's time, whatever its filters, oldest first, one or more at a
-        time: the columns at these places of COLUMNS."""
+        """All sessions in the window's time, whatever its filters, oldest first, some at a time:
+        the columns at these places of COLUMNS."""
         # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = max(window.since, "0"), window.until
@@ -590,7 +588,7 @@ class Reader:
         index = self.rows(INDEX).fetchone()
         if bare or not index:
             for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
-                yield from columns_of(rows, places)
+                yield columns_of(rows, places)
             return
         for sql, values, crowded in self.parts(index[0], since, until):
             count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values, places)
@@ -598,7 +596,7 @@ class Reader:
                 yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
-                    yield from columns_of(rows, places)
+                    yield columns_of(rows, places)
 
     def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
         """The sessions of the window, oldest first, some at a time, as columns: who it was, as a
@@ -2221,7 +2219,7 @@ def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
 
 def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
     """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
-    in the address, where the page takes no discovery."""
+    in the address. A page that gives it has no field for a discovery."""
     days = [(str(n), "last %s" % some(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
     fields = "".join('<input type="hidden" name="%s" value="%s">' % (
         name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
