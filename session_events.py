@@ -485,8 +485,7 @@ CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % 
 # the order of their ids. Another program's file may lack it, or have others.
 INDEX = """SELECT one.name FROM pragma_index_list('session_events') AS one,
   pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.name = 'ended_at'
-  AND part.coll = 'BINARY' AND NOT part."desc"
-  AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
+  AND part.coll = 'BINARY' AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
@@ -582,7 +581,7 @@ class Reader:
         the columns at these places of COLUMNS."""
         # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
-        since, until = max(window.since, "0"), window.until
+        since, until = window[:2]
         seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
         bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
         index = self.rows(INDEX).fetchone()
