@@ -1091,8 +1091,7 @@ def days_of(reader: Reader, window: Window) -> Days:
     names = list(developers_of(reader.everybody(window)).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
-    return {datetime.date.fromisoformat(date).toordinal(): day
-            for date, day in days.items()}
+    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -1100,10 +1099,10 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
     None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back` of a period: how many of its developers were there in the period before it, too
-    (within the window); of the active: in as many days before. The active are counted to the end
-    of the window, its last day included, which is listed even when it is empty. "before": as many
-    days before the window."""
+    `came_back`: how many of the developers were also there in the period before (within the
+    window); for the active, in as many days before theirs. The active are those of the last 1, 7
+    and 28 days of the window. Its last day is listed even when it is empty. "before" is the window
+    of the same length right before it."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
@@ -1131,8 +1130,7 @@ def active(who: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
     for days in ACTIVE_DAYS:
         here = between(last_day - days + 1, last_day)
         before = between(last_day - 2 * days + 1, last_day - days)
-        found.append(
-            {"days": days, "developers": len(here), "came_back": len(here & before)})
+        found.append({"days": days, "developers": len(here), "came_back": len(here & before)})
     return found
 
 
@@ -1195,8 +1193,8 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
 
 class Edge(NamedTuple):
-    """Knowledge carried on: positions of two sessions in a list in time order, and the
-    discoveries."""
+    """The discoveries that one session carried on from another. `source` and `target` are places
+    of the two in a list in time order."""
 
     source: int
     target: int
