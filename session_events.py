@@ -489,8 +489,7 @@ CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % 
 # the order of their ids. Another program's file may lack it, or have others.
 INDEX = """SELECT one.name FROM pragma_index_list('session_events') AS one,
   pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.name = 'ended_at'
-  AND part.coll = 'BINARY' AND NOT part."desc"
-  AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
+  AND part.coll = 'BINARY' AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
 BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
@@ -514,10 +513,8 @@ class Look(NamedTuple):
     newest: Deque[Tuple[Any, ...]]
 
 
-def columns_of(rows: Rows, places: Sequence[int]) -> Iterator[Columns]:
-    """The rows, if there are any, as columns."""
-    if rows:
-        yield [[row[place] for row in rows] for place in places]
+def columns_of(rows: Rows, places: Sequence[int]) -> Columns:
+    return [[row[place] for row in rows] for place in places]
 
 
 class Reader:
@@ -584,17 +581,17 @@ class Reader:
             lower = "> " + MOMENT_OF, last
 
     def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """All sessions in the window's time, whatever its filters, oldest first, one or more at a
-        time: the columns at these places of COLUMNS."""
+        """All sessions in the window's time, whatever its filters, oldest first, some at a time:
+        the columns at these places of COLUMNS."""
         # A row whose ended_at is no moment counts as left out of every window.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
-        since, until = max(window.since, "0"), window.until
+        since, until = window[:2]
         seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
         bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
         index = self.rows(INDEX).fetchone()
         if bare or not index:
             for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
-                yield from columns_of(rows, places)
+                yield columns_of(rows, places)
             return
         for sql, values, crowded in self.parts(index[0], since, until):
             count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values, places)
@@ -602,7 +599,7 @@ class Reader:
                 yield [cells_in(place, texts[place]) for place in places]
             elif count:
                 for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
-                    yield from columns_of(rows, places)
+                    yield columns_of(rows, places)
 
     def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
         """The sessions of the window, oldest first, some at a time, as columns: who it was, as a
@@ -1098,8 +1095,7 @@ def days_of(reader: Reader, window: Window) -> Days:
     names = list(developers_of(reader.everybody(window)).values())
     for day in days.values():
         day.who = {names[number] for number in day.who}
-    return {datetime.date.fromisoformat(date).toordinal(): day
-            for date, day in days.items()}
+    return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
 def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
@@ -1107,10 +1103,10 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
     None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back` of a period: how many of its developers were there in the period before it, too
-    (within the window); of the active: in as many days before. The active are counted to the end
-    of the window, its last day included, which is listed even when it is empty. "before": as many
-    days before the window."""
+    `came_back`: how many of the developers were also there in the period before (within the
+    window); for the active, in as many days before theirs. The active are those of the last 1, 7
+    and 28 days of the window. Its last day is listed even when it is empty. "before" is the window
+    of the same length right before it."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
@@ -1138,8 +1134,7 @@ def active(who: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
     for days in ACTIVE_DAYS:
         here = between(last_day - days + 1, last_day)
         before = between(last_day - 2 * days + 1, last_day - days)
-        found.append(
-            {"days": days, "developers": len(here), "came_back": len(here & before)})
+        found.append({"days": days, "developers": len(here), "came_back": len(here & before)})
     return found
 
 
@@ -1202,8 +1197,8 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
 
 class Edge(NamedTuple):
-    """Knowledge carried on: positions of two sessions in a list in time order, and the
-    discoveries."""
+    """The discoveries that one session carried on from another. `source` and `target` are places
+    of the two in a list in time order."""
 
     source: int
     target: int
@@ -2234,7 +2229,7 @@ def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
 
 def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
     """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
-    in the address, where the page takes no discovery."""
+    in the address. A page that gives it has no field for a discovery."""
     days = [(str(n), "last %s" % some(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
     fields = "".join('<input type="hidden" name="%s" value="%s">' % (
         name, html.escape(value, quote=True)) for name, value in (kept or {}).items())

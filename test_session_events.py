@@ -6582,6 +6582,10 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         ] == [("2026-W19", 2, 0, 2, 3, 12), ("2026-W20", 2, 1, 2, 12, 24)]
         assert [d["sessions"] for d in activity["days"]] == [1, 1, 0, 0, 0, 0, 0, 0, 2]
         assert [m["developers"] for m in activity["months"]] == [3]
+        one = session_events.Day()
+        one.who = {a}
+        apart = session_events.periods({1: one, 2: one, 1000: one})  # too long for empty periods
+        assert [d["came_back"] for d in apart["days"]] == [0, 1, 0]
         assert activity["active"] == [
             {"days": 1, "developers": 2, "came_back": 0},
             {"days": 7, "developers": 2, "came_back": 1},
