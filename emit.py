@@ -17,8 +17,8 @@ example:
   echo '{"session_id":"abc","cwd":"/src/app"}' | ASHLR_TELEMETRY=on python3 emit.py --wait 2000
 
 It needs nothing but Python 3.6 or newer, as one file in any folder. A hook run never fails, prints
-nothing on standard output, and exits 0. The event is on the disk before the hook returns. A process
-of its own then sends it, for 20 s at the most. What cannot be sent waits in
+nothing on standard output, and exits 0. Before the hook returns, the event is in the spool. Then a
+process of its own sends it, for 20 s at the most. What cannot be sent waits in
 ~/.ashlr/session-events/pending/ (at most 500 events, 30 days) for the next session's end.
 --wait stays until the event is answered, MS milliseconds (500) at the most; in CI and in containers
 that is the default. ASHLR_SESSION_EVENTS_WAIT=MS sets another time (0: never).
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # the default place of discoveries follow it.
 PRODUCT = "ashlr"
 HOME_FOLDER = "~/." + PRODUCT
-PREFIX = PRODUCT.upper().replace("-", "_") + "_"
+PREFIX = PRODUCT.upper().replace("-", "_").replace(".", "_") + "_"
 DISCOVERIES = "." + PRODUCT + "code/genome/sections/discoveries"
 
 VERSION = "2.0.0"
@@ -93,11 +93,12 @@ DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which
 WAITING_EVENTS, WAITING_DAYS = 500, 30
 SESSION_DAYS = 90  # that a session's file is kept after its last line: hosts continue none after 30
 LEFTOVER_S = 3600.0  # age at which a file that a kill left half-written is deleted
-FILE_BYTES = 1 << 26  # more than any host or plugin writes
+INPUT_BYTES = 1 << 26  # more than any host writes
+FILE_BYTES = 1 << 22  # of a file in the home; what is larger counts as unreadable
 SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
 
-HOME = "/." + PRODUCT + "/"
-OURS = HOME + "session-events/"
+FOLDER = "/." + PRODUCT + "/"
+OURS = FOLDER + "session-events/"
 PENDING, SESSIONS, LAST = OURS + "pending/", OURS + "sessions/", OURS + "last.json"
 
 # O_NONBLOCK: a pipe in the place of a file must not block. Windows has O_BINARY only.
@@ -113,9 +114,9 @@ LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
 UNCLEAR = HOME_FOLDER + "/config.json cannot be read, and no variable says on"
 
 COLLECTED = """\
-Collected when a session ends: the time, tool calls and tokens saved, commit, discoveries, version.
-Never: names, paths, code, prompts. Machine, login and session are one-way hashes; the first two
-change every quarter. It goes to %s.
+Collected when a session ends: the time, tool calls, tokens saved, commit, version, discoveries by
+name. It goes to %s. Kept here for 90 days: the times of its tool calls. Never: your name, paths,
+code, prompts. Machine, login and session are one-way hashes; the first two change every quarter.
 To stop: emit.py off (also deletes what waits). To see an event before it goes: emit.py show."""
 
 
@@ -145,7 +146,7 @@ def consent(env: "Env", said: "Any") -> "Tuple[bool, str]":
 def telemetry_said(home: str) -> "Any":
     """"telemetry" of config.json; None if there is none, UNCLEAR if the file cannot be read."""
     try:
-        return loads(contents(home + HOME + "config.json")).get("telemetry")
+        return loads(contents(home + FOLDER + "config.json")).get("telemetry")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError):
@@ -269,7 +270,7 @@ def standard_input() -> bytes:
     """What the host wrote on standard input within the time limits; b"" for a terminal."""
     from select import select
     data, until = bytearray(), time.monotonic() + INPUT_FIRST_S
-    while not os.isatty(0) and len(data) <= FILE_BYTES:
+    while not os.isatty(0) and len(data) <= INPUT_BYTES:
         found = quietly(select, [0], [], [], max(0.0, until - time.monotonic()))
         # None: Windows knows sockets only; the read waits there.
         piece = quietly(os.read, 0, 65536) if found is None or found[0] else b""
@@ -543,10 +544,12 @@ def touched_ref(path: str, base: str, project: str, folder: str) -> str:
     `base`: the absolute folder that a relative path starts from. On Windows case is no difference.
     """
     at = os.path
+    project = at.normcase(at.normpath(project))
     inside = at.normcase(at.normpath(at.join(project, folder))) + os.sep
     path = at.normpath(at.join(base, path))
     stem = at.splitext(at.basename(path))[0]
-    return stem if at.normcase(path).startswith(inside) and fits(stem, REF) else ""
+    found = at.normcase(path).startswith(inside) and inside.startswith(at.join(project, ""))
+    return stem if found and fits(stem, REF) else ""
 
 
 def mentioned_refs(command: str, folder: str) -> "List[str]":
@@ -555,9 +558,10 @@ def mentioned_refs(command: str, folder: str) -> "List[str]":
     mark = "/".join(folder.replace("\\", "/").strip("/").split("/")[-2:]) + "/"
     if mark not in text:
         return []
-    import re  # `x-sections/…` is another folder
-    names = re.findall(r"(?<![\w.-])%s([\w.:/-]*)" % re.escape(mark), text, re.ASCII)
-    return [touched_ref(name, "/x/y", "/x", "y") for name in names]
+    import re  # `x-sections/…` is another folder; `a*` and `a/` are no names
+    names = re.findall(r"(?<![\w.-])%s([\w.:/-]*[\w.:-])(?=/?['\"]|[\s`;|&()<>,]|$)"
+                       % re.escape(mark), text, re.ASCII)
+    return [touched_ref(name, "/project/folder", "/project", "folder") for name in names]
 
 
 def newest_refs(refs: "Sequence[str]") -> "List[str]":
@@ -597,7 +601,7 @@ def instant(text: str) -> float:
     *date, fraction, sign, hours, minutes = found.groups("0")
     year, month, day, hour, minute, second = map(int, date)
     moment = datetime(year, month, day, hour, minute, second) - datetime(1970, 1, 1)
-    east = int(sign + "60") * (60 * int(hours) + int(minutes))
+    east = int(sign + "60") * (60 * int(hours) + int(minutes))  # s; without a zone all are "0"
     return moment.total_seconds() + float(fraction) - east
 
 
@@ -704,11 +708,12 @@ def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[st
 
     `age`: seconds since the last change of the file, at least.
     """
-    try:
-        return [name for name in sorted(os.listdir(own(home, folder))) if fits(name, pattern)
-                and (not age or time.time() - os.lstat(home + folder + name).st_mtime > age)]
-    except OSError:
-        return []
+    names = quietly(lambda: sorted(os.listdir(own(home, folder)))) or []
+    names = [name for name in names if fits(name, pattern)]
+    if not age:
+        return names
+    found = [(name, quietly(os.lstat, home + folder + name)) for name in names]
+    return [name for name, status in found if status and time.time() - status.st_mtime > age]
 
 
 def own(home: str, folder: str, make: bool = False) -> str:
@@ -716,7 +721,7 @@ def own(home: str, folder: str, make: bool = False) -> str:
 
     Only ~/.ashlr itself may be a link: a person may keep it on another disk.
     """
-    for path in ([OURS, folder] if folder != HOME else []):
+    for path in ([OURS, folder] if folder != FOLDER else []):
         if os.path.islink((home + path)[:-1]):
             raise OSError(40, "a folder of emit.py is a symbolic link")
     if make:
@@ -763,12 +768,12 @@ def machine_id(home: str, make: bool = True) -> str:
 
     OSError if it cannot be written or read, Told if its file is empty or a dangling link.
     """
-    path = home + HOME + "machine-id"
+    path = home + FOLDER + "machine-id"
     if not os.path.lexists(path):
         if not make:
             return ""
         try:
-            own(home, HOME, make=True)
+            own(home, FOLDER, make=True)
             write_whole(path, random_uuid().encode(), fresh=True)
         except FileExistsError:  # another session was quicker
             pass
@@ -855,7 +860,7 @@ def sweep(home: str, env: "Env", machine: str) -> None:
         quietly(settle, home, env, machine, name)  # no room: the next session's end tries again
     for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
         remove(home + SESSIONS + name)
-    for folder in (HOME, OURS, PENDING, SESSIONS):
+    for folder in (FOLDER, OURS, PENDING, SESSIONS):
         for name in names_in(home, folder, LEFTOVER_NAME, LEFTOVER_S):
             remove(home + folder + name)
 
@@ -868,7 +873,7 @@ def settle(home: str, env: "Env", machine: str, name: str) -> None:
         return
     record, session = Record(data), decoded(bytes.fromhex(name))
     if record.calls or record.refs:
-        stats = counts(object_at(home + HOME + "stats.json"), {}, [session], time.time())
+        stats = counts(object_at(home + FOLDER + "stats.json"), {}, [session], time.time())
         end_session(home, session, record.last, *stats)
         record = Record(session_data(home, name))
     missing = [part for part in record.parts if part.token not in record.kept]
@@ -920,7 +925,7 @@ def track(env: "Env", given: "Words", words: "Sequence[str]") -> int:
 
 def compose(env: "Env", home: str, machine: str, session: str, part: Part) -> "Json":
     """The event of a part (README, Contract 1 and 4), without the commit."""
-    login = github_login(object_at(home + HOME + "pro-token-cache.json"))
+    login = github_login(object_at(home + FOLDER + "pro-token-cache.json"))
     quarter = salt(part.ended / 1000)
     named = session if part.number == 1 else "%s:part:%d" % (session, part.number)
     return {
@@ -952,7 +957,8 @@ def close_part(caller: Caller, machine: str,
                written: bool = True) -> "Tuple[str, Optional[Part], Json]":
     """(session id, the part that its end closes now, the event of that): see `end_session`."""
     home, now, session = caller.home, time.time(), caller.session_id(machine)
-    stats, project = (object_at(home + HOME + name) for name in ("stats.json", "last-project.json"))
+    stats, project = (
+        object_at(home + FOLDER + name) for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
     numbers = counts(stats, project, [session, bucket], now)
     part = end_session(home, session, int(now * 1000), *numbers, written=written)
@@ -1054,7 +1060,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, Told):
         return str(error)
     words = ": %s" % error.strerror if isinstance(error, OSError) and error.strerror else ""
-    place = " in " + HOME_FOLDER if HOME in str(getattr(error, "filename", "")) else ""
+    place = " in " + HOME_FOLDER if FOLDER in str(getattr(error, "filename", "")) else ""
     return type(error).__name__ + words + place
 
 
@@ -1066,14 +1072,24 @@ def place_of(error: BaseException) -> str:
     return " (in %s, line %s)" % (place.name, place.lineno)
 
 
-def opener() -> "Any":
-    """What speaks HTTP and HTTPS, goes through the environment's proxies, follows no redirect."""
+def opener(url: "str") -> "Any":
+    """What speaks HTTP and HTTPS, and follows no redirect. Told if the proxy is of no known kind.
+
+    It goes through the environment's proxies, but to this machine itself directly.
+    """
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
         stub.__dict__.update(_get_proxies=dict, _get_proxy_settings=dict)
     import urllib.request as u
+    from urllib.parse import urlsplit
+    parts, proxies = urlsplit(url), u.getproxies_environment()
+    if parts.hostname in ("127.0.0.1", "localhost", "::1"):
+        proxies = {}
+    kind, mark, _ = proxies.get(parts.scheme, "").partition("://")
+    if mark and kind not in ("http", "https"):
+        raise Told("a proxy of an unknown kind")
     director = u.OpenerDirector()
-    for way in (u.ProxyHandler(u.getproxies_environment()), u.HTTPHandler(), u.HTTPSHandler()):
+    for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler()):
         director.add_handler(way)
     return director
 
@@ -1090,7 +1106,7 @@ class Sender:
         self.headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
         if authorization:
             self.headers["Authorization"] = authorization
-        self.opener = opener()
+        self.opener = opener(self.url)
         say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
 
     def barred(self) -> str:
@@ -1171,8 +1187,6 @@ class Sender:
         try:
             request = Request(self.url, as_sent(event), self.headers)
             answer = self.opener.open(request, timeout=ANSWER_S)
-            if not answer:
-                raise Told("a proxy of an unknown kind")
             with answer:
                 status = answer.status
                 tells = 200 <= status < 300 and status != 202
@@ -1273,6 +1287,8 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
         quietly(secure, home, session, part, event, path)
+    if withdrawn(home, env):  # meanwhile
+        return
     try:
         sender, own_name = Sender(home, env), os.path.basename(path)
         if part and not path:
@@ -1292,7 +1308,7 @@ def secure(home: str, session: str, part: Part, event: "Json", path: str) -> Non
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
     if event["branch_sha"] and os.path.exists(path):
         write_whole(path, as_sent(event))
-    for kept in (path, os.path.dirname(path), home + HOME + "machine-id"):
+    for kept in (path, os.path.dirname(path), home + FOLDER + "machine-id"):
         quietly(sync, kept)
     append(home, session, ["kept " + part.token])
 
@@ -1402,10 +1418,16 @@ def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
         return complain("no such host; there are " + ", ".join(HOSTS), 2)
     events, where = HOSTS[words[0]]
     folder, name = os.path.split(decoded(os.fsencode(FILE)))
-    code = START % ((os.path.splitext(name)[0],) * 2)
+    module, asked = os.path.splitext(name)[0], given.get("--folder", [folder])[-1]
+    if not module.isidentifier():
+        return complain("Python can import no file of this name: call it emit.py", 1)
+    if asked[:1] == "~" or not (events or os.path.isabs(asked)):
+        return complain("--folder: nothing expands this; give an absolute folder, or $HOME/... for "
+                        "a host with shell hooks", 2)
+    code = START % (module, module)
     python, shell_folder = sys.executable or "python3", quote(folder)
     if "--folder" in given:  # printed as given: the host or its shell expands it
-        python, folder = "python3", given["--folder"][-1]
+        python, folder = "python3", asked
         shell_folder = folder if '"' in folder or "'" in folder else '"%s"' % folder
     if not events:
         print(OPENCODE % json.dumps([python, "-I", "-S", "-c", code, folder], indent=2), end="")
@@ -1438,7 +1460,7 @@ def show(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     if not allowed:
         complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)
     if not known:
-        complain("there is no machine-id yet: identity_hash is that of a passing one")
+        complain("there is no machine-id yet: the identity_hash shown is made up")
     return 0
 
 
@@ -1446,7 +1468,7 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
     """Why nothing can be captured, or None. With consent it tries to write."""
     try:
         machine_id(home, make=False)
-        for folder in (HOME, PENDING, SESSIONS) if allowed else ():
+        for folder in (FOLDER, PENDING, SESSIONS) if allowed else ():
             probe = "%s.%s.tmp" % (own(home, folder, make=True), os.urandom(8).hex())
             write_whole(probe, b"x" * 4096)
             remove(probe)
@@ -1486,9 +1508,10 @@ def mine(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     machine = machine_id(home, make=False)
     if not machine:
         return complain("there is no machine-id, so nothing was ever captured here", 1)
-    login = github_login(object_at(home + HOME + "pro-token-cache.json"))
+    login = github_login(object_at(home + FOLDER + "pro-token-cache.json"))
     now = time.time()
-    made = min(now, max(os.stat(home + HOME + "machine-id").st_mtime, 1577836800.0))  # from 2020 on
+    written = os.stat(home + FOLDER + "machine-id").st_mtime
+    made = min(now, max(written, 1577836800.0))  # from 2020 on
     days = range(int(made // DAY_S), int(now // DAY_S) + 1)
     for quarter in dict.fromkeys(salt(day * DAY_S) for day in days):
         print("%s identity_hash %s%s" % (quarter[5:], sha256_hex(machine + quarter),
@@ -1517,7 +1540,7 @@ def off(env: "Env", given: "Words", words: "Sequence[str]") -> int:
 def switch(home: str, value: str) -> bool:
     """Set "telemetry" in config.json and keep all else in it; True if that changed it."""
     import json
-    path, mode = os.path.realpath(home + HOME + "config.json"), 0o600
+    path, mode = os.path.realpath(home + FOLDER + "config.json"), 0o600
     config: "Json" = {}
     try:
         if os.path.lexists(path):
@@ -1529,7 +1552,7 @@ def switch(home: str, value: str) -> bool:
                    "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word)) from None
     if config.get("telemetry") == value:
         return False
-    own(home, HOME, make=True)
+    own(home, FOLDER, make=True)
     write_whole(path, data, mode)
     quietly(sync, path)
     return True
@@ -1599,7 +1622,7 @@ def main(argv: "Sequence[str]") -> int:
 
 def run() -> None:
     """`main`, then leave the process at once, without the interpreter's clean-up."""
-    if os.path.dirname(FILE) in map(os.path.abspath, sys.path[:1]):
+    if os.path.dirname(os.path.realpath(__file__)) in map(os.path.realpath, sys.path[:1]):
         del sys.path[0]  # a json.py beside this file must not be used
     code = main(sys.argv[1:])
     try:

@@ -748,11 +748,16 @@ def test_emit_finds_discoveries_in_paths():
                 patch.setattr(os, "path", ntpath)
                 patch.setattr(os, "sep", "\\")
             assert emit.touched_ref(path, base, project, place) == ref, path
+    for outside in ("/etc", "../etc", "."):
+        assert emit.touched_ref("/etc/passwd", "/", "/p", outside) == ""
     for command, refs in (
         ("cat .ashlrcode/genome/sections/discoveries/auth-jwt.md", ["auth-jwt"]),
         ("cat '/p/x/sections/discoveries/a.md' sections/discoveries/s/b.md;ls", ["a", "b"]),
         ("type C:\\p\\sections\\discoveries\\c.md", ["c"]),
         ("rg x sections/discoveries/ sections/discoveries", []),
+        ("cat sections/discoveries/a*.md sections/discoveries/x-$N.md", []),
+        ("ls sections/discoveries/sub/ sections/discoveries/john@corp.example", []),
+        ('sh -c "cat \\"sections/discoveries/e.md\\""; f(sections/discoveries/g.md)', ["e", "g"]),
         ("ls sections/discoveries/*.md my-sections/discoveries/d.md", []),
         ("cat sections/discoveries/../../secret.md", []),
         ("cat src/discoveries/e.md discoveries/f.md", []),
@@ -1389,9 +1394,14 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
     for args in ((), ("vim",),
                  ("claude", "x"),
                  ("claude", "--folder"),
-                 ("claude", "--folder", "a", "b")):
+                 ("claude", "--folder", "a", "b"),
+                 ("claude", "--folder", "~/plugin"),
+                 ("opencode", "--folder", folder)):
         done = person.emit("hooks", *args)
         assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    renamed = shutil.copy(str(EMIT), str(tmp_path / "session-end.py"))
+    done = run([sys.executable, "-I", "-S", renamed, "hooks", "claude"], env=person.env)
+    assert (done.returncode, done.stdout) == (1, "") and "call it emit.py" in done.stderr
 
 
 OPENCODE_CALLS = """\
@@ -1913,6 +1923,20 @@ def test_emit_runs_no_git_of_the_projects(python, person, repository, tmp_path):
     assert repository[1][:12] in found and found[3] is None
 
 
+def test_emit_asks_for_consent_again_after_the_capture(person, tmp_path):
+    """`off` while the commit is looked for, and an endpoint that is no URL: nothing stays."""
+    person.put("config.json", '{"telemetry": "opt-in"}')
+    (tmp_path / "git").write_text("#!/bin/sh\necho '{\"telemetry\": \"off\"}' >%s\n" % (
+        person.ashlr / "config.json"))
+    (tmp_path / "git").chmod(0o755)
+    for url in ("htp://127.0.0.1/", "http://127.0.0.1:9/"):
+        said = person.hook("off meanwhile", env={
+            "ASHLR_TELEMETRY": "", "ASHLR_SESSION_EVENTS_URL": url, "PATH": str(tmp_path)})
+        assert "captured" in said and person.kept() == []
+        assert not person.session_file("off meanwhile").exists()
+        person.put("config.json", '{"telemetry": "opt-in"}')
+
+
 @oldest_and_newest
 def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
     """No other proxy is asked for: a Mac's urllib would ask the system, and crash after a fork."""
@@ -1928,7 +1952,14 @@ def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
         person.hook(
             "direct", python=python,
             env={"no_proxy": "far.example", "ASHLR_SESSION_EVENTS_URL": "http://far.example/x"})
+        with Odd() as server:
+            person.hook("near", python=python, env={"ASHLR_SESSION_EVENTS_URL": server.url})
+            assert secret_hash("near") in server.sessions()
         assert len(proxy.requests) == 1
+        said = person.hook(
+            "by socks", python=python, env={"http_proxy": proxy.url.replace("http:", "socks5:")})
+        assert "a proxy of an unknown kind" in said and len(proxy.requests) == 1
+        assert secret_hash("by socks") in [kept["session_id_hash"] for kept in person.kept()]
 
 
 @oldest_and_newest
