@@ -4212,9 +4212,13 @@ def loaded(running, name, events):
     return client
 
 
-def p90(seconds):
-    """What nine of ten stay below. On a loaded machine the slowest of a hundred tell nothing."""
-    return sorted(seconds)[int(len(seconds) * 0.9)]
+def quantile(seconds, part):
+    return sorted(seconds)[int(len(seconds) * part)]
+
+
+# p90 is compared: on a loaded machine the slowest of a hundred answers tell nothing. p99 is printed
+# for the figures of README, which come from a quiet machine.
+p90, p99 = (functools.partial(quantile, part=part) for part in (0.9, 0.99))
 
 
 @pytest.mark.parametrize(
@@ -4425,7 +4429,7 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
     with serving(
         tmp_path / "events.db", "--max-connections", 4400
     ) as running, contextlib.ExitStack() as stack:
-        alone = p90(loaded(running, "alone", 400).seconds)
+        alone = loaded(running, "alone", 400).seconds
         crowd = [
             stack.enter_context(socket.create_connection((running.host, running.port)))
             for _ in range(4200)
@@ -4442,13 +4446,13 @@ def test_server_crowd_of_slow_clients_does_not_slow_a_good_one(tmp_path):
 
         dribbler = threading.Thread(target=dribble)
         dribbler.start()
-        beside = p90(loaded(running, "beside", 400).seconds)
+        beside = loaded(running, "beside", 400).seconds
         stopped.set()
         dribbler.join()
         peak = peak_megabytes(running.process.pid)
-        print("p90 alone %.2f ms, beside the crowd %.2f ms; %d MB"
-              % (alone * 1e3, beside * 1e3, peak))
-        assert beside < 2 * alone + 0.02  # 20 ms for what else runs here
+        print("p99 alone %.2f ms, beside the crowd %.2f ms; %d MB"
+              % (p99(alone) * 1e3, p99(beside) * 1e3, peak))
+        assert p90(beside) < 2 * p90(alone) + 0.02  # 20 ms for what else runs here
         assert peak < 120
 
 
@@ -5472,8 +5476,8 @@ def test_server_retention_sweeps_old_rows_and_their_edges(tmp_path):
         while rows_of(db, "SELECT id FROM session_events WHERE received_at < '2024' LIMIT 1"):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    print("p90 usual %.2f ms, during the sweep %.2f ms"
-          % (p90(usual.seconds) * 1e3, p90(during.seconds) * 1e3))
+    print("p99 usual %.2f ms, during the sweep %.2f ms"
+          % (p99(usual.seconds) * 1e3, p99(during.seconds) * 1e3))
     assert p90(during.seconds) < 2 * p90(usual.seconds) + 0.02  # 20 ms for what else runs here
     stay = len(usual.accepted) + len(during.accepted) + 10
     assert rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": stay}]
