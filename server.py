@@ -1265,13 +1265,15 @@ class Store:
 
     def migrate(self) -> None:
         """Bring the file to SCHEMA_VERSION. Raises StartError when that cannot be."""
+        # First: a server that starts beside this one may make the tables meanwhile.
+        empty = self.db.execute("SELECT 1 FROM sqlite_master").fetchone() is None
         version = pragma(self.db, "user_version")
         if version > SCHEMA_VERSION:
             raise StartError(
                 "%s has schema version %d, and this server.py knows %d: use a newer server.py"
                 % (self.path, version, SCHEMA_VERSION))
         fresh = version == 0 and not self.columns()
-        if fresh and self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        if fresh and not empty:
             raise StartError("%s is another program's database: it has tables, and no table"
                              " session_events" % self.path)
         if not fresh:
