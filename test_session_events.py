@@ -8808,6 +8808,10 @@ class ClickHouse:
         )
         self.start()
 
+    def settle(self):
+        """Wait: a mark that was confirmed within a second of ClickHouse's start is doubted."""
+        eventually(lambda: int(self.ask("SELECT uptime()")[0][0]) >= 2)
+
     def start(self):
         with open(str(self.folder / "output"), "ab") as output:
             self.process = subprocess.Popen(
@@ -8851,8 +8855,7 @@ def clickhouse(tmp_path_factory):
     if not shutil.which("clickhouse-server"):
         pytest.skip("no clickhouse-server on this machine: shipping is not tested")
     house = ClickHouse(tmp_path_factory.mktemp("clickhouse"))
-    # A mark that was confirmed within a second of ClickHouse's start is doubted.
-    eventually(lambda: int(house.ask("SELECT uptime()")[0][0]) >= 2)
+    house.settle()
     yield house
     house.stop()
 
@@ -9217,6 +9220,7 @@ def test_ship_follows_a_server(tmp_path, clickhouse):
     Ctrl-C ends the ship with 0.
     """
     url, db = clickhouse.database(), tmp_path / "events.db"
+    clickhouse.settle()  # the test before may have started it
     with serving(db) as server:
         process = shipper(db, url, "--follow")
         for n in range(3):
