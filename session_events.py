@@ -120,7 +120,7 @@ FIELDS = (
 )
 RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
 MOST_REFS = RULES["discovery_refs"][0]
-PREFIX = 8  # digits of a developer's hash that are shown
+PREFIX, LONGEST_PREFIX = 8, 12  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
@@ -156,8 +156,8 @@ DAY_MS = 86_400_000
 
 
 class Session(NamedTuple):
-    """One row that has been checked. `ended` is milliseconds since 1970, UTC. `login` is the one
-    GitHub hash of the identity in the window, if there is one."""
+    """One row that has been checked. `ended` is milliseconds since 1970, UTC. `developer`: who it
+    was, as shown (see `developers_of`)."""
 
     id: int
     identity: str
@@ -169,12 +169,7 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
-    login: Optional[str] = None
-
-    @property
-    def developer(self) -> str:
-        """Who it was, as a whole hash. `labels` shortens it before anybody sees it."""
-        return self.github or self.login or self.identity
+    developer: str = ""
 
 
 def instant(text: object) -> Optional[int]:
@@ -392,26 +387,35 @@ def refs_in(text: str) -> Sequence[str]:
     return refs if len(set(refs)) == len(refs) else list(dict.fromkeys(refs))
 
 
-def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+def session_of(row: Sequence[Any], developer: str = "") -> Session:
     """A row that is sound or plain."""
     row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row
     ended = stored_instant(ended_at)
     assert ended is not None
     return Session(row_id, identity, github, name, ended, tools, tokens, branch and branch.lower(),
-                   tuple(refs_in(refs)), version, login)
+                   tuple(refs_in(refs)), version, developer)
 
 
-def alike(a: str, b: str) -> int:
-    """How many characters two texts have in common from the start."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def numbered(names: Iterable[str]) -> List[str]:
+    """The names, with "-2", "-3" ... where one comes again."""
+    seen: Counter[str] = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else "%s-%d" % (name, seen[name]))
+    return found
 
 
 def labels(keys: Iterable[str]) -> Dict[str, str]:
-    """{whole hash: what is shown of it}: 8 digits, longer only where two would look alike."""
-    ordered = sorted(set(keys))
-    shown = {}
-    for before, key, after in zip(["", *ordered], ordered, [*ordered[1:], ""]):
-        shown[key] = key[:max(PREFIX, alike(before, key) + 1, alike(key, after) + 1)]
+    """{whole hash: what is shown of it}: 8 digits. Those that would look alike have up to 12, and
+    no more: whoever may send events can make hashes that differ in their last digit alone. Then a
+    number tells them apart, in the order of the hashes."""
+    shown: Dict[str, str] = {}
+    for _, group in itertools.groupby(sorted(set(keys)), lambda key: key[:PREFIX]):
+        same = list(group)
+        length = next((n for n in range(PREFIX, LONGEST_PREFIX)
+                       if len({key[:n] for key in same}) == len(same)), LONGEST_PREFIX)
+        shown.update(zip(same, numbered(key[:length] for key in same)))
     return shown
 
 
@@ -426,8 +430,7 @@ def plain_session(s: Session) -> Plain:
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
     """S of each, with `developer`: the label under which the graph and the pages know who it
     was."""
-    shown = labels(s.developer for s in sessions)
-    return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
+    return [dict(plain_session(s), developer=s.developer) for s in sessions]
 
 
 # ==================================================================================================
@@ -638,16 +641,16 @@ class Reader:
         together)."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
-        logins = logins_of(self.everybody(window))
-        return [session_of(row, logins.get(row[IDENTITY]))
+        names = developers_of(self.everybody(window))
+        return [session_of(row, names[row[IDENTITY], row[GITHUB]])
                 for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        logins = logins_of(self.everybody(window))
+        names = developers_of(self.everybody(window))
         for _, *columns in self.columns(window, range(len(COLUMNS))):
             for row in zip(*columns):
-                yield session_of(row, logins.get(row[IDENTITY]))
+                yield session_of(row, names[row[IDENTITY], row[GITHUB]])
 
     def count(self, window: Window) -> int:
         return self.look(window).total
@@ -658,20 +661,21 @@ class Reader:
             yield from map(session_of, rows)
 
 
-def logins_of(pairs: Iterable[Pair]) -> Dict[str, Optional[str]]:
-    """{identity: its one GitHub hash, or None where it has several}."""
-    logins: Dict[str, Optional[str]] = {}
+def hashes_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
+    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
+    logins: Dict[str, Optional[str]] = {}  # None where an identity has several
     for identity, github in pairs:
         if github is not None:
             logins[identity] = github if logins.get(identity, github) == github else None
-    return logins
-
-
-def developers_of(pairs: Iterable[Pair]) -> Dict[Pair, str]:
-    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
-    pairs = list(pairs)
-    logins = logins_of(pairs)
     return {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in pairs}
+
+
+def developers_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
+    """{pair: the developer it is, as shown}. No whole hash goes further than here. All answers
+    about one window have the same labels, since all are made from everybody who was there."""
+    hashes = hashes_of(pairs)
+    shown = labels(hashes.values())
+    return {pair: shown[who] for pair, who in hashes.items()}
 
 
 def span(window: Window) -> Plain:
@@ -739,10 +743,11 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
     one = find_session(reader, prefix)
     since = (now_ms() if now is None else now) - RELATED_DAYS * DAY_MS
     same_identity = list(reader.some("WHERE e.identity_hash = ?", [one.identity]))
-    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    names = developers_of([(s.identity, s.github) for s in same_identity])
     related = sorted((s for s in same_identity if s.id != one.id and s.ended >= since),
                      key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
-    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
+    first, *rest = plain_sessions([
+        s._replace(developer=names[s.identity, s.github]) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
@@ -973,15 +978,13 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     "cold_start": of the new ones, as in `summary`}."""
     found = Story(reader, window)
     fresh = newcomers(reader, window, found, before_of(window, now))
-    shown = labels(found.developers)
     ranked = sorted(found.developers.items(),
                     key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
-    flows = [(-count, shown[giver], shown[receiver])
-             for (giver, receiver), count in found.flows.items()]
+    flows = [(-count, giver, receiver) for (giver, receiver), count in found.flows.items()]
     return dict(
         span(window),
         developers=[{
-            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "developer": who, "sessions": d.sessions, "tool_count": d.tools,
             "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
             "sessions_before_inherited": d.cold, "first_seen_at": d.first,
             "last_seen_at": d.last} for who, d in ranked],
@@ -1054,9 +1057,7 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
         raise NotFound("no session of this window touched this discovery")
     trail = timeline.trails()[ref]
     reached = trail.reached()
-    shown = labels(reached)
-    path = [(timeline.more[0][n], shown[timeline.developer(n)], timeline.ended[n])
-            for n in trail.places]
+    path = [(timeline.more[0][n], timeline.developer(n), timeline.ended[n]) for n in trail.places]
     return dict(
         span(window), **discovery_figures(ref, trail, ends_of(window, now)),
         reached=[{"at": path[n][2], "developer": path[n][1], "session_id_hash": path[n][0]}
@@ -1182,13 +1183,9 @@ def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     """Every session of the window, oldest first, one at a time: S with "developer" and
-    "plugin_version".
-
-    All labels have one length, the least at which no two developers of the window look alike."""
-    ordered = sorted(set(developers_of(reader.everybody(window)).values()))
-    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    "plugin_version"."""
     for s in reader.walk(window):
-        yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
+        yield dict(plain_session(s), developer=s.developer, plugin_version=s.version)
 
 
 # ==================================================================================================
@@ -1220,23 +1217,11 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
     return [Edge(source, target, tuple(refs)) for (source, target), refs in carried.items()]
 
 
-def node_ids(ordered: Sequence[Session]) -> List[str]:
-    """What names each node: its session's hash, with "-2" where a second machine or quarter has
-    the same."""
-    seen: Dict[str, int] = {}
-    names = []
-    for s in ordered:
-        seen[s.session] = seen.get(s.session, 0) + 1
-        names.append(s.session if seen[s.session] == 1 else "%s-%d" % (s.session, seen[s.session]))
-    return names
-
-
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     """The session graph of sessions in time order (see `graph` for the shape), or `only` one
     discovery's."""
-    shown = labels(s.developer for s in ordered)
-    names = node_ids(ordered)
-    who = [shown[s.developer] for s in ordered]
+    names = numbered(s.session for s in ordered)  # two machines or quarters can have the same
+    who = [s.developer for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
     edges = []
     for e in edges_of(ordered, only):
@@ -1256,7 +1241,7 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
         "edges": edges,
         "developers": developers,
         "totals": {
-            "sessions": len(ordered), "developers": len(shown),
+            "sessions": len(ordered), "developers": len(set(who)),
             "tool_count": sum(s.tools for s in ordered),
             "tokens_saved": sum(s.tokens for s in ordered),
             "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
@@ -1381,7 +1366,7 @@ def cold_cell(d: Plain) -> Any:
 # The columns of all tables. Functions that give HTML stand further down, hence the lambdas.
 ENDED = Column("Ended (UTC)", lambda s: minute(s["ended_at"]), "m")
 SESSION = Column("Session", lambda s: s["session_id_hash"][:12], "m", lambda s: session_link(s))
-DEVELOPER = Column("Developer", lambda s: s["developer"], "m", lambda s: developer_link(s))
+DEVELOPER = Column("Developer", lambda s: s["developer"], "m")
 GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
 BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
 SESSIONS = number("Sessions", "sessions")
@@ -1752,9 +1737,12 @@ def session_link(s: Plain) -> str:
     return '<a href="/session/{0}">{0:.12}</a>'.format(esc(s["session_id_hash"]))
 
 
-def developer_link(row: Plain, query: str = "?days=90") -> str:  # a name lasts for a quarter
-    return '<a href="/developer/%s%s">%s</a>' % (
-        esc(row["developer"]), esc(query), esc(row["developer"]))
+def linked(columns: Sequence[Column], query: str) -> List[Column]:
+    """The columns, with each developer as a link to its page on a window (`query`)."""
+    def link(row: Plain) -> str:
+        return '<a href="/developer/{0}{1}">{0}</a>'.format(esc(row["developer"]), esc(query))
+
+    return [c._replace(html=link) if c is DEVELOPER else c for c in columns]
 
 
 def discovery_link(ref: str, query: str = "") -> str:
@@ -1836,7 +1824,6 @@ class Picture:
         self.start, self.span = ordered[0].ended, ordered[-1].ended - ordered[0].ended
         if self.span < 60_000:  # one session, or a few at once: an hour around them
             self.start, self.span = self.start - HOUR_MS // 2, HOUR_MS
-        self.shown = labels(s.developer for s in ordered)
         refs = dict.fromkeys(ref for s in ordered for ref in s.refs if only in (None, ref))
         self.numbers = {ref: n for n, ref in enumerate(refs)}
         self.every = edges_of(ordered, only)
@@ -1907,7 +1894,7 @@ class Picture:
         return "".join([*parts, "</g>"])
 
     def lane_lines(self, keys: Sequence[str], others: int = 0) -> str:
-        names = [esc(self.shown[key]) for key in keys]
+        names = [esc(key) for key in keys]
         if self.links:
             names = ['<a href="/developer/%s%s" tabindex="-1">%s</a>' % (
                 name, esc(self.query), name) for name in names]
@@ -1957,7 +1944,7 @@ class Picture:
         most = min(17.0, self.lane * .62)
         return "".join(
             '<a%s aria-label="%s, %s, %d calls"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
-                ' href="/session/%s"' % s.session if self.links else "", self.shown[s.developer],
+                ' href="/session/%s"' % s.session if self.links else "", esc(s.developer),
                 minute(moment_text(s.ended)), s.tools, round(self.x(s.ended) / 10, 2),
                 self.y(self.lanes[s.developer]),
                 round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
@@ -1986,7 +1973,7 @@ class Picture:
         who = {key: n for n, key in enumerate(self.developers)}
         return {
             "start": self.start, "span": self.span, "links": self.links,
-            "developers": [self.shown[key] for key in self.developers],
+            "developers": self.developers,
             "refs": [fit(visible(ref), 128) for ref in numbers],
             "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
             "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
@@ -2111,8 +2098,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
         for total, name in zip(sums, pair):
             total[name] = total.get(name, 0) + count
     most_first = [set(sorted(total, key=lambda name: -total[name])[:IN_MATRIX]) for total in sums]
-    givers, takers = ([picture.shown[key] for key in picture.developers
-                       if picture.shown[key] in chosen] for chosen in most_first)
+    givers, takers = ([who for who in picture.developers if who in chosen]
+                      for chosen in most_first)
     most = max(carried.values())
     rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
         '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
@@ -2189,10 +2176,12 @@ class Filters(NamedTuple):
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
     def query(self, **more: str) -> str:
-        said = {name: value for name, value in self._asdict().items()
-                if value != Filters._field_defaults[name]}
-        said.update(more)
-        return "?" + urllib.parse.urlencode(said, errors="replace") if said else ""
+        """The window, in an address. It is always said: a discovery's page without one shows all
+        time."""
+        said = {name: value for name, value in self._asdict().items() if value}
+        if self.since:
+            del said["days"]
+        return "?" + urllib.parse.urlencode(dict(said, **more), errors="replace")
 
     def fixed(self) -> "Filters":
         """The same window with its ends said, so that it stays where it is."""
@@ -2319,7 +2308,8 @@ def sessions_page(reader: Reader, filters: Filters) -> str:
     caption = "The newest %s of %s sessions in this window" % (
         digits(len(result["sessions"])), digits(result["total_count_in_window"]))
     return page(reader, "/sessions", "Sessions", filters,
-                html_table(caption, SESSION_COLUMNS, result["sessions"]), window,
+                html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
+                window,
                 ("session", "calls", "saved", "developer"))
 
 
@@ -2327,13 +2317,17 @@ def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
     s, related = result["session"], result["related"]
+    ended = stored_instant(s["ended_at"]) or 0
+    half = 45 * DAY_MS  # a developer's name lasts for a quarter
+    query = Filters(since=moment_text(ended - half), until=moment_text(ended + half)).query()
     facts = ['<dt>%s</dt><dd class="%s">%s</dd>' % (c.title, "m" if "m" in c.kind else "",
-                                                    cell_html(c, s)) for c in SESSION_FACTS]
+                                                    cell_html(c, s))
+             for c in linked(SESSION_FACTS, query)]
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
     table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                       SESSION_COLUMNS, related)
+                       linked(SESSION_COLUMNS, query), related)
     table = table or note_html("No other session of this machine in the last %d days."
                                % RELATED_DAYS)
     return page(reader, "/session", "Session " + s["session_id_hash"][:12], None,
@@ -2342,6 +2336,7 @@ def session_page(reader: Reader, prefix: str) -> str:
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
+    filters = filters._replace(discovery="")  # all are listed
     window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
     rows, total = result["discoveries"], result["discoveries_in_window"]
@@ -2360,6 +2355,7 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
+    filters = filters._replace(discovery="")
     window = EVER if all_time else filters.window()
     try:
         result = discovery(reader, ref, window)
@@ -2373,11 +2369,15 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
             minute(result["first_seen_at"]), minute(result["last_seen_at"]),
             some(count, "session"), some(result["developer_count"], "developer"))
         newest = reader.window(window._replace(discovery=ref), DRAWN)
+        last = stored_instant(result["last_seen_at"]) or 0
+        around = Filters(since=result["first_seen_at"], until=moment_text(last + 1))
+        query = (around if all_time else filters).query()
         body = "".join([
-            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query()),
-            html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"]),
+            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=query),
+            html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
+                       result["reached"]),
             html_table("Its path: the first %s of %s" % (
-                digits(len(result["path"])), some(count, "session")), PATH_COLUMNS,
+                digits(len(result["path"])), some(count, "session")), linked(PATH_COLUMNS, query),
                 result["path"])])
     return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
                 None if all_time else window, kept={"ref": ref})
@@ -2387,11 +2387,10 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = result["developers"]
-    name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
     caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    body = html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
+    body = html_table(caption, linked(DEVELOPER_COLUMNS, query), rows[:LISTED_ROWS])
     if body:
         body = note_html(
             cold_start_words(result["cold_start"]) + " Cold start: for developers who were not"
@@ -2406,27 +2405,35 @@ MOST_DAYS = 800  # in a chart
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
+    if not re.fullmatch("[0-9a-f]{%d,%d}(-[0-9]{1,9})?" % (PREFIX, LONGEST_PREFIX), label):
         raise NotFound("there is no such developer")
     window, query = filters.window(), filters.query()
     result = developers(reader, window)
-    rows = [row for row in result["developers"] if row["developer"].startswith(label)]
+    names = labels(hashes_of(reader.everybody(window)).values())
+    # A link from another window may have more digits or fewer than the label here.
+    fitting = {label} & set(names.values()) or {
+        name for key, name in names.items() if key.startswith(label)}
+    rows = [row for row in result["developers"] if row["developer"] in fitting]
     body = empty("Nobody of this name had a session in this window. The names change with the"
                  " quarter.")
-    if len(rows) == 1:
+    if len(rows) > 1:
+        body = html_table("Developers whose hashes begin with these digits",
+                          linked(DEVELOPER_COLUMNS, query), rows)
+    elif rows:
         body = html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
-        name = DEVELOPER._replace(html=lambda f: developer_link(f, query))
+        who = rows[0]["developer"]
         for title, own, other in (("Learned from", "target", "source"),
                                   ("Handed on to", "source", "target")):
             flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
-                     if flow[own] == rows[0]["developer"]]
-            table = html_table("The most hand-overs first", (name, HAND_OVERS), flows)
+                     if flow[own] == who]
+            table = html_table(
+                "The most hand-overs first", linked((DEVELOPER, HAND_OVERS), query), flows)
             body += "<h2>%s</h2>%s" % (title, table or note_html("Nobody in this window."))
         newest = collections.deque(
-            (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
+            (s for s in reader.walk(window) if s.developer == who), LISTED_ROWS)
         body += "<h2>Sessions</h2>" + html_table(
             "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-            SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
+            linked(SESSION_COLUMNS, query), plain_sessions(list(newest)[::-1]))
     return page(reader, "/developer/" + label, "Developer " + label, filters, body, window, kept={})
 
 

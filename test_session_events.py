@@ -7209,10 +7209,46 @@ def test_reader_lists_three_discoveries_and_counts_the_rest():
 
 
 @quick
-def test_reader_prefixes_that_look_alike():
-    keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
-    assert session_events.labels(keys) == {
-        keys[0]: keys[0][:11], keys[1]: keys[1][:12], keys[2]: keys[2][:12], keys[3]: "0" * 8}
+def test_reader_developers_that_look_alike(tmp_path):
+    """No label has more than 12 digits, however many a sender's hash shares with a victim's.
+
+    Each label is one developer's, in an export, in a table and in the address of its page.
+    """
+    for tails, expected in (
+        (("0", "1"), ("00000000", "10000000")),
+        (("000000000", "000000001"), ("000000000", "000000001")),
+        (("0" * 11 + "1", "0" * 11 + "2", "0" * 10 + "1"),
+         ("0" * 11 + "1", "0" * 11 + "2", "0" * 10 + "10")),
+        (("0" * 12, "0" * 11 + "1", "0" * 63 + "1"), ("0" * 12, "0" * 11 + "1", "0" * 12 + "-2")),
+        (("0" * 63 + "3", "0" * 63 + "1", "0" * 63 + "2"),
+         ("0" * 12 + "-3", "0" * 12, "0" * 12 + "-2")),
+    ):
+        keys = [tail.ljust(64, "0") for tail in tails]
+        assert session_events.labels(keys) == dict(zip(keys, expected))
+    twins = [ANN[:63] + digit for digit in "0123456789abcdef"]
+    assert ANN in twins
+    rows = [row(n, n, "2026-05-10T10:00:00.000Z", ["x"], github_hash=twin, tool_count=1000 + n)
+            for n, twin in enumerate(twins)]
+    db = stored(tmp_path / "e.db", *rows, row("z", "z", "2026-05-11T10:00:00.000Z"))
+    filters = session_events.Filters(since="2026-05-01", until="2026-06-01")
+    with session_events.reading(db) as reader:
+        listed = session_events.exported(reader, filters.window())
+        names = {s["tool_count"]: s["developer"] for s in listed}
+        assert names.pop(10) == sha("login z")[:8] and len(set(names.values())) == 16
+        for answer, rows_of in ((session_events.sessions, "sessions"),
+                                (session_events.graph, "nodes"),
+                                (session_events.developers, "developers")):
+            for found in answer(reader, filters.window())[rows_of]:
+                assert found["developer"] == names.get(found["tool_count"], sha("login z")[:8])
+        for filtered in (filters, filters._replace(discovery="x")):
+            for calls, label in names.items():
+                page = session_events.developer_page(reader, label, filtered)
+                assert re.findall('data-t="calls">([^<]*)<', page) == ["{:,}".format(calls)] * 2
+        page = session_events.developer_page(reader, ANN[:8], filters)
+        assert page.count('data-t="calls"') == 16 == len(set(re.findall("/developer/[^?]*", page)))
+        for unknown in (ANN[:13], ANN, ANN[:12] + "-", ANN[:12] + "-2x", ANN[:7]):
+            with pytest.raises(session_events.NotFound):
+                session_events.developer_page(reader, unknown, filters)
 
 
 # -- Hostile rows ----------------------------------------------------------------------------------
@@ -7945,19 +7981,23 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
 
 
 def test_reader_no_output_has_a_whole_developer(tmp_path, capfdbinary):
-    """README, Contract 8, for the reading side: every output has only a developer's prefix.
+    """README, Contract 8, for the reading side: every output has 12 digits of a developer at most.
 
     No log is written.
     """
-    db = stored(tmp_path / "e.db", *STORY)
-    whole = [sha(kind, who)[:9] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
+    other = min(set("012") - {ANN[-1], CAY[-1]})
+    near = [  # neighbours of ann and cay, who would lengthen their labels
+        row("near", "eve", STORY[2]["ended_at"], ["x"], github_hash=ANN[:63] + other),
+        row("nearer", "eve", STORY[2]["ended_at"], ["x"], False, identity_hash=CAY[:63] + other)]
+    db = stored(tmp_path / "e.db", *STORY, *near)
+    whole = [sha(kind, who)[:13] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
     outputs = [
         "".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))]
     with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: "t"}) as view:
         headers = {"Cookie": view.cookie(), "Authorization": "Bearer t"}
         for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"),
                      "/discoveries?days=9999", "/discovery?ref=x", "/developers?days=9999",
-                     "/developer/%s?days=9999" % ANN[:8], "/save?days=9999&t=x&d=x",
+                     "/developer/%s?days=9999" % ANN[:12], "/save?days=9999&t=x&d=x",
                      "/activity?days=9999", "/admin/sessions?days=90",
                      "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
             status, _, body = http(view.address, path, headers)
@@ -8542,7 +8582,7 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
             chromium.open(view.base + path + "?" + MAY_QUERY)
             harmless()
             assert "rows were left out" in chromium.js("document.body.textContent"), path
-    fields = {"identity": sha("a"), "github": None, "tools": 1, "tokens": 1, "branch": None}
+    fields = {"developer": "a" * 8, "identity": sha("a"), "github": None, "tools": 1, "tokens": 1, "branch": None}
     hostile = session_events.Session(
         id=1, session=sha("s"), ended=10**12, refs=tuple(HOSTILE_REFS), version="1", **fields)
     ranked = [
