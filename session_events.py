@@ -131,7 +131,7 @@ PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
 END_OF_TIME = ":"  # the character after "9": above every moment
 NO_FILTER = (None, None)  # the last two parts of a Window
 
-# The library: the names that README promises. Everything else may change.
+# The library: what other programs may use. Everything else may change.
 __all__ = [
     "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
     "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
@@ -359,7 +359,7 @@ TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "numb
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
-    # With + a column of another program that is declared as text compares as what it holds.
+    # The + takes the declared type away, so that a text '5' is not taken for the number 5.
     *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
 JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
@@ -484,7 +484,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows of one moment, which are never parted; more are read one by one
+MOST_JOINED = 2_000  # Rows of one moment stay in one part. If more, they are read one by one.
 FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -759,7 +759,7 @@ class Timeline:
 
     `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
     (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
-    it}."""
+    it}, of the window's discovery alone if it has one."""
 
     def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
         self.who = array.array("I")
@@ -770,7 +770,8 @@ class Timeline:
         for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
             for place, cell in enumerate(refs, len(self.ended)):
                 for ref in refs_in(cell):
-                    self.touched[ref].append(place)
+                    if window.discovery in (None, ref):
+                        self.touched[ref].append(place)
             self.who.extend(who)
             self.ended.extend(ended)
             for whole, part in zip(self.more, others):
@@ -1077,7 +1078,7 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, developers
+        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, pairs
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
@@ -1093,9 +1094,9 @@ def days_of(reader: Reader, window: Window) -> Days:
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-    names = list(developers_of(reader.everybody(window)).values())
+    pairs = reader.everybody(window)
     for day in days.values():
-        day.who = {names[number] for number in day.who}
+        day.who = {pairs[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
@@ -1104,32 +1105,36 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
     None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back`: how many of the developers were also there in the period before (within the
-    window); for the active, in as many days before theirs. The active are those of the last 1, 7
-    and 28 days of the window. Its last day is listed even when it is empty. "before" is the window
-    of the same length right before it."""
+    `came_back`: how many of the developers were also there in the period before (None of the first
+    period, since nobody looks before the window); for the active, in as many days before theirs.
+    The active are those of the last 1, 7 and 28 days of the window. Its last day is listed even
+    when it is empty. "before" is the window of the same length right before it."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    previous = before_of(window, now)
-    inside = days_of(reader, window)
     earlier = window._replace(
         since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
-    outside = days_of(reader, earlier) if earlier.since < earlier.until else {}
-    who = {day: days[day].who for days in (outside, inside) for day in days}
-    for day in inside.keys() & outside.keys():  # in which the window begins
-        who[day] = inside[day].who | outside[day].who
-    return dict(
-        span(window), active=active(who, last_day), **periods(inside, last_day),
-        before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
+    inside, outside = days_of(reader, window), days_of(reader, earlier)
+    here, there = reader.everybody(window), reader.everybody(earlier)
+    # Whoever logged in between the two is one developer.
+    recent = active([inside, outside], developers_of([*here, *there]), last_day)
+    previous = before_of(window, now)
+    before = previous and dict(span(previous), days=periods(
+        days_of(reader, previous), developers_of(reader.everybody(previous)))["days"])
+    return dict(span(window), active=recent, before=before,
+                **periods(inside, developers_of(here), last_day))
 
 
-def active(who: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
+Names = Mapping[Any, str]  # {pair: developer}
+
+
+def active(parts: Sequence[Days], names: Names, last_day: int) -> List[Plain]:
     """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
     before."""
     def between(first: int, last: int) -> Set[str]:
-        return set().union(*(who.get(day, ()) for day in range(first, last + 1)))
+        return {names[pair] for days in parts for day in range(first, last + 1) if day in days
+                for pair in days[day].who}
 
     found = []
     for days in ACTIVE_DAYS:
@@ -1154,27 +1159,29 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+def periods(sums: Days, names: Names, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
     """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
     `last_day` among them."""
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
-    return {kind: list(rolled_up(sums, days, *names)) for kind, names in PERIODS.items()}
+    return {kind: list(rolled_up(sums, names, days, *calendar))
+            for kind, calendar in PERIODS.items()}
 
 
-def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
+def rolled_up(sums: Days, names: Names, days: Sequence[int], name: Callable[[int], str],
               before: Callable[[int], int]) -> Iterator[Plain]:
     """P of each period of these days (see PERIODS), in order."""
     last = ""  # the period before
-    there: Set[str] = set()  # its developers
+    there: Optional[Set[str]] = None  # its developers
     for period, group in itertools.groupby(days, name):
         numbers = list(group)
         found = [sums[day] for day in numbers if day in sums]
-        who: Set[str] = set().union(*(day.who for day in found))
-        if last != name(max(1, before(numbers[0]))):
+        who = {names[pair] for day in found for pair in day.who}
+        if last and last != name(max(1, before(numbers[0]))):
             there = set()
-        yield {"period": period, "developers": len(who), "came_back": len(who & there),
+        yield {"period": period, "developers": len(who),
+               "came_back": None if there is None else len(who & there),
                "sessions": sum(day.sessions for day in found),
                "tool_count": sum(day.tools for day in found),
                "tokens_saved": sum(day.tokens for day in found)}
@@ -1291,7 +1298,9 @@ def digits(value: int) -> str:
 
 
 def said(value: object) -> str:
-    """A number with thousands separators; any other value as visible text."""
+    """A number with thousands separators; "-" for None; any other value as visible text."""
+    if value is None:
+        return "-"
     return digits(value) if isinstance(value, int) else visible(str(value))
 
 
@@ -1305,7 +1314,7 @@ def lasting(length: Optional[float]) -> str:
         return "-"
     if length < 1:
         return "%d min" % round(length * 60)
-    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
+    return "%.0f h" % length if length < 48 else "{:,.0f} days".format(length / 24)
 
 
 SPARK_DIGITS = " .:-=+*#"
@@ -1394,17 +1403,24 @@ DEVELOPER_COLUMNS = (
 GIVER = Column("From", lambda f: f["source"], "m")
 TAKER = Column("To", lambda f: f["target"], "m to")
 HAND_OVERS = number("Hand-overs", "hand_overs")
-FLOW_COLUMNS = (GIVER, TAKER, number("Discoveries", "discoveries"), number("Sessions", "edges"))
+FLOW_COLUMNS = (GIVER, TAKER, number("Hand-overs", "discoveries"))  # of `graph`, which cross
 REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVELOPER,
                    SESSION._replace(title="In session"))
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
-PERIOD_COLUMNS = (
-    Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS,
-    number("Came back", "came_back"), CALLS, SAVED)
+CAME_BACK = number("Came back", "came_back")
+PERIOD_COLUMNS = (Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS, CAME_BACK,
+                  CALLS, SAVED)
+ACTIVE_COLUMNS = (Column("Active in", lambda a: some(a["days"], "day")), DEVELOPERS, CAME_BACK)
 SESSION_FACTS = (
     DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
     CALLS._replace(title="Calls of tools"), SAVED, BRANCH._replace(title="Commit"))
+
+
+def wrapped(sentences: Iterable[str]) -> str:
+    """A paragraph of each. Names stay whole."""
+    return "".join(textwrap.fill(sentence, COLUMNS_OF_A_TERMINAL, break_long_words=False,
+                                 break_on_hyphens=False) + "\n" for sentence in sentences)
 
 
 def rest(words: str, shown: int, total: int) -> str:
@@ -1469,6 +1485,7 @@ def developers_text(result: Plain) -> str:
         + "\nGiven, received: hand-overs of a discovery to and from other developers.\n"
         "Cold start: for developers who were not there in as many days before, how many\n"
         "sessions came before the first that built on somebody else's discovery.\n"
+        + wrapped(renamed(result))
         + flows_text("who hands over to whom", (GIVER, TAKER, HAND_OVERS), result["matrix"]))
 
 
@@ -1501,7 +1518,20 @@ def findings(figures: Plain) -> List[str]:
                 100 * built["share"], saved["built_on_others"], others))
     if cold["developers"]:
         lines.append(cold_start_words(cold))
-    return lines
+    return lines + renamed(figures)
+
+
+def renamed(result: Plain) -> List[str]:
+    """A sentence, if a quarter begins within the window of a result (what `span` says) or the one
+    before it. Then everybody's hash changes (README, Contract 4)."""
+    window = Window(result["since"], result["until"] or END_OF_TIME)
+    start = instant((before_of(window) or window).since) or 0
+    edges = [at for at, _, _ in month_starts(start + 1, ends_of(window)[1] - 1, 3)]
+    if not edges:
+        return []
+    return ["Everybody is renamed %s (UTC): who was there before and after that counts as two"
+            " developers." % ("on " + moment_text(edges[0])[:10] if len(edges) == 1
+                              else "at the start of each quarter")]
 
 
 def cold_start_words(cold: Plain) -> str:
@@ -1511,8 +1541,8 @@ def cold_start_words(cold: Plain) -> str:
     words = some(cold["developers"], "developer was", "developers were") + " new in this window"
     if cold["sessions"] is None:
         return words + ", without a session that built on somebody else's discovery."
-    words += (". Before their first session that built on somebody else's discovery they had %g"
-              " others (median)." % cold["sessions"])
+    words += (". Own sessions before the first that built on somebody else's discovery: %s"
+              " (median)." % median_text(cold["sessions"]))
     return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
@@ -1530,7 +1560,7 @@ def percent(share: Optional[float]) -> str:
 
 
 def median_text(value: Optional[float]) -> str:
-    return "-" if value is None else "{:,g}".format(value)
+    return "-" if value is None else "{:,}".format(int(value) if value % 1 == 0 else value)
 
 
 SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], object]], ...] = (
@@ -1557,15 +1587,15 @@ def summary_text(result: Plain) -> str:
     """The findings in words, then the window and the one before it side by side."""
     before = result["before"]
     until = minute(result["until"]) if result["until"] else "now"
-    lines = ["Sessions from %s to %s (UTC)\n" % (minute(result["since"]) or "the start", until)]
-    lines += [textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)]
-    lines.append("\n%-36s %14s %14s" % ("", "this window", "the one before" if before else ""))
+    lines = ["\n%-36s %14s %14s" % ("", "this window", "the one before" if before else "")]
     lines += ["%-36s %14s %14s" % (name, said(cell(result)), said(cell(before)) if before else "")
               for name, cell in SUMMARY_ROWS]
-    return "".join(line.rstrip(" ") + "\n" for line in lines) + (
+    return "".join([
+        "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until),
+        wrapped(findings(result)), *(line.rstrip(" ") + "\n" for line in lines),
         "\nBuilt on others: a session with a discovery that another developer's session,\n"
         "ended earlier in the window, had touched. The figures say what came together,\n"
-        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n"])
 
 
 LISTED_FLOWS = 20
@@ -1578,20 +1608,19 @@ def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
-    text += rest("of the newest {:,} sessions of {:,}; --limit takes more",
+    text += rest("of the newest {:,} of {:,} sessions; --limit takes more",
                  totals["sessions"], result["total_count_in_window"])
     return text + flows_text("from developer to developer", FLOW_COLUMNS, flows)
 
 
 def activity_text(result: Plain) -> str:
-    text = ""
-    for row in result["active"]:
-        text += "last %2d days   %9s developers, %9s came back\n" % (
-            row["days"], digits(row["developers"]), digits(row["came_back"]))
+    text = text_table(ACTIVE_COLUMNS, result["active"]) + "\n"
     if result["before"]:
-        text += "in this window %s sessions, in as many days before %s\n" % tuple(
-            digits(sum(day["sessions"] for day in part["days"]))
-            for part in (result, result["before"]))
+        here, before = (sum(day["sessions"] for day in part["days"])
+                        for part in (result, result["before"]))
+        text += "in this window %s, in as many days before %s\n" % (
+            some(here, "session"), digits(before))
+    text += wrapped(renamed(result))
     for kind in PERIODS:
         most = max((row["sessions"] for row in result[kind]), default=0) or 1
         bar = Column("", lambda p, most=most: "#" * math.ceil(  # type: ignore[misc]
@@ -1858,8 +1887,8 @@ class Picture:
         return self.ordered[edge.source].developer != self.ordered[edge.target].developer
 
     def svg(self) -> str:
-        words = "Replay: %d sessions of %d developers over time; the tables say the same" % (
-            len(self.ordered), len(self.developers))
+        words = "Replay: %s of %s over time; the tables say the same" % (
+            some(len(self.ordered), "session"), some(len(self.developers), "developer"))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
                 '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
                 ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
@@ -1943,9 +1972,9 @@ class Picture:
         largest = max(s.tools for s in self.ordered) or 1
         most = min(17.0, self.lane * .62)
         return "".join(
-            '<a%s aria-label="%s, %s, %d calls"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
+            '<a%s aria-label="%s, %s, %s"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
                 ' href="/session/%s"' % s.session if self.links else "", esc(s.developer),
-                minute(moment_text(s.ended)), s.tools, round(self.x(s.ended) / 10, 2),
+                minute(moment_text(s.ended)), some(s.tools, "call"), round(self.x(s.ended) / 10, 2),
                 self.y(self.lanes[s.developer]),
                 round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
                 ' class="g"' if s.github else "") for s in self.ordered)
@@ -2062,7 +2091,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
                    spark_svg(d["counts"]), esc(reach_words(d)))
         for d in ranked if d["discovery_id"] in picture.numbers)
     more = max(0, len(picture.numbers) - LISTED)
-    words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
+    words = some(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
     return '<div class="side"><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
@@ -2113,8 +2142,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
             '</table></div><div class="pairs">%s</div>' % (
                 caption, "; the %d who gave and received most" % IN_MATRIX
                 if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
-                html_table("The %d largest of %s pairs" % (
-                    min(PAIRS, len(flows)), digits(len(flows))), FLOW_COLUMNS, flows[:PAIRS])))
+                html_table("The %d largest of %s" % (min(PAIRS, len(flows)), some(
+                    len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
@@ -2305,8 +2334,8 @@ def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
 def sessions_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = sessions(reader, window, LISTED_ROWS)
-    caption = "The newest %s of %s sessions in this window" % (
-        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    caption = "The newest %s of %s in this window" % (
+        digits(len(result["sessions"])), some(result["total_count_in_window"], "session"))
     return page(reader, "/sessions", "Sessions", filters,
                 html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
                 window,
@@ -2392,9 +2421,10 @@ def developers_page(reader: Reader, filters: Filters) -> str:
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
     body = html_table(caption, linked(DEVELOPER_COLUMNS, query), rows[:LISTED_ROWS])
     if body:
-        body = note_html(
-            cold_start_words(result["cold_start"]) + " Cold start: for developers who were not"
-            " there in as many days before, how many sessions came before that first one.") + body
+        body = note_html(" ".join([
+            cold_start_words(result["cold_start"]), "Cold start: for developers who were not there"
+            " in as many days before, how many sessions came before the first that built on"
+            " somebody else's discovery.", *renamed(result)])) + body
     return page(reader, "/developers", "Developers", filters, body, window,
                 ("developer", "hand-over", "calls", "saved"))
 
@@ -2452,33 +2482,41 @@ def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> st
                 words, words, bars(now, most, 1000 / n, 100, 2), line, ends))
 
 
-def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
-    """A column's figure of each day since a moment (stored form), 0 on days that are not listed."""
-    if not rows:
-        return []
-    first = midnight(since[:10]) or midnight(rows[0]["period"]) or 0
-    days = {((midnight(row["period"]) or 0) - first) // DAY_MS: column.cell(row) for row in rows}
-    return [days.get(n, 0) for n in range(min(max(days) + 1, MOST_DAYS))]
+def days_drawn(window: Window) -> List[str]:
+    """The last MOST_DAYS days of a window."""
+    start, end = ends_of(window)
+    last = (end - 1) // DAY_MS
+    first = max(last - MOST_DAYS + 1, (start or 0) // DAY_MS)
+    return [moment_text(day * DAY_MS)[:10] for day in range(first, last + 1)]
+
+
+def by_day(rows: Sequence[Plain], window: Window, column: Column) -> List[int]:
+    """A column's figure of each day that is drawn, 0 on days that are not listed; [] without
+    rows."""
+    figures = {row["period"]: column.cell(row) for row in rows}
+    return [figures.get(day, 0) for day in days_drawn(window) if figures]
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = activity(reader, window)
-    days, before = result["days"], result["before"] or {"days": [], "since": ""}
+    days, before = result["days"], result["before"]
+    earlier = Window(before["since"], before["until"])
     body = tiles(
         [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
             digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
         "large")
     if any(day["sessions"] for day in days):
-        ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
+        drawn = days_drawn(window)
+        ends = "<span>%s</span><span>%s</span>" % (drawn[0], drawn[-1])
         body += '<div class="plots">%s</div>' % "".join(
-            plot(c.title, by_day(days, window.since, c),
-                 by_day(before["days"], before["since"], c), ends)
+            plot(c.title, by_day(days, window, c), by_day(before["days"], earlier, c), ends)
             for c in (SESSIONS, DEVELOPERS, SAVED))
-        body += note_html(
-            "Bars: this window. Pale line: as many days before it. Came back: developers who were"
-            " also there in the period before. "
-            + cold_start_words(developers(reader, window)["cold_start"]))
+        body += note_html(" ".join([
+            "Bars: this window%s. Pale line: as many days before it. Came back: developers who were"
+            " also there in the period before." % (
+                ", its last %s" % some(MOST_DAYS, "day") if len(drawn) == MOST_DAYS else ""),
+            cold_start_words(developers(reader, window)["cold_start"]), *renamed(result)]))
         for kind in PERIODS:
             body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
                                result[kind][-400:][::-1])
@@ -2619,7 +2657,7 @@ def reading(path: str) -> Iterator[Reader]:
 # Viewer: the pages and the reading endpoints over HTTP, for this machine only
 # ==================================================================================================
 
-LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+LOCAL_NAMES = {"127.0.0.1", "localhost"}
 PROTECTION = (
     ("Cache-Control", "no-store"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
@@ -2876,6 +2914,9 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.command = self.command or ""
         self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
+        if code == 501:  # a method that is not known
+            self.refuse()
+            return
         self.send(Answer(code, "text/plain", "The request is not understood.\n"))
 
 
@@ -4035,7 +4076,8 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         if not found:
             print(nothing_words(reader, window), file=sys.stderr)
         if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            print("left out: %s" % some(reader.left_out, "row that is no session",
+                                        "rows that are no sessions"), file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -4367,7 +4409,7 @@ SCRIPT = r"""
     turn(arcs, "old", faded, old);
     faded = old;
     totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
-    slider.value = moment;
+    slider.value = moment < D.span ? moment : slider.max;
     slider.setAttribute("aria-valuetext", `${minute(moment)}, ${some(n, "session")}`);
     $("moment").textContent = minute(moment);
     $("veil").setAttribute("x", x);
@@ -4577,8 +4619,9 @@ SCRIPT = r"""
   window.addEventListener("hashchange", read);
 
   document.documentElement.classList.add("live");
-  slider.max = D.span;
-  slider.step = Math.max(1, Math.round(D.span / 500));
+  const grain = Math.max(1, Math.round(D.span / 500));
+  slider.step = grain;
+  slider.max = Math.ceil(D.span / grain) * grain;  // the last step is not before the last session
   if (!read()) {
     caption.textContent = "Press Play to see how the discoveries travel.";
     play.focus({preventScroll: true});
