@@ -410,13 +410,13 @@ def labels(keys: Iterable[str]) -> Dict[str, str]:
     """{whole hash: what is shown of it}: 8 digits. Those that would look alike have up to 12, and
     no more: whoever may send events can make hashes that differ in their last digit alone. Then a
     number tells them apart, in the order of the hashes."""
-    shown: Dict[str, str] = {}
-    for _, group in itertools.groupby(sorted(set(keys)), lambda key: key[:PREFIX]):
+    ordered, shown = sorted(set(keys)), []
+    for _, group in itertools.groupby(ordered, lambda key: key[:PREFIX]):
         same = list(group)
         length = next((n for n in range(PREFIX, LONGEST_PREFIX)
                        if len({key[:n] for key in same}) == len(same)), LONGEST_PREFIX)
-        shown.update(zip(same, numbered(key[:length] for key in same)))
-    return shown
+        shown += [key[:length] for key in same]
+    return dict(zip(ordered, numbered(shown)))
 
 
 def plain_session(s: Session) -> Plain:
@@ -1078,7 +1078,7 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, pairs
+        self.who: Set[int] = set()  # places in `everybody`
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
@@ -1094,9 +1094,6 @@ def days_of(reader: Reader, window: Window) -> Days:
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-    pairs = reader.everybody(window)
-    for day in days.values():
-        day.who = {pairs[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
@@ -1117,24 +1114,27 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
         since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
     inside, outside = days_of(reader, window), days_of(reader, earlier)
     here, there = reader.everybody(window), reader.everybody(earlier)
-    # Whoever logged in between the two is one developer.
-    recent = active([inside, outside], developers_of([*here, *there]), last_day)
+    names = developers_of([*here, *there])  # who logged in between the two is one developer
+    recent = active([(inside, [names[pair] for pair in here]),
+                     (outside, [names[pair] for pair in there])], last_day)
     previous = before_of(window, now)
     before = previous and dict(span(previous), days=periods(
-        days_of(reader, previous), developers_of(reader.everybody(previous)))["days"])
+        days_of(reader, previous), names_in(reader, previous))["days"])
     return dict(span(window), active=recent, before=before,
-                **periods(inside, developers_of(here), last_day))
+                **periods(inside, names_in(reader, window), last_day))
 
 
-Names = Mapping[Any, str]  # {pair: developer}
+def names_in(reader: Reader, window: Window) -> List[str]:
+    """The developer of each place in `everybody`."""
+    return list(developers_of(reader.everybody(window)).values())
 
 
-def active(parts: Sequence[Days], names: Names, last_day: int) -> List[Plain]:
+def active(parts: Sequence[Tuple[Days, Sequence[str]]], last_day: int) -> List[Plain]:
     """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
-    before."""
+    before. `parts`: days, and the developer of each place in them."""
     def between(first: int, last: int) -> Set[str]:
-        return {names[pair] for days in parts for day in range(first, last + 1) if day in days
-                for pair in days[day].who}
+        return {names[place] for days, names in parts for day in range(first, last + 1)
+                if day in days for place in days[day].who}
 
     found = []
     for days in ACTIVE_DAYS:
@@ -1159,7 +1159,8 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(sums: Days, names: Names, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
+def periods(sums: Days, names: Sequence[str], last_day: Optional[int] = None
+            ) -> Dict[str, List[Plain]]:
     """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
     `last_day` among them."""
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
@@ -1169,7 +1170,7 @@ def periods(sums: Days, names: Names, last_day: Optional[int] = None) -> Dict[st
             for kind, calendar in PERIODS.items()}
 
 
-def rolled_up(sums: Days, names: Names, days: Sequence[int], name: Callable[[int], str],
+def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], name: Callable[[int], str],
               before: Callable[[int], int]) -> Iterator[Plain]:
     """P of each period of these days (see PERIODS), in order."""
     last = ""  # the period before
@@ -1177,7 +1178,7 @@ def rolled_up(sums: Days, names: Names, days: Sequence[int], name: Callable[[int
     for period, group in itertools.groupby(days, name):
         numbers = list(group)
         found = [sums[day] for day in numbers if day in sums]
-        who = {names[pair] for day in found for pair in day.who}
+        who = {names[place] for place in set().union(*(day.who for day in found))}
         if last and last != name(max(1, before(numbers[0]))):
             there = set()
         yield {"period": period, "developers": len(who),
@@ -2338,8 +2339,7 @@ def sessions_page(reader: Reader, filters: Filters) -> str:
         digits(len(result["sessions"])), some(result["total_count_in_window"], "session"))
     return page(reader, "/sessions", "Sessions", filters,
                 html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
-                window,
-                ("session", "calls", "saved", "developer"))
+                window, ("session", "calls", "saved", "developer"))
 
 
 def session_page(reader: Reader, prefix: str) -> str:
