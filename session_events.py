@@ -1102,10 +1102,10 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
     None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back`: how many of the developers were also there in the period before (None of the first
-    period, since nobody looks before the window); for the active, in as many days before theirs.
-    The active are those of the last 1, 7 and 28 days of the window. Its last day is listed even
-    when it is empty. "before" is the window of the same length right before it."""
+    `came_back`: how many of the developers were also there in the period before (None where that
+    is before the window); for the active, in as many days before theirs. The active are those of
+    the last 1, 7 and 28 days of the window. Its last day is listed even when it is empty. "before"
+    is the window of the same length right before it."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
@@ -1119,9 +1119,9 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
                      (outside, [names[pair] for pair in there])], last_day)
     previous = before_of(window, now)
     before = previous and dict(span(previous), days=periods(
-        days_of(reader, previous), names_in(reader, previous))["days"])
+        previous, days_of(reader, previous), names_in(reader, previous))["days"])
     return dict(span(window), active=recent, before=before,
-                **periods(inside, names_in(reader, window), last_day))
+                **periods(window, inside, names_in(reader, window), last_day))
 
 
 def names_in(reader: Reader, window: Window) -> List[str]:
@@ -1159,30 +1159,32 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(sums: Days, names: Sequence[str], last_day: Optional[int] = None
+def periods(window: Window, sums: Days, names: Sequence[str], last_day: Optional[int] = None
             ) -> Dict[str, List[Plain]]:
-    """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
-    `last_day` among them."""
+    """A window's days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`),
+    in order, `last_day` among them."""
+    first = datetime.date.fromisoformat(window.since[:10] or "0001-01-01").toordinal()
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
-    return {kind: list(rolled_up(sums, names, days, *calendar))
+    return {kind: list(rolled_up(sums, names, days, first, *calendar))
             for kind, calendar in PERIODS.items()}
 
 
-def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], name: Callable[[int], str],
-              before: Callable[[int], int]) -> Iterator[Plain]:
-    """P of each period of these days (see PERIODS), in order."""
+def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], first: int,
+              name: Callable[[int], str], before: Callable[[int], int]) -> Iterator[Plain]:
+    """P of each period of these days (see PERIODS), in order. `first`: the window's first day."""
     last = ""  # the period before
-    there: Optional[Set[str]] = None  # its developers
+    there: Set[str] = set()  # its developers
     for period, group in itertools.groupby(days, name):
         numbers = list(group)
         found = [sums[day] for day in numbers if day in sums]
         who = {names[place] for place in set().union(*(day.who for day in found))}
-        if last and last != name(max(1, before(numbers[0]))):
+        previous = name(max(1, before(numbers[0])))
+        if last != previous:
             there = set()
         yield {"period": period, "developers": len(who),
-               "came_back": None if there is None else len(who & there),
+               "came_back": len(who & there) if previous >= name(first) else None,
                "sessions": sum(day.sessions for day in found),
                "tool_count": sum(day.tools for day in found),
                "tokens_saved": sum(day.tokens for day in found)}

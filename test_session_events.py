@@ -6581,14 +6581,18 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
                 w["tokens_saved"],
             )
             for w in activity["weeks"]
-        ] == [("2026-W19", 2, None, 2, 3, 12), ("2026-W20", 2, 1, 2, 12, 24)]
+        ] == [("2026-W19", 2, 0, 2, 3, 12), ("2026-W20", 2, 1, 2, 12, 24)]
         assert [d["sessions"] for d in activity["days"]] == [1, 1, 0, 0, 0, 0, 0, 0, 2]
         assert [m["developers"] for m in activity["months"]] == [3]
         one = session_events.Day()
         one.who = {0}
         # Too long for empty periods.
-        apart = session_events.periods({1: one, 2: one, 1000: one}, [a])
-        assert [d["came_back"] for d in apart["days"]] == [None, 1, 0]
+        apart = session_events.periods(session_events.EVER, {1: one, 2: one, 1000: one}, [a])
+        assert [d["came_back"] for d in apart["days"]] == [0, 1, 0]
+        # Nobody looks before the window.
+        edge = session_events.activity(reader, window._replace(since="2026-05-04T10:00:00.000Z"))
+        assert [[p["came_back"] for p in edge[kind]][:2] for kind in session_events.PERIODS] == [
+            [None, 0], [None, 1], [None]]
         assert activity["active"] == [
             {"days": 1, "developers": 2, "came_back": 0},
             {"days": 7, "developers": 2, "came_back": 1},
