@@ -120,7 +120,7 @@ FIELDS = (
 )
 RULES: Dict[str, Any] = {name: rule for name, _, _, rule in FIELDS}
 MOST_REFS = RULES["discovery_refs"][0]
-PREFIX = 8  # digits of a developer's hash that are shown
+PREFIX, LONGEST_PREFIX = 8, 12  # digits of a developer's hash that are shown
 ADMIN_TOKEN_VARIABLE = "ASHLR_ADMIN_TRIGGER_TOKEN"
 RELATED_DAYS, RELATED_LIMIT = 30, 50
 DAYS_DEFAULT, DRAWN = 7, 2000  # DRAWN: sessions in one picture
@@ -131,7 +131,7 @@ PROPAGATION = ("discovery_id", "first_seen_at", "last_seen_at", "session_count",
 END_OF_TIME = ":"  # the character after "9": above every moment
 NO_FILTER = (None, None)  # the last two parts of a Window
 
-# The library: the names that README promises. Everything else may change.
+# The library: what other programs may use. Everything else may change.
 __all__ = [
     "EVER", "NotFound", "Reader", "Refused", "Window", "activity", "developers", "discoveries",
     "discovery", "exported", "findings", "graph", "last_days", "last_event", "reading", "session",
@@ -156,8 +156,8 @@ DAY_MS = 86_400_000
 
 
 class Session(NamedTuple):
-    """One row that has been checked. `ended` is milliseconds since 1970, UTC. `login` is the one
-    GitHub hash of the identity in the window, if there is one."""
+    """One row that has been checked. `ended` is milliseconds since 1970, UTC. `developer`: who it
+    was, as shown (see `developers_of`)."""
 
     id: int
     identity: str
@@ -169,12 +169,7 @@ class Session(NamedTuple):
     branch: Optional[str]
     refs: Tuple[str, ...]
     version: str
-    login: Optional[str] = None
-
-    @property
-    def developer(self) -> str:
-        """Who it was, as a whole hash. `labels` shortens it before anybody sees it."""
-        return self.github or self.login or self.identity
+    developer: str = ""
 
 
 def instant(text: object) -> Optional[int]:
@@ -364,7 +359,7 @@ TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "numb
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
-    # With + a column of another program that is declared as text compares as what it holds.
+    # The + takes the declared type away, so that a text '5' is not taken for the number 5.
     *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
 JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
@@ -392,27 +387,36 @@ def refs_in(text: str) -> Sequence[str]:
     return refs if len(set(refs)) == len(refs) else list(dict.fromkeys(refs))
 
 
-def session_of(row: Sequence[Any], login: Optional[str] = None) -> Session:
+def session_of(row: Sequence[Any], developer: str = "") -> Session:
     """A row that is sound or plain."""
     row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row
     ended = stored_instant(ended_at)
     assert ended is not None
     return Session(row_id, identity, github, name, ended, tools, tokens, branch and branch.lower(),
-                   tuple(refs_in(refs)), version, login)
+                   tuple(refs_in(refs)), version, developer)
 
 
-def alike(a: str, b: str) -> int:
-    """How many characters two texts have in common from the start."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def numbered(names: Iterable[str]) -> List[str]:
+    """The names, with "-2", "-3" ... where one comes again."""
+    seen: Counter[str] = collections.Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else "%s-%d" % (name, seen[name]))
+    return found
 
 
 def labels(keys: Iterable[str]) -> Dict[str, str]:
-    """{whole hash: what is shown of it}: 8 digits, longer only where two would look alike."""
-    ordered = sorted(set(keys))
-    shown = {}
-    for before, key, after in zip(["", *ordered], ordered, [*ordered[1:], ""]):
-        shown[key] = key[:max(PREFIX, alike(before, key) + 1, alike(key, after) + 1)]
-    return shown
+    """{whole hash: what is shown of it}: 8 digits. Those that would look alike have up to 12, and
+    no more: whoever may send events can make hashes that differ in their last digit alone. Then a
+    number tells them apart, in the order of the hashes."""
+    ordered, shown = sorted(set(keys)), []
+    for _, group in itertools.groupby(ordered, lambda key: key[:PREFIX]):
+        same = list(group)
+        length = next((n for n in range(PREFIX, LONGEST_PREFIX)
+                       if len({key[:n] for key in same}) == len(same)), LONGEST_PREFIX)
+        shown += [key[:length] for key in same]
+    return dict(zip(ordered, numbered(shown)))
 
 
 def plain_session(s: Session) -> Plain:
@@ -426,8 +430,7 @@ def plain_session(s: Session) -> Plain:
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
     """S of each, with `developer`: the label under which the graph and the pages know who it
     was."""
-    shown = labels(s.developer for s in sessions)
-    return [dict(plain_session(s), developer=shown[s.developer]) for s in sessions]
+    return [dict(plain_session(s), developer=s.developer) for s in sessions]
 
 
 # ==================================================================================================
@@ -481,7 +484,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows of one moment, which are never parted; more are read one by one
+MOST_JOINED = 2_000  # Rows of one moment stay in one part. If more, they are read one by one.
 FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -638,16 +641,16 @@ class Reader:
         together)."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
-        logins = logins_of(self.everybody(window))
-        return [session_of(row, logins.get(row[IDENTITY]))
+        names = developers_of(self.everybody(window))
+        return [session_of(row, names[row[IDENTITY], row[GITHUB]])
                 for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        logins = logins_of(self.everybody(window))
+        names = developers_of(self.everybody(window))
         for _, *columns in self.columns(window, range(len(COLUMNS))):
             for row in zip(*columns):
-                yield session_of(row, logins.get(row[IDENTITY]))
+                yield session_of(row, names[row[IDENTITY], row[GITHUB]])
 
     def count(self, window: Window) -> int:
         return self.look(window).total
@@ -658,20 +661,21 @@ class Reader:
             yield from map(session_of, rows)
 
 
-def logins_of(pairs: Iterable[Pair]) -> Dict[str, Optional[str]]:
-    """{identity: its one GitHub hash, or None where it has several}."""
-    logins: Dict[str, Optional[str]] = {}
+def hashes_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
+    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
+    logins: Dict[str, Optional[str]] = {}  # None where an identity has several
     for identity, github in pairs:
         if github is not None:
             logins[identity] = github if logins.get(identity, github) == github else None
-    return logins
-
-
-def developers_of(pairs: Iterable[Pair]) -> Dict[Pair, str]:
-    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
-    pairs = list(pairs)
-    logins = logins_of(pairs)
     return {pair: pair[1] or logins.get(pair[0]) or pair[0] for pair in pairs}
+
+
+def developers_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
+    """{pair: the developer it is, as shown}. No whole hash goes further than here. All answers
+    about one window have the same labels, since all are made from everybody who was there."""
+    hashes = hashes_of(pairs)
+    shown = labels(hashes.values())
+    return {pair: shown[who] for pair, who in hashes.items()}
 
 
 def span(window: Window) -> Plain:
@@ -739,10 +743,11 @@ def session(reader: Reader, prefix: str, now: Optional[int] = None) -> Plain:
     one = find_session(reader, prefix)
     since = (now_ms() if now is None else now) - RELATED_DAYS * DAY_MS
     same_identity = list(reader.some("WHERE e.identity_hash = ?", [one.identity]))
-    login = logins_of((s.identity, s.github) for s in same_identity).get(one.identity)
+    names = developers_of([(s.identity, s.github) for s in same_identity])
     related = sorted((s for s in same_identity if s.id != one.id and s.ended >= since),
                      key=lambda s: (s.ended, s.id), reverse=True)[:RELATED_LIMIT]
-    first, *rest = plain_sessions([s._replace(login=login) for s in [one, *related]])
+    first, *rest = plain_sessions([
+        s._replace(developer=names[s.identity, s.github]) for s in [one, *related]])
     return {"session": first, "related": rest}
 
 
@@ -754,7 +759,7 @@ class Timeline:
 
     `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
     (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
-    it}."""
+    it}, of the window's discovery alone if it has one."""
 
     def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
         self.who = array.array("I")
@@ -765,7 +770,8 @@ class Timeline:
         for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
             for place, cell in enumerate(refs, len(self.ended)):
                 for ref in refs_in(cell):
-                    self.touched[ref].append(place)
+                    if window.discovery in (None, ref):
+                        self.touched[ref].append(place)
             self.who.extend(who)
             self.ended.extend(ended)
             for whole, part in zip(self.more, others):
@@ -973,15 +979,13 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     "cold_start": of the new ones, as in `summary`}."""
     found = Story(reader, window)
     fresh = newcomers(reader, window, found, before_of(window, now))
-    shown = labels(found.developers)
     ranked = sorted(found.developers.items(),
                     key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
-    flows = [(-count, shown[giver], shown[receiver])
-             for (giver, receiver), count in found.flows.items()]
+    flows = [(-count, giver, receiver) for (giver, receiver), count in found.flows.items()]
     return dict(
         span(window),
         developers=[{
-            "developer": shown[who], "sessions": d.sessions, "tool_count": d.tools,
+            "developer": who, "sessions": d.sessions, "tool_count": d.tools,
             "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
             "sessions_before_inherited": d.cold, "first_seen_at": d.first,
             "last_seen_at": d.last} for who, d in ranked],
@@ -1054,9 +1058,7 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
         raise NotFound("no session of this window touched this discovery")
     trail = timeline.trails()[ref]
     reached = trail.reached()
-    shown = labels(reached)
-    path = [(timeline.more[0][n], shown[timeline.developer(n)], timeline.ended[n])
-            for n in trail.places]
+    path = [(timeline.more[0][n], timeline.developer(n), timeline.ended[n]) for n in trail.places]
     return dict(
         span(window), **discovery_figures(ref, trail, ends_of(window, now)),
         reached=[{"at": path[n][2], "developer": path[n][1], "session_id_hash": path[n][0]}
@@ -1076,7 +1078,7 @@ class Day:
 
     def __init__(self) -> None:
         self.sessions = self.tools = self.tokens = 0
-        self.who: Set[Any] = set()  # places in `everybody`; when all days are read, developers
+        self.who: Set[int] = set()  # places in `everybody`
 
 
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
@@ -1092,9 +1094,6 @@ def days_of(reader: Reader, window: Window) -> Days:
             day.tools += sum(tools[start:end])
             day.tokens += sum(tokens[start:end])
             day.who.update(who[start:end])
-    names = list(developers_of(reader.everybody(window)).values())
-    for day in days.values():
-        day.who = {names[number] for number in day.who}
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
@@ -1103,32 +1102,39 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
     [{"days", "developers", "came_back"} ...], "before": {"since", "until", "days": [P ...]} or
     None}, P = {"period", "developers", "came_back", "sessions", "tool_count", "tokens_saved"}.
 
-    `came_back`: how many of the developers were also there in the period before (within the
-    window); for the active, in as many days before theirs. The active are those of the last 1, 7
-    and 28 days of the window. Its last day is listed even when it is empty. "before" is the window
-    of the same length right before it."""
+    `came_back`: how many of the developers were also there in the period before (None where that
+    is before the window); for the active, in as many days before theirs. The active are those of
+    the last 1, 7 and 28 days of the window. Its last day is listed even when it is empty. "before"
+    is the window of the same length right before it."""
     now = now_ms() if now is None else now
     end = min(window.until, moment_text(now + 1))
     last_day = max(1, ((instant(end) or 1) - 1) // DAY_MS + EPOCH.toordinal())
     first_day = last_day - 2 * max(ACTIVE_DAYS) + 1
-    previous = before_of(window, now)
-    inside = days_of(reader, window)
     earlier = window._replace(
         since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
-    outside = days_of(reader, earlier) if earlier.since < earlier.until else {}
-    who = {day: days[day].who for days in (outside, inside) for day in days}
-    for day in inside.keys() & outside.keys():  # in which the window begins
-        who[day] = inside[day].who | outside[day].who
-    return dict(
-        span(window), active=active(who, last_day), **periods(inside, last_day),
-        before=previous and dict(span(previous), days=periods(days_of(reader, previous))["days"]))
+    inside, outside = days_of(reader, window), days_of(reader, earlier)
+    here, there = reader.everybody(window), reader.everybody(earlier)
+    names = developers_of([*here, *there])  # who logged in between the two is one developer
+    recent = active([(inside, [names[pair] for pair in here]),
+                     (outside, [names[pair] for pair in there])], last_day)
+    previous = before_of(window, now)
+    before = previous and dict(span(previous), days=periods(
+        previous, days_of(reader, previous), names_in(reader, previous))["days"])
+    return dict(span(window), active=recent, before=before,
+                **periods(window, inside, names_in(reader, window), last_day))
 
 
-def active(who: Mapping[int, Set[str]], last_day: int) -> List[Plain]:
+def names_in(reader: Reader, window: Window) -> List[str]:
+    """The developer of each place in `everybody`."""
+    return list(developers_of(reader.everybody(window)).values())
+
+
+def active(parts: Sequence[Tuple[Days, Sequence[str]]], last_day: int) -> List[Plain]:
     """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
-    before."""
+    before. `parts`: days, and the developer of each place in them."""
     def between(first: int, last: int) -> Set[str]:
-        return set().union(*(who.get(day, ()) for day in range(first, last + 1)))
+        return {names[place] for days, names in parts for day in range(first, last + 1)
+                if day in days for place in days[day].who}
 
     found = []
     for days in ACTIVE_DAYS:
@@ -1153,27 +1159,32 @@ PERIODS: Dict[str, Tuple[Callable[[int], str], Callable[[int], int]]] = {
 FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this many days
 
 
-def periods(sums: Days, last_day: Optional[int] = None) -> Dict[str, List[Plain]]:
-    """Days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`), in order,
-    `last_day` among them."""
+def periods(window: Window, sums: Days, names: Sequence[str], last_day: Optional[int] = None
+            ) -> Dict[str, List[Plain]]:
+    """A window's days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`),
+    in order, `last_day` among them."""
+    first = datetime.date.fromisoformat(window.since[:10] or "0001-01-01").toordinal()
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
         days = list(range(days[0], days[-1] + 1))
-    return {kind: list(rolled_up(sums, days, *names)) for kind, names in PERIODS.items()}
+    return {kind: list(rolled_up(sums, names, days, first, *calendar))
+            for kind, calendar in PERIODS.items()}
 
 
-def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
-              before: Callable[[int], int]) -> Iterator[Plain]:
-    """P of each period of these days (see PERIODS), in order."""
+def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], first: int,
+              name: Callable[[int], str], before: Callable[[int], int]) -> Iterator[Plain]:
+    """P of each period of these days (see PERIODS), in order. `first`: the window's first day."""
     last = ""  # the period before
     there: Set[str] = set()  # its developers
     for period, group in itertools.groupby(days, name):
         numbers = list(group)
         found = [sums[day] for day in numbers if day in sums]
-        who: Set[str] = set().union(*(day.who for day in found))
-        if last != name(max(1, before(numbers[0]))):
+        who = {names[place] for place in set().union(*(day.who for day in found))}
+        previous = name(max(1, before(numbers[0])))
+        if last != previous:
             there = set()
-        yield {"period": period, "developers": len(who), "came_back": len(who & there),
+        yield {"period": period, "developers": len(who),
+               "came_back": len(who & there) if previous >= name(first) else None,
                "sessions": sum(day.sessions for day in found),
                "tool_count": sum(day.tools for day in found),
                "tokens_saved": sum(day.tokens for day in found)}
@@ -1182,13 +1193,9 @@ def rolled_up(sums: Days, days: Sequence[int], name: Callable[[int], str],
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
     """Every session of the window, oldest first, one at a time: S with "developer" and
-    "plugin_version".
-
-    All labels have one length, the least at which no two developers of the window look alike."""
-    ordered = sorted(set(developers_of(reader.everybody(window)).values()))
-    length = max([PREFIX, *(alike(a, b) + 1 for a, b in zip(ordered, ordered[1:]))])
+    "plugin_version"."""
     for s in reader.walk(window):
-        yield dict(plain_session(s), developer=s.developer[:length], plugin_version=s.version)
+        yield dict(plain_session(s), developer=s.developer, plugin_version=s.version)
 
 
 # ==================================================================================================
@@ -1220,23 +1227,11 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
     return [Edge(source, target, tuple(refs)) for (source, target), refs in carried.items()]
 
 
-def node_ids(ordered: Sequence[Session]) -> List[str]:
-    """What names each node: its session's hash, with "-2" where a second machine or quarter has
-    the same."""
-    seen: Dict[str, int] = {}
-    names = []
-    for s in ordered:
-        seen[s.session] = seen.get(s.session, 0) + 1
-        names.append(s.session if seen[s.session] == 1 else "%s-%d" % (s.session, seen[s.session]))
-    return names
-
-
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     """The session graph of sessions in time order (see `graph` for the shape), or `only` one
     discovery's."""
-    shown = labels(s.developer for s in ordered)
-    names = node_ids(ordered)
-    who = [shown[s.developer] for s in ordered]
+    names = numbered(s.session for s in ordered)  # two machines or quarters can have the same
+    who = [s.developer for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
     edges = []
     for e in edges_of(ordered, only):
@@ -1256,7 +1251,7 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
         "edges": edges,
         "developers": developers,
         "totals": {
-            "sessions": len(ordered), "developers": len(shown),
+            "sessions": len(ordered), "developers": len(set(who)),
             "tool_count": sum(s.tools for s in ordered),
             "tokens_saved": sum(s.tokens for s in ordered),
             "discoveries": len({ref for s in ordered for ref in s.refs if only in (None, ref)}),
@@ -1306,7 +1301,9 @@ def digits(value: int) -> str:
 
 
 def said(value: object) -> str:
-    """A number with thousands separators; any other value as visible text."""
+    """A number with thousands separators; "-" for None; any other value as visible text."""
+    if value is None:
+        return "-"
     return digits(value) if isinstance(value, int) else visible(str(value))
 
 
@@ -1320,7 +1317,7 @@ def lasting(length: Optional[float]) -> str:
         return "-"
     if length < 1:
         return "%d min" % round(length * 60)
-    return "%.0f h" % length if length < 48 else "%.0f days" % (length / 24)
+    return "%.0f h" % length if length < 48 else "{:,.0f} days".format(length / 24)
 
 
 SPARK_DIGITS = " .:-=+*#"
@@ -1381,7 +1378,7 @@ def cold_cell(d: Plain) -> Any:
 # The columns of all tables. Functions that give HTML stand further down, hence the lambdas.
 ENDED = Column("Ended (UTC)", lambda s: minute(s["ended_at"]), "m")
 SESSION = Column("Session", lambda s: s["session_id_hash"][:12], "m", lambda s: session_link(s))
-DEVELOPER = Column("Developer", lambda s: s["developer"], "m", lambda s: developer_link(s))
+DEVELOPER = Column("Developer", lambda s: s["developer"], "m")
 GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
 BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
 SESSIONS = number("Sessions", "sessions")
@@ -1409,17 +1406,24 @@ DEVELOPER_COLUMNS = (
 GIVER = Column("From", lambda f: f["source"], "m")
 TAKER = Column("To", lambda f: f["target"], "m to")
 HAND_OVERS = number("Hand-overs", "hand_overs")
-FLOW_COLUMNS = (GIVER, TAKER, number("Discoveries", "discoveries"), number("Sessions", "edges"))
+FLOW_COLUMNS = (GIVER, TAKER, number("Hand-overs", "discoveries"))  # of `graph`, which cross
 REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVELOPER,
                    SESSION._replace(title="In session"))
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
-PERIOD_COLUMNS = (
-    Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS,
-    number("Came back", "came_back"), CALLS, SAVED)
+CAME_BACK = number("Came back", "came_back")
+PERIOD_COLUMNS = (Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS, CAME_BACK,
+                  CALLS, SAVED)
+ACTIVE_COLUMNS = (Column("Active in", lambda a: some(a["days"], "day")), DEVELOPERS, CAME_BACK)
 SESSION_FACTS = (
     DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
     CALLS._replace(title="Calls of tools"), SAVED, BRANCH._replace(title="Commit"))
+
+
+def wrapped(sentences: Iterable[str]) -> str:
+    """A paragraph of each. Names stay whole."""
+    return "".join(textwrap.fill(sentence, COLUMNS_OF_A_TERMINAL, break_long_words=False,
+                                 break_on_hyphens=False) + "\n" for sentence in sentences)
 
 
 def rest(words: str, shown: int, total: int) -> str:
@@ -1484,6 +1488,7 @@ def developers_text(result: Plain) -> str:
         + "\nGiven, received: hand-overs of a discovery to and from other developers.\n"
         "Cold start: for developers who were not there in as many days before, how many\n"
         "sessions came before the first that built on somebody else's discovery.\n"
+        + wrapped(renamed(result))
         + flows_text("who hands over to whom", (GIVER, TAKER, HAND_OVERS), result["matrix"]))
 
 
@@ -1516,7 +1521,20 @@ def findings(figures: Plain) -> List[str]:
                 100 * built["share"], saved["built_on_others"], others))
     if cold["developers"]:
         lines.append(cold_start_words(cold))
-    return lines
+    return lines + renamed(figures)
+
+
+def renamed(result: Plain) -> List[str]:
+    """A sentence, if a quarter begins within the window of a result (what `span` says) or the one
+    before it. Then everybody's hash changes (README, Contract 4)."""
+    window = Window(result["since"], result["until"] or END_OF_TIME)
+    start = instant((before_of(window) or window).since) or 0
+    edges = [at for at, _, _ in month_starts(start + 1, ends_of(window)[1] - 1, 3)]
+    if not edges:
+        return []
+    return ["Everybody is renamed %s (UTC): who was there before and after that counts as two"
+            " developers." % ("on " + moment_text(edges[0])[:10] if len(edges) == 1
+                              else "at the start of each quarter")]
 
 
 def cold_start_words(cold: Plain) -> str:
@@ -1526,8 +1544,8 @@ def cold_start_words(cold: Plain) -> str:
     words = some(cold["developers"], "developer was", "developers were") + " new in this window"
     if cold["sessions"] is None:
         return words + ", without a session that built on somebody else's discovery."
-    words += (". Before their first session that built on somebody else's discovery they had %g"
-              " others (median)." % cold["sessions"])
+    words += (". Own sessions before the first that built on somebody else's discovery: %s"
+              " (median)." % median_text(cold["sessions"]))
     return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
@@ -1545,7 +1563,7 @@ def percent(share: Optional[float]) -> str:
 
 
 def median_text(value: Optional[float]) -> str:
-    return "-" if value is None else "{:,g}".format(value)
+    return "-" if value is None else "{:,}".format(int(value) if value % 1 == 0 else value)
 
 
 SUMMARY_ROWS: Tuple[Tuple[str, Callable[[Plain], object]], ...] = (
@@ -1572,15 +1590,15 @@ def summary_text(result: Plain) -> str:
     """The findings in words, then the window and the one before it side by side."""
     before = result["before"]
     until = minute(result["until"]) if result["until"] else "now"
-    lines = ["Sessions from %s to %s (UTC)\n" % (minute(result["since"]) or "the start", until)]
-    lines += [textwrap.fill(line, COLUMNS_OF_A_TERMINAL) for line in findings(result)]
-    lines.append("\n%-36s %14s %14s" % ("", "this window", "the one before" if before else ""))
+    lines = ["\n%-36s %14s %14s" % ("", "this window", "the one before" if before else "")]
     lines += ["%-36s %14s %14s" % (name, said(cell(result)), said(cell(before)) if before else "")
               for name, cell in SUMMARY_ROWS]
-    return "".join(line.rstrip(" ") + "\n" for line in lines) + (
+    return "".join([
+        "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until),
+        wrapped(findings(result)), *(line.rstrip(" ") + "\n" for line in lines),
         "\nBuilt on others: a session with a discovery that another developer's session,\n"
         "ended earlier in the window, had touched. The figures say what came together,\n"
-        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n")
+        "not what caused it. A developer is a GitHub hash, or else the hash of a machine.\n"])
 
 
 LISTED_FLOWS = 20
@@ -1593,20 +1611,19 @@ def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
-    text += rest("of the newest {:,} sessions of {:,}; --limit takes more",
+    text += rest("of the newest {:,} of {:,} sessions; --limit takes more",
                  totals["sessions"], result["total_count_in_window"])
     return text + flows_text("from developer to developer", FLOW_COLUMNS, flows)
 
 
 def activity_text(result: Plain) -> str:
-    text = ""
-    for row in result["active"]:
-        text += "last %2d days   %9s developers, %9s came back\n" % (
-            row["days"], digits(row["developers"]), digits(row["came_back"]))
+    text = text_table(ACTIVE_COLUMNS, result["active"]) + "\n"
     if result["before"]:
-        text += "in this window %s sessions, in as many days before %s\n" % tuple(
-            digits(sum(day["sessions"] for day in part["days"]))
-            for part in (result, result["before"]))
+        here, before = (sum(day["sessions"] for day in part["days"])
+                        for part in (result, result["before"]))
+        text += "in this window %s, in as many days before %s\n" % (
+            some(here, "session"), digits(before))
+    text += wrapped(renamed(result))
     for kind in PERIODS:
         most = max((row["sessions"] for row in result[kind]), default=0) or 1
         bar = Column("", lambda p, most=most: "#" * math.ceil(  # type: ignore[misc]
@@ -1752,9 +1769,12 @@ def session_link(s: Plain) -> str:
     return '<a href="/session/{0}">{0:.12}</a>'.format(esc(s["session_id_hash"]))
 
 
-def developer_link(row: Plain, query: str = "?days=90") -> str:  # a name lasts for a quarter
-    return '<a href="/developer/%s%s">%s</a>' % (
-        esc(row["developer"]), esc(query), esc(row["developer"]))
+def linked(columns: Sequence[Column], query: str) -> List[Column]:
+    """The columns, with each developer as a link to its page on a window (`query`)."""
+    def link(row: Plain) -> str:
+        return '<a href="/developer/{0}{1}">{0}</a>'.format(esc(row["developer"]), esc(query))
+
+    return [c._replace(html=link) if c is DEVELOPER else c for c in columns]
 
 
 def discovery_link(ref: str, query: str = "") -> str:
@@ -1836,7 +1856,6 @@ class Picture:
         self.start, self.span = ordered[0].ended, ordered[-1].ended - ordered[0].ended
         if self.span < 60_000:  # one session, or a few at once: an hour around them
             self.start, self.span = self.start - HOUR_MS // 2, HOUR_MS
-        self.shown = labels(s.developer for s in ordered)
         refs = dict.fromkeys(ref for s in ordered for ref in s.refs if only in (None, ref))
         self.numbers = {ref: n for n, ref in enumerate(refs)}
         self.every = edges_of(ordered, only)
@@ -1871,8 +1890,8 @@ class Picture:
         return self.ordered[edge.source].developer != self.ordered[edge.target].developer
 
     def svg(self) -> str:
-        words = "Replay: %d sessions of %d developers over time; the tables say the same" % (
-            len(self.ordered), len(self.developers))
+        words = "Replay: %s of %s over time; the tables say the same" % (
+            some(len(self.ordered), "session"), some(len(self.developers), "developer"))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
                 '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
                 ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
@@ -1907,7 +1926,7 @@ class Picture:
         return "".join([*parts, "</g>"])
 
     def lane_lines(self, keys: Sequence[str], others: int = 0) -> str:
-        names = [esc(self.shown[key]) for key in keys]
+        names = [esc(key) for key in keys]
         if self.links:
             names = ['<a href="/developer/%s%s" tabindex="-1">%s</a>' % (
                 name, esc(self.query), name) for name in names]
@@ -1956,9 +1975,9 @@ class Picture:
         largest = max(s.tools for s in self.ordered) or 1
         most = min(17.0, self.lane * .62)
         return "".join(
-            '<a%s aria-label="%s, %s, %d calls"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
-                ' href="/session/%s"' % s.session if self.links else "", self.shown[s.developer],
-                minute(moment_text(s.ended)), s.tools, round(self.x(s.ended) / 10, 2),
+            '<a%s aria-label="%s, %s, %s"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
+                ' href="/session/%s"' % s.session if self.links else "", esc(s.developer),
+                minute(moment_text(s.ended)), some(s.tools, "call"), round(self.x(s.ended) / 10, 2),
                 self.y(self.lanes[s.developer]),
                 round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
                 ' class="g"' if s.github else "") for s in self.ordered)
@@ -1986,7 +2005,7 @@ class Picture:
         who = {key: n for n, key in enumerate(self.developers)}
         return {
             "start": self.start, "span": self.span, "links": self.links,
-            "developers": [self.shown[key] for key in self.developers],
+            "developers": self.developers,
             "refs": [fit(visible(ref), 128) for ref in numbers],
             "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
             "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
@@ -2075,7 +2094,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
                    spark_svg(d["counts"]), esc(reach_words(d)))
         for d in ranked if d["discovery_id"] in picture.numbers)
     more = max(0, len(picture.numbers) - LISTED)
-    words = "%s reached fewer" % some(more, "more discovery", "more discoveries")
+    words = some(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
     return '<div class="side"><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
@@ -2111,8 +2130,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
         for total, name in zip(sums, pair):
             total[name] = total.get(name, 0) + count
     most_first = [set(sorted(total, key=lambda name: -total[name])[:IN_MATRIX]) for total in sums]
-    givers, takers = ([picture.shown[key] for key in picture.developers
-                       if picture.shown[key] in chosen] for chosen in most_first)
+    givers, takers = ([who for who in picture.developers if who in chosen]
+                      for chosen in most_first)
     most = max(carried.values())
     rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
         '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
@@ -2126,8 +2145,8 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
             '</table></div><div class="pairs">%s</div>' % (
                 caption, "; the %d who gave and received most" % IN_MATRIX
                 if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
-                html_table("The %d largest of %s pairs" % (
-                    min(PAIRS, len(flows)), digits(len(flows))), FLOW_COLUMNS, flows[:PAIRS])))
+                html_table("The %d largest of %s" % (min(PAIRS, len(flows)), some(
+                    len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
@@ -2189,10 +2208,12 @@ class Filters(NamedTuple):
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
     def query(self, **more: str) -> str:
-        said = {name: value for name, value in self._asdict().items()
-                if value != Filters._field_defaults[name]}
-        said.update(more)
-        return "?" + urllib.parse.urlencode(said, errors="replace") if said else ""
+        """The window, in an address. It is always said: a discovery's page without one shows all
+        time."""
+        said = {name: value for name, value in self._asdict().items() if value}
+        if self.since:
+            del said["days"]
+        return "?" + urllib.parse.urlencode(dict(said, **more), errors="replace")
 
     def fixed(self) -> "Filters":
         """The same window with its ends said, so that it stays where it is."""
@@ -2316,24 +2337,28 @@ def saved_replay(reader: Reader, filters: Filters, query: Query) -> str:
 def sessions_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = sessions(reader, window, LISTED_ROWS)
-    caption = "The newest %s of %s sessions in this window" % (
-        digits(len(result["sessions"])), digits(result["total_count_in_window"]))
+    caption = "The newest %s of %s in this window" % (
+        digits(len(result["sessions"])), some(result["total_count_in_window"], "session"))
     return page(reader, "/sessions", "Sessions", filters,
-                html_table(caption, SESSION_COLUMNS, result["sessions"]), window,
-                ("session", "calls", "saved", "developer"))
+                html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
+                window, ("session", "calls", "saved", "developer"))
 
 
 def session_page(reader: Reader, prefix: str) -> str:
     """Raises NotFound."""
     result = session(reader, prefix)
     s, related = result["session"], result["related"]
+    ended = stored_instant(s["ended_at"]) or 0
+    half = 45 * DAY_MS  # a developer's name lasts for a quarter
+    query = Filters(since=moment_text(ended - half), until=moment_text(ended + half)).query()
     facts = ['<dt>%s</dt><dd class="%s">%s</dd>' % (c.title, "m" if "m" in c.kind else "",
-                                                    cell_html(c, s)) for c in SESSION_FACTS]
+                                                    cell_html(c, s))
+             for c in linked(SESSION_FACTS, query)]
     chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
     table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                       SESSION_COLUMNS, related)
+                       linked(SESSION_COLUMNS, query), related)
     table = table or note_html("No other session of this machine in the last %d days."
                                % RELATED_DAYS)
     return page(reader, "/session", "Session " + s["session_id_hash"][:12], None,
@@ -2342,6 +2367,7 @@ def session_page(reader: Reader, prefix: str) -> str:
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
+    filters = filters._replace(discovery="")  # all are listed
     window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
     rows, total = result["discoveries"], result["discoveries_in_window"]
@@ -2360,6 +2386,7 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
+    filters = filters._replace(discovery="")
     window = EVER if all_time else filters.window()
     try:
         result = discovery(reader, ref, window)
@@ -2373,11 +2400,15 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
             minute(result["first_seen_at"]), minute(result["last_seen_at"]),
             some(count, "session"), some(result["developer_count"], "developer"))
         newest = reader.window(window._replace(discovery=ref), DRAWN)
+        last = stored_instant(result["last_seen_at"]) or 0
+        around = Filters(since=result["first_seen_at"], until=moment_text(last + 1))
+        query = (around if all_time else filters).query()
         body = "".join([
-            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=filters.query()),
-            html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"]),
+            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=query),
+            html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
+                       result["reached"]),
             html_table("Its path: the first %s of %s" % (
-                digits(len(result["path"])), some(count, "session")), PATH_COLUMNS,
+                digits(len(result["path"])), some(count, "session")), linked(PATH_COLUMNS, query),
                 result["path"])])
     return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
                 None if all_time else window, kept={"ref": ref})
@@ -2387,15 +2418,15 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     window, query = filters.window(), filters.query()
     result = developers(reader, window)
     rows = result["developers"]
-    name = DEVELOPER._replace(html=lambda d: developer_link(d, query))
     caption = "%s, by given minus received%s" % (
         some(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    body = html_table(caption, (name, *DEVELOPER_COLUMNS[1:]), rows[:LISTED_ROWS])
+    body = html_table(caption, linked(DEVELOPER_COLUMNS, query), rows[:LISTED_ROWS])
     if body:
-        body = note_html(
-            cold_start_words(result["cold_start"]) + " Cold start: for developers who were not"
-            " there in as many days before, how many sessions came before that first one.") + body
+        body = note_html(" ".join([
+            cold_start_words(result["cold_start"]), "Cold start: for developers who were not there"
+            " in as many days before, how many sessions came before the first that built on"
+            " somebody else's discovery.", *renamed(result)])) + body
     return page(reader, "/developers", "Developers", filters, body, window,
                 ("developer", "hand-over", "calls", "saved"))
 
@@ -2406,27 +2437,35 @@ MOST_DAYS = 800  # in a chart
 
 def developer_page(reader: Reader, label: str, filters: Filters) -> str:
     """What one developer did in the window, and learned from whom. Raises NotFound."""
-    if not re.fullmatch("[0-9a-f]{%d,64}" % PREFIX, label):
+    if not re.fullmatch("[0-9a-f]{%d,%d}(-[0-9]{1,9})?" % (PREFIX, LONGEST_PREFIX), label):
         raise NotFound("there is no such developer")
     window, query = filters.window(), filters.query()
     result = developers(reader, window)
-    rows = [row for row in result["developers"] if row["developer"].startswith(label)]
+    names = labels(hashes_of(reader.everybody(window)).values())
+    # A link from another window may have more digits or fewer than the label here.
+    fitting = {label} & set(names.values()) or {
+        name for key, name in names.items() if key.startswith(label)}
+    rows = [row for row in result["developers"] if row["developer"] in fitting]
     body = empty("Nobody of this name had a session in this window. The names change with the"
                  " quarter.")
-    if len(rows) == 1:
+    if len(rows) > 1:
+        body = html_table("Developers whose hashes begin with these digits",
+                          linked(DEVELOPER_COLUMNS, query), rows)
+    elif rows:
         body = html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
-        name = DEVELOPER._replace(html=lambda f: developer_link(f, query))
+        who = rows[0]["developer"]
         for title, own, other in (("Learned from", "target", "source"),
                                   ("Handed on to", "source", "target")):
             flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
-                     if flow[own] == rows[0]["developer"]]
-            table = html_table("The most hand-overs first", (name, HAND_OVERS), flows)
+                     if flow[own] == who]
+            table = html_table(
+                "The most hand-overs first", linked((DEVELOPER, HAND_OVERS), query), flows)
             body += "<h2>%s</h2>%s" % (title, table or note_html("Nobody in this window."))
         newest = collections.deque(
-            (s for s in reader.walk(window) if s.developer.startswith(label)), LISTED_ROWS)
+            (s for s in reader.walk(window) if s.developer == who), LISTED_ROWS)
         body += "<h2>Sessions</h2>" + html_table(
             "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-            SESSION_COLUMNS, plain_sessions(list(newest)[::-1]))
+            linked(SESSION_COLUMNS, query), plain_sessions(list(newest)[::-1]))
     return page(reader, "/developer/" + label, "Developer " + label, filters, body, window, kept={})
 
 
@@ -2445,33 +2484,41 @@ def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> st
                 words, words, bars(now, most, 1000 / n, 100, 2), line, ends))
 
 
-def by_day(rows: Sequence[Plain], since: str, column: Column) -> List[int]:
-    """A column's figure of each day since a moment (stored form), 0 on days that are not listed."""
-    if not rows:
-        return []
-    first = midnight(since[:10]) or midnight(rows[0]["period"]) or 0
-    days = {((midnight(row["period"]) or 0) - first) // DAY_MS: column.cell(row) for row in rows}
-    return [days.get(n, 0) for n in range(min(max(days) + 1, MOST_DAYS))]
+def days_drawn(window: Window) -> List[str]:
+    """The last MOST_DAYS days of a window."""
+    start, end = ends_of(window)
+    last = (end - 1) // DAY_MS
+    first = max(last - MOST_DAYS + 1, (start or 0) // DAY_MS)
+    return [moment_text(day * DAY_MS)[:10] for day in range(first, last + 1)]
+
+
+def by_day(rows: Sequence[Plain], window: Window, column: Column) -> List[int]:
+    """A column's figure of each day that is drawn, 0 on days that are not listed; [] without
+    rows."""
+    figures = {row["period"]: column.cell(row) for row in rows}
+    return [figures.get(day, 0) for day in days_drawn(window) if figures]
 
 
 def activity_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = activity(reader, window)
-    days, before = result["days"], result["before"] or {"days": [], "since": ""}
+    days, before = result["days"], result["before"]
+    earlier = Window(before["since"], before["until"])
     body = tiles(
         [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
             digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
         "large")
     if any(day["sessions"] for day in days):
-        ends = "<span>%s</span><span>%s</span>" % (esc(window.since[:10]), esc(days[-1]["period"]))
+        drawn = days_drawn(window)
+        ends = "<span>%s</span><span>%s</span>" % (drawn[0], drawn[-1])
         body += '<div class="plots">%s</div>' % "".join(
-            plot(c.title, by_day(days, window.since, c),
-                 by_day(before["days"], before["since"], c), ends)
+            plot(c.title, by_day(days, window, c), by_day(before["days"], earlier, c), ends)
             for c in (SESSIONS, DEVELOPERS, SAVED))
-        body += note_html(
-            "Bars: this window. Pale line: as many days before it. Came back: developers who were"
-            " also there in the period before. "
-            + cold_start_words(developers(reader, window)["cold_start"]))
+        body += note_html(" ".join([
+            "Bars: this window%s. Pale line: as many days before it. Came back: developers who were"
+            " also there in the period before." % (
+                ", its last %s" % some(MOST_DAYS, "day") if len(drawn) == MOST_DAYS else ""),
+            cold_start_words(developers(reader, window)["cold_start"]), *renamed(result)]))
         for kind in PERIODS:
             body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
                                result[kind][-400:][::-1])
@@ -2612,7 +2659,7 @@ def reading(path: str) -> Iterator[Reader]:
 # Viewer: the pages and the reading endpoints over HTTP, for this machine only
 # ==================================================================================================
 
-LOCAL_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+LOCAL_NAMES = {"127.0.0.1", "localhost"}
 PROTECTION = (
     ("Cache-Control", "no-store"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
@@ -2869,6 +2916,9 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.command = self.command or ""
         self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
+        if code == 501:  # a method that is not known
+            self.refuse()
+            return
         self.send(Answer(code, "text/plain", "The request is not understood.\n"))
 
 
@@ -4028,7 +4078,8 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         if not found:
             print(nothing_words(reader, window), file=sys.stderr)
         if reader.left_out:
-            print("left out: %d rows that are no sessions" % reader.left_out, file=sys.stderr)
+            print("left out: %s" % some(reader.left_out, "row that is no session",
+                                        "rows that are no sessions"), file=sys.stderr)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -4360,7 +4411,7 @@ SCRIPT = r"""
     turn(arcs, "old", faded, old);
     faded = old;
     totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
-    slider.value = moment;
+    slider.value = moment < D.span ? moment : slider.max;
     slider.setAttribute("aria-valuetext", `${minute(moment)}, ${some(n, "session")}`);
     $("moment").textContent = minute(moment);
     $("veil").setAttribute("x", x);
@@ -4570,8 +4621,9 @@ SCRIPT = r"""
   window.addEventListener("hashchange", read);
 
   document.documentElement.classList.add("live");
-  slider.max = D.span;
-  slider.step = Math.max(1, Math.round(D.span / 500));
+  const grain = Math.max(1, Math.round(D.span / 500));
+  slider.step = grain;
+  slider.max = Math.ceil(D.span / grain) * grain;  // the last step is not before the last session
   if (!read()) {
     caption.textContent = "Press Play to see how the discoveries travel.";
     play.focus({preventScroll: true});

@@ -6603,6 +6603,8 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
                                    "tokens_saved": 36, "discoveries": 3, "hand_overs": 3}
         only_y = session_events.graph(reader, window._replace(discovery="y"))
         assert [(e["source"], e["target"]) for e in only_y["edges"]] == [(s1, s3), (s3, s4)]
+        of_y = session_events.developers(reader, window._replace(discovery="y"))
+        assert of_y["matrix"] == [{"source": a, "target": c, "hand_overs": 1}]
 
         activity = session_events.activity(reader, window, may_13 - 1)
         assert [
@@ -6619,14 +6621,54 @@ def test_reader_answers_worked_out_by_hand(tmp_path):
         assert [d["sessions"] for d in activity["days"]] == [1, 1, 0, 0, 0, 0, 0, 0, 2]
         assert [m["developers"] for m in activity["months"]] == [3]
         one = session_events.Day()
-        one.who = {a}
-        apart = session_events.periods({1: one, 2: one, 1000: one})  # too long for empty periods
+        one.who = {0}
+        # Too long for empty periods.
+        apart = session_events.periods(session_events.EVER, {1: one, 2: one, 1000: one}, [a])
         assert [d["came_back"] for d in apart["days"]] == [0, 1, 0]
+        # Nobody looks before the window.
+        edge = session_events.activity(reader, window._replace(since="2026-05-04T10:00:00.000Z"))
+        assert [[p["came_back"] for p in edge[kind]][:2] for kind in session_events.PERIODS] == [
+            [None, 0], [None, 1], [None]]
         assert activity["active"] == [
             {"days": 1, "developers": 2, "came_back": 0},
             {"days": 7, "developers": 2, "came_back": 1},
             {"days": 28, "developers": 3, "came_back": 0},
         ]
+    # Ann logs in: she has no GitHub before the window.
+    later = [row(n, "ann", "2026-05-%02dT10:00:00.000Z" % n, github=n > 9) for n in (9, 10)]
+    with session_events.reading(stored(tmp_path / "later.db", *later)) as reader:
+        window = session_events.window_between(7, "2026-05-10", "2026-05-11", None, None)
+        activity = session_events.activity(reader, window)
+        assert [list(part.values()) for part in activity["active"]] == [
+            [1, 1, 1], [7, 1, 0], [28, 1, 0]]
+
+
+@quick
+def test_reader_says_where_everybody_is_renamed(tmp_path):
+    """Each answer that counts developers over the edge of a quarter says so; no other does."""
+    rows = [row(month, month, "2026-%s-15T10:00:00.000Z" % month) for month in ("06", "07", "08")]
+    db = stored(tmp_path / "e.db", *rows)
+    for since, until, said in (
+        ("2026-06-20", "2026-07-20", "on 2026-07-01 (UTC)"),
+        ("2026-07-01", "2026-07-20", "on 2026-07-01 (UTC)"),  # who is new is wrong
+        ("2026-07-10", "2026-07-25", "on 2026-07-01 (UTC)"),
+        ("2026-07-10", "2026-07-19", None),
+        ("2026-07-11", "2026-07-21", None),  # the window before begins with the quarter
+        ("2026-01-01", "2026-09-01", "at the start of each quarter (UTC)"),
+        ("2026-08-16", "2026-10-01", None),
+    ):
+        window = ["--db", db, "--since", since, "--until", until]
+        filters = session_events.Filters(since=since, until=until)
+        with session_events.reading(db) as reader:
+            texts = [" ".join(session_events.findings(session_events.summary(
+                         reader, filters.window()))),
+                     session_events.developers_page(reader, filters),
+                     session_events.activity_page(reader, filters)]
+        for command in ("summary", "developers", "activity"):
+            texts.append(" ".join(read(command, *window).stdout.split()))
+        for text in texts:
+            assert ("Everybody is renamed %s:" % said in text) == bool(said), (since, text)
+            assert said or "Everybody is renamed" not in text, since
 
 
 def reference_developers(rows):
@@ -7238,6 +7280,76 @@ def test_reader_ticks_are_round_moments():
 
 
 @quick
+def test_reader_words_and_numbers():
+    for found, expected in (
+        (session_events.lasting(24 * 26_334), "26,334 days"),
+        (session_events.median_text(12_345_678.0), "12,345,678"),
+        (session_events.median_text(12_345_678.5), "12,345,678.5"),
+        (session_events.median_text(None), "-"),
+        (session_events.wrapped(["a-" * 30 + " " + "b-c" * 40]), "%s\n%s\n" % (
+            "a-" * 30, "b-c" * 40)),
+        (session_events.cold_start_words({"developers": 1, "sessions": 1234567.0, "never": 0}),
+         "1 developer was new in this window. Own sessions before the first that built on"
+         " somebody else's discovery: 1,234,567 (median)."),
+    ):
+        assert found == expected
+
+
+@quick
+def test_reader_links_keep_the_window(tmp_path):
+    """Every link to a developer or a discovery leads to the window that its page stands for."""
+    filters = session_events.Filters
+    for asked, query in (
+        (filters(), "?days=7"),
+        (filters(30, github="true"), "?days=30&github=true"),
+        (filters(30, until="2026-05-05"), "?days=30&until=2026-05-05"),
+        (filters(30, "2026-05-01"), "?since=2026-05-01"),
+        (filters(7, "2026-05-01", "2026-06-01", "", "x"),
+         "?since=2026-05-01&until=2026-06-01&discovery=x"),
+    ):
+        assert asked.query() == query
+    may = filters(since="2026-05-01", until="2026-06-01", discovery="x")
+    said, every = may.query(), may._replace(discovery="").query()
+    around = "?since=2026-03-28T11:00:00.000Z&until=2026-06-26T11:00:00.000Z"
+    between = "?since=%s&until=%s" % (STORY[0]["ended_at"], STORY[4]["ended_at"].replace(
+        ".000", ".001"))
+    with session_events.reading(stored(tmp_path / "e.db", *STORY)) as reader:
+        for page, to, expected in (
+            (session_events.sessions_page(reader, may), "developer", said),
+            (session_events.developers_page(reader, may), "developer", said),
+            (session_events.developer_page(reader, ANN[:8], may), "developer", said),
+            (session_events.replay_page(reader, may), "developer", said),
+            (session_events.session_page(reader, sha("session 4")), "developer", around),
+            (session_events.discoveries_page(reader, may, "name"), "discovery", every),
+            (session_events.discovery_page(reader, "x", may, False), "developer", every),
+            (session_events.discovery_page(reader, "x", may, True), "developer", between),
+        ):
+            links = re.findall('href="/%s[/?][^?"]*?([?&][^"]*)"' % to, page)
+            links = {"?" + html.unescape(link).replace("%3A", ":")[1:] for link in links}
+            assert links == {expected}
+        page = session_events.discoveries_page(reader, may, "name")
+        assert "discovery=" not in page and "sessions that touched" not in page
+
+
+@quick
+def test_reader_charts_have_the_last_days(tmp_path):
+    rows = [row(n, at="%s-01T10:00:00.000Z" % month, tokens_saved=n)
+            for n, month in enumerate(("2020-01", "2024-01", "2026-05"), 5)]
+    with session_events.reading(stored(tmp_path / "e.db", *rows)) as reader:
+        for since, until, first, last, bars in (
+            ("2020-01-01", "2026-05-02", "2024-02-22", "2026-05-01", ["M998.8 100V0h1V100z"]),
+            ("2026-05-01", "2026-05-03", "2026-05-01", "2026-05-02", ["M0 100V0h498V100z"]),
+            ("2026-05-01T05:00:00Z", "2026-05-02T05:00:00Z", "2026-05-01", "2026-05-02",
+             ["M0 100V0h498V100z"]),
+        ):
+            page = session_events.activity_page(
+                reader, session_events.Filters(since=since, until=until))
+            ends = re.findall('class="ends"><span>(.*?)</span><span>(.*?)</span>', page)
+            assert ends == [(first, last)] * 3
+            assert re.findall('aria-label="[^"]*"><path d="([^"]*)"', page) == bars * 3
+
+
+@quick
 def test_reader_lists_three_discoveries_and_counts_the_rest():
     for count, rest in ((0, ""), (3, ""), (4, " +1"), (9, " +6")):
         shown = session_events.discovery_links(["r%d" % n for n in range(count)])
@@ -7245,10 +7357,46 @@ def test_reader_lists_three_discoveries_and_counts_the_rest():
 
 
 @quick
-def test_reader_prefixes_that_look_alike():
-    keys = ["ab" * 32, "ab" * 5 + "cd" * 27, "ab" * 5 + "ce" * 27, "0" * 64]
-    assert session_events.labels(keys) == {
-        keys[0]: keys[0][:11], keys[1]: keys[1][:12], keys[2]: keys[2][:12], keys[3]: "0" * 8}
+def test_reader_developers_that_look_alike(tmp_path):
+    """No label has more than 12 digits, however many a sender's hash shares with a victim's.
+
+    Each label is one developer's, in an export, in a table and in the address of its page.
+    """
+    for tails, expected in (
+        (("0", "1"), ("00000000", "10000000")),
+        (("000000000", "000000001"), ("000000000", "000000001")),
+        (("0" * 11 + "1", "0" * 11 + "2", "0" * 10 + "1"),
+         ("0" * 11 + "1", "0" * 11 + "2", "0" * 10 + "10")),
+        (("0" * 12, "0" * 11 + "1", "0" * 63 + "1"), ("0" * 12, "0" * 11 + "1", "0" * 12 + "-2")),
+        (("0" * 63 + "3", "0" * 63 + "1", "0" * 63 + "2"),
+         ("0" * 12 + "-3", "0" * 12, "0" * 12 + "-2")),
+    ):
+        keys = [tail.ljust(64, "0") for tail in tails]
+        assert session_events.labels(keys) == dict(zip(keys, expected))
+    twins = [ANN[:63] + digit for digit in "0123456789abcdef"]
+    assert ANN in twins
+    rows = [row(n, n, "2026-05-10T10:00:00.000Z", ["x"], github_hash=twin, tool_count=1000 + n)
+            for n, twin in enumerate(twins)]
+    db = stored(tmp_path / "e.db", *rows, row("z", "z", "2026-05-11T10:00:00.000Z"))
+    filters = session_events.Filters(since="2026-05-01", until="2026-06-01")
+    with session_events.reading(db) as reader:
+        listed = session_events.exported(reader, filters.window())
+        names = {s["tool_count"]: s["developer"] for s in listed}
+        assert names.pop(10) == sha("login z")[:8] and len(set(names.values())) == 16
+        for answer, rows_of in ((session_events.sessions, "sessions"),
+                                (session_events.graph, "nodes"),
+                                (session_events.developers, "developers")):
+            for found in answer(reader, filters.window())[rows_of]:
+                assert found["developer"] == names.get(found["tool_count"], sha("login z")[:8])
+        for filtered in (filters, filters._replace(discovery="x")):
+            for calls, label in names.items():
+                page = session_events.developer_page(reader, label, filtered)
+                assert re.findall('data-t="calls">([^<]*)<', page) == ["{:,}".format(calls)] * 2
+        page = session_events.developer_page(reader, ANN[:8], filters)
+        assert page.count('data-t="calls"') == 16 == len(set(re.findall("/developer/[^?]*", page)))
+        for unknown in (ANN[:13], ANN, ANN[:12] + "-", ANN[:12] + "-2x", ANN[:7]):
+            with pytest.raises(session_events.NotFound):
+                session_events.developer_page(reader, unknown, filters)
 
 
 # -- Hostile rows ----------------------------------------------------------------------------------
@@ -7767,8 +7915,8 @@ def test_reader_the_door_of_the_viewer(tmp_path):
         assert http(view.address, view.url[len(view.base) :])[0] == 403  # the ticket was used
         # ... but for who is inside already
         assert http(view.address, view.url[len(view.base) :], cookie)[0] == 200
-        for host in ("evil.example", "evil.example:%d" % view.address[1], "127.0.0.1.evil.example",
-                     "", "localhost@evil"):
+        for host in ("[::1]", "evil.example", "evil.example:%d" % view.address[1],
+                     "127.0.0.1.evil.example", "", "localhost@evil"):
             assert http(view.address, "/", dict(cookie, Host=host))[0] == 403, host
         for host in (
             "localhost:%d" % view.address[1],
@@ -7802,11 +7950,11 @@ def test_reader_the_door_of_the_viewer(tmp_path):
             assert http(view.address, path, cookie)[0] == expected, path
         status, headers, body = http(view.address, "/sessions", cookie, "HEAD")
         assert (status, body) == (200, "") and int(headers["content-length"]) > 1000
-        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "PROPFIND", "BREW"):
             status, headers, _ = http(view.address, "/", cookie, method)
             assert (status, headers["allow"]) == (405, "GET, HEAD")
         for raw in (b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n",
-                    b"BREW / HTTP/1.1\r\n\r\n", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
+                    b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n",
                     b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n"):
             status, headers, body = http(view.address, raw=raw)
             assert status >= 400 and body == "The request is not understood.\n"
@@ -7981,19 +8129,23 @@ def test_reader_the_endpoints_to_the_letter(tmp_path):
 
 
 def test_reader_no_output_has_a_whole_developer(tmp_path, capfdbinary):
-    """README, Contract 8, for the reading side: every output has only a developer's prefix.
+    """README, Contract 8, for the reading side: no output has more than 12 digits of a developer.
 
     No log is written.
     """
-    db = stored(tmp_path / "e.db", *STORY)
-    whole = [sha(kind, who)[:9] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
+    other = min(set("012") - {ANN[-1], CAY[-1]})
+    near = [  # neighbours of ann and cay, who would lengthen their labels
+        row("near", "eve", STORY[2]["ended_at"], ["x"], github_hash=ANN[:63] + other),
+        row("nearer", "eve", STORY[2]["ended_at"], ["x"], False, identity_hash=CAY[:63] + other)]
+    db = stored(tmp_path / "e.db", *STORY, *near)
+    whole = [sha(kind, who)[:13] for kind in ("identity", "login") for who in ("ann", "bob", "cay")]
     outputs = [
         "".join(answered(capfdbinary, argv)[1:]) for _, _, argv in commands(db, sha("session", 1))]
     with View(db, **{session_events.ADMIN_TOKEN_VARIABLE: "t"}) as view:
         headers = {"Cookie": view.cookie(), "Authorization": "Bearer t"}
         for path in ("/?days=9999", "/sessions?days=9999", "/session/" + sha("session 1"),
                      "/discoveries?days=9999", "/discovery?ref=x", "/developers?days=9999",
-                     "/developer/%s?days=9999" % ANN[:8], "/save?days=9999&t=x&d=x",
+                     "/developer/%s?days=9999" % ANN[:12], "/save?days=9999&t=x&d=x",
                      "/activity?days=9999", "/admin/sessions?days=90",
                      "/admin/sessions/" + sha("session 1"), "/admin/discoveries/propagation"):
             status, _, body = http(view.address, path, headers)
@@ -8580,7 +8732,8 @@ def test_reader_hostile_pages_in_chromium(tmp_path, chromium):
             assert "rows were left out" in chromium.js("document.body.textContent"), path
     fields = {"identity": sha("a"), "github": None, "tools": 1, "tokens": 1, "branch": None}
     hostile = session_events.Session(
-        id=1, session=sha("s"), ended=10**12, refs=tuple(HOSTILE_REFS), version="1", **fields)
+        id=1, session=sha("s"), ended=10**12, refs=tuple(HOSTILE_REFS), version="1",
+        developer="a" * 8, **fields)
     ranked = [
         {
             "discovery_id": ref,
@@ -8657,7 +8810,8 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         row(
             n,
             n if n < 300 else chance.randrange(300),
-            "2026-05-%02dT%02d:%02d:00.000Z" % (1 + n // 72, n // 3 % 24, n % 60),
+            # The last one stands off the slider's steps, most of a step after the last but one.
+            "2026-05-%02dT%02d:%02d:00.%03dZ" % (1 + n // 72, n // 3 % 24, n % 60, n // 2009 * 499),
             {"disc-%d" % (300 * chance.random() ** 2), "disc-%d" % (300 * chance.random() ** 2)},
         )
         for n in range(2010)
@@ -8676,6 +8830,10 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         spent = chromium.js(FRAME_TIMES)
         assert len(spent) > 10 and spent[len(spent) // 2] < 20, spent[-10:]
         assert chromium.js(SEEN)["counters"][:2] == ["2,000", "300"]
+        chromium.js('document.getElementById("slider").focus()')
+        for key, code, seen in (("Home", 36, "1"), ("End", 35, "2,000")):
+            chromium.key(key, code)
+            assert chromium.js(SEEN)["counters"][0] == seen
         drawn = """[...document.querySelectorAll("#arcs path")].filter(
             p => getComputedStyle(p).display != "none").length"""
         chromium.until('document.querySelectorAll(".new").length == 0')
