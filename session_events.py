@@ -409,14 +409,17 @@ def numbered(names: Iterable[str]) -> List[str]:
 def labels(keys: Iterable[str]) -> Dict[str, str]:
     """{whole hash: what is shown of it}: 8 digits. Those that would look alike have up to 12, and
     no more: whoever may send events can make hashes that differ in their last digit alone. Then a
-    number tells them apart, in the order of the hashes."""
-    ordered, shown = sorted(set(keys)), []
-    for _, group in itertools.groupby(ordered, lambda key: key[:PREFIX]):
-        same = list(group)
+    number tells them apart, in the order in which they come. (The order of the hashes would let the
+    sender of some hundred events find the whole one between them.)"""
+    alike: Dict[str, List[str]] = collections.defaultdict(list)
+    for key in dict.fromkeys(keys):
+        alike[key[:PREFIX]].append(key)
+    shown: Dict[str, str] = {}
+    for same in alike.values():
         length = next((n for n in range(PREFIX, LONGEST_PREFIX)
                        if len({key[:n] for key in same}) == len(same)), LONGEST_PREFIX)
-        shown += [key[:length] for key in same]
-    return dict(zip(ordered, numbered(shown)))
+        shown.update(zip(same, numbered([key[:length] for key in same])))
+    return shown
 
 
 def plain_session(s: Session) -> Plain:
