@@ -614,7 +614,7 @@ class Reader:
         filtered = window[2:] != NO_FILTER
         needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
         for identities, githubs, *columns in self.chunks(window, needed):
-            columns.insert(0, [numbers[pair] for pair in zip(identities, githubs)])
+            columns.insert(0, list(map(numbers.__getitem__, zip(identities, githubs))))
             if filtered:
                 kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
                 columns = [list(itertools.compress(column, kept)) for column in columns]
