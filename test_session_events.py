@@ -1353,7 +1353,14 @@ def test_emit_understands_every_host(person, received):
 
 
 def test_emit_prints_hooks_that_work(person, tmp_path):
-    """A shell runs each command that `hooks HOST` prints, with that host's recorded input."""
+    """A shell runs each command that `hooks HOST` prints, with that host's recorded input.
+
+    README and the help name each host.
+    """
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (others,) = re.findall("emit.py hooks claude +# or (.*)", readme)
+    assert {"claude", *others.split(", ")} == set(emit.HOSTS)
+    assert not [host for host in emit.HOSTS if host not in emit.__doc__]
     person.env["CLAUDE_PROJECT_DIR"] = ""
     project, plugin = str(person.home / "app"), tmp_path / "it's a plugin"
     path = project + "/.ashlrcode/genome/sections/discoveries/by-hook.md"
@@ -1366,11 +1373,11 @@ def test_emit_prints_hooks_that_work(person, tmp_path):
         env = {
             **person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_PLUGIN_ROOT": str(plugin)}
         env["ASHLR_SESSION_EVENTS_WAIT"] = "20000"
-        for host in ("claude", "codex", "copilot", "gemini", "qwen"):
+        for host in (host for host, (events, _) in emit.HOSTS.items() if events):
             for more in ([], ["--folder", folder]):
                 argv = [sys.executable, "-I", "-S", plugin / "scripts" / "emit.py", "hooks", host]
                 done = run([*argv, *more], env=person.env)
-                assert done.returncode == 0 and ("~/.%s/" % host) in done.stderr, done.stderr
+                assert done.returncode == 0 and emit.HOSTS[host][1] in done.stderr, done.stderr
                 assert "timeout" not in done.stdout
                 assert (folder in done.stdout) == bool(more)
                 assert (" a plugin/scripts" in done.stdout) != bool(more)
