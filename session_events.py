@@ -1303,14 +1303,14 @@ def digits(value: int) -> str:
     return "{:,}".format(value)
 
 
-def said(value: object) -> str:
+def value_text(value: object) -> str:
     """A number with thousands separators; "-" for None; any other value as visible text."""
     if value is None:
         return "-"
     return digits(value) if isinstance(value, int) else visible(str(value))
 
 
-def some(count: int, thing: str, things: str = "") -> str:
+def counted(count: int, thing: str, things: str = "") -> str:
     return "%s %s" % (digits(count), thing if count == 1 else things or thing + "s")
 
 
@@ -1353,7 +1353,7 @@ def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
     """A table for a terminal. Where a line would be too long, the widest column of text is cut."""
     columns = [c for c in columns if "wide" not in c.kind]
     cells = [[c.short or c.title for c in columns]]
-    cells += [[said(c.cell(row)) for c in columns] for row in rows]
+    cells += [[value_text(c.cell(row)) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     widest = max((w, i) for i, w in enumerate(widths) if columns[i].kind != "n")[1]
     over = max(0, sum(widths) + 2 * (len(widths) - 1) - COLUMNS_OF_A_TERMINAL)
@@ -1363,7 +1363,7 @@ def text_table(columns: Sequence[Column], rows: Sequence[Plain]) -> str:
         for c, cell, w in zip(columns, line, widths)).rstrip() + "\n" for line in cells)
 
 
-def number(title: str, key: str, sort: str = "", short: str = "") -> Column:
+def number_column(title: str, key: str, sort: str = "", short: str = "") -> Column:
     return Column(title, operator.itemgetter(key), "n", None, sort, short)
 
 
@@ -1384,10 +1384,10 @@ SESSION = Column("Session", lambda s: s["session_id_hash"][:12], "m", lambda s: 
 DEVELOPER = Column("Developer", lambda s: s["developer"], "m")
 GITHUB_USED = Column("GitHub", lambda s: "yes" if s["github_hash_prefix"] else "no", "wide")
 BRANCH = Column("Branch", lambda s: s["branch_sha"] or "-", "m wide")
-SESSIONS = number("Sessions", "sessions")
-DEVELOPERS = number("Developers", "developers")
-CALLS = number("Calls", "tool_count")
-SAVED = number("Tokens saved", "tokens_saved", short="Saved")
+SESSIONS = number_column("Sessions", "sessions")
+DEVELOPERS = number_column("Developers", "developers")
+CALLS = number_column("Calls", "tool_count")
+SAVED = number_column("Tokens saved", "tokens_saved", short="Saved")
 SESSION_COLUMNS = (
     ENDED, SESSION, DEVELOPER, GITHUB_USED, CALLS, SAVED, BRANCH,
     Column("Discoveries", refs_cell, "d", lambda s: discovery_links(s["discovery_refs"])))
@@ -1395,8 +1395,8 @@ DISCOVERY_COLUMNS = (
     Column("Discovery", lambda d: d["discovery_id"], sort="name"),
     Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
            short="Over time"),
-    number("Reach", "developer_count", "developer_count"),
-    number("Sessions", "session_count", "session_count"),
+    number_column("Reach", "developer_count", "developer_count"),
+    number_column("Sessions", "session_count", "session_count"),
     Column("To the second developer", lambda d: lasting(d["hours_to_second_developer"]), "n",
            sort="hours_to_second_developer", short="To 2nd"),
     Column("Half-life", lambda d: lasting(d["half_life_hours"]), "n", sort="half_life"),
@@ -1404,20 +1404,21 @@ DISCOVERY_COLUMNS = (
     Column("Last seen", lambda d: d["last_seen_at"][:10], "m late",
            lambda d: minute(d["last_seen_at"]), "recent"))
 DEVELOPER_COLUMNS = (
-    DEVELOPER, SESSIONS, CALLS, SAVED, number("Given", "given"), number("Received", "received"),
+    DEVELOPER, SESSIONS, CALLS, SAVED, number_column("Given", "given"),
+    number_column("Received", "received"),
     Column("Cold start", cold_cell, "n"))
 GIVER = Column("From", lambda f: f["source"], "m")
 TAKER = Column("To", lambda f: f["target"], "m to")
-HAND_OVERS = number("Hand-overs", "hand_overs")
-FLOW_COLUMNS = (GIVER, TAKER, number("Hand-overs", "discoveries"))  # of `graph`, which cross
+HAND_OVERS = number_column("Hand-overs", "hand_overs")
+FLOW_COLUMNS = (GIVER, TAKER, number_column("Hand-overs", "discoveries"))  # of `graph`, which cross
 REACHED_COLUMNS = (Column("Reached (UTC)", lambda r: minute(r["at"]), "m"), DEVELOPER,
                    SESSION._replace(title="In session"))
 PATH_COLUMNS = (ENDED, SESSION, DEVELOPER,
                 Column("How", lambda s: "from another developer" if s["crosses"] else "-"))
-CAME_BACK = number("Came back", "came_back")
+CAME_BACK = number_column("Came back", "came_back")
 PERIOD_COLUMNS = (Column("Period", lambda p: p["period"], "m"), SESSIONS, DEVELOPERS, CAME_BACK,
                   CALLS, SAVED)
-ACTIVE_COLUMNS = (Column("Active in", lambda a: some(a["days"], "day")), DEVELOPERS, CAME_BACK)
+ACTIVE_COLUMNS = (Column("Active in", lambda a: counted(a["days"], "day")), DEVELOPERS, CAME_BACK)
 SESSION_FACTS = (
     DEVELOPER, GITHUB_USED, Column("Ended", lambda s: s["ended_at"]),
     CALLS._replace(title="Calls of tools"), SAVED, BRANCH._replace(title="Commit"))
@@ -1429,21 +1430,21 @@ def wrapped(sentences: Iterable[str]) -> str:
                                  break_on_hyphens=False) + "\n" for sentence in sentences)
 
 
-def rest(words: str, shown: int, total: int) -> str:
+def rest_line(words: str, shown: int, total: int) -> str:
     """A line about rows that are not shown, if there are any."""
     return "\n%s\n" % words.format(shown, total) if total > shown else ""
 
 
 def sessions_text(result: Plain) -> str:
     found = result["sessions"]
-    return text_table(SESSION_COLUMNS, found) + rest(
+    return text_table(SESSION_COLUMNS, found) + rest_line(
         "the newest {:,} of {:,}; --limit shows more", len(found), result["total_count_in_window"])
 
 
 def session_text(result: Plain) -> str:
     s, related = result["session"], result["related"]
     facts = [("Session", s["session_id_hash"])]
-    facts += [(c.title, said(c.cell(s))) for c in SESSION_FACTS]
+    facts += [(c.title, value_text(c.cell(s))) for c in SESSION_FACTS]
     facts += [("" if i else "Discoveries", fit(visible(ref), 64))
               for i, ref in enumerate(s["discovery_refs"])]
     text = "".join("%-14s %s\n" % fact for fact in facts)
@@ -1458,14 +1459,14 @@ def discovery_text(result: Plain) -> str:
     return "".join([
         fit(visible(result["discovery_id"]), COLUMNS_OF_A_TERMINAL),
         "\n%s to %s: " % (minute(result["first_seen_at"]), minute(result["last_seen_at"])),
-        "%s, " % some(result["session_count"], "session"),
-        "%s\n" % some(result["developer_count"], "developer"),
+        "%s, " % counted(result["session_count"], "session"),
+        "%s\n" % counted(result["developer_count"], "developer"),
         "it reached no second developer\n" if second is None
         else "it reached a second developer within %s\n" % lasting(second),
         "" if half is None else "half of its sessions ended within %s\n" % lasting(half),
         "\n", text_table(REACHED_COLUMNS, result["reached"]),
         "\n", text_table(PATH_COLUMNS, result["path"]),
-        rest("the first {:,} steps of {:,}", len(result["path"]), result["session_count"])])
+        rest_line("the first {:,} steps of {:,}", len(result["path"]), result["session_count"])])
 
 
 def discoveries_text(result: Plain) -> str:
@@ -1473,7 +1474,7 @@ def discoveries_text(result: Plain) -> str:
         text_table(DISCOVERY_COLUMNS, result["discoveries"])
         + "\nReach: developers with a session that touched it. To 2nd: from its first session\n"
         "to the first of a second developer. Half-life: until half of its sessions ended.\n"
-        + rest("{:,} of {:,}; --limit shows more", len(result["discoveries"]),
+        + rest_line("{:,} of {:,}; --limit shows more", len(result["discoveries"]),
                result["discoveries_in_window"]))
 
 
@@ -1481,7 +1482,7 @@ def flows_text(title: str, columns: Sequence[Column], flows: Sequence[Plain]) ->
     """Pairs of developers (from, to), the largest first."""
     if not flows:
         return "\nno discovery went from one developer to another\n"
-    return "\n%s\n%s" % (title, text_table(columns, flows[:LISTED_FLOWS])) + rest(
+    return "\n%s\n%s" % (title, text_table(columns, flows[:LISTED_FLOWS])) + rest_line(
         "the first {:,} of {:,}; --format json has all", LISTED_FLOWS, len(flows))
 
 
@@ -1509,11 +1510,11 @@ def findings(figures: Plain) -> List[str]:
     else:
         lines = [
             "%s of %s reached a second developer, half of them within %s." % (
-                digits(shared), some(figures["discoveries"], "discovery", "discoveries"),
+                digits(shared), counted(figures["discoveries"], "discovery", "discoveries"),
                 lasting(figures["hours_to_second_developer"])),
             "%s went furthest: %s of %s in %s." % (
                 far["discovery_id"], digits(far["developers"]),
-                some(figures["developers"], "developer"), lasting(far["hours"]))]
+                counted(figures["developers"], "developer"), lasting(far["hours"]))]
     if not built["sessions"]:
         lines.append("No session built on somebody else's discovery.")
     else:
@@ -1544,7 +1545,7 @@ def cold_start_words(cold: Plain) -> str:
     """How long a new developer works before the first inherited discovery."""
     if not cold["developers"]:
         return "No developer was new in this window."
-    words = some(cold["developers"], "developer was", "developers were") + " new in this window"
+    words = counted(cold["developers"], "developer was", "developers were") + " new in this window"
     if cold["sessions"] is None:
         return words + ", without a session that built on somebody else's discovery."
     words += (". Own sessions before the first that built on somebody else's discovery: %s"
@@ -1594,7 +1595,8 @@ def summary_text(result: Plain) -> str:
     before = result["before"]
     until = minute(result["until"]) if result["until"] else "now"
     lines = ["\n%-36s %14s %14s" % ("", "this window", "the one before" if before else "")]
-    lines += ["%-36s %14s %14s" % (name, said(cell(result)), said(cell(before)) if before else "")
+    lines += ["%-36s %14s %14s" % (
+        name, value_text(cell(result)), value_text(cell(before)) if before else "")
               for name, cell in SUMMARY_ROWS]
     return "".join([
         "Sessions from %s to %s (UTC)\n\n" % (minute(result["since"]) or "the start", until),
@@ -1614,7 +1616,7 @@ def graph_text(result: Plain) -> str:
     totals = result["totals"]
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     text = "".join("%-16s %12s\n" % (name, digits(totals[key])) for name, key in COUNTERS)
-    text += rest("of the newest {:,} of {:,} sessions; --limit takes more",
+    text += rest_line("of the newest {:,} of {:,} sessions; --limit takes more",
                  totals["sessions"], result["total_count_in_window"])
     return text + flows_text("from developer to developer", FLOW_COLUMNS, flows)
 
@@ -1625,7 +1627,7 @@ def activity_text(result: Plain) -> str:
         here, before = (sum(day["sessions"] for day in part["days"])
                         for part in (result, result["before"]))
         text += "in this window %s, in as many days before %s\n" % (
-            some(here, "session"), digits(before))
+            counted(here, "session"), digits(before))
     text += wrapped(renamed(result))
     for kind in PERIODS:
         most = max((row["sessions"] for row in result[kind]), default=0) or 1
@@ -1743,7 +1745,7 @@ def forwarding(address: str) -> str:
 
 
 def cell_html(column: Column, row: Plain) -> str:
-    return column.html(row) if column.html else esc(said(column.cell(row)))
+    return column.html(row) if column.html else esc(value_text(column.cell(row)))
 
 
 def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
@@ -1894,7 +1896,7 @@ class Picture:
 
     def svg(self) -> str:
         words = "Replay: %s of %s over time; the tables say the same" % (
-            some(len(self.ordered), "session"), some(len(self.developers), "developer"))
+            counted(len(self.ordered), "session"), counted(len(self.developers), "developer"))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
                 '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
                 ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
@@ -1980,7 +1982,8 @@ class Picture:
         return "".join(
             '<a%s aria-label="%s, %s, %s"><circle cx="%g%%" cy="%g" r="%g"%s/></a>' % (
                 ' href="/session/%s"' % s.session if self.links else "", esc(s.developer),
-                minute(moment_text(s.ended)), some(s.tools, "call"), round(self.x(s.ended) / 10, 2),
+                minute(moment_text(s.ended)), counted(s.tools, "call"),
+                round(self.x(s.ended) / 10, 2),
                 self.y(self.lanes[s.developer]),
                 round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
                 ' class="g"' if s.github else "") for s in self.ordered)
@@ -2097,7 +2100,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
                    spark_svg(d["counts"]), esc(reach_words(d)))
         for d in ranked if d["discovery_id"] in picture.numbers)
     more = max(0, len(picture.numbers) - LISTED)
-    words = some(more, "more discovery", "more discoveries")
+    words = counted(more, "more discovery", "more discoveries")
     if picture.links:
         words = '<a href="/discoveries%s">%s</a>' % (esc(picture.query), words)
     return '<div class="side"><h2>Discoveries, by reach</h2><ul class="ranking">%s</ul>%s</div>' % (
@@ -2105,7 +2108,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
 
 
 def reach_words(d: Plain) -> str:
-    words = [some(d["developer_count"], "developer")]
+    words = [counted(d["developer_count"], "developer")]
     if d["hours_to_second_developer"] is not None:
         words.append("second after " + lasting(d["hours_to_second_developer"]))
     if d["half_life_hours"] is not None:
@@ -2148,7 +2151,7 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
             '</table></div><div class="pairs">%s</div>' % (
                 caption, "; the %d who gave and received most" % IN_MATRIX
                 if max(len(givers), len(takers)) == IN_MATRIX else "", head, rows,
-                html_table("The %d largest of %s" % (min(PAIRS, len(flows)), some(
+                html_table("The %d largest of %s" % (min(PAIRS, len(flows)), counted(
                     len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
@@ -2254,7 +2257,7 @@ def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
 def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
     """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
     in the address. A page that gives it has no field for a discovery."""
-    days = [(str(n), "last %s" % some(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
+    days = [(str(n), "last %s" % counted(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
     fields = "".join('<input type="hidden" name="%s" value="%s">' % (
         name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
     fields += '<label>Window<select name="days">%s</select></label>' % options(
@@ -2301,7 +2304,7 @@ def page(reader: Reader, path: str, title: str, filters: Optional[Filters], main
     query = esc(filters.query()) if filters else ""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
         to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
-    left_out = "%s left out: not sessions as the contract has them." % some(
+    left_out = "%s left out: not sessions as the contract has them." % counted(
         reader.left_out, "row was", "rows were") if reader.left_out else ""
     return document(title + " - sessions", "".join([
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
@@ -2341,7 +2344,7 @@ def sessions_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     result = sessions(reader, window, LISTED_ROWS)
     caption = "The newest %s of %s in this window" % (
-        digits(len(result["sessions"])), some(result["total_count_in_window"], "session"))
+        digits(len(result["sessions"])), counted(result["total_count_in_window"], "session"))
     return page(reader, "/sessions", "Sessions", filters,
                 html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
                 window, ("session", "calls", "saved", "developer"))
@@ -2376,7 +2379,7 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     rows, total = result["discoveries"], result["discoveries_in_window"]
     name = DISCOVERY_COLUMNS[0]._replace(html=lambda d: discovery_link(d["discovery_id"], query))
     caption = "%s touched in this window%s; a title sorts by it" % (
-        some(total, "discovery", "discoveries"),
+        counted(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
     body = html_table(caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
                       lambda key: path + filters.query(sort=key))
@@ -2401,7 +2404,7 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
         count = result["session_count"]
         facts = "First seen %s, last %s UTC, in %s of %s." % (
             minute(result["first_seen_at"]), minute(result["last_seen_at"]),
-            some(count, "session"), some(result["developer_count"], "developer"))
+            counted(count, "session"), counted(result["developer_count"], "developer"))
         newest = reader.window(window._replace(discovery=ref), DRAWN)
         last = stored_instant(result["last_seen_at"]) or 0
         around = Filters(since=result["first_seen_at"], until=moment_text(last + 1))
@@ -2411,8 +2414,8 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
             html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
                        result["reached"]),
             html_table("Its path: the first %s of %s" % (
-                digits(len(result["path"])), some(count, "session")), linked(PATH_COLUMNS, query),
-                result["path"])])
+                digits(len(result["path"])), counted(count, "session")),
+                       linked(PATH_COLUMNS, query), result["path"])])
     return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
                 None if all_time else window, kept={"ref": ref})
 
@@ -2422,7 +2425,7 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     result = developers(reader, window)
     rows = result["developers"]
     caption = "%s, by given minus received%s" % (
-        some(len(rows), "developer"),
+        counted(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
     body = html_table(caption, linked(DEVELOPER_COLUMNS, query), rows[:LISTED_ROWS])
     if body:
@@ -2508,7 +2511,7 @@ def activity_page(reader: Reader, filters: Filters) -> str:
     days, before = result["days"], result["before"]
     earlier = Window(before["since"], before["until"])
     body = tiles(
-        [("Active in %s" % some(row["days"], "day"), "%s <small>%s came back</small>" % (
+        [("Active in %s" % counted(row["days"], "day"), "%s <small>%s came back</small>" % (
             digits(row["developers"]), digits(row["came_back"])), "") for row in result["active"]],
         "large")
     if any(day["sessions"] for day in days):
@@ -2520,7 +2523,7 @@ def activity_page(reader: Reader, filters: Filters) -> str:
         body += note_html(" ".join([
             "Bars: this window%s. Pale line: as many days before it. Came back: developers who were"
             " also there in the period before." % (
-                ", its last %s" % some(MOST_DAYS, "day") if len(drawn) == MOST_DAYS else ""),
+                ", its last %s" % counted(MOST_DAYS, "day") if len(drawn) == MOST_DAYS else ""),
             cold_start_words(developers(reader, window)["cold_start"]), *renamed(result)]))
         for kind in PERIODS:
             body += html_table("Per " + kind[:-1] + ", the newest first", PERIOD_COLUMNS,
@@ -4068,7 +4071,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def ask(question: Question, options: argparse.Namespace, out: Callable[[str], Any]) -> None:
+def print_answer(question: Question, options: argparse.Namespace,
+                 out: Callable[[str], Any]) -> None:
     """Prints the answer; notes about it go to standard error."""
     with reading(options.db) as reader:
         window = window_of(options) if "days" in question.arguments else EVER
@@ -4081,7 +4085,7 @@ def ask(question: Question, options: argparse.Namespace, out: Callable[[str], An
         if not found:
             print(nothing_words(reader, window), file=sys.stderr)
         if reader.left_out:
-            print("left out: %s" % some(reader.left_out, "row that is no session",
+            print("left out: %s" % counted(reader.left_out, "row that is no session",
                                         "rows that are no sessions"), file=sys.stderr)
 
 
@@ -4097,7 +4101,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             raise Refused("standard output is closed")
         if options.command in ACTIONS:
             return ACTIONS[options.command].run(options)
-        ask(QUESTIONS[options.command], options, out)
+        print_answer(QUESTIONS[options.command], options, out)
         sys.stdout.flush()
         return 0
     except (NotFound, Refused, Usage) as error:
