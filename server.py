@@ -1375,15 +1375,19 @@ class Store:
 
         With another pepper, or without one, everybody would be somebody else from now on.
         """
-        noted = noted_peppers(self.db)
         own = fingerprint(self.pepper) if self.pepper is not None else ""
+        if own and not noted_peppers(self.db):
+            self.db.execute("BEGIN IMMEDIATE")
+            if not noted_peppers(self.db):  # anew: another server may have been faster
+                self.db.execute(
+                    "CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
+                self.db.execute("INSERT INTO session_events_pepper VALUES (?)", (own,))
+            self.db.execute("COMMIT")
+        noted = noted_peppers(self.db)
         if noted and noted[-1] != own:
             raise StartError(
                 "%s was made with %s pepper: put that back as --pepper-file, or begin a new"
                 " database" % (self.path, "another" if own else "a"))
-        if own and not noted:
-            self.db.execute("CREATE TABLE IF NOT EXISTS session_events_pepper (fingerprint TEXT)")
-            self.db.execute("INSERT INTO session_events_pepper VALUES (?)", (own,))
 
     def check_files(self) -> None:
         """Raises Unavailable when the open files are no longer those at their paths.
@@ -1906,6 +1910,8 @@ def make_pepper(path: str) -> bytes:
                 os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):
                 take_name(made, path)
+        with contextlib.suppress(OSError):  # not every system can do that to a folder
+            sync(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     except OSError as error:
         raise StartError(
             "cannot make the pepper file %s: %s" % (path, error.strerror)) from None
@@ -2150,18 +2156,21 @@ def read_hashes(path: str, words: Sequence[str], pepper_file: Optional[str]) -> 
         if not re.fullmatch(FIELDS[0][3], text):  # an identity_hash
             raise StartError("--forget takes hashes of 64 lowercase hex digits, and number %d is"
                              " none" % (place + 1))
-    if pepper_file:
-        pepper = load_pepper(pepper_file)
-        with contextlib.closing(open_existing(path)) as db:
-            if fingerprint(pepper) not in noted_peppers(db):
-                raise StartError("%s has no rows that were stored with the pepper in %s"
-                                 % (path, pepper_file))
+    pepper = load_pepper(pepper_file) if pepper_file else None
+    with contextlib.closing(open_existing(path)) as db:
+        noted = noted_peppers(db)
+    if noted and not pepper:
+        raise StartError("%s was made with a pepper: give its --pepper-file here too" % path)
+    if pepper:
+        if fingerprint(pepper) not in noted:
+            raise StartError("%s has no rows that were stored with the pepper in %s"
+                             % (path, pepper_file))
         # Rows may have been stored before there was a pepper.
         hashes = [peppered(pepper, text) for text in hashes] + hashes
     return list(dict.fromkeys(hashes))
 
 
-def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -> None:
+def forget(path: str, hashes: Sequence[str], command: Command) -> None:
     """Delete every event whose identity or GitHub hash is one of `hashes`, and all copies of them.
 
     `hashes` are as the database has them. Standard output gets the statement that does the same in
@@ -2177,8 +2186,6 @@ def forget(path: str, hashes: Sequence[str], peppered: bool, command: Command) -
                     command.say("deleted %s" % counted(deleted, "event"))
                 if not rewrite:
                     unprinted = print_line(clickhouse_statement(hashes))
-                    if not deleted and not peppered:
-                        command.say("(if the server runs with --pepper-file, give it here too)")
                 else:
                     rewrite_file(db, folder, command)
                 empty_log(db, command)
@@ -2915,21 +2922,24 @@ Place = Tuple[str, int]  # where to listen: an address or a host's name, and a p
 
 
 def port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError
-    return number
+    return int(text)
 
 
-def host(text: str) -> str:
-    if not text.strip():  # it would mean every interface
+def not_blank(text: str) -> str:
+    if not text.strip():  # a variable that is not set, say
         raise ValueError
     return text
 
 
+def host(text: str) -> str:
+    return not_blank(text.strip("[]"))  # an empty one would mean every interface
+
+
 def host_and_port(text: str) -> Place:
     name, _, number = text.rpartition(":")
-    return host(name.strip("[]")), port(number)
+    return host(name), port(number)
 
 
 def open_listener(place: Place) -> socket.socket:
@@ -2939,7 +2949,10 @@ def open_listener(place: Place) -> socket.socket:
         if os.name == "posix":  # on Windows it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(place)
+            if ":" in place[0]:  # with its zone, if it has one
+                listener.bind(socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0][4])
+            else:
+                listener.bind(place)
         except (TypeError, UnicodeError):  # what Python says of some texts that are no host name
             raise OSError(errno.EINVAL, "that is no host name") from None
         listener.listen(QUEUE)
@@ -3642,12 +3655,12 @@ def parser() -> argparse.ArgumentParser:
                       help="delete all events of these identity or GitHub hashes and every trace"
                            " of them, beside a running server, and exit; - reads hashes from"
                            " standard input; what ClickHouse needs for it goes to standard output")
-    p.add_argument("--pepper-file", metavar="FILE",
-                   help="store HMAC-SHA256(pepper, hash) for each hash; the file is made when it"
-                        " is not there (store what was sent)")
-    p.add_argument("--tls-cert", metavar="FILE",
-                   help="serve https with this certificate chain (PEM)")
-    p.add_argument("--tls-key", metavar="FILE", help="the certificate's key (PEM)")
+    add("--pepper-file", not_blank, "a file", "FILE", None,
+        "store HMAC-SHA256(pepper, hash) for each hash; the file is made when it is not there"
+        " (store what was sent)")
+    add("--tls-cert", not_blank, "a file", "FILE", None,
+        "serve https with this certificate chain (PEM)")
+    add("--tls-key", not_blank, "a file", "FILE", None, "the certificate's key (PEM)")
     add("--metrics", host_and_port, "HOST:PORT", "HOST:PORT", None,
         "serve Prometheus metrics there (nowhere)")
     p.add_argument("--access-log", action="store_true",
@@ -3666,12 +3679,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         return run_command(options)
     try:
         server = build(options)
+        handle_signals(server, options)
     except StartError as error:
         print("server.py: %s" % error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # the database is as it was
+    except KeyboardInterrupt:  # what was not finished is undone
         return 128 + signal.SIGINT
-    handle_signals(server, options)
     OUTPUT.write("listening on " + server.url)
     for listener in server.operators():
         OUTPUT.write("metrics on %s/metrics" % url_of("http", listener))
@@ -3697,7 +3710,7 @@ def run_command(options: argparse.Namespace) -> int:
         else:
             hashes = read_hashes(options.db, options.forget, options.pepper_file)
             command.heed_signals()
-            forget(options.db, hashes, bool(options.pepper_file), command)
+            forget(options.db, hashes, command)
         return 0
     except (KeyboardInterrupt, Interrupted) as error:
         status, words = 128 + (error.args[0] if error.args else signal.SIGINT), "interrupted"
@@ -3722,7 +3735,10 @@ def build(options: argparse.Namespace) -> IngestServer:
         undo.callback(store.close)
         if new_pepper:  # only now: a database that has one already was refused
             store.pepper = make_pepper(options.pepper_file)
-            store.check_pepper()
+            try:
+                store.check_pepper()
+            except sqlite3.Error as error:
+                raise StartError("cannot use %s: %s" % (options.db, error)) from None
         inherited = inherited_listener()
         with listening("--port", (options.host, options.port)):
             server = IngestServer(
