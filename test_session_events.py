@@ -2831,7 +2831,8 @@ def test_emit_makes_one_machine_id(python, person, received):
     hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
     person.hook("first-7")
-    until(lambda: len(received.requests) == 7)
+    # Some may come twice: the hook that stays sends its event beside the sender of another one.
+    until(lambda: len(set(received.sessions())) == 7)
     machine = (person.ashlr / "machine-id").read_text()
     SECRETS.add(machine)
     assert re.fullmatch(r"[0-9a-f-]{36}", machine)
