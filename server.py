@@ -1275,7 +1275,7 @@ class Store:
         fresh = version == 0 and not self.columns()
         if fresh and not empty:
             raise StartError("%s is another program's database: it has tables, and no table"
-                             " session_events" % self.path)
+                             " session_events. Name a new file" % self.path)
         if not fresh:
             self.check_table(version)  # before anything in the file is changed
         for setting in SETTINGS:
@@ -2361,7 +2361,7 @@ def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str
 
 
 def has_file(stream: Any) -> bool:
-    """True if a standard stream is there, and is not one of Python's own."""
+    """True if a standard stream is there and has a descriptor. (That of a test has none.)"""
     try:
         return int(stream.fileno()) >= 0
     except (AttributeError, OSError, ValueError):

@@ -487,7 +487,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # Rows of one moment stay in one part. If more, they are read one by one.
+MOST_JOINED = 2_000  # rows of one moment, all in one part; if there are more, each is read alone
 FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
