@@ -1187,6 +1187,7 @@ class Store:
     """
 
     LOCK_SECONDS = 0.25  # how long a turn may wait for another process's write lock
+    START_LOCK_SECONDS = 10  # the same at the start: another server may be making the tables
 
     def __init__(self, path: str, max_bytes: Optional[int] = None, pepper: Optional[bytes] = None,
                  retain_days: int = 0) -> None:
@@ -1207,7 +1208,7 @@ class Store:
         try:
             self.db = self.connect()
             try:
-                self.open()
+                self.open_at_start()
             except BaseException as error:
                 if not (isinstance(error, sqlite3.Error) and self.lacks_room(error)):
                     if self.checkpoints:
@@ -1218,6 +1219,18 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise StartError("cannot use %s: %s" % (path, reason)) from None
+
+    def open_at_start(self) -> None:
+        """open(), and again while another process holds a lock."""
+        end = time.monotonic() + self.START_LOCK_SECONDS
+        while True:
+            try:
+                return self.open()
+            except sqlite3.OperationalError as error:
+                # SQLite's own timeout does not cover the change to WAL.
+                if "is locked" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(0.05)
 
     def open(self) -> None:
         """Open the database, bring the file up to date, and prepare for writing."""

@@ -4960,6 +4960,29 @@ def test_server_rate_limit_answers_429_with_retry_after(tmp_path):
     SECRETS.update(("198.51.100.7", "198.51.100.8", "203.0.113.1"))
 
 
+def test_server_start_waits_for_a_lock_of_another_process(tmp_path):
+    class Patient(server.Store):
+        tries = 0
+
+        def open(self):
+            self.tries += 1
+            if self.tries == 2:
+                other.execute("ROLLBACK")
+            super().open()
+
+    class Hasty(server.Store):
+        START_LOCK_SECONDS = 0
+
+    db = str(tmp_path / "events.db")
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")  # as while another server makes the tables
+        with pytest.raises(server.StartError, match="database is locked"):
+            Hasty(db)
+        store = Patient(db)
+        assert store.tries == 2
+        store.close()
+
+
 def test_server_pepper_that_cannot_be_noted_is_one_line(tmp_path):
     db = tmp_path / "events.db"
     server.Store(str(db)).close()
