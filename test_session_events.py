@@ -318,7 +318,7 @@ class Forked:
     def terminate(self):
         self.send_signal(signal.SIGTERM)
 
-    def communicate(self, text=b"", timeout=60):
+    def communicate(self, text=b"", timeout=180):
         """What it said in both streams. It is killed when the time is over."""
         limit = threading.Timer(timeout, self.kill)
         limit.start()
@@ -338,7 +338,7 @@ def start(module, *flags, before="", **options):
     return Forked(module, *flags, before=before, **options)
 
 
-def ended(module, *flags, text=b"", timeout=60, **options):
+def ended(module, *flags, text=b"", timeout=180, **options):
     """What `start` starts, when it has ended, as `subprocess.run` returns it, with bytes."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     process = start(module, *flags, **pipes, **options)
@@ -4393,7 +4393,8 @@ def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path, lives, often):
         clients = [Load((life, n), running) for n in range(3)]
         for client in clients:
             client.start()
-        clients[0].ending.wait(rng.uniform(0.02, 0.15))  # the moment is what is random here
+        until(lambda: sum(len(client.accepted) for client in clients) > 8)
+        clients[0].ending.wait(rng.uniform(0.0, 0.1))  # the moment is what is random here
         running.stop(signal.SIGTERM if often and life % 3 == 0 else signal.SIGKILL)
         for client in clients:
             client.stop()
