@@ -8872,6 +8872,7 @@ def test_reader_two_thousand_sessions_in_chromium(tmp_path, chromium):
         assert "newest 2,000 of 2,010" in chromium.js("document.body.textContent")
         assert chromium.js("document.documentElement.scrollHeight") < 4 * 900
         assert chromium.js('document.querySelectorAll("#chart .lanes text").length') == 40
+        chromium.until('performance.getEntriesByName("first-contentful-paint").length')
         paint = chromium.js('performance.getEntriesByName("first-contentful-paint")[0].startTime')
         assert paint < 20_000  # ms; about 300 on a machine with nothing else to do
         spent = chromium.js(FRAME_TIMES)
@@ -10241,8 +10242,8 @@ def test_ship_chaos(tmp_path, clickhouse):
         for turn in itertools.count():
             if turn > 3 and time.monotonic() > end:
                 break
-            node = turn % 2
-            time.sleep(0.3)
+            node, reached = turn % 2, len(answered202)
+            until(lambda at_least=reached + 20: len(answered202) > at_least)
             if turn % 4 == 0:
                 servers[node].stop(signal.SIGKILL)
                 servers[node] = Server(dbs[node])
@@ -10267,7 +10268,7 @@ def test_ship_chaos(tmp_path, clickhouse):
         stop.set()
         for thread in threads:
             thread.join(60)
-        assert len(answered202) > 100
+        assert len(answered202) > 80
         eventually(everything)
     finally:
         stop.set()
