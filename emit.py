@@ -153,13 +153,13 @@ def telemetry_said(home: str) -> "Any":
         return UNCLEAR
 
 
-def consent_refused(caller: "Caller") -> str:
-    """Why there is no consent, or "". Without consent, what waits is deleted.
+def consent_refused(caller: "Caller", delete: bool = True) -> str:
+    """Why there is no consent, or "". `delete`: then what waits is deleted.
 
     An unreadable config.json alone deletes nothing.
     """
     allowed, why = consent(caller.env, telemetry_said(caller.home))
-    if not allowed and why != UNCLEAR:
+    if delete and not allowed and why != UNCLEAR:
         purge(caller.home)
     return "" if allowed else "consent is off: " + why
 
@@ -175,10 +175,7 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def loads(data: bytes) -> "Any":
-    """`json.loads` of UTF-8 text.
-
-    ValueError for what is not JSON, for NaN, for thousands of digits, for a key that appears twice.
-    """
+    """`json.loads` of UTF-8 text. ValueError also for NaN, thousands of digits, a key twice."""
     text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode()
     try:
         return quick_json(text)
@@ -337,7 +334,7 @@ def first_text(found: "Json", names: "Sequence[str]") -> str:
 
 
 class Caller:
-    """The process that started this one: what it said, and what is known of it.
+    """The process that started this one, and what it said.
 
     `flags`, `words`: the command line; `env`; `debug`: hook runs shall say what they do.
     From `listen` on, `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave
@@ -653,30 +650,21 @@ def is_new(name: str, now: float) -> bool:
 
 
 def session_name(session: str) -> str:
-    """The name of a session's file: the raw id in hex, or its hash where that is too long.
-
-    Hex saves `track` the import of hashlib.
-    """
-    data = encoded(session)
+    """The name of a session's file: the raw id in hex, or its hash where that is too long."""
+    data = encoded(session)  # hex saves `track` the import of hashlib
     return data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)
 
 
 def is_settled(status: int, body: "IO[bytes]") -> bool:
-    """True if an event has arrived or is given up (README, Contract 6).
-
-    `body` is read only where it decides.
-    """
+    """True if an event has arrived or is given up (README, Contract 6). It may read the body."""
     return status in (202, 400, 413, 422) or (
         200 <= status < 300 and loads_object(body.read(EVENT_BYTES)).get("ok") is True)
 
 
 def retry_at(header: "Optional[str]", now: float) -> float:
-    """The time that `Retry-After` names, in seconds since 1970, at most a day ahead; 0.0 if none.
-
-    The header holds seconds or a date.
-    """
+    """The time that `Retry-After` names, in seconds since 1970, at most a day ahead, or 0.0."""
     from email.utils import parsedate_to_datetime
-    text = (header or "").strip()
+    text = (header or "").strip()  # seconds or a date
     try:
         at = (now + int(text[:9]) if fits(text, "[0-9]+")
               else parsedate_to_datetime(text).timestamp())
@@ -709,17 +697,10 @@ def object_at(path: "Any") -> "Json":
     return loads_object(quietly(contents, path) or b"")
 
 
-def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[str]":
-    """The sorted names in a `safe_folder` that match; [] if it cannot be used.
-
-    `age`: seconds since the last change of the file, at least.
-    """
+def names_in(home: str, folder: str, pattern: str) -> "List[str]":
+    """The sorted names in a `safe_folder` that match; [] if it cannot be used."""
     names = quietly(lambda: sorted(os.listdir(safe_folder(home, folder)))) or []
-    names = [name for name in names if fits(name, pattern)]
-    if not age:
-        return names
-    found = [(name, quietly(os.lstat, home + folder + name)) for name in names]
-    return [name for name, status in found if status and time.time() - status.st_mtime > age]
+    return [name for name in names if fits(name, pattern)]
 
 
 def safe_folder(home: str, folder: str, make: bool = False) -> str:
@@ -817,15 +798,15 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tok
     """The part that an end of a session closes; None if it brings nothing new.
 
     `ended`: ms since 1970; `calls`, `tokens`: of stats.json; `written`: the end is appended to the
-    session's file. Where that fails, the part is made all the same: a simultaneous end of the
-    session may then report it twice.
+    session's file. Where that fails, the part is made all the same: an end at the same time may
+    then report it too.
     """
     token = os.urandom(4).hex()
     line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
     if written:
         quietly(append, home, session, [line])
     data = session_data(home, session_name(session))
-    if token.encode() not in data:
+    if token.encode() not in data:  # it shall not be written, or could not be
         data += b"\n" + line.encode()
     return next((part for part in Record(data).parts if part.token == token), None)
 
@@ -863,13 +844,21 @@ def expire(home: str, now: float) -> None:
 def sweep(caller: Caller) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
     home = caller.home
-    for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
-        quietly(settle, caller, name)  # no room: the next session's end tries again
-    for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
-        remove(home + SESSIONS + name)
+    for name in names_in(home, SESSIONS, SESSION_NAME):
+        if age_of(home + SESSIONS + name) > DAY_S:
+            quietly(settle, caller, name)  # no room: the next session's end tries again
+        if age_of(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
+            remove(home + SESSIONS + name)
     for folder in (FOLDER, OURS, PENDING, SESSIONS):
-        for name in names_in(home, folder, LEFTOVER_NAME, LEFTOVER_S):
-            remove(home + folder + name)
+        for name in names_in(home, folder, LEFTOVER_NAME):
+            if age_of(home + folder + name) > LEFTOVER_S:
+                remove(home + folder + name)
+
+
+def age_of(path: str) -> float:
+    """Seconds since the last change of a file; 0.0 if it is gone."""
+    found = quietly(os.lstat, path)
+    return time.time() - found.st_mtime if found else 0.0
 
 
 def settle(caller: Caller, name: str) -> None:
@@ -911,9 +900,9 @@ def track(caller: Caller) -> int:
     if not all(fits(ref, REF) for ref in words):
         return to_stderr("a discovery's name is a letter or digit, then at most 127 of those "
                          "and . _ : -", 2)
-    allowed, why = consent(caller.env, telemetry_said(caller.home))
-    if not allowed:
-        said = "not recorded: consent is off: " + why
+    refused = consent_refused(caller, delete=False)
+    if refused:
+        said = "not recorded: " + refused
         return to_stderr(said) if words else say(caller, said)
     by_hand = words and first_text(caller.env, SESSION_VARIABLES)
     caller.listen(b"" if by_hand else standard_input())
@@ -928,7 +917,7 @@ def track(caller: Caller) -> int:
     if lines:
         caller.identify("" if caller.session else machine_id(caller.home))
         append(caller.home, caller.session, lines, SESSION_BYTES // 2)
-    return say(caller, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
+    return say(caller, "consent is on; lines recorded: %d" % len(lines))
 
 
 def compose(caller: Caller, session: str, part: Part) -> "Json":
@@ -962,7 +951,7 @@ def plugin_version(named: str) -> str:
 
 def close_part(caller: Caller, machine: str,
                written: bool = True) -> "Tuple[Optional[Part], Json]":
-    """(the part that the session's end closes now, the event of that): see `end_session`."""
+    """(the part that the session's end closes now, its event): see `end_session`."""
     home, now = caller.home, time.time()
     caller.identify(machine)
     stats, project = (
@@ -1437,18 +1426,18 @@ def hooks(caller: Caller) -> int:
 
 def show(caller: Caller) -> int:
     """Print the event as it would be sent now; on standard error where to, and what is not real."""
-    allowed, why = consent(caller.env, telemetry_said(caller.home))
+    refused = consent_refused(caller, delete=False)
     caller.listen(standard_input())
     known = machine_id(caller.home, make=False)
     event = close_part(caller, known or random_uuid(), written=False)[1]
     if event:
-        event["branch_sha"] = branch_sha(caller.project) if allowed else None
+        event["branch_sha"] = None if refused else branch_sha(caller.project)
         print(as_sent(event).decode())
     else:
         to_stderr("no event: nothing is new since this session's last end")
     to_stderr("goes to: " + endpoint(caller.env)[2])
-    if not allowed:
-        to_stderr("but nothing is sent, nor git asked for the commit: consent is off: " + why)
+    if refused:
+        to_stderr("but nothing is sent, nor git asked for the commit: " + refused)
     if not known:
         to_stderr("there is no machine-id yet: the identity_hash shown is made up")
     return 0
