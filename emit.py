@@ -1087,25 +1087,23 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
 class Sender:
     """Sends waiting events to the endpoint, and records the result for `status`.
 
-    `said`: what happened to each event; `failed`: how many of them still wait; `stop`: why no more
-    is sent, or ""; `again`: when the server wants to be asked again, in s since 1970, or 0.0.
+    `failed`: how many events were answered and still wait; `stop`: why no more is sent, or "";
+    `again`: when the server wants to be asked again, in s since 1970, or 0.0.
     """
 
     def __init__(self, caller: Caller) -> None:
         self.caller, self.home = caller, caller.home
         self.url, self.authorization, self.shown, _ = endpoint(caller.env)
         self.post: "Any" = None  # made when it is needed: urllib costs more than all else
-        self.said: "List[str]" = []
-        self.failed, self.stop, self.again = 0, "", 0.0
-        say(caller, "sending to " + self.shown
-            + ", for 20 s at most: if no line follows, time ran out")
+        self.failed, self.stop, self.again = 0, "" if self.url else self.shown, 0.0
+        say(caller, self.stop or "sending to %s, for 20 s at most: if no line follows, time ran out"
+            % self.shown)
 
     def barred(self) -> str:
-        """Why nothing may be sent now, or ""."""
+        """Why nothing may be sent (any more), or ""."""
         again = wishes_at(self.home).get(self.shown)
-        return self.stop or consent_refused(self.caller) or (
-            "the server asked for nothing before " + iso(again) if again else
-            "" if self.url else self.shown)
+        wish = "the server asked for nothing before " + iso(again) if again else ""
+        return self.stop or consent_refused(self.caller) or wish
 
     def flush(self, own_name: str) -> None:
         """Send what waits, once no other process of this program is sending.
@@ -1129,15 +1127,16 @@ class Sender:
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
+        said: "List[str]" = []
         for name in names:
             self.stop = self.barred()
             if self.stop:
                 break
-            if not self.said:
+            if not said:
                 self.record("began, and did not finish (yet)")
-            # None: another process has sent it, or it cannot be read.
-            self.said += filter(None, [quietly(self.send, name)])
-        counted = ["%d %s" % (self.said.count(words), words) for words in dict.fromkeys(self.said)]
+            words = quietly(self.send, name)  # None: another process has sent it
+            said += [words] if words else []
+        counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
         result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not consent_refused(self.caller):
             self.record(result)
