@@ -584,7 +584,7 @@ def fits(text: "Any", pattern: str) -> bool:
 def iso(seconds: float) -> str:
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
     ms = int(seconds * 1000 + 0.01)  # a float may be just below the millisecond that was meant
-    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(ms // 1000)[:6] + ".%03dZ" % (ms % 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms // 1000)) + ".%03dZ" % (ms % 1000)
 
 
 MOMENT = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})([.][0-9]+)?"
@@ -741,10 +741,7 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
         with open(temporary, "xb") as file:
             file.write(data)
         os.chmod(temporary, mode)
-        if fresh:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+        (os.link if fresh else os.replace)(temporary, path)
     finally:
         remove(temporary)
 
@@ -964,11 +961,10 @@ def close_part(caller: Caller, machine: str,
 
 def parent_started(ppid: int) -> str:
     """When a process started, as the system writes it; "" if that is not known."""
-    try:
-        fields = contents("/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
-        return fields[19].decode()  # the 22nd of all, in ticks since the system started
-    except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
+    stat = quietly(contents, "/proc/%d/stat" % ppid) or b""
+    ticks = stat.rpartition(b")")[2].split()[19:20]  # the 22nd field, since the system started
+    return ticks[0].decode() if ticks else printed_by(
+        ["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
 
 
 def branch_sha(project: str) -> "Optional[str]":
