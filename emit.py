@@ -1117,13 +1117,14 @@ class Sender:
             pass
         if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
             time.sleep(COMMIT_S)
-        if not self.stop:
-            self.round([name for name in waiting(self.home) if name == own_name
-                        or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
+        self.round([name for name in waiting(self.home) if name == own_name
+                    or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
         said: "List[str]" = []
+        if self.stop:  # in the round before
+            return
         for name in names:
             self.stop = self.barred()
             if self.stop:
