@@ -339,7 +339,7 @@ class Caller:
     `flags`, `words`: the command line; `env`; `debug`: hook runs shall say what they do.
     From `listen` on, `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave
     it, "" if it gave none; `base`: the folder of the tool's relative paths; `project`. Both folders
-    are absolute.
+    are absolute. From `identify` on, `machine`, and `session` in any case.
     """
 
     def __init__(self, flags: "Flags", words: "Sequence[str]") -> None:

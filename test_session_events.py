@@ -1017,6 +1017,7 @@ def test_emit_reads_retry_after_arguments_logins_and_file_names():
         (["--discoveries", "a", "--discoveries", "b", "x"], {"--discoveries": ["a", "b"]}, ["x"]),
     ):
         assert emit.parsed(argv) == (given, words)
+    assert emit.environment({"HOME": " /x ", "A": " b\n"}) == {"HOME": " /x ", "A": "b"}
     assert re.fullmatch(
         r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid())
     assert emit.github_login({"valid": True, "githubLogin": " octocat\n"}) == "octocat"
