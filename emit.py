@@ -35,11 +35,11 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+    from typing import IO, Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
-    Env = Dict[str, str]  # the environment
+    Env = Dict[str, str]  # what `environment` gives
     Json = Dict[str, Any]  # a JSON object
-    Words = Dict[str, List[str]]  # the values of each flag of a command line
+    Flags = Dict[str, List[str]]  # the values of each flag of a command line
 
 # The one line that another plugin changes. The folder in the home, the prefix of the variables and
 # the default place of discoveries follow it.
@@ -131,9 +131,9 @@ class Told(ValueError):
 
 def consent(env: "Env", said: "Any") -> "Tuple[bool, str]":
     """(consent is given, what decided): README, Contract 5. `said`: "telemetry" of config.json."""
-    asked = env.get(PREFIX + "TELEMETRY", "").strip().lower()
+    asked = env.get(PREFIX + "TELEMETRY", "").lower()
     return next((allowed, why) for decides, allowed, why in (
-        (env.get("DO_NOT_TRACK", "").strip() not in ("", "0"), False, "DO_NOT_TRACK is set"),
+        (env.get("DO_NOT_TRACK", "") not in ("", "0"), False, "DO_NOT_TRACK is set"),
         (asked in ("off", "0"), False, PREFIX + "TELEMETRY says off"),
         (said == "off", False, HOME_FOLDER + "/config.json says off"),
         (asked in ("on", "1"), True, PREFIX + "TELEMETRY says on"),
@@ -153,14 +153,14 @@ def telemetry_said(home: str) -> "Any":
         return UNCLEAR
 
 
-def withdrawn(home: str, env: "Env") -> str:
-    """"" with consent, else why there is none. Without consent, what waits is deleted.
+def consent_refused(caller: "Caller", delete: bool = True) -> str:
+    """Why there is no consent, or "". `delete`: then what waits is deleted.
 
     An unreadable config.json alone deletes nothing.
     """
-    allowed, why = consent(env, telemetry_said(home))
-    if not allowed and why != UNCLEAR:
-        purge(home)
+    allowed, why = consent(caller.env, telemetry_said(caller.home))
+    if delete and not allowed and why != UNCLEAR:
+        purge(caller.home)
     return "" if allowed else "consent is off: " + why
 
 
@@ -175,10 +175,7 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def loads(data: bytes) -> "Any":
-    """`json.loads` of UTF-8 text.
-
-    ValueError for what is not JSON, for NaN, for thousands of digits, for a key that appears twice.
-    """
+    """`json.loads` of UTF-8 text. ValueError also for NaN, thousands of digits, a key twice."""
     text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode()
     try:
         return quick_json(text)
@@ -197,21 +194,19 @@ def quick_json(text: str) -> "Any":
     Plain: objects, arrays, whole numbers, printable text without \\u. For anything else it raises
     an error, and json decides. A test holds that both read the same values.
     """
-    if text.count('"') > 5000 or len(text) > 1 << 20 or not text.replace("\n", "").isprintable():
-        raise ValueError("for json")
+    plain = len(text) <= 1 << 20 and text.replace("\n", "").isprintable()
     for code, escape in enumerate(ESCAPES):
         text = text.replace(escape, chr(code))
+    pieces = text.split('"')  # outside of a string, inside, outside and so on
+    inside = "".join(pieces[1::2])
+    if not plain or len(pieces) > 5000 or len(pieces) % 2 == 0 or set(inside) & {"\n", "\\"}:
+        raise ValueError("for json")
     tokens: "List[str]" = []  # marks, words, and strings; a string begins with a quote
-    for n, piece in enumerate(text.split('"')):
-        if n % 2 == 0:  # outside of strings
-            tokens += piece.translate(MARKS).split()
-        elif "\n" in piece or "\\" in piece:
-            raise ValueError("for json")
-        else:
-            tokens.append('"' + piece.translate(MEANINGS))
+    for n, piece in enumerate(pieces):
+        tokens += ['"' + piece.translate(MEANINGS)] if n % 2 else piece.translate(MARKS).split()
     tokens.reverse()
     value = next_value(tokens)
-    if tokens or n % 2:
+    if tokens:
         raise ValueError("for json")
     return value
 
@@ -281,9 +276,10 @@ def standard_input() -> bytes:
     return bytes(data)
 
 
-def environment() -> "Env":
-    """The environment as text: UTF-8, independent of the locale."""
-    return {name: decoded(os.fsencode(value)) for name, value in os.environ.items()}
+def environment(variables: "Mapping[str, str]") -> "Env":
+    """The environment as text: UTF-8, independent of the locale. All but HOME is trimmed."""
+    env = {name: decoded(os.fsencode(value)) for name, value in variables.items()}
+    return {name: env[name] if name == "HOME" else env[name].strip() for name in env}
 
 
 def decoded(data: bytes) -> str:
@@ -299,17 +295,9 @@ def encoded(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
-def home_of(env: "Env") -> str:
-    """The person's home folder. Told if there is none; the working folder never takes its place."""
-    path = os.path.expanduser("~")
-    if env.get("HOME") == "" or not os.path.isabs(path):
-        raise Told("there is no home folder: set HOME")
-    return path
-
-
-def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
+def parsed(argv: "Sequence[str]") -> "Tuple[Flags, List[str]]":
     """({flag: its values}, the other words). A flag without its value is one of the other words."""
-    given: "Words" = {}
+    flags: "Flags" = {}
     words, left = [], list(argv)
     while left:
         word, value = left.pop(0), ""
@@ -320,17 +308,16 @@ def parsed(argv: "Sequence[str]") -> "Tuple[Words, List[str]]":
         elif word != "--json":
             words.append(word)
             continue
-        given.setdefault(word, []).append(value)
-    return given, words
+        flags.setdefault(word, []).append(value)
+    return flags, words
 
 
-def wait_of(env: "Env", given: "Words") -> float:
+def wait_of(env: "Env", flags: "Flags") -> float:
     """Seconds that the hook stays for the answer: as asked, or where the home may end with it."""
-    asked = given.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "").strip()])[-1]
+    asked = flags.get("--wait", [env.get(PREFIX + "SESSION_EVENTS_WAIT", "")])[-1]
     if asked.isdecimal():
         return min(int(asked[:9]) / 1000, LIFE_S)
-    said = [env.get(name, "").strip().lower() for name in PASSING_VARIABLES]
-    passing = any(word not in ("", "0", "false") for word in said)
+    passing = {env.get(name, "").lower() for name in PASSING_VARIABLES} - {"", "0", "false"}
     return WAIT_S if passing or any(map(os.path.exists, PASSING_FILES)) else 0.0
 
 
@@ -347,29 +334,44 @@ def first_text(found: "Json", names: "Sequence[str]") -> str:
 
 
 class Caller:
-    """What a hook run knows of the process that started it, and what the host told it.
+    """The process that started this one, and what it said.
 
-    `env`, `home`; `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave it,
-    "" if it gave none; `ppid`; `base`: the folder of the tool's relative paths; `project`. Both
-    folders are absolute.
+    `flags`, `words`: the command line; `env`; `debug`: hook runs shall say what they do.
+    From `listen` on, `hook`: the host's JSON, {} if none; `session`: the raw id as the host gave
+    it, "" if it gave none; `base`: the folder of the tool's relative paths; `project`. Both folders
+    are absolute. From `identify` on, `machine`, and `session` in any case.
     """
 
-    def __init__(self, env: "Env", given: "Words", data: bytes) -> None:
-        """`given`: the flags of the command line; `data`: from standard input."""
-        self.env, self.home, self.hook = env, home_of(env), loads_object(data)
-        self.ppid = os.getppid()
+    def __init__(self, flags: "Flags", words: "Sequence[str]") -> None:
+        self.flags, self.words, self.ppid = flags, words, os.getppid()
+        self.env: "Env" = {}
+        self.debug = False
+
+    @property
+    def home(self) -> str:
+        """The home folder. Told if there is none; the working folder never takes its place."""
+        path = os.path.expanduser("~")
+        if self.env.get("HOME") == "" or not os.path.isabs(path):
+            raise Told("there is no home folder: set HOME")
+        return path
+
+    def listen(self, data: bytes) -> None:
+        """Take in what the host wrote on standard input."""
+        self.hook = loads_object(data)
         self.session = (first_text(self.hook, SESSION_KEYS)
-                        or first_text(env, SESSION_VARIABLES).strip())
+                        or first_text(self.env, SESSION_VARIABLES))
         roots = self.hook.get("workspace_roots")
         root = roots[0] if isinstance(roots, list) and roots else ""
         told = first_text(dict(self.hook, workspace_roots=root), PROJECT_KEYS)
         here = decoded(quietly(os.getcwdb) or b"/")  # None: it was deleted
-        wanted = given.get("--dir", [env.get("CLAUDE_PROJECT_DIR", "").strip()])[-1] or told
+        wanted = self.flags.get("--dir", [self.env.get("CLAUDE_PROJECT_DIR", "")])[-1] or told
         self.base, self.project = os.path.join(here, told), os.path.join(here, wanted)
 
-    def session_id(self, machine: str) -> str:
-        """The host's, or one made of the parent process (README, Contract 4)."""
-        return self.session or "ppid:%d:%s:%s" % (self.ppid, parent_started(self.ppid), machine)
+    def identify(self, machine: str) -> None:
+        """Note the `machine`, and name a session that the host did not (README, Contract 4)."""
+        self.machine = machine
+        self.session = self.session or "ppid:%d:%s:%s" % (
+            self.ppid, parent_started(self.ppid), machine)
 
 
 # ==================================================================================================
@@ -443,8 +445,7 @@ class Record:
             kind, *words = line.split(" ")
             try:
                 if kind == "call":
-                    self.last = number(words[0])
-                    self.calls += 1
+                    self.last, self.calls = number(words[0]), self.calls + 1
                 elif kind == "touch":
                     self.last = number(words[0])
                     self.refs.append(words[1])
@@ -527,15 +528,12 @@ def touched_refs(tool: "Any", base: str, project: str, folders: "Sequence[str]")
             ref = touched_ref(path, base, project, folder)
             if not ref and os.path.basename(folder.rstrip("/")) in path:
                 # The folder may have two paths: on a Mac, /tmp is /private/tmp.
-                ref = touched_ref(real_path(base, path), "/", real_path(project, ""), folder)
+                path, root = (decoded(os.path.realpath(encoded(given)))
+                              for given in (os.path.join(base, path), project))
+                ref = touched_ref(path, "/", root, folder)
             found.append(ref)
         found += mentioned_refs(command, folder)
     return newest_refs(found)
-
-
-def real_path(base: str, path: str) -> str:
-    """A path without the disk's symbolic links."""
-    return decoded(os.path.realpath(encoded(os.path.join(base, path))))
 
 
 def touched_ref(path: str, base: str, project: str, folder: str) -> str:
@@ -576,15 +574,17 @@ def newest_refs(refs: "Sequence[str]") -> "List[str]":
 
 
 def fits(text: "Any", pattern: str) -> bool:
-    """True if all of a text matches. (`re` costs 0.7 of a bare start: not for every call.)"""
-    import re
-    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
+    """True if it is a text and all of it matches."""
+    if not isinstance(text, str):
+        return False
+    import re  # 0.7 of a bare start: not for every call
+    return re.fullmatch(pattern, text) is not None
 
 
 def iso(seconds: float) -> str:
     """`2026-05-22T12:34:56.000Z`, from seconds since 1970."""
     ms = int(seconds * 1000 + 0.01)  # a float may be just below the millisecond that was meant
-    return "%04d-%02d-%02dT%02d:%02d:%02d" % time.gmtime(ms // 1000)[:6] + ".%03dZ" % (ms % 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ms // 1000)) + ".%03dZ" % (ms % 1000)
 
 
 MOMENT = (r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2}):([0-9]{2}):([0-9]{2})([.][0-9]+)?"
@@ -650,27 +650,21 @@ def is_new(name: str, now: float) -> bool:
 
 
 def session_name(session: str) -> str:
-    """The name of a session's file: the raw id in hex, or its hash where that is too long.
-
-    Hex saves `track` the import of hashlib.
-    """
-    data = encoded(session)
+    """The name of a session's file: the raw id in hex, or its hash where that is too long."""
+    data = encoded(session)  # hex saves `track` the import of hashlib
     return data.hex() if len(data) <= 120 else "long-" + sha256_hex(session)
 
 
-def is_settled(status: int, body: bytes) -> bool:
-    """True if an event has arrived or is given up (README, Contract 6)."""
-    arrived = status == 202 or (200 <= status < 300 and loads_object(body).get("ok") is True)
-    return arrived or status in (400, 413, 422)
+def is_settled(status: int, body: "IO[bytes]") -> bool:
+    """True if an event has arrived or is given up (README, Contract 6). It may read the body."""
+    return status in (202, 400, 413, 422) or (
+        200 <= status < 300 and loads_object(body.read(EVENT_BYTES)).get("ok") is True)
 
 
 def retry_at(header: "Optional[str]", now: float) -> float:
-    """The time that `Retry-After` names, in seconds since 1970, at most a day ahead; 0.0 if none.
-
-    The header holds seconds or a date.
-    """
+    """The time that `Retry-After` names, in seconds since 1970, at most a day ahead, or 0.0."""
     from email.utils import parsedate_to_datetime
-    text = (header or "").strip()
+    text = (header or "").strip()  # seconds or a date
     try:
         at = (now + int(text[:9]) if fits(text, "[0-9]+")
               else parsedate_to_datetime(text).timestamp())
@@ -703,27 +697,19 @@ def object_at(path: "Any") -> "Json":
     return loads_object(quietly(contents, path) or b"")
 
 
-def names_in(home: str, folder: str, pattern: str, age: float = 0.0) -> "List[str]":
-    """The sorted names in one of our folders that match; [] if it cannot be used (see `own`).
-
-    `age`: seconds since the last change of the file, at least.
-    """
-    names = quietly(lambda: sorted(os.listdir(own(home, folder)))) or []
-    names = [name for name in names if fits(name, pattern)]
-    if not age:
-        return names
-    found = [(name, quietly(os.lstat, home + folder + name)) for name in names]
-    return [name for name, status in found if status and time.time() - status.st_mtime > age]
+def names_in(home: str, folder: str, pattern: str) -> "List[str]":
+    """The sorted names in a `safe_folder` that match; [] if it cannot be used."""
+    names = quietly(lambda: sorted(os.listdir(safe_folder(home, folder)))) or []
+    return [name for name in names if fits(name, pattern)]
 
 
-def own(home: str, folder: str, make: bool = False) -> str:
+def safe_folder(home: str, folder: str, make: bool = False) -> str:
     """The path of one of our folders. OSError if the folder or its parent is a symbolic link.
 
     Only ~/.ashlr itself may be a link: a person may keep it on another disk.
     """
-    for path in ([OURS, folder] if folder != FOLDER else []):
-        if os.path.islink((home + path)[:-1]):
-            raise OSError(40, "a folder of emit.py is a symbolic link")
+    if folder != FOLDER and any(os.path.islink((home + path)[:-1]) for path in (OURS, folder)):
+        raise OSError(40, "a folder of emit.py is a symbolic link")
     if make:
         os.makedirs(home + folder, 0o700, exist_ok=True)
     return home + folder
@@ -755,10 +741,7 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
         with open(temporary, "xb") as file:
             file.write(data)
         os.chmod(temporary, mode)
-        if fresh:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+        (os.link if fresh else os.replace)(temporary, path)
     finally:
         remove(temporary)
 
@@ -773,7 +756,7 @@ def machine_id(home: str, make: bool = True) -> str:
         if not make:
             return ""
         try:
-            own(home, FOLDER, make=True)
+            safe_folder(home, FOLDER, make=True)
             write_whole(path, random_uuid().encode(), fresh=True)
         except FileExistsError:  # another session was quicker
             pass
@@ -791,7 +774,7 @@ def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_
     O_APPEND: lines of simultaneous writers do not mix. The blank line in front ends a line that a
     full disk cut short. `most`: the file's largest size, in bytes, before the write.
     """
-    path = own(home, SESSIONS, make=True) + session_name(session)
+    path = safe_folder(home, SESSIONS, make=True) + session_name(session)
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK | SAFELY, 0o600)
     with open(fd, "wb", 0) as file:
         data = ("\n%s\n" % "\n".join(lines)).encode("latin-1")
@@ -801,8 +784,10 @@ def append(home: str, session: str, lines: "Sequence[str]", most: int = SESSION_
 
 def session_data(home: str, name: str) -> bytes:
     """The bytes of a session's file; b"" if it cannot be read."""
-    read = quietly(lambda: contents(own(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK))
-    return read or b""
+    try:
+        return contents(safe_folder(home, SESSIONS) + name, SESSION_BYTES + 4096, NO_LINK)
+    except OSError:
+        return b""
 
 
 def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tokens: int,
@@ -810,17 +795,16 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tok
     """The part that an end of a session closes; None if it brings nothing new.
 
     `ended`: ms since 1970; `calls`, `tokens`: of stats.json; `written`: the end is appended to the
-    session's file. Where that fails, the part is made all the same: a simultaneous end of the
-    session may then report it twice.
+    session's file. Where that fails, the part is made all the same: an end at the same time may
+    then report it too.
     """
     token = os.urandom(4).hex()
     line = "end %d %s %s %d" % (ended, token, "-" if calls is None else calls, tokens)
-    try:
-        if written:
-            append(home, session, [line])
-    except OSError:
-        written = False
-    data = session_data(home, session_name(session)) + (b"" if written else b"\n" + line.encode())
+    if written:
+        quietly(append, home, session, [line])
+    data = session_data(home, session_name(session))
+    if token.encode() not in data:  # it shall not be written, or could not be
+        data += b"\n" + line.encode()
     return next((part for part in Record(data).parts if part.token == token), None)
 
 
@@ -837,7 +821,7 @@ def purge(home: str) -> int:
     paths = [home + folder + name
              for folder, pattern in ((PENDING, EVENT_NAME), (SESSIONS, SESSION_NAME))
              for name in names_in(home, folder, pattern + "|" + LEFTOVER_NAME)]
-    if quietly(own, home, OURS):
+    if quietly(safe_folder, home, OURS):
         paths.append(home + LAST)
     return sum(map(remove, paths))
 
@@ -854,20 +838,29 @@ def expire(home: str, now: float) -> None:
             remove(home + PENDING + name)
 
 
-def sweep(home: str, env: "Env", machine: str) -> None:
+def sweep(caller: Caller) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
-    for name in names_in(home, SESSIONS, SESSION_NAME, DAY_S):
-        quietly(settle, home, env, machine, name)  # no room: the next session's end tries again
-    for name in names_in(home, SESSIONS, SESSION_NAME, SESSION_DAYS * DAY_S):
-        remove(home + SESSIONS + name)
+    home = caller.home
+    for name in names_in(home, SESSIONS, SESSION_NAME):
+        if age_of(home + SESSIONS + name) > DAY_S:
+            quietly(settle, caller, name)  # no room: the next session's end tries again
+        if age_of(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
+            remove(home + SESSIONS + name)
     for folder in (FOLDER, OURS, PENDING, SESSIONS):
-        for name in names_in(home, folder, LEFTOVER_NAME, LEFTOVER_S):
-            remove(home + folder + name)
+        for name in names_in(home, folder, LEFTOVER_NAME):
+            if age_of(home + folder + name) > LEFTOVER_S:
+                remove(home + folder + name)
 
 
-def settle(home: str, env: "Env", machine: str, name: str) -> None:
+def age_of(path: str) -> float:
+    """Seconds since the last change of a file; 0.0 if it is gone."""
+    found = quietly(os.lstat, path)
+    return time.time() - found.st_mtime if found else 0.0
+
+
+def settle(caller: Caller, name: str) -> None:
     """Capture the parts of a silent session that have no event yet. This makes its file new."""
-    data = session_data(home, name)
+    home, data = caller.home, session_data(caller.home, name)
     # A hash does not tell the session id. A parent process may have been the shell of one call.
     if not data or data.endswith(b"\nsettled\n") or name.startswith(("long-", b"ppid:".hex())):
         return
@@ -878,7 +871,7 @@ def settle(home: str, env: "Env", machine: str, name: str) -> None:
         record = Record(session_data(home, name))
     missing = [part for part in record.parts if part.token not in record.kept]
     for part in missing:
-        keep(home, part, compose(env, home, machine, session, part))
+        keep(home, part, compose(caller, session, part))
     append(home, session, ["kept " + part.token for part in missing] + ["settled"])
 
 
@@ -888,7 +881,7 @@ def keep(home: str, part: Part, event: "Json") -> str:
     The name is ms since 1970 and the start of the session's hash: the same each time.
     """
     name = "%015d-%s.json" % (part.ended, event["session_id_hash"][:12])
-    path = own(home, PENDING, make=True) + name
+    path = safe_folder(home, PENDING, make=True) + name
     write_whole(path, as_sent(event))
     return path
 
@@ -898,19 +891,20 @@ def keep(home: str, part: Part, event: "Json") -> str:
 # ==================================================================================================
 
 
-def track(env: "Env", given: "Words", words: "Sequence[str]") -> int:
-    """Record a tool call and the discoveries that it touched, or those that `words` name."""
+def track(caller: Caller) -> int:
+    """Record a tool call and the discoveries that it touched, or those that the words name."""
+    words = caller.words
     if not all(fits(ref, REF) for ref in words):
-        return complain("a discovery's name is a letter or digit, then at most 127 of those "
-                        "and . _ : -", 2)
-    allowed, why = consent(env, telemetry_said(home_of(env)))
-    if not allowed:
-        said = "not recorded: consent is off: " + why
-        return complain(said) if words else say(env, said)
-    by_hand = words and first_text(env, SESSION_VARIABLES)
-    caller = Caller(env, given, b"" if by_hand else standard_input())
+        return to_stderr("a discovery's name is a letter or digit, then at most 127 of those "
+                         "and . _ : -", 2)
+    refused = consent_refused(caller, delete=False)
+    if refused:
+        said = "not recorded: " + refused
+        return to_stderr(said) if words else say(caller, said)
+    by_hand = words and first_text(caller.env, SESSION_VARIABLES)
+    caller.listen(b"" if by_hand else standard_input())
     tool = next(filter(None, map(caller.hook.get, INPUT_KEYS)), None)
-    folders = given.get("--discoveries", [DISCOVERIES])
+    folders = caller.flags.get("--discoveries", [DISCOVERIES])
     now = "%d" % (time.time() * 1000)
     refs = words or touched_refs(tool, caller.base, caller.project, folders)
     lines = ["touch %s %s" % (now, ref) for ref in refs]
@@ -918,18 +912,18 @@ def track(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     if caller.session and caller.hook and not words:
         lines.insert(0, "call " + now)
     if lines:
-        session = caller.session or caller.session_id(machine_id(caller.home))
-        append(caller.home, session, lines, SESSION_BYTES // 2)
-    return say(env, "consent is on: %s; lines recorded: %d" % (why, len(lines)))
+        caller.identify("" if caller.session else machine_id(caller.home))
+        append(caller.home, caller.session, lines, SESSION_BYTES // 2)
+    return say(caller, "consent is on; lines recorded: %d" % len(lines))
 
 
-def compose(env: "Env", home: str, machine: str, session: str, part: Part) -> "Json":
+def compose(caller: Caller, session: str, part: Part) -> "Json":
     """The event of a part (README, Contract 1 and 4), without the commit."""
-    login = github_login(object_at(home + FOLDER + "pro-token-cache.json"))
+    login = github_login(object_at(caller.home + FOLDER + "pro-token-cache.json"))
     quarter = salt(part.ended / 1000)
     named = session if part.number == 1 else "%s:part:%d" % (session, part.number)
     return {
-        "identity_hash": sha256_hex(machine + quarter),
+        "identity_hash": sha256_hex(caller.machine + quarter),
         "github_hash": sha256_hex(login + quarter) if login else None,
         "session_id_hash": sha256_hex(named),
         "ended_at": iso(part.ended / 1000),
@@ -937,41 +931,40 @@ def compose(env: "Env", home: str, machine: str, session: str, part: Part) -> "J
         "tokens_saved": min(part.tokens, RULES["tokens_saved"][1]),
         "branch_sha": None,
         "discovery_refs": part.refs,
-        "plugin_version": plugin_version(env),
+        "plugin_version": plugin_version(caller.env.get("CLAUDE_PLUGIN_ROOT", "")),
     }
 
 
-def plugin_version(env: "Env") -> str:
-    """The version of the plugin around this file (README, Contract 4, `plugin_version`)."""
-    named = encoded(env.get("CLAUDE_PLUGIN_ROOT", "").strip())
+def plugin_version(named: str) -> str:
+    """The version of the plugin around this file, whose folder may be `named` (Contract 4)."""
     beside = os.path.dirname(os.fsencode(FILE))
-    for root in (named, beside, os.path.dirname(beside)):
-        for name in (b"package.json", b".claude-plugin/plugin.json") if root else ():
+    for root in filter(None, (encoded(named), beside, os.path.dirname(beside))):
+        for name in (b"package.json", b".claude-plugin/plugin.json"):
             version = object_at(os.path.join(root, name)).get("version")
-            if isinstance(version, str) and fits(version, RULES["plugin_version"]):
-                return version
+            if fits(version, RULES["plugin_version"]):
+                return str(version)
     return "0.0.0"
 
 
 def close_part(caller: Caller, machine: str,
-               written: bool = True) -> "Tuple[str, Optional[Part], Json]":
-    """(session id, the part that its end closes now, the event of that): see `end_session`."""
-    home, now, session = caller.home, time.time(), caller.session_id(machine)
+               written: bool = True) -> "Tuple[Optional[Part], Json]":
+    """(the part that the session's end closes now, its event): see `end_session`."""
+    home, now = caller.home, time.time()
+    caller.identify(machine)
     stats, project = (
         object_at(home + FOLDER + name) for name in ("stats.json", "last-project.json"))
     bucket = stats_bucket(caller.ppid, caller.env.get("HOME", ""))
-    numbers = counts(stats, project, [session, bucket], now)
-    part = end_session(home, session, int(now * 1000), *numbers, written=written)
-    return session, part, compose(caller.env, home, machine, session, part) if part else {}
+    numbers = counts(stats, project, [caller.session, bucket], now)
+    part = end_session(home, caller.session, int(now * 1000), *numbers, written=written)
+    return part, compose(caller, caller.session, part) if part else {}
 
 
 def parent_started(ppid: int) -> str:
     """When a process started, as the system writes it; "" if that is not known."""
-    try:
-        fields = contents("/proc/%d/stat" % ppid, 4096).rpartition(b")")[2].split()
-        return fields[19].decode()  # the 22nd of all, in ticks since the system started
-    except (OSError, IndexError):
-        return printed_by(["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
+    stat = quietly(contents, "/proc/%d/stat" % ppid) or b""
+    ticks = stat.rpartition(b")")[2].split()[19:20]  # the 22nd field, since the system started
+    return ticks[0].decode() if ticks else printed_by(
+        ["ps", "-o", "lstart=", "-p", str(ppid)], b"/", {"LC_ALL": "C"})
 
 
 def branch_sha(project: str) -> "Optional[str]":
@@ -1000,12 +993,10 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Env") -> str:
     try:
         process = Popen([program, *argv[1:]], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, env=env,
                         cwd=folder, start_new_session=True)
+        printed = process.communicate(timeout=PROGRAM_S)[0]
     except (OSError, ValueError):
         return ""
-    try:
-        printed = process.communicate(timeout=PROGRAM_S)[0]
-    except TimeoutExpired:
-        # Its children too: they may hold the pipe.
+    except TimeoutExpired:  # its children end too: they may hold the pipe
         quietly(getattr(os, "killpg", os.kill), process.pid, 9)
         return ""
     return printed.decode("ascii", "replace").strip() if process.returncode == 0 else ""
@@ -1016,41 +1007,32 @@ def printed_by(argv: "List[str]", folder: bytes, changes: "Env") -> str:
 # ==================================================================================================
 
 
-def endpoint(env: "Env") -> "Tuple[str, str]":
-    """(URL, what decided): README, Contract 6. The URL is not checked yet: see `checked_url`."""
-    whole_url = env.get(PREFIX + "SESSION_EVENTS_URL", "").strip()
-    base = env.get(PREFIX + "API_URL", "").strip()
-    if whole_url:
-        return whole_url, PREFIX + "SESSION_EVENTS_URL"
-    if base:
-        return base.rstrip("/") + ENDPOINT_PATH, PREFIX + "API_URL"
-    return DEFAULT_SERVER + ENDPOINT_PATH, "the default"
+def endpoint(env: "Env") -> "Tuple[str, str, str, str]":
+    """(URL to ask, Authorization or "", URL to print, what decided): README, Contract 6.
 
-
-def checked_url(url: str) -> "Tuple[str, str, str]":
-    """(URL to ask, Authorization or "", URL to print, without secrets). Told if not http(s)."""
+    The URL to print has no credentials and no query. What is no http(s) URL is not asked: the
+    first is "", and the third says why.
+    """
     from base64 import b64encode
     from urllib.parse import unquote_to_bytes, urlsplit
+    base = env.get(PREFIX + "API_URL", "")
+    url, decided = next((url, decided) for url, decided in (
+        (env.get(PREFIX + "SESSION_EVENTS_URL", ""), PREFIX + "SESSION_EVENTS_URL"),
+        (base and base.rstrip("/") + ENDPOINT_PATH, PREFIX + "API_URL"),
+        (DEFAULT_SERVER + ENDPOINT_PATH, "the default")) if url)
     try:
         parts = urlsplit(url)
-        if not (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-                and "@" not in parts.path and fits(url, "[!-~]{1,4096}")):
-            raise ValueError("not one of ours")
+        good = (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+                and "@" not in parts.path and fits(url, "[!-~]{1,4096}"))
     except ValueError:
-        raise Told("the endpoint is not a http:// or https:// URL") from None
+        good = False
+    if not good:
+        return "", "", "nowhere: the endpoint is not a http:// or https:// URL", decided
     login, _, host = parts.netloc.rpartition("@")
     bare = "%s://%s%s" % (parts.scheme, host, parts.path or "/")
     return (bare + "?" * bool(parts.query) + parts.query,
             "Basic " + b64encode(unquote_to_bytes(login)).decode() if login else "",
-            bare + "?..." * bool(parts.query))
-
-
-def shown_endpoint(env: "Env") -> str:
-    """The endpoint as it may be printed: without credentials and query."""
-    try:
-        return checked_url(endpoint(env)[0])[2]
-    except ValueError as error:
-        return "nowhere: " + str(error)
+            bare + "?..." * bool(parts.query), decided)
 
 
 def reason(error: BaseException) -> str:
@@ -1072,10 +1054,11 @@ def place_of(error: BaseException) -> str:
     return " (in %s, line %s)" % (place.name, place.lineno)
 
 
-def opener(url: "str") -> "Any":
-    """What speaks HTTP and HTTPS, and follows no redirect. Told if the proxy is of no known kind.
+def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
+    """A function that posts bytes to a URL and returns the answer. It follows no redirect.
 
-    It goes through the environment's proxies, but to this machine itself directly.
+    It goes through the environment's proxies, but to this machine itself directly. Told if the
+    proxy is of no known kind.
     """
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
@@ -1091,29 +1074,32 @@ def opener(url: "str") -> "Any":
     director = u.OpenerDirector()
     for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler()):
         director.add_handler(way)
-    return director
+    headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
+    if authorization:
+        headers["Authorization"] = authorization
+    return lambda data: director.open(u.Request(url, data, headers), timeout=ANSWER_S)
 
 
 class Sender:
-    """Sends waiting events to the endpoint `shown`, and records the result for `status`.
+    """Sends waiting events to the endpoint, and records the result for `status`.
 
-    `stop`: why no more is sent, or "".
+    `failed`: how many events were answered and still wait; `stop`: why no more is sent, or "";
+    `again`: when the server wants to be asked again, in s since 1970, or 0.0.
     """
 
-    def __init__(self, home: str, env: "Env") -> None:
-        self.home, self.env, self.stop = home, env, ""
-        self.url, authorization, self.shown = checked_url(endpoint(env)[0])
-        self.headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
-        if authorization:
-            self.headers["Authorization"] = authorization
-        self.opener = opener(self.url)
-        say(env, "sending to %s, for 20 s at most: if no line follows, time ran out" % self.shown)
+    def __init__(self, caller: Caller) -> None:
+        self.caller, self.home = caller, caller.home
+        self.url, self.authorization, self.shown, _ = endpoint(caller.env)
+        self.post: "Any" = None  # made when it is needed: urllib costs more than all else
+        self.failed, self.stop, self.again = 0, "" if self.url else self.shown, 0.0
+        say(caller, self.stop or "sending to %s, for 20 s at most: if no line follows, time ran out"
+            % self.shown)
 
     def barred(self) -> str:
-        """Why nothing may be sent now, or ""."""
+        """Why nothing may be sent (any more), or ""."""
         again = wishes_at(self.home).get(self.shown)
-        return withdrawn(self.home, self.env) or (
-            "the server asked for nothing before " + iso(again) if again else "")
+        wish = "the server asked for nothing before " + iso(again) if again else ""
+        return self.stop or consent_refused(self.caller) or wish
 
     def flush(self, own_name: str) -> None:
         """Send what waits, once no other process of this program is sending.
@@ -1124,43 +1110,37 @@ class Sender:
         """
         try:
             import fcntl
-            path = own(self.home, OURS, make=True) + "flush.lock"
+            path = safe_folder(self.home, OURS, make=True) + "flush.lock"
             lock = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK | SAFELY, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
         except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
         if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
             time.sleep(COMMIT_S)
-        if not self.stop:
-            self.round([name for name in waiting(self.home) if name == own_name
-                        or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
+        self.round([name for name in waiting(self.home) if name == own_name
+                    or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
         said: "List[str]" = []
-        failed, again = 0, 0.0
+        if self.stop:  # in the round before
+            return
         for name in names:
-            self.stop = self.stop or self.barred()
+            self.stop = self.barred()
             if self.stop:
                 break
             if not said:
-                self.record("began, and did not finish (yet)", 0.0)
-            try:
-                words, fails, stops, again = self.send(name)
-            except OSError:  # another process has sent it, or it cannot be read
-                continue
-            said.append(words)
-            failed += fails
-            if stops or failed == FAILED_ANSWERS:
-                self.stop = "stopped" + (" until " + iso(again) if again else "")
+                self.record("began, and did not finish (yet)")
+            words = quietly(self.send, name)  # None: another process has sent it
+            said += [words] if words else []
         counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
         result = ", ".join(filter(None, [*counted, self.stop]))
-        if result and not withdrawn(self.home, self.env):
-            self.record(result, again)
-        say(self.env, result or "nothing waits")
+        if result and not consent_refused(self.caller):
+            self.record(result)
+        say(self.caller, result or "nothing waits")
 
-    def send(self, name: str) -> "Tuple[str, bool, bool, float]":
-        """`attempt` one waiting event. OSError if it is not there.
+    def send(self, name: str) -> str:
+        """What happened to a waiting event. OSError if it is not there.
 
         It is deleted when it has arrived, is given up, or is no event. Before it is sent it moves
         behind the others, so that no event, however it fails, holds them up. An event of another
@@ -1169,39 +1149,39 @@ class Sender:
         path = self.home + PENDING + name
         event = loads_object(contents(path, EVENT_BYTES, NO_LINK))
         if unknown_keys(event):
-            return "left to another version of emit.py", False, False, 0.0
+            return "left to another version of emit.py"
         if not is_event(event):
             remove(path)
-            return "removed, being no event", False, False, 0.0
+            return "removed, being no event"
         later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
         os.replace(path, later)
-        outcome = self.attempt(event)
-        if not outcome[1]:
+        words, settled = self.attempt(event)
+        if settled:
             remove(later)
-        return outcome
+        return words
 
-    def attempt(self, event: "Json") -> "Tuple[str, bool, bool, float]":
-        """Send one event: (what happened, it still waits, sending must stop, until when or 0.0)."""
+    def attempt(self, event: "Json") -> "Tuple[str, bool]":
+        """Send one event: (what happened, it has arrived or is given up). It may set `stop`."""
         from http.client import HTTPException
-        from urllib.request import Request
         try:
-            request = Request(self.url, as_sent(event), self.headers)
-            answer = self.opener.open(request, timeout=ANSWER_S)
-            with answer:
-                status = answer.status
-                tells = 200 <= status < 300 and status != 202
-                settled = is_settled(status, answer.read(EVENT_BYTES) if tells else b"")
+            self.post = self.post or poster(self.url, self.authorization)
+            with self.post(as_sent(event)) as answer:
+                status, settled = answer.status, is_settled(answer.status, answer)
         except (OSError, ValueError, HTTPException) as error:
-            return "without an answer (%s)" % reason(error), True, True, 0.0
-        again = retry_at(answer.headers.get("Retry-After"), time.time())
-        return "answered %d" % status, not settled, again > 0 or status in (429, 503), again
+            self.stop = "stopped"
+            return "without an answer (%s)" % reason(error), False
+        self.again = retry_at(answer.headers.get("Retry-After"), time.time())
+        self.failed += not settled
+        if self.again or status in (429, 503) or self.failed == FAILED_ANSWERS:
+            self.stop = "stopped" + (" until " + iso(self.again) if self.again else "")
+        return "answered %d" % status, settled
 
-    def record(self, result: str, again: float) -> None:
+    def record(self, result: str) -> None:
         """Write the result of sending, for `status`, and the server's Retry-After, if any."""
         import json
         wishes = wishes_at(self.home)
-        if again:
-            wishes[self.shown] = again
+        if self.again:
+            wishes[self.shown] = self.again
         last = {"at": iso(time.time()), "result": result, "retry_at": wishes}
         # A full disk must not stop the sending.
         quietly(write_whole, self.home + LAST, json.dumps(last).encode())
@@ -1219,7 +1199,7 @@ def wishes_at(home: str) -> "Dict[str, float]":
 # ==================================================================================================
 
 
-def hook(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def hook(caller: Caller) -> int:
     """The end of a session.
 
     The process that the caller waits for asks for consent, reads the input and forks. The child
@@ -1228,10 +1208,11 @@ def hook(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     """
     # The caller also waits for the child's capture, hashlib included: about one bare start of wall
     # time. In return the event is on the disk before the hook returns.
-    begun, off = time.monotonic(), withdrawn(home_of(env), env)
+    begun, off = time.monotonic(), consent_refused(caller)
     if off:
-        return say(env, off)
-    caller, wait = Caller(env, given, standard_input()), wait_of(env, given)
+        return say(caller, off)
+    caller.listen(standard_input())
+    wait = wait_of(caller.env, caller.flags)
     child, pipe = fork()
     if child <= 0:
         end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
@@ -1269,38 +1250,37 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     `wait`: seconds that the caller stays for the answer; `pipe`: to it; `life`: seconds that this
     process goes on after the capture.
     """
-    home, env, path = caller.home, caller.env, ""
-    machine = machine_id(home)
-    session, part, event = close_part(caller, machine)
+    home, path = caller.home, ""
+    part, event = close_part(caller, machine_id(home))
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
         path = keep(home, part, event) if part else ""
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
-    let_go(pipe, debugging(env))
+    let_go(pipe, caller.debug)
     from threading import Timer
     Timer(life, leave, [home]).start()
     # Only now: writing to a standard error that nobody reads may block for ever.
-    say(env, "consent is on")
-    say(env, result)
+    say(caller, "consent is on")
+    say(caller, result)
     if part:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
-        quietly(secure, home, session, part, event, path)
-    if withdrawn(home, env):  # meanwhile
+        quietly(secure, home, caller.session, part, event, path)
+    if consent_refused(caller):  # meanwhile
         return
     try:
-        sender, own_name = Sender(home, env), os.path.basename(path)
+        sender, own_name = Sender(caller), os.path.basename(path)
         if part and not path:
             said = sender.barred() or "1 " + sender.attempt(event)[0]
-            say(env, "the event that is not kept: " + said)
+            say(caller, "the event that is not kept: " + said)
         elif path and wait:  # the caller stays for this one, so it is sent before the others
             sender.round([own_name])
         os.close(pipe)
-        if not withdrawn(home, env):
-            sweep(home, env, machine)
+        if not consent_refused(caller):
+            sweep(caller)
             sender.flush(own_name)
-    finally:  # also if the endpoint is no URL
+    finally:
         expire(home, time.time())
 
 
@@ -1332,14 +1312,9 @@ def leave(home: str) -> None:
         os._exit(0)
 
 
-def debugging(env: "Env") -> bool:
-    """True if hook runs shall say what they do."""
-    return env.get(PREFIX + "TELEMETRY_DEBUG", "").strip() not in ("", "0")
-
-
-def say(env: "Env", text: str) -> int:
+def say(caller: Caller, text: str) -> int:
     """A line for ASHLR_TELEMETRY_DEBUG: no hash, path or credential. A hook's exit status."""
-    return complain(text) if debugging(env) else 0
+    return to_stderr(text) if caller.debug else 0
 
 
 # ==================================================================================================
@@ -1410,25 +1385,25 @@ export const SessionEvents = async ({ directory }) => {
 """
 
 
-def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def hooks(caller: Caller) -> int:
     """Print the configuration of a host, and on standard error where it goes."""
     import json
     from shlex import quote
-    if words[0] not in HOSTS:
-        return complain("no such host; there are " + ", ".join(HOSTS), 2)
-    events, where = HOSTS[words[0]]
+    if caller.words[0] not in HOSTS:
+        return to_stderr("no such host; there are " + ", ".join(HOSTS), 2)
+    events, where = HOSTS[caller.words[0]]
     folder, name = os.path.split(decoded(os.fsencode(FILE)))
-    module, asked = os.path.splitext(name)[0], given.get("--folder", [folder])[-1]
+    module = os.path.splitext(name)[0]
     if not module.isidentifier():
-        return complain("Python can import no file of this name: call it emit.py", 1)
-    if asked[:1] == "~" or not (events or os.path.isabs(asked)):
-        return complain("--folder: nothing expands this; give an absolute folder, or $HOME/... for "
-                        "a host with shell hooks", 2)
-    code = START % (module, module)
+        return to_stderr("Python can import no file of this name: call it emit.py", 1)
     python, shell_folder = sys.executable or "python3", quote(folder)
-    if "--folder" in given:  # printed as given: the host or its shell expands it
-        python, folder = "python3", asked
+    if "--folder" in caller.flags:  # printed as it stands: the host or its shell expands it
+        python, folder = "python3", caller.flags["--folder"][-1]
         shell_folder = folder if '"' in folder or "'" in folder else '"%s"' % folder
+    if folder[:1] == "~" or not (events or os.path.isabs(folder)):
+        return to_stderr("--folder: nothing expands this; give an absolute folder, or $HOME/... "
+                         "for a host with shell hooks", 2)
+    code = START % (module, module)
     if not events:
         print(OPENCODE % json.dumps([python, "-I", "-S", "-c", code, folder], indent=2), end="")
     else:
@@ -1436,8 +1411,8 @@ def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
         entries = {event: [{"hooks": [{"type": "command", "command": start + more}]}]
                    for event, more in events}
         print(json.dumps({"hooks": entries}, indent=2))
-    complain("goes to %s Keep what is there already. Set no `timeout`: its unit differs." % where)
-    return 0
+    return to_stderr("goes to %s Keep what is there already. Set no `timeout`: its unit differs."
+                     % where)
 
 
 # ==================================================================================================
@@ -1445,22 +1420,22 @@ def hooks(env: "Env", given: "Words", words: "Sequence[str]") -> int:
 # ==================================================================================================
 
 
-def show(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def show(caller: Caller) -> int:
     """Print the event as it would be sent now; on standard error where to, and what is not real."""
-    allowed, why = consent(env, telemetry_said(home_of(env)))
-    caller = Caller(env, given, standard_input())
+    refused = consent_refused(caller, delete=False)
+    caller.listen(standard_input())
     known = machine_id(caller.home, make=False)
-    event = close_part(caller, known or random_uuid(), written=False)[2]
+    event = close_part(caller, known or random_uuid(), written=False)[1]
     if event:
-        event["branch_sha"] = branch_sha(caller.project) if allowed else None
+        event["branch_sha"] = None if refused else branch_sha(caller.project)
         print(as_sent(event).decode())
     else:
-        complain("no event: nothing is new since this session's last end")
-    complain("goes to: " + shown_endpoint(env))
-    if not allowed:
-        complain("but nothing is sent, nor git asked for the commit: consent is off: " + why)
+        to_stderr("no event: nothing is new since this session's last end")
+    to_stderr("goes to: " + endpoint(caller.env)[2])
+    if refused:
+        to_stderr("but nothing is sent, nor git asked for the commit: " + refused)
     if not known:
-        complain("there is no machine-id yet: the identity_hash shown is made up")
+        to_stderr("there is no machine-id yet: the identity_hash shown is made up")
     return 0
 
 
@@ -1469,7 +1444,7 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
     try:
         machine_id(home, make=False)
         for folder in (FOLDER, PENDING, SESSIONS) if allowed else ():
-            probe = "%s.%s.tmp" % (own(home, folder, make=True), os.urandom(8).hex())
+            probe = "%s.%s.tmp" % (safe_folder(home, folder, make=True), os.urandom(8).hex())
             write_whole(probe, b"x" * 4096)
             remove(probe)
     except (OSError, ValueError) as error:
@@ -1477,23 +1452,23 @@ def obstacle(home: str, allowed: bool) -> "Optional[str]":
     return None
 
 
-def status(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def status(caller: Caller) -> int:
     """Print consent, endpoint, what waits and the last result, as text or (--json) as JSON."""
     import json
-    home = home_of(env)
-    allowed, why = consent(env, telemetry_said(home))
+    home = caller.home
+    allowed, why = consent(caller.env, telemetry_said(home))
     names, last, fault = waiting(home), object_at(home + LAST), obstacle(home, allowed)
-    url = shown_endpoint(env)
+    _, _, url, chosen_by = endpoint(caller.env)
     again = wishes_at(home).get(url)
     report: "Json" = {
         "consent": "on" if allowed else "off", "decided_by": why,
         "capture": "impossible: " + fault if fault else "possible",
-        "endpoint": url, "chosen_by": endpoint(env)[1],
+        "endpoint": url, "chosen_by": chosen_by,
         "waiting": len(names), "since": iso(int(min(names)[:15]) / 1000) if names else None,
         "last_run": last.get("at"), "result": last.get("result"),
         "retry_at": iso(again) if again else None,
     }
-    if "--json" in given:
+    if "--json" in caller.flags:
         print(json.dumps(report))
     else:
         for name, value in report.items():
@@ -1502,12 +1477,12 @@ def status(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     return 1 if fault else 0
 
 
-def mine(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def mine(caller: Caller) -> int:
     """Print this machine's hashes of each quarter since machine-id was made, newest last."""
-    home = home_of(env)
+    home = caller.home
     machine = machine_id(home, make=False)
     if not machine:
-        return complain("there is no machine-id, so nothing was ever captured here", 1)
+        return to_stderr("there is no machine-id, so nothing was ever captured here", 1)
     login = github_login(object_at(home + FOLDER + "pro-token-cache.json"))
     now = time.time()
     written = os.stat(home + FOLDER + "machine-id").st_mtime
@@ -1519,20 +1494,19 @@ def mine(env: "Env", given: "Words", words: "Sequence[str]") -> int:
     return 0
 
 
-def on(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def on(caller: Caller) -> int:
     """Give consent."""
-    changed = switch(home_of(env), "opt-in")
-    print(COLLECTED % shown_endpoint(env) if changed else "on, as before")
-    allowed, why = consent(env, "opt-in")
-    return 0 if allowed else complain("but still off here: " + why)
+    changed = switch(caller.home, "opt-in")
+    print(COLLECTED % endpoint(caller.env)[2] if changed else "on, as before")
+    allowed, why = consent(caller.env, "opt-in")
+    return 0 if allowed else to_stderr("but still off here: " + why)
 
 
-def off(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def off(caller: Caller) -> int:
     """Refuse consent, and delete what waits."""
-    home = home_of(env)
-    gone = purge(home)
-    switch(home, "off")
-    gone += purge(home)  # once more: a session may have ended meanwhile
+    gone = purge(caller.home)
+    switch(caller.home, "off")
+    gone += purge(caller.home)  # once more: a session may have ended meanwhile
     print("off: nothing is collected or sent any more; files deleted: %d" % gone)
     return 0
 
@@ -1552,26 +1526,26 @@ def switch(home: str, value: str) -> bool:
                    "%sTELEMETRY=%s" % (HOME_FOLDER, PREFIX, word)) from None
     if config.get("telemetry") == value:
         return False
-    own(home, FOLDER, make=True)
+    safe_folder(home, FOLDER, make=True)
     write_whole(path, data, mode)
     quietly(sync, path)
     return True
 
 
-def usage(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def usage(caller: Caller) -> int:
     """Print what stands at the head of this file."""
     print((__doc__ or "").replace("~/.ashlr", HOME_FOLDER).replace("ASHLR_", PREFIX))
     return 0
 
 
-def version(env: "Env", given: "Words", words: "Sequence[str]") -> int:
+def version(caller: Caller) -> int:
     """Print the version."""
     print("emit.py " + VERSION)
     return 0
 
 
 # For each command: its function, the flags that it takes, and the number of other words.
-COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
+COMMANDS: "Dict[str, Tuple[Callable[[Caller], int], str, Optional[int]]]" = {
     "": (hook, "--dir --wait", 0),
     "track": (track, "--dir DIR --discoveries DIR REF", None),
     "show": (show, "--dir DIR", 0),
@@ -1586,7 +1560,7 @@ COMMANDS: "Dict[str, Tuple[Callable[..., int], str, Optional[int]]]" = {
 }
 
 
-def complain(text: str, code: int = 0) -> int:
+def to_stderr(text: str, code: int = 0) -> int:
     """Write one line to standard error, and return `code`."""
     if sys.stderr:  # None, or broken, where the caller closed it
         quietly(lambda: print("emit.py: %s\n" % text, end="", file=sys.stderr, flush=True))
@@ -1599,25 +1573,25 @@ def main(argv: "Sequence[str]") -> int:
     asked = [flag for flag in ("--help", "-h", "--version") if flag in argv]
     name, *rest = asked[:1] or (argv if argv and argv[0][:1] != "-" else ["", *argv])
     if name not in COMMANDS:
-        return complain("no such command; see emit.py --help", 2)
+        return to_stderr("no such command; see emit.py --help", 2)
     function, takes, number = COMMANDS[name]
-    given, words = parsed(rest)
-    is_hook = not name or (name == "track" and not words)
-    misused = number not in (None, len(words)) or not set(given).issubset(takes.split())
+    caller = Caller(*parsed(rest))
+    is_hook = not name or (name == "track" and not caller.words)
+    misused = number not in (None, len(caller.words)) or set(caller.flags) - set(takes.split())
     if misused and (not is_hook or os.isatty(0)):  # at a terminal it is a person's slip
-        return complain("%s takes %s; see emit.py --help" % (
+        return to_stderr("%s takes %s; see emit.py --help" % (
             name or "emit.py", takes or "nothing"), 2)
-    env: "Env" = {}
     try:
-        env = environment()
+        caller.env = environment(os.environ)
+        caller.debug = caller.env.get(PREFIX + "TELEMETRY_DEBUG", "") not in ("", "0")
         if misused:
-            say(env, "arguments ignored: see --help")
-        return function(env, given, words)
+            say(caller, "arguments ignored: see --help")
+        return function(caller)
     except BaseException as error:
         if is_hook:
-            return say(env, "failed: " + reason(error) + place_of(error))
+            return say(caller, "failed: " + reason(error) + place_of(error))
         done = "recorded" if name == "track" else "done"
-        return complain("could not be %s: %s" % (done, reason(error)), 1)
+        return to_stderr("could not be %s: %s" % (done, reason(error)), 1)
 
 
 def run() -> None:
@@ -1629,7 +1603,7 @@ def run() -> None:
         if sys.stdout:  # None where the caller closed it
             sys.stdout.flush()
     except OSError as error:  # a full disk, or nobody reads
-        code = complain("could not be printed: " + reason(error), 1)
+        code = to_stderr("could not be printed: " + reason(error), 1)
     os._exit(code)
 
 
