@@ -3119,8 +3119,8 @@ class RowsRefused(Refused):
 SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# Its groups are the dates of received_at and ended_at. ClickHouse's DateTime holds 1970 to 2105. The
-# last year is for the nodes' own rows (see NODE_ENDED).
+# Its groups are the dates of received_at and ended_at. ClickHouse's DateTime has the years 1970 to
+# 2105, of which the last is for the nodes' own rows (see OWN_ROW).
 usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-4])" + STORED.pattern, *(
     "(?:%s)" % cell_pattern(kind, rule) for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
 Sent = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
@@ -3218,15 +3218,16 @@ MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
       ended_near("received_at"))
 SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % (
     ended_near("received_at"))
-# A node has a row of its own, in a month that no session has. While it is there, the table is the
-# one that the node filled, and what is missing was dropped on purpose. Where it is not, the table
-# was emptied or made anew. In place of a version it has a fingerprint of the node's pepper.
-NODE_ENDED = "toDateTime('2105-12-31 00:00:00', 'UTC')"
-INTRODUCE = """INSERT INTO %s (node, seniority, session_id_hash, ended, plugin_version)
-  SELECT '{0}', toUInt64(toUInt32(now())), toFixedString('{0}', 32), %s, '{1}'""" % (
-      SHIP_RAW, NODE_ENDED)
-LOOK = "SELECT uptime(), groupArray(concat(node, ':', plugin_version)) FROM %s FINAL" \
-    " WHERE ended = %s" % (SHIP_RAW, NODE_ENDED)
+FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
+# Each node has a row of its own in the table, in a month that no session has. While it is there,
+# the table is the one that the node filled, and what is missing was dropped on purpose. Where it is
+# not, the table was emptied or made anew. Its `plugin_version` is a fingerprint of the pepper.
+OWN_ROW = "ended = toDateTime('2105-12-31 00:00:00', 'UTC')"
+LOOK = "SELECT uptime(), groupArray(concat(node, ':', plugin_version)) FROM %s FINAL WHERE %s" % (
+    SHIP_RAW, OWN_ROW)
+INTRODUCE = """INSERT INTO %s (node, session_id_hash, plugin_version, seniority, ended)
+  SELECT '{0}', toFixedString('{0}', 32), '{1}', toUInt64(toUInt32(now())), %s""" % (
+      SHIP_RAW, OWN_ROW.split(" = ")[1])
 # ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
 # as if all were merged. In the view it works before any WHERE, so that no condition can bring back
 # a row that another one has replaced.
@@ -3237,9 +3238,9 @@ SHIP_ON = " ON CLUSTER '%s'"
 SHIP_VIEWS = {"session_events": """
 SELECT %s
 FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r
-WHERE r.ended < %s""" % (
+WHERE NOT r.%s""" % (
     ",\n  ".join("%s AS %s" % (shown % ("r." + name), name)
-                 for name, _, _, shown in RAW_COLUMNS if shown), NODE_ENDED),
+                 for name, _, _, shown in RAW_COLUMNS if shown), OWN_ROW),
               "discovery_propagation": """
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
   count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
@@ -3291,27 +3292,26 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# Its error numbers (ErrorCodes.cpp): what to make of each, and words for a person. Any other number
+# Its error numbers (ErrorCodes.cpp): what to make of them, and words for a person. Any other number
 # is for Later, and says nothing about a row.
-SHIP_ERRORS: Dict[int, Tuple[Type[Refused], str]] = {
+SHIP_ERRORS: Sequence[Tuple[Type[Refused], Sequence[int], str]] = (
     # The data of an INSERT: a text, number, date or array, a type, a constraint.
-    **dict.fromkeys((6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-                     376, 395, 407, 441, 467, 469), (RowsRefused, "refuses the rows")),
-    **dict.fromkeys((192, 193, 194, 516), (
-        Refused, "does not know this user or password: set CLICKHOUSE_USER and "
-                 "CLICKHOUSE_PASSWORD")),
-    60: (Refused, "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW),
-    81: (Refused, "has no such database: make it, or name another in --to (?database=...)"),
-    115: (Refused, "does not know a setting that --to names"),
-    164: (Refused, "lets this user only read: take one with SELECT and INSERT"),
-    170: (Refused, "has no cluster of the name that --cluster gives"),
-    497: (Refused, "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
-                   " first time"),
-    75: (Later, "cannot write to its disk, which may be full"),
-    241: (Later, "lacks memory"),
-    242: (Later, "has made its table read-only"),
-    243: (Later, "has no room left on its disk"),
-    252: (Later, "has too many parts to merge")}
+    (RowsRefused, (6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+                   376, 395, 407, 441, 467, 469), "refuses the rows"),
+    (Refused, (192, 193, 194, 516),
+     "does not know this user or password: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
+    (Refused, (60,), "has no table %s: nothing was shipped yet, or it was dropped" % SHIP_RAW),
+    (Refused, (81,), "has no such database: make it, or name another in --to (?database=...)"),
+    (Refused, (115,), "does not know a setting that --to names"),
+    (Refused, (164,), "lets this user only read: take one with SELECT and INSERT"),
+    (Refused, (170,), "has no cluster of the name that --cluster gives"),
+    (Refused, (497,), "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
+     " first time"),
+    (Later, (75,), "cannot write to its disk, which may be full"),
+    (Later, (241,), "lacks memory"),
+    (Later, (242,), "has made its table read-only"),
+    (Later, (243,), "has no room left on its disk"),
+    (Later, (252,), "has too many parts to merge"))
 
 
 class ClickHouse:
@@ -3335,13 +3335,11 @@ class ClickHouse:
             raise Usage("--to takes an http or https URL such as %s, a database of letters, digits "
                         "and _; user and password come from CLICKHOUSE_USER and "
                         "CLICKHOUSE_PASSWORD" % TO)
-        self.headers = {}
-        for name, header in (("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")):
-            value = environment.get(name, "")
-            if not re.fullmatch("[ -~]*", value):
-                raise Usage("%s may hold printable ASCII only: it travels in a header" % name)
-            if value:
-                self.headers["X-ClickHouse-" + header] = value
+        self.headers = {"X-ClickHouse-" + header: environment[name] for name, header in (
+            ("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")) if environment.get(name)}
+        if not re.fullmatch("[ -~]*", "".join(self.headers.values())):
+            raise Usage("CLICKHOUSE_USER and CLICKHOUSE_PASSWORD may hold printable ASCII only: "
+                        "they travel in headers")
         self.tls, self.path = parts.scheme == "https", parts.path or "/"
         self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
         self.silence = SHIP_SILENCE  # seconds without a byte until the peer is given up
@@ -3400,10 +3398,12 @@ class ClickHouse:
             passes = status in (408, 429, 500, 502, 503, 504)
             return (Later if passes else Refused)("%s answers with status %d%s" % (
                 self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
-        kind, words = SHIP_ERRORS.get(int(match[1]), (Later, "cannot take it now"))
+        number = int(match[1])
+        kind, words = next(((kind, words) for kind, numbers, words in SHIP_ERRORS
+                            if number in numbers), (Later, "cannot take it now"))
         return (kind if rows or kind is not RowsRefused else Later)(
             "%s %s (its error %d; its log has the words under query_id %s)" % (
-                self.name, words, int(match[1]), query_id))
+                self.name, words, number, query_id))
 
     def prepare(self, cluster: Optional[str]) -> None:
         """Makes the table and the views that are missing. Raises Refused where there are some of an
@@ -3422,12 +3422,8 @@ class ClickHouse:
     def look(self) -> Tuple[int, Dict[str, str]]:
         """Seconds since it was started, and {node: its pepper} of the nodes' own rows. Only a
         ClickHouse answers this. Another server may answer an INSERT with 200 and keep nothing."""
-        uptime, nodes = self.ask(LOOK, answer=r"[0-9]{1,9}\t.*\n").split("\t")
+        uptime, nodes = self.ask(LOOK, answer="[0-9]{1,9}\t.*\n").split("\t")
         return int(uptime), dict(re.findall("([0-9a-f]{16}):([0-9a-f]*)", nodes))
-
-    def introduce(self, node: str, pepper: str) -> None:
-        """Writes the node's own row, in the place of an older one."""
-        self.ask(INTRODUCE.format(node, pepper))
 
     def insert(self, node: str, rows: Sequence[Sent]) -> None:
         """One INSERT. Raises Later, RowsRefused, Refused."""
@@ -3444,11 +3440,6 @@ class ClickHouse:
                 missing = {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
                 rows = [row for row in rows if row[0] in missing]
         return missing
-
-    def dropped(self, month: str) -> bool:
-        """Whether no row lies in this month."""
-        return not self.ask("SELECT 1 FROM %s WHERE toYYYYMM(ended) = %s LIMIT 1" % (
-            SHIP_RAW, month), answer="(1\n)?")
 
 
 # -- The mark, in the file; one step --
@@ -3468,7 +3459,7 @@ class Mark(NamedTuple):
     SHIP_UNSYNCED; the turn of confirmed_at is the last one."""
 
     destination: str
-    node: str  # the file's name at this destination
+    node: str  # the file's name at this destination, until the table is emptied
     last_id: int  # the last row that was confirmed
     confirmed_at: int  # when it was sent: milliseconds since 1970
     synced_id: int  # what stands up to it was confirmed before the last turn but one began
@@ -3552,15 +3543,6 @@ class Shipment:
             found = made and reader.rows(SHIP_MARK, [self.house.destination]).fetchone()
         return Mark._make(found) if found else NO_MARK
 
-    def begun(self) -> Mark:
-        """The mark. Where there is none, one below every row is written. Raises Later, Refused."""
-        mark = self.mark()
-        if mark is NO_MARK:
-            self.write(mark, mark._replace(destination=self.house.destination,
-                                           node=secrets.token_hex(8), confirmed_at=now_ms()))
-            mark = self.mark()
-        return mark
-
     def write(self, before: Mark, after: Mark, row: Optional[Sent] = None) -> None:
         """Replaces a mark. It does so only if the file still has the mark `before`, and the row
         that was confirmed: the file may have been replaced, and a second ship may have been faster.
@@ -3573,28 +3555,30 @@ class Shipment:
             if found == before and (not row or there == (row[1].split("\t")[SESSION_ID],)):
                 file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
 
-    def doubt(self, reader: Reader, mark: Mark) -> Optional[Tuple[int, str]]:
-        """The id after which rows go once more, and why; None where ClickHouse has what the mark
-        says. Raises Later, Refused."""
+    def doubt(self, reader: Reader, mark: Mark) -> Tuple[Mark, str]:
+        """The mark that is true, and why it is not this one, if so. Raises Later, Refused."""
         used, = first_row(
             reader, "sqlite_sequence",
             "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'"
         ) or reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
         if mark.last_id > used:
-            return SHIP_LEAST, "the mark is not of this file's rows"
+            return moved_back(mark, SHIP_LEAST), "the mark is not of this file's rows"
         # To ask before each batch would take a tenth of the time.
         if mark.last_id > SHIP_LEAST and time.monotonic() < self.look_at:
-            return None
+            return mark, ""
         self.look_at = time.monotonic() + 1
         uptime, peppers = self.house.look()
         now = now_ms()
-        if mark.last_id > SHIP_LEAST and mark.node not in peppers:
-            return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        if mark.last_id > SHIP_LEAST and not now - uptime * 1000 <= mark.confirmed_at <= now + 2000:
-            return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
-                                    " the mark lies in the future")
+        if mark is NO_MARK or (mark.last_id > SHIP_LEAST and mark.node not in peppers):
+            first = Mark(self.house.destination, secrets.token_hex(8), SHIP_LEAST, now, SHIP_LEAST,
+                         SHIP_LEAST)
+            return first, "ClickHouse's table was emptied or made anew"
+        if not now - uptime * 1000 <= mark.confirmed_at <= now + 2000:
+            return moved_back(mark, mark.synced_id), (
+                "ClickHouse was started after the last rows were confirmed, or the mark lies in the"
+                " future")
         self.introduce(reader, mark.node, peppers)
-        return None
+        return mark, ""
 
     def introduce(self, reader: Reader, node: str, peppers: Dict[str, str]) -> None:
         """Writes the node's own row where it is missing or has another pepper, and says if another
@@ -3603,25 +3587,26 @@ class Shipment:
                            "session_events_pepper ORDER BY rowid DESC") or ("",)
         pepper = re.sub("[^0-9a-f]", "", str(noted))
         if peppers.get(node) != pepper:
-            self.house.introduce(node, pepper)
-        known, self.peppers = self.peppers, len(set({**peppers, node: pepper}.values()))
-        if self.peppers > known:
+            self.house.ask(INTRODUCE.format(node, pepper))
+        before, self.peppers = self.peppers, len({*peppers.values(), pepper})
+        if self.peppers > before:
             ship_log("warning", why="the nodes of this ClickHouse have different peppers "
                      "(server.py --pepper-file): a developer is somebody else on each of them")
 
     def step(self) -> bool:
-        """Sends one batch, or moves the mark back; False if there was nothing to do. Raises Unfit
-        for a row that cannot go, Later, Refused."""
-        mark = self.begun()
+        """Sends one batch, or mends the mark; False if there was nothing to do. Raises Unfit for a
+        row that cannot go, Later, Refused."""
+        mark = self.mark()
         with reading(self.path) as reader:
-            doubt = self.doubt(reader, mark)
-            rows = [] if doubt else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
-        if doubt:
-            self.write(mark, moved_back(mark, doubt[0]))
-            ship_log("again", why="rows go once more: " + doubt[1])
+            true, why = self.doubt(reader, mark)
+            rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
+        if why:
+            self.write(mark, true)
+            if mark.last_id > SHIP_LEAST:
+                ship_log("again", why="rows go once more: " + why)
         elif rows:
             self.send(mark, rows)
-        return bool(doubt or rows)
+        return bool(why or rows)
 
     def send(self, mark: Mark, rows: Sequence[Sent]) -> None:
         """Inserts these rows and moves the mark. If they are refused, the first half of them is
@@ -3651,14 +3636,15 @@ class Shipment:
                 raise Later("%s; and refuses rows that it took before" % refused) from None
 
     def status(self) -> Dict[str, int]:
-        """How far it is. Raises Refused."""
+        """How far it is: a value for each of SHIP_METRICS. Raises Refused."""
         last = self.mark().last_id
         with reading(self.path) as reader:
             waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
                                           "WHERE id > ?", [last]).fetchone()
-        since = stored_instant(oldest)
-        age = 0 if since is None else max(0, (now_ms() - since) // 1000)
-        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": age}
+        now = now_ms()
+        return {"last_id": max(last, 0), "rows_waiting": waiting,
+                "oldest_waiting_seconds": max(0, now - (stored_instant(oldest) or now)) // 1000,
+                "waiting": int(bool(self.trouble)), "rows_total": self.rows_shipped}
 
 
 # -- The commands: once, --follow, --check --
@@ -3676,13 +3662,12 @@ def metrics_answer(shipment: Shipment, path: str) -> Answer:
     if path != "/metrics":
         return Answer(404, "text/plain", "Not found\n")
     try:
-        values = {**shipment.status(), "waiting": int(bool(shipment.trouble)),
-                  "rows_total": shipment.rows_shipped}
+        status = shipment.status()
     except Refused as error:
         return Answer(503, "text/plain; charset=utf-8", visible(str(error)) + "\n")
     return Answer(200, "text/plain; version=0.0.4; charset=utf-8", "".join(
         "# HELP {0} {1}\n# TYPE {0} {2}\n{0} {3}\n".format(
-            "session_events_ship_" + name, words, kind, values[name])
+            "session_events_ship_" + name, words, kind, status[name])
         for name, kind, words in SHIP_METRICS))
 
 
@@ -3725,13 +3710,14 @@ def follow(shipment: Shipment, cluster: Optional[str]) -> None:
     started, failures, noted = False, 0, time.monotonic()
     while True:
         try:
-            if failures or not started:
+            ready = started and not failures
+            if not ready:
                 shipment.house.prepare(cluster)
             wait = 0.0 if shipment.step() else FOLLOW_SECONDS
-            if failures or not started:
-                ship_log("recovered" if failures else "shipping",
-                         to=shipment.house.destination, **shipment.status())
+            event = "recovered" if failures else "shipping"
             started, failures, shipment.trouble = True, 0, ""
+            if not ready:
+                ship_log(event, to=shipment.house.destination, **shipment.status())
         except Refused as error:
             if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
                 raise
@@ -3754,7 +3740,8 @@ def ship_check(shipment: Shipment) -> int:
     house = shipment.house
     house.silence = SHIP_CHECK_SILENCE
     _, nodes = house.look()
-    dropped = functools.lru_cache(None)(house.dropped)
+    dropped = functools.lru_cache(None)(
+        lambda month: not house.ask(FIRST % month, answer="(1\n)?"))
     counts: Dict[str, Counter[str]] = {what: collections.Counter() for what in (
         "in the view", "missing", "waiting to be shipped", "in dropped months")}  # by day or month
     last = SHIP_LEAST
@@ -3811,8 +3798,8 @@ def ship(options: argparse.Namespace) -> int:
             follow(shipment, options.cluster)
         return 0
     house.prepare(options.cluster)
-    if options.again:
-        mark = shipment.begun()
+    mark = shipment.mark()
+    if options.again and mark is not NO_MARK:
         shipment.write(mark, moved_back(mark, SHIP_LEAST))
     while shipment.step():
         if sys.stderr.isatty():
