@@ -3120,10 +3120,10 @@ SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
 # Its groups are the dates of received_at and ended_at. ClickHouse's DateTime has the years 1970 to
-# 2105, of which the last is for the nodes' own rows (see OWN_ROW).
+# 2105, of which the last is for the nodes' own rows (see OWN_MOMENT).
 usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-4])" + STORED.pattern, *(
     "(?:%s)" % cell_pattern(kind, rule) for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
-Sent = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
+ShipRow = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
 
 
 def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> str:
@@ -3144,11 +3144,11 @@ def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> str:
     return "\t".join("" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:]))
 
 
-def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sent]:
+def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[ShipRow]:
     """At most `most` rows whose id meets the condition, and no more than SHIP_YEARS or about
     SHIP_BYTES. The list ends before a row that is no session. Raises Unfit if that is the first
     one."""
-    rows: List[Sent] = []
+    rows: List[ShipRow] = []
     size, years = 0, set()
     for row_id, text in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
         try:
@@ -3219,15 +3219,15 @@ MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
 SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % (
     ended_near("received_at"))
 FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
-# Each node has a row of its own in the table, in a month that no session has. While it is there,
+# Each node has a row of its own in the table, at a moment that no session has. While it is there,
 # the table is the one that the node filled, and what is missing was dropped on purpose. Where it is
 # not, the table was emptied or made anew. Its `plugin_version` is a fingerprint of the pepper.
-OWN_ROW = "ended = toDateTime('2105-12-31 00:00:00', 'UTC')"
-LOOK = "SELECT uptime(), groupArray(concat(node, ':', plugin_version)) FROM %s FINAL WHERE %s" % (
-    SHIP_RAW, OWN_ROW)
-INTRODUCE = """INSERT INTO %s (node, session_id_hash, plugin_version, seniority, ended)
-  SELECT '{0}', toFixedString('{0}', 32), '{1}', toUInt64(toUInt32(now())), %s""" % (
-      SHIP_RAW, OWN_ROW.split(" = ")[1])
+OWN_MOMENT = "toDateTime('2105-12-31 00:00:00', 'UTC')"
+LOOK = "SELECT uptime(), groupArray(concat(node, ':', plugin_version)) FROM %s FINAL" \
+    " WHERE ended = %s" % (SHIP_RAW, OWN_MOMENT)
+INTRODUCE = """INSERT INTO {0} (node, session_id_hash, plugin_version, seniority, ended_at, ended,
+  received_at) SELECT '{{0}}', toFixedString('{{0}}', 32), '{{1}}', toUInt64(toUInt32(now())),
+  toFixedString('2105-12-31T00:00:00.000Z', 24), {1}, {1}""".format(SHIP_RAW, OWN_MOMENT)
 # ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
 # as if all were merged. In the view it works before any WHERE, so that no condition can bring back
 # a row that another one has replaced.
@@ -3238,9 +3238,9 @@ SHIP_ON = " ON CLUSTER '%s'"
 SHIP_VIEWS = {"session_events": """
 SELECT %s
 FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r
-WHERE NOT r.%s""" % (
+WHERE r.ended != %s""" % (
     ",\n  ".join("%s AS %s" % (shown % ("r." + name), name)
-                 for name, _, _, shown in RAW_COLUMNS if shown), OWN_ROW),
+                 for name, _, _, shown in RAW_COLUMNS if shown), OWN_MOMENT),
               "discovery_propagation": """
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
   count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
@@ -3348,7 +3348,7 @@ class ClickHouse:
         self.destination = "%s://%s:%d%s/%s.%s" % (
             parts.scheme, *self.place, self.path.rstrip("/"), self.database, SHIP_RAW)
 
-    def ask(self, sql: str, rows: Sequence[Sent] = (), answer: str = "") -> str:
+    def ask(self, sql: str, rows: Sequence[ShipRow] = (), answer: str = "") -> str:
         """The answer to a statement, which must match the pattern `answer`; `rows` are its table
         `mine`. Raises Later, RowsRefused, Refused."""
         query_id, boundary = str(uuid.uuid4()), uuid.uuid4().hex
@@ -3425,11 +3425,11 @@ class ClickHouse:
         uptime, nodes = self.ask(LOOK, answer="[0-9]{1,9}\t.*\n").split("\t")
         return int(uptime), dict(re.findall("([0-9a-f]{16}):([0-9a-f]*)", nodes))
 
-    def insert(self, node: str, rows: Sequence[Sent]) -> None:
+    def insert(self, node: str, rows: Sequence[ShipRow]) -> None:
         """One INSERT. Raises Later, RowsRefused, Refused."""
         self.ask(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
 
-    def missing(self, rows: Sequence[Sent]) -> Dict[int, str]:
+    def missing(self, rows: Sequence[ShipRow]) -> Dict[int, str]:
         """{id: month of `ended`, such as 202605} of the rows whose session is not in the table, and
         therefore not in the view. The months of these rows are searched first. A session that is
         not there may be in another month, if another node received it too."""
@@ -3444,16 +3444,6 @@ class ClickHouse:
 
 # -- The mark, in the file; one step --
 
-SHIP_MARKS = """ship_marks (
-  destination TEXT PRIMARY KEY,
-  node TEXT NOT NULL CHECK (length(node) = 16 AND node NOT GLOB '*[^0-9a-f]*'),
-  last_id INTEGER NOT NULL CHECK (typeof(last_id) = 'integer'),
-  confirmed_at INTEGER NOT NULL CHECK (typeof(confirmed_at) = 'integer'),
-  synced_id INTEGER NOT NULL CHECK (typeof(synced_id) = 'integer'),
-  next_id INTEGER NOT NULL CHECK (typeof(next_id) = 'integer')) WITHOUT ROWID"""
-SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
-
-
 class Mark(NamedTuple):
     """A row of ship_marks: how far one destination has got. Time is cut into turns of
     SHIP_UNSYNCED; the turn of confirmed_at is the last one."""
@@ -3467,6 +3457,12 @@ class Mark(NamedTuple):
 
 
 NO_MARK = Mark("", "", SHIP_LEAST, 0, SHIP_LEAST, SHIP_LEAST)
+SHIP_MARKS = """ship_marks (destination TEXT PRIMARY KEY,
+  node TEXT NOT NULL CHECK (length(node) = 16 AND node NOT GLOB '*[^0-9a-f]*'),
+  %s) WITHOUT ROWID""" % ",\n  ".join(
+      "{0} INTEGER NOT NULL CHECK (typeof({0}) = 'integer')".format(name)
+      for name in Mark._fields[2:])
+SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
 
 
 def moved_on(mark: Mark, to: int, sent: int) -> Mark:
@@ -3530,7 +3526,6 @@ class Shipment:
         self.path, self.house = path, house
         self.rows_shipped = 0
         self.trouble = ""  # what --follow waits for
-        self.look_at = 0.0  # monotonic seconds: when ClickHouse is next asked what it has
         self.peppers = 1  # how many different ones the nodes had when it was asked last
 
     def mark(self) -> Mark:
@@ -3543,7 +3538,7 @@ class Shipment:
             found = made and reader.rows(SHIP_MARK, [self.house.destination]).fetchone()
         return Mark._make(found) if found else NO_MARK
 
-    def write(self, before: Mark, after: Mark, row: Optional[Sent] = None) -> None:
+    def write(self, before: Mark, after: Mark, row: Optional[ShipRow] = None) -> None:
         """Replaces a mark. It does so only if the file still has the mark `before`, and the row
         that was confirmed: the file may have been replaced, and a second ship may have been faster.
         Raises Later, Refused."""
@@ -3556,24 +3551,22 @@ class Shipment:
                 file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
 
     def doubt(self, reader: Reader, mark: Mark) -> Tuple[Mark, str]:
-        """The mark that is true, and why it is not this one, if so. Raises Later, Refused."""
+        """The mark as it should be, and why it is another one; the why is empty where ClickHouse
+        has what this one says. Raises Later, Refused."""
         used, = first_row(
             reader, "sqlite_sequence",
             "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'"
         ) or reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
         if mark.last_id > used:
             return moved_back(mark, SHIP_LEAST), "the mark is not of this file's rows"
-        # To ask before each batch would take a tenth of the time.
-        if mark.last_id > SHIP_LEAST and time.monotonic() < self.look_at:
-            return mark, ""
-        self.look_at = time.monotonic() + 1
-        uptime, peppers = self.house.look()
         now = now_ms()
+        uptime, peppers = self.house.look()
         if mark is NO_MARK or (mark.last_id > SHIP_LEAST and mark.node not in peppers):
-            first = Mark(self.house.destination, secrets.token_hex(8), SHIP_LEAST, now, SHIP_LEAST,
-                         SHIP_LEAST)
+            first = NO_MARK._replace(destination=self.house.destination,
+                                     node=secrets.token_hex(8), confirmed_at=now)
             return first, "ClickHouse's table was emptied or made anew"
-        if not now - uptime * 1000 <= mark.confirmed_at <= now + 2000:
+        # The start seems up to a second early: if it seemed late, rows would go again for a second.
+        if not now - (uptime + 1) * 1000 <= mark.confirmed_at <= now + 2000:
             return moved_back(mark, mark.synced_id), (
                 "ClickHouse was started after the last rows were confirmed, or the mark lies in the"
                 " future")
@@ -3598,17 +3591,17 @@ class Shipment:
         row that cannot go, Later, Refused."""
         mark = self.mark()
         with reading(self.path) as reader:
-            true, why = self.doubt(reader, mark)
+            right, why = self.doubt(reader, mark)
             rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
         if why:
-            self.write(mark, true)
+            self.write(mark, right)
             if mark.last_id > SHIP_LEAST:
                 ship_log("again", why="rows go once more: " + why)
         elif rows:
             self.send(mark, rows)
         return bool(why or rows)
 
-    def send(self, mark: Mark, rows: Sequence[Sent]) -> None:
+    def send(self, mark: Mark, rows: Sequence[ShipRow]) -> None:
         """Inserts these rows and moves the mark. If they are refused, the first half of them is
         sent, until the row at fault is alone. Before it is blamed, the row before it goes once
         more. Raises Unfit, Later, Refused."""

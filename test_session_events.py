@@ -9213,6 +9213,11 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
     assert marks(a) == [1200] and marks(b) == [900]
+    # A row of each node, which nobody drops or deletes with what is old.
+    own = ("SELECT count() FROM session_events_raw FINAL WHERE plugin_version = '' AND"
+           " toYear(ended) = 2105 AND toYear(received_at) = 2105 AND substring(ended_at, 1, 4) ="
+           " '2105'")
+    assert clickhouse.ask(own, url) == [["2"]]
     # In the same second, the node's name decides.
     nodes = [one, two] if name_of(a, url) < name_of(b, url) else [two, one]
     whole(clickhouse, url, *nodes)
@@ -9558,6 +9563,16 @@ def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
         connection.commit()
     assert shipped(db, url) == 251
     whole(clickhouse, url, rows, here, there)
+    # Two copies have one name. Each sees for itself that the table was emptied.
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
+        insert(connection, many(8, 6000))
+    assert shipped(copy, url) == 8
+    second = str(tmp_path / "second.db")
+    shutil.copy(copy, second)
+    clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
+    for path in (copy, second):
+        status, out, err = ship(path, url)
+        assert (status, out) == (0, "368 rows shipped\n") and "emptied" in err, err
 
 
 def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
@@ -9612,6 +9627,10 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
                 connection.execute(statement)
             connection.commit()
 
+    # What ClickHouse lost goes once more, and no month that was dropped.
+    clickhouse.ask("ALTER TABLE session_events_raw DELETE WHERE id > 600", url)
+    eventually(lambda: viewed(clickhouse, url) == 600)
+    assert shipped(db, url) == 0
     for at, synced, why in (
         ("2026-05-01T11:09:00Z", 600, "ClickHouse was started after"),
         ("2026-05-01T11:09:00Z", session_events.SHIP_LEAST, "ClickHouse was started after"),
@@ -9622,7 +9641,7 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
         status, out, err = ship(db, url)
         sent = 900 - max(synced, 0)
         assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
-        assert shipped(db, url) == 0
+        assert shipped(db, url) == 0 and viewed(clickhouse, url) == 900
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
     assert (status, out) == (0, "900 rows shipped\n") and "not of this file" in err
@@ -9861,8 +9880,30 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     status, out, _ = ship(late, url, "--check")
     assert status == 0 and "2027-01  5 in dropped months\n" in out, out
     clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
-    status, out, _ = ship(late, url, "--check")  # an empty table is no table without old months
-    assert status == 1 and "2027-01-15  5 missing\n" in out, out
+    # An empty table is no table without old months, also when another node was faster.
+    for more in ([], many(3, 9000)):
+        if more:
+            assert shipped(stored(tmp_path / "d.db", *more), url) == 3
+        status, out, _ = ship(late, url, "--check")
+        assert status == 1 and "2027-01-15  5 missing\n" in out, out
+    status, out, err = ship(late, url)
+    assert (status, out) == (0, "5 rows shipped\n") and "emptied or made anew" in err, err
+    assert ship(late, url, "--check")[0] == 0
+
+
+def test_ship_a_dropped_month_stays_dropped(tmp_path, clickhouse):
+    """Also where it was the only one, and where a node has nothing else."""
+    url = clickhouse.database()
+    rows = many(20, 10, received_at="2026-05-15T00:00:00Z", ended_at="2026-05-10T00:00:00.000Z")[2:]
+    db = stored(tmp_path / "a.db", *rows)
+    assert shipped(db, url) == 18
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202605", url)
+    assert viewed(clickhouse, url) == shipped(db, url) == 0
+    assert ship(db, url, "--check")[1].startswith("2026-05  18 in dropped months\n")
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(7, 900, received_at="2026-08-15T00:00:00Z")[2:])
+    assert shipped(db, url) == viewed(clickhouse, url) == 5
+    assert shipped(db, url, "--again") == viewed(clickhouse, url) == 23
 
 
 @needs_linux
@@ -10436,7 +10477,11 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
         with pytest.raises(session_events.Refused, match="not asked"):
             shipment.step()
         assert shipment.mark().last_id == 5
-    assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
+    nowhere = "http://127.0.0.1:%d/" % free_port()
+    assert "cannot reach" in ship(db, nowhere)[2]
+    # A destination that never answered has no mark, for which --retain-days would wait.
+    shipment = session_events.Shipment(db, session_events.ClickHouse(nowhere, {}))
+    assert shipment.mark() is session_events.NO_MARK
     busy = reply(503)
     with Pretender(
         busy, reply(401, b"Code: 516. DB::Exception: shipper: Authentication failed")
