@@ -3179,18 +3179,13 @@ SHIP_HASH = "toFixedString(unhex(%s), 32)"
 # is the one that was received first. Of two in the same second, it is the one of the node whose
 # name comes first (8 digits are compared).
 SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
-
-
-def ended_near(received_at: str) -> str:
-    """The SQL of `ended`: ended_at, or the nearer of two ends, some days before and after the
-    arrival. It is for charts and months, so that invented dates make no partitions."""
-    day = "toInt32(toDate(substring(%s, 1, 10)))" % received_at
-    first = "concat(toString(toDate(greatest(%s - %d, 1))), 'T00:00:00')" % (day, SHIP_LATE)
-    last = "concat(toString(toDate(%s + %d)), 'T23:59:59')" % (day, SHIP_EARLY)
-    return SHIP_MOMENT % "if({0} < {1}, {1}, if({0} > {2}, {2}, {0}))".format(
-        "toString(ended_at)", first, last)
-
-
+# `ended` is for charts and months: ended_at, or the nearer of two ends, some days before and after
+# the arrival. So invented dates make no partitions.
+ARRIVAL_DAY = "toInt32(toDate(substring(toString(received_at), 1, 10)))"
+ENDED_NEAR = SHIP_MOMENT % "if({0} < {1}, {1}, if({0} > {2}, {2}, {0}))".format(
+    "toString(ended_at)",
+    "concat(toString(toDate(greatest(%s - %d, 1))), 'T00:00:00')" % (ARRIVAL_DAY, SHIP_LATE),
+    "concat(toString(toDate(%s + %d)), 'T23:59:59')" % (ARRIVAL_DAY, SHIP_EARLY))
 # Name, type, how it is made of `mine`, how the view shows it. `ended_at` is text, since no type of
 # 18.16 has all years.
 RAW_COLUMNS = (
@@ -3199,7 +3194,7 @@ RAW_COLUMNS = (
      "lower(hex(%s))"),
     ("session_id_hash", "FixedString(32)", SHIP_HASH % "session_id_hash", "lower(hex(%s))"),
     ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)", "toString(%s)"),
-    ("ended", "DateTime('UTC')", ended_near("received_at"), "%s"),
+    ("ended", "DateTime('UTC')", ENDED_NEAR, "%s"),
     ("tool_count", "UInt32", "tool_count", "%s"),
     ("tokens_saved", "UInt32", "tokens_saved", "%s"),
     ("branch_sha", "Nullable(String)", "nullIf(lower(branch_sha), '')", "%s"),
@@ -3214,17 +3209,15 @@ INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
     SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made, _ in RAW_COLUMNS))
 MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
   SELECT {3} FROM {0} WHERE ({3}) GLOBAL IN (SELECT {1}, {2} FROM mine){{0}})""".format(
-      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash", SHIP_KEY,
-      ended_near("received_at"))
-SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % (
-    ended_near("received_at"))
+      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash", SHIP_KEY, ENDED_NEAR)
+SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % ENDED_NEAR
 FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
 # Each node has a row of its own in the table, at a moment that no session has. While it is there,
 # the table is the one that the node filled, and what is missing was dropped on purpose. Where it is
 # not, the table was emptied or made anew. Its `plugin_version` is a fingerprint of the pepper.
 OWN_MOMENT = "toDateTime('2105-12-31 00:00:00', 'UTC')"
-LOOK = "SELECT uptime(), groupArray(concat(node, ':', plugin_version)) FROM %s FINAL" \
-    " WHERE ended = %s" % (SHIP_RAW, OWN_MOMENT)
+LOOK = """SELECT uptime(), groupArray(concat(node, ':', plugin_version))
+  FROM %s FINAL WHERE ended = %s""" % (SHIP_RAW, OWN_MOMENT)
 INTRODUCE = """INSERT INTO {0} (node, session_id_hash, plugin_version, seniority, ended_at, ended,
   received_at) SELECT '{{0}}', toFixedString('{{0}}', 32), '{{1}}', toUInt64(toUInt32(now())),
   toFixedString('2105-12-31T00:00:00.000Z', 24), {1}, {1}""".format(SHIP_RAW, OWN_MOMENT)
@@ -3269,16 +3262,16 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
 def ship_migration(made: Mapping[str, str], cluster: Optional[str], database: str) -> str:
     """The statements that take over what is there in an older layout; "" if nothing is. `made`:
     {table or view: how it was made}. In a cluster they are for each shard."""
-    name, on = "%s.%s" % (database, SHIP_LOCAL if cluster else SHIP_RAW), ""
+    name, on = "%s.%s" % (database, SHIP_RAW), ""
     if cluster:
-        on = SHIP_ON % cluster
+        name, on = "%s.%s" % (database, SHIP_LOCAL), SHIP_ON % cluster
     statements = []
     if any("MergeTree" in made.get(table, "") and BY_MONTH not in made[table]
            for table in (SHIP_RAW, SHIP_LOCAL)):
         statements = [
             "RENAME TABLE %s TO %s_old%s" % (name, name, on), ship_ddl(cluster, database)[0],
-            "INSERT INTO %s (%s) SELECT %s FROM %s_old" % (name, RAW_NAMES, RAW_NAMES.replace(
-                " ended,", " %s," % ended_near("toString(received_at)")), name),
+            "INSERT INTO %s (%s) SELECT %s FROM %s_old" % (
+                name, RAW_NAMES, RAW_NAMES.replace(" ended,", " %s," % ENDED_NEAR), name),
             "DROP TABLE %s_old%s" % (name, on)]
     if "WHERE" not in (made.get("session_events") or "WHERE"):  # it shows the nodes' own rows
         statements.append("DROP TABLE %s.session_events%s" % (database, on))

@@ -10107,6 +10107,13 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
     assert said["a"] == said["b"] == ""
     assert "different peppers" in said["c"]
     assert "different" in said["d"]
+    for name in "abcda":  # as new files with one pepper
+        with contextlib.closing(sqlite3.connect(str(tmp_path / (name + ".db")))) as connection:
+            connection.execute("UPDATE session_events_pepper SET fingerprint = 'feed'")
+            connection.commit()
+        status, _, last = ship(tmp_path / (name + ".db"), url)
+        assert status == 0
+    assert last == ""
 
 
 def test_ship_months(tmp_path, clickhouse):
