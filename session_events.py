@@ -60,7 +60,6 @@ import secrets
 import signal
 import socket
 import sqlite3
-import ssl
 import statistics
 import sys
 import tempfile
@@ -81,7 +80,6 @@ from typing import (
     Iterator,
     List,
     Mapping,
-    Match,
     NamedTuple,
     Optional,
     Sequence,
@@ -3094,14 +3092,11 @@ def demo(options: argparse.Namespace) -> int:
 # Ship: the rows into ClickHouse, over its HTTP interface (18.16 and newer)
 # ==================================================================================================
 
-SHIP_RAW, SHIP_NODES = "session_events_raw", "session_events_nodes"  # tables in ClickHouse
 SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
-SHIP_MONTHS = 90  # most of one batch: ClickHouse takes 100 partitions in one INSERT
+SHIP_YEARS = 3  # of arrival in one batch: 78 months. ClickHouse takes 100 partitions in one INSERT.
 SHIP_LATE, SHIP_EARLY = 366, 1  # days by which `ended` may lie before and after the arrival
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
-SHIP_UNSYNCED = 600  # seconds: ClickHouse answers before it syncs; what is older is on its disk
-SHIP_SAMPLE = 100  # confirmed rows that are looked for, to see whether the table was emptied
-SHIP_ANSWER_BYTES = 64 << 20  # most of one answer
+SHIP_UNSYNCED = 600_000  # ms: ClickHouse answers before it syncs; what is older is on its disk
 SHIP_SILENCE, SHIP_CHECK_SILENCE = 30.0, 300.0  # seconds without a byte, then the peer is given up
 FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
 
@@ -3124,84 +3119,58 @@ class RowsRefused(Refused):
 SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# Its groups are the date of received_at, ended_at, and the date of ended_at. ClickHouse's DateTime
-# holds the years 1970 to 2105.
-usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-5])" + STORED.pattern, *(
-    ("(%s)" if rule == "moment" else "(?:%s)") % cell_pattern(kind, rule)
-    for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
+# Its groups are the dates of received_at and ended_at. ClickHouse's DateTime has the years 1970 to
+# 2105, of which the last is for the nodes' own rows (see OWN_MOMENT).
+usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-4])" + STORED.pattern, *(
+    "(?:%s)" % cell_pattern(kind, rule) for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
+ShipRow = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
 
 
-class Shipped(NamedTuple):
-    """A row on its way. `line` has received_at and the fields, with tabs between them. `ended` is
-    ended_at, or the end of `ship_span` that is nearer to it."""
-
-    id: int
-    ended: str
-    line: str
-
-    @property
-    def month(self) -> int:
-        """The month of `ended` as ClickHouse's toYYYYMM has it, such as 202605."""
-        return int(self.ended[:4] + self.ended[5:7])
-
-
-@functools.lru_cache(1000)
-def ship_span(date: str) -> Tuple[str, str]:
-    """The least and the greatest `ended` of a row that was received on this date."""
-    day = datetime.date.fromisoformat(date)
-    first = max(datetime.date(1970, 1, 1), day - datetime.timedelta(SHIP_LATE))
-    return "%sT00:00:00" % first, "%sT23:59:59" % (day + datetime.timedelta(SHIP_EARLY))
-
-
-def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> Match[str]:
-    """The match of `usual_line` with a row's line. Where another program wrote the row in another
-    form, the line is made anew from its cells. Raises Unfit if the row is no session; the text
-    names the column, never a value."""
+def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> str:
+    """A row's line. Where another program wrote the row in another form, the line is made anew from
+    its cells. Raises Unfit if the row is no session; the text names the column, never a value."""
     match = usual_line(line or "")
-    if match and midnight(match[1]) is not None and midnight(match[3]) is not None:
-        return match
+    if match and None not in map(midnight, match.groups()):
+        return match.string
     *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
                                  % SELECTED, [row_id]).fetchone()
     wrong = [name for name, fits, cell in zip(COLUMNS[1:], CHECKS, row[1:]) if not fits(cell)]
-    if stored_instant(received) is None or not "1970" <= received < "2106":
+    if stored_instant(received) is None or not "1970" <= received < "2105":
         wrong.append("received_at")
     if wrong:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
                     % (row_id, wrong[0]))
-    match = usual_line("\t".join(
-        "" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:])))
-    assert match
-    return match
+    return "\t".join("" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:]))
 
 
-def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Shipped]:
-    """At most `most` rows whose id meets the condition, and no more than SHIP_MONTHS or about
+def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[ShipRow]:
+    """At most `most` rows whose id meets the condition, and no more than SHIP_YEARS or about
     SHIP_BYTES. The list ends before a row that is no session. Raises Unfit if that is the first
     one."""
-    rows: List[Shipped] = []
-    size, months = 0, set()
-    for row_id, line in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
+    rows: List[ShipRow] = []
+    size, years = 0, set()
+    for row_id, text in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
         try:
-            match = checked_line(reader, row_id, line)
+            line = checked_line(reader, row_id, text)
         except Unfit:
             if rows:
                 break
             raise
-        received, ended, _ = match.groups()
-        first, last = ship_span(received)
-        rows.append(Shipped(row_id, max(first, min(last, ended)), match.string))
-        months.add(rows[-1].ended[:7])
-        size += len(match.string)
-        if len(months) == SHIP_MONTHS or size >= SHIP_BYTES:
+        rows.append((row_id, line))
+        size += len(line)
+        years.add(line[:4])
+        if size >= SHIP_BYTES or len(years) == SHIP_YEARS:
             break
     return rows
 
 
-# -- ClickHouse's tables, views, statements --
+# -- ClickHouse's table, views, statements --
 
+SHIP_RAW, SHIP_LOCAL = "session_events_raw", "session_events_local"  # LOCAL: on each shard
+SHIP_KEY = "identity_hash, session_id_hash"
 # The rows of a statement travel beside it, as its table `mine` (ClickHouse's "external data").
-MINE = "id Int64, ended String, received_at String, " + ", ".join(
+MINE = "id Int64, received_at String, " + ", ".join(
     "%s %s" % (column, {"number": "UInt32", "array": "Array(String)"}.get(kind, "String"))
     for column, (_, kind, *_) in zip(COLUMNS[1:], FIELDS))
 SHIP_MOMENT = "toDateTime(replaceOne(substring(%s, 1, 19), 'T', ' '), 'UTC')"
@@ -3210,49 +3179,62 @@ SHIP_HASH = "toFixedString(unhex(%s), 32)"
 # is the one that was received first. Of two in the same second, it is the one of the node whose
 # name comes first (8 digits are compared).
 SENIORITY = "bitNot(bitOr(bitShiftLeft(toUInt64(toUInt32(%s)), 32), toUInt64({tie})))"
-# Name, type, how it is made of `mine`. `ended_at` is text, since no type of 18.16 has all years.
-# `ended` is for charts and months. It is near the arrival: invented dates make no partitions.
+# `ended` is for charts and months: ended_at, or the nearer of two ends, some days before and after
+# the arrival. So invented dates make no partitions.
+ARRIVAL_DAY = "toInt32(toDate(substring(toString(received_at), 1, 10)))"
+ENDED_NEAR = SHIP_MOMENT % "if({0} < {1}, {1}, if({0} > {2}, {2}, {0}))".format(
+    "toString(ended_at)",
+    "concat(toString(toDate(greatest(%s - %d, 1))), 'T00:00:00')" % (ARRIVAL_DAY, SHIP_LATE),
+    "concat(toString(toDate(%s + %d)), 'T23:59:59')" % (ARRIVAL_DAY, SHIP_EARLY))
+# Name, type, how it is made of `mine`, how the view shows it. `ended_at` is text, since no type of
+# 18.16 has all years.
 RAW_COLUMNS = (
-    ("node", "String", "'{node}'"),
-    ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at"),
-    ("id", "Int64", "id"),
-    ("received_at", "DateTime('UTC')", SHIP_MOMENT % "received_at"),
-    ("identity_hash", "FixedString(32)", SHIP_HASH % "identity_hash"),
-    ("github_hash", "Nullable(FixedString(32))", SHIP_HASH % "nullIf(github_hash, '')"),
-    ("session_id_hash", "FixedString(32)", SHIP_HASH % "session_id_hash"),
-    ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)"),
-    ("ended", "DateTime('UTC')", SHIP_MOMENT % "ended"),
-    ("tool_count", "UInt32", "tool_count"),
-    ("tokens_saved", "UInt32", "tokens_saved"),
-    ("branch_sha", "Nullable(String)", "nullIf(lower(branch_sha), '')"),
-    ("discovery_refs", "Array(String)", "discovery_refs_json"),
-    ("plugin_version", "String", "plugin_version"))
-RAW_NAMES = ", ".join(name for name, _, _ in RAW_COLUMNS)
+    ("identity_hash", "FixedString(32)", SHIP_HASH % "identity_hash", "lower(hex(%s))"),
+    ("github_hash", "Nullable(FixedString(32))", SHIP_HASH % "nullIf(github_hash, '')",
+     "lower(hex(%s))"),
+    ("session_id_hash", "FixedString(32)", SHIP_HASH % "session_id_hash", "lower(hex(%s))"),
+    ("ended_at", "FixedString(24)", "toFixedString(ended_at, 24)", "toString(%s)"),
+    ("ended", "DateTime('UTC')", ENDED_NEAR, "%s"),
+    ("tool_count", "UInt32", "tool_count", "%s"),
+    ("tokens_saved", "UInt32", "tokens_saved", "%s"),
+    ("branch_sha", "Nullable(String)", "nullIf(lower(branch_sha), '')", "%s"),
+    ("discovery_refs", "Array(String)", "discovery_refs_json", "arrayDistinct(%s)"),
+    ("plugin_version", "String", "plugin_version", "%s"),
+    ("received_at", "DateTime('UTC')", SHIP_MOMENT % "received_at", "%s"),
+    ("node", "String", "'{node}'", "%s"),
+    ("id", "Int64", "id", "%s"),
+    ("seniority", "UInt64", SENIORITY % SHIP_MOMENT % "received_at", ""))
+RAW_NAMES = ", ".join(name for name, *_ in RAW_COLUMNS)
 INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
-    SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made in RAW_COLUMNS))
-FOUND = """SELECT id FROM mine WHERE ({1}, {2}) GLOBAL IN (
-  SELECT identity_hash, session_id_hash FROM {0} WHERE {{0}}(identity_hash, session_id_hash)
-  GLOBAL IN (SELECT {1}, {2} FROM mine))""".format(
-      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash")
+    SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made, _ in RAW_COLUMNS))
+MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
+  SELECT {3} FROM {0} WHERE ({3}) GLOBAL IN (SELECT {1}, {2} FROM mine){{0}})""".format(
+      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash", SHIP_KEY, ENDED_NEAR)
+SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % ENDED_NEAR
+FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
+# Each node has a row of its own in the table, at a moment that no session has. While it is there,
+# the table is the one that the node filled, and what is missing was dropped on purpose. Where it is
+# not, the table was emptied or made anew. Its `plugin_version` is a fingerprint of the pepper.
+OWN_MOMENT = "toDateTime('2105-12-31 00:00:00', 'UTC')"
+LOOK = """SELECT uptime(), groupArray(concat(node, ':', plugin_version))
+  FROM %s FINAL WHERE ended = %s""" % (SHIP_RAW, OWN_MOMENT)
+INTRODUCE = """INSERT INTO {0} (node, session_id_hash, plugin_version, seniority, ended_at, ended,
+  received_at) SELECT '{{0}}', toFixedString('{{0}}', 32), '{{1}}', toUInt64(toUInt32(now())),
+  toFixedString('2105-12-31T00:00:00.000Z', 24), {1}, {1}""".format(SHIP_RAW, OWN_MOMENT)
 # ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
 # as if all were merged. In the view it works before any WHERE, so that no condition can bring back
 # a row that another one has replaced.
 BY_MONTH = "PARTITION BY toYYYYMM(ended)"
-SHIP_TABLES = (  # name, name on each shard, columns, engine, key
-    (SHIP_RAW, "session_events_local", ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS),
-     "ReplacingMergeTree({}seniority) %s ORDER BY ({})" % BY_MONTH,
-     "identity_hash, session_id_hash"),
-    (SHIP_NODES, SHIP_NODES + "_local", "node String, pepper String, seen UInt32",
-     "ReplacingMergeTree({}seen) ORDER BY ({})", "node"))
+SHIP_ENGINE = "ReplacingMergeTree({}seniority) %s ORDER BY (%s)" % (BY_MONTH, SHIP_KEY)
 SHIP_ON = " ON CLUSTER '%s'"
 # {0} is the database. Where a name has none, 18.16 takes the other host's default database.
 SHIP_VIEWS = {"session_events": """
-SELECT lower(hex(r.identity_hash)) AS identity_hash, lower(hex(r.github_hash)) AS github_hash,
-  lower(hex(r.session_id_hash)) AS session_id_hash, toString(r.ended_at) AS ended_at,
-  r.ended AS ended, r.tool_count AS tool_count, r.tokens_saved AS tokens_saved,
-  r.branch_sha AS branch_sha, arrayDistinct(r.discovery_refs) AS discovery_refs,
-  r.plugin_version AS plugin_version, r.received_at AS received_at, r.node AS node, r.id AS id
-FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r""", "discovery_propagation": """
+SELECT %s
+FROM (SELECT * FROM {0}.session_events_raw FINAL) AS r
+WHERE r.ended != %s""" % (
+    ",\n  ".join("%s AS %s" % (shown % ("r." + name), name)
+                 for name, _, _, shown in RAW_COLUMNS if shown), OWN_MOMENT),
+              "discovery_propagation": """
 SELECT discovery_id, min(ended_at) AS first_seen_at, max(ended_at) AS last_seen_at,
   count() AS session_count, uniqExact(identity_hash) AS distinct_identity_count,
   now() AS last_aggregated_at
@@ -3260,33 +3242,40 @@ FROM {0}.session_events ARRAY JOIN discovery_refs AS discovery_id GROUP BY disco
 
 
 def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
-    """The statements that make the tables and the views; with `cluster` (a name in ClickHouse's
+    """The statements that make the table and the views; with `cluster` (a name in ClickHouse's
     remote_servers) a replicated table on each shard, and one that spreads over them."""
-    on, made = SHIP_ON % cluster if cluster else "", []
-    for name, local, columns, merging, key in SHIP_TABLES:
-        engines = {name: merging.format("", key)}
-        if cluster:
-            path = "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (database, local)
-            engines = {local: "Replicated" + merging.format(path, key),
-                       name: "Distributed('%s', '%s', %s, cityHash64(%s))" % (
-                           cluster, database, local, key)}
-        made += ["CREATE TABLE IF NOT EXISTS %s.%s%s (%s) ENGINE = %s" % (
-            database, table, on, columns, engine) for table, engine in engines.items()]
-    return made + ["CREATE VIEW IF NOT EXISTS %s.%s%s AS%s" % (
+    on, engines = SHIP_ON % cluster if cluster else "", {SHIP_RAW: SHIP_ENGINE.format("")}
+    if cluster:
+        engines = {
+            SHIP_LOCAL: "Replicated" + SHIP_ENGINE.format(
+                "'/clickhouse/tables/{shard}/%s/%s_by_month', '{replica}', " % (
+                    database, SHIP_LOCAL)),
+            SHIP_RAW: "Distributed('%s', '%s', %s, cityHash64(%s))" % (
+                cluster, database, SHIP_LOCAL, SHIP_KEY)}
+    columns = ", ".join("%s %s" % column[:2] for column in RAW_COLUMNS)
+    return ["CREATE TABLE IF NOT EXISTS %s.%s%s (%s) ENGINE = %s" % (
+        database, table, on, columns, engine) for table, engine in engines.items()
+    ] + ["CREATE VIEW IF NOT EXISTS %s.%s%s AS%s" % (
         database, name, on, select.format(database)) for name, select in SHIP_VIEWS.items()]
 
 
-def ship_migration(cluster: Optional[str], database: str) -> str:
-    """The statements that make the table anew, with the rows that it has in an older layout. In a
-    cluster they are for each shard."""
-    table, on = SHIP_TABLES[0][bool(cluster)], SHIP_ON % cluster if cluster else ""
-    arrival = "toInt64(toUInt32(received_at))"
-    clamped = "toDateTime(least(greatest(toInt64(toUInt32(ended)), %s - %d), %s + %d), 'UTC')" % (
-        arrival, SHIP_LATE * 86_400, arrival, SHIP_EARLY * 86_400)
-    return ("RENAME TABLE {0} TO {0}_old{1};\n{2};\nINSERT INTO {0} ({3}) SELECT {4} FROM {0}_old;"
-            "\nDROP TABLE {0}_old{1};").format(
-        "%s.%s" % (database, table), on, ship_ddl(cluster, database)[0], RAW_NAMES,
-        RAW_NAMES.replace(" ended,", " %s," % clamped))
+def ship_migration(made: Mapping[str, str], cluster: Optional[str], database: str) -> str:
+    """The statements that take over what is there in an older layout; "" if nothing is. `made`:
+    {table or view: how it was made}. In a cluster they are for each shard."""
+    name, on = "%s.%s" % (database, SHIP_RAW), ""
+    if cluster:
+        name, on = "%s.%s" % (database, SHIP_LOCAL), SHIP_ON % cluster
+    statements = []
+    if any("MergeTree" in made.get(table, "") and BY_MONTH not in made[table]
+           for table in (SHIP_RAW, SHIP_LOCAL)):
+        statements = [
+            "RENAME TABLE %s TO %s_old%s" % (name, name, on), ship_ddl(cluster, database)[0],
+            "INSERT INTO %s (%s) SELECT %s FROM %s_old" % (
+                name, RAW_NAMES, RAW_NAMES.replace(" ended,", " %s," % ENDED_NEAR), name),
+            "DROP TABLE %s_old%s" % (name, on)]
+    if "WHERE" not in (made.get("session_events") or "WHERE"):  # it shows the nodes' own rows
+        statements.append("DROP TABLE %s.session_events%s" % (database, on))
+    return "".join(statement + ";\n" for statement in statements)
 
 
 # -- ClickHouse over HTTP --
@@ -3296,150 +3285,94 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# Its error numbers (ErrorCodes.cpp): what to make of each, and words for a person. Any other number
+# Its error numbers (ErrorCodes.cpp): what to make of them, and words for a person. Any other number
 # is for Later, and says nothing about a row.
-SHIP_ERRORS: Dict[int, Tuple[Type[Refused], str]] = {
+SHIP_ERRORS: Sequence[Tuple[Type[Refused], Sequence[int], str]] = (
     # The data of an INSERT: a text, number, date or array, a type, a constraint.
-    **dict.fromkeys((6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-                     376, 395, 407, 441, 467, 469), (RowsRefused, "refuses the rows")),
-    **dict.fromkeys((192, 193, 194, 516), (
-        Refused, "does not know this user or password: set CLICKHOUSE_USER and "
-                 "CLICKHOUSE_PASSWORD")),
-    60: (Refused, "has no table %s: nothing was shipped to it yet, or it was dropped" % SHIP_RAW),
-    81: (Refused, "has no such database: make it, or name another in --to (?database=...)"),
-    115: (Refused, "does not know a setting that --to names"),
-    164: (Refused, "lets this user only read: take one with SELECT and INSERT"),
-    170: (Refused, "has no cluster of the name that --cluster gives"),
-    497: (Refused, "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
-                   " first time"),
-    75: (Later, "cannot write to its disk, which may be full"),
-    241: (Later, "lacks memory"),
-    242: (Later, "has made its table read-only"),
-    243: (Later, "has no room left on its disk"),
-    252: (Later, "has too many parts to merge")}
-
-
-def ship_to(url: str) -> Tuple[urllib.parse.SplitResult, Dict[str, str]]:
-    """The parts of --to, and its parameters, `database` among them. Raises Usage. User and password
-    come from the environment alone: a URL is seen in process lists."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        parameters = {"database": "default", **dict(urllib.parse.parse_qsl(
-            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))}
-        fits = (re.fullmatch("https?://[!-~]+", url) and parts.hostname and parts.port != 0
-                and not parts.fragment and "@" not in parts.netloc
-                and not {"user", "password", "quota_key", "query"} & set(parameters)
-                and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", parameters["database"]))
-    except ValueError:
-        fits = None
-    if not fits:
-        raise Usage("--to takes an http or https URL such as %s, a database of letters, digits and "
-                    "_; user and password come from CLICKHOUSE_USER and CLICKHOUSE_PASSWORD" % TO)
-    return parts, parameters
+    (RowsRefused, (6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
+                   376, 395, 407, 441, 467, 469), "refuses the rows"),
+    (Refused, (192, 193, 194, 516),
+     "does not know this user or password: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
+    (Refused, (60,), "has no table %s: nothing was shipped yet, or it was dropped" % SHIP_RAW),
+    (Refused, (81,), "has no such database: make it, or name another in --to (?database=...)"),
+    (Refused, (115,), "does not know a setting that --to names"),
+    (Refused, (164,), "lets this user only read: take one with SELECT and INSERT"),
+    (Refused, (170,), "has no cluster of the name that --cluster gives"),
+    (Refused, (497,), "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
+     " first time"),
+    (Later, (75,), "cannot write to its disk, which may be full"),
+    (Later, (241,), "lacks memory"),
+    (Later, (242,), "has made its table read-only"),
+    (Later, (243,), "has no room left on its disk"),
+    (Later, (252,), "has too many parts to merge"))
 
 
 class ClickHouse:
     """One ClickHouse over HTTP. Each request has a connection of its own: there are few requests,
     and an old connection can be dead. `destination` is the name of its mark, without user and
-    password."""
+    password, which come from the environment alone: a URL is seen in process lists."""
 
     def __init__(self, url: str, environment: Mapping[str, str]) -> None:
         """Raises Usage for what --to or the two variables cannot be."""
-        parts, self.parameters = ship_to(url)
-        self.tls, self.path, self.headers = parts.scheme == "https", parts.path or "/", {}
-        for name, header in (("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")):
-            value = environment.get(name, "")
-            if not re.fullmatch("[ -~]*", value):
-                raise Usage("%s may hold printable ASCII only: it travels in a header" % name)
-            if value:
-                self.headers["X-ClickHouse-" + header] = value
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self.parameters = {"database": "default", **dict(urllib.parse.parse_qsl(
+                parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))}
+            fits = (re.fullmatch("https?://[!-~]+", url) and parts.hostname and parts.port != 0
+                    and not parts.fragment and "@" not in parts.netloc
+                    and not {"user", "password", "quota_key", "query"} & set(self.parameters)
+                    and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", self.parameters["database"]))
+        except ValueError:
+            fits = None
+        if not fits:
+            raise Usage("--to takes an http or https URL such as %s, a database of letters, digits "
+                        "and _; user and password come from CLICKHOUSE_USER and "
+                        "CLICKHOUSE_PASSWORD" % TO)
+        self.headers = {"X-ClickHouse-" + header: environment[name] for name, header in (
+            ("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")) if environment.get(name)}
+        if not re.fullmatch("[ -~]*", "".join(self.headers.values())):
+            raise Usage("CLICKHOUSE_USER and CLICKHOUSE_PASSWORD may hold printable ASCII only: "
+                        "they travel in headers")
+        self.tls, self.path = parts.scheme == "https", parts.path or "/"
         self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
         self.silence = SHIP_SILENCE  # seconds without a byte until the peer is given up
         self.name = "ClickHouse at %s:%d" % self.place
+        self.database = self.parameters["database"]
         self.destination = "%s://%s:%d%s/%s.%s" % (
-            parts.scheme, *self.place, self.path.rstrip("/"), self.parameters["database"], SHIP_RAW)
+            parts.scheme, *self.place, self.path.rstrip("/"), self.database, SHIP_RAW)
 
-    def ask(self, sql: str, rows: Sequence[Shipped] = ()) -> List[str]:
-        """The lines of the answer to a statement; `rows` are its table `mine`. Raises Later,
-        RowsRefused, Refused."""
+    def ask(self, sql: str, rows: Sequence[ShipRow] = (), answer: str = "") -> str:
+        """The answer to a statement, which must match the pattern `answer`; `rows` are its table
+        `mine`. Raises Later, RowsRefused, Refused."""
         query_id, boundary = str(uuid.uuid4()), uuid.uuid4().hex
         parameters = {**SETTINGS_SENT, **self.parameters, "query_id": query_id}
         headers, body = self.headers, sql.encode()
         if rows:  # as a file of a form: what is in the statement stands in ClickHouse's query log
             parameters.update(query=sql, mine_structure=MINE)
             headers = {**headers, "Content-Type": "multipart/form-data; boundary=" + boundary}
-            text = "".join([f"{row_id}\t{ended}\t{line}\n" for row_id, ended, line in rows])
+            text = "".join(["%d\t%s\n" % row for row in rows])
             text = text.replace('"', "'")  # as ClickHouse quotes the texts of an array
             body = ('--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
                     '%s\r\n--%s--\r\n' % (boundary, text, boundary)).encode("ascii")
-        status, said = self.posted(urllib.parse.urlencode(parameters), body, headers)
+        status, raw = self.posted(urllib.parse.urlencode(parameters), body, headers)
+        said = raw.decode("utf-8", "replace")
         if status != 200:
             raise self.refusal(status, said, query_id, bool(rows))
-        return said.decode("utf-8", "replace").splitlines()
-
-    def numbers(self, sql: str, rows: Sequence[Shipped] = (), least: int = 0) -> List[int]:
-        """The answer to a SELECT of one number, in at least so many lines, or to a statement that
-        answers nothing. Raises what `ask` raises."""
-        lines = self.ask(sql, rows)
-        if len(lines) < least or not all(re.fullmatch("-?[0-9]{1,20}", line) for line in lines):
+        if not re.fullmatch(answer, said):
             raise Refused(self.name + " answers what was not asked; is it one?")
-        return list(map(int, lines))
-
-    def uptime(self) -> int:
-        """Seconds since it was started. Only a ClickHouse answers this. Another server may answer
-        an INSERT with 200 and keep nothing."""
-        return self.numbers("SELECT uptime()", least=1)[0]
-
-    def insert(self, node: str, rows: Sequence[Shipped]) -> None:
-        """One INSERT. Raises Later, RowsRefused, Refused."""
-        self.numbers(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
-
-    def found(self, rows: Sequence[Shipped]) -> Set[int]:
-        """The ids of the rows whose session is in the table, and therefore in the view. The months
-        of these rows are searched first. A session that is not there may be in another month, if
-        another node received it too."""
-        found: Set[int] = set()
-        months = ", ".join(map(str, {row.month for row in rows}))
-        for where in ("toYYYYMM(ended) IN (%s) AND " % months, ""):
-            left = [row for row in rows if row.id not in found]
-            if left:
-                found.update(self.numbers(FOUND.format(where), left))
-        return found
-
-    def dropped(self, month: int) -> bool:
-        """Whether no row lies in this month, though the table is not empty."""
-        any_row = "SELECT 1 FROM %s WHERE %s LIMIT 1"
-        return not self.numbers(any_row % (SHIP_RAW, "toYYYYMM(ended) = %d" % month)) and bool(
-            self.numbers(any_row % (SHIP_RAW, "1")))
-
-    def refusal(self, status: int, said: bytes, query_id: str, rows: bool) -> Refused:
-        """What to make of an answer that is no success. ClickHouse's own words are not repeated:
-        they could quote a row, or name the user."""
-        match = re.match(rb"\s*Code: ([0-9]{1,6})[.,]", said)
-        if match is None:
-            passes = status in (408, 429, 500, 502, 503, 504)
-            return (Later if passes else Refused)("%s answers with status %d%s" % (
-                self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
-        kind, words = SHIP_ERRORS.get(int(match[1]), (Later, "cannot take it now"))
-        return (kind if rows or kind is not RowsRefused else Later)(
-            "%s %s (its error %d; its log has the words under query_id %s)" % (
-                self.name, words, int(match[1]), query_id))
+        return said
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
         """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
-        connection = http.client.HTTPSConnection(
-            *self.place, timeout=self.silence, context=ssl.create_default_context()
-        ) if self.tls else http.client.HTTPConnection(*self.place, timeout=self.silence)
+        protocol = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
+        connection = protocol(*self.place, timeout=self.silence)
         try:
             connection.connect()
             with contextlib.suppress(ConnectionError):
                 # It may have refused before it read everything, and then says why.
                 connection.request("POST", self.path + "?" + query, body, dict(headers))
             answer = connection.getresponse()
-            said = answer.read(SHIP_ANSWER_BYTES)
-            if answer.length:
-                raise http.client.IncompleteRead(said)
-            return answer.status, said
+            return answer.status, answer.read()
         except http.client.HTTPException as error:
             why = "it broke off its answer, or it is no HTTP (%s)" % type(error).__name__
         except socket.timeout:
@@ -3450,69 +3383,119 @@ class ClickHouse:
             connection.close()
         raise Later("cannot reach %s: %s" % (self.name, why))
 
+    def refusal(self, status: int, said: str, query_id: str, rows: bool) -> Refused:
+        """What to make of an answer that is no success. ClickHouse's own words are not repeated:
+        they could quote a row, or name the user."""
+        match = re.match(r"\s*Code: ([0-9]{1,6})[.,]", said)
+        if match is None:
+            passes = status in (408, 429, 500, 502, 503, 504)
+            return (Later if passes else Refused)("%s answers with status %d%s" % (
+                self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
+        number = int(match[1])
+        kind, words = next(((kind, words) for kind, numbers, words in SHIP_ERRORS
+                            if number in numbers), (Later, "cannot take it now"))
+        return (kind if rows or kind is not RowsRefused else Later)(
+            "%s %s (its error %d; its log has the words under query_id %s)" % (
+                self.name, words, number, query_id))
+
     def prepare(self, cluster: Optional[str]) -> None:
-        """Makes the tables and views that are missing. Raises Refused where the table has an older
-        layout."""
-        self.uptime()
-        made = dict(line.partition("\t")[::2] for line in self.ask(
-            "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()"))
-        database = self.parameters["database"]
-        for table in SHIP_TABLES[0][:2]:
-            if "MergeTree" in made.get(table, "") and BY_MONTH not in made[table]:
-                raise Refused("%s has a table %s of an older layout, without months. These "
-                              "statements keep its rows (stop every ship first):\n%s" % (
-                                  self.name, table, ship_migration(cluster, database)))
-        if not {SHIP_RAW, SHIP_NODES, *SHIP_VIEWS} <= set(made):
-            for statement in ship_ddl(cluster, database):
+        """Makes the table and the views that are missing. Raises Refused where there are some of an
+        older layout."""
+        said = self.ask("SELECT name, create_table_query FROM system.tables"
+                        " WHERE database = currentDatabase()", answer="([^\t\n]+\t.*\n)*")
+        made = dict(line.split("\t", 1) for line in said.split("\n")[:-1])
+        older = ship_migration(made, cluster, self.database)
+        if older:
+            raise Refused("%s has tables of an older layout. These statements keep their rows "
+                          "(stop every ship first):\n%s" % (self.name, older))
+        if not {SHIP_RAW, *SHIP_VIEWS} <= set(made):
+            for statement in ship_ddl(cluster, self.database):
                 self.ask(statement)
 
-    def peppers(self, node: str, fingerprint: str) -> int:
-        """Writes the fingerprint of this node's pepper; how many different ones all nodes have."""
-        self.ask("INSERT INTO %s SELECT '%s', '%s', toUInt32(now())" % (
-            SHIP_NODES, node, fingerprint))
-        return sum(self.numbers("SELECT uniqExact(last) FROM (SELECT argMax(pepper, seen) AS last"
-                                " FROM %s GROUP BY node)" % SHIP_NODES))
+    def look(self) -> Tuple[int, Dict[str, str]]:
+        """Seconds since it was started, and {node: its pepper} of the nodes' own rows. Only a
+        ClickHouse answers this. Another server may answer an INSERT with 200 and keep nothing."""
+        uptime, nodes = self.ask(LOOK, answer="[0-9]{1,9}\t.*\n").split("\t")
+        return int(uptime), dict(re.findall("([0-9a-f]{16}):([0-9a-f]*)", nodes))
+
+    def insert(self, node: str, rows: Sequence[ShipRow]) -> None:
+        """One INSERT. Raises Later, RowsRefused, Refused."""
+        self.ask(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
+
+    def missing(self, rows: Sequence[ShipRow]) -> Dict[int, str]:
+        """{id: month of `ended`, such as 202605} of the rows whose session is not in the table, and
+        therefore not in the view. The months of these rows are searched first. A session that is
+        not there may be in another month, if another node received it too."""
+        missing: Dict[int, str] = {}
+        for months in (SAME_MONTHS, ""):
+            if rows:
+                said = self.ask(MISSING.format(months), rows, "(-?[0-9]+\t[0-9]{6}\n)*")
+                missing = {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
+                rows = [row for row in rows if row[0] in missing]
+        return missing
 
 
 # -- The mark, in the file; one step --
 
-SHIP_MARKS = """CREATE TABLE IF NOT EXISTS ship_marks (
-  destination TEXT PRIMARY KEY, node TEXT NOT NULL, last_id INTEGER NOT NULL,
-  confirmed_at TEXT NOT NULL, synced_id INTEGER NOT NULL, next_id INTEGER NOT NULL,
-  next_at TEXT NOT NULL) WITHOUT ROWID"""
-SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
-SHIP_SESSION = "SELECT session_id_hash FROM session_events WHERE id = ?"
-
-
 class Mark(NamedTuple):
-    """A row of ship_marks: how far one destination has got."""
+    """A row of ship_marks: how far one destination has got. Time is cut into turns of
+    SHIP_UNSYNCED; the turn of confirmed_at is the last one."""
 
     destination: str
-    node: str  # the file's name at this destination
+    node: str  # the file's name at this destination, until the table is emptied
     last_id: int  # the last row that was confirmed
-    confirmed_at: str  # when it was sent
-    synced_id: int  # what stands up to it was confirmed at least SHIP_UNSYNCED before last_id
-    next_id: int  # the synced_id to be, confirmed at next_at
-    next_at: str
+    confirmed_at: int  # when it was sent: milliseconds since 1970
+    synced_id: int  # what stands up to it was confirmed before the last turn but one began
+    next_id: int  # the same of the last turn: the synced_id to be
 
 
-NO_MARK = Mark("", "", SHIP_LEAST, "", SHIP_LEAST, SHIP_LEAST, "")
+NO_MARK = Mark("", "", SHIP_LEAST, 0, SHIP_LEAST, SHIP_LEAST)
+SHIP_MARKS = """ship_marks (destination TEXT PRIMARY KEY,
+  node TEXT NOT NULL CHECK (length(node) = 16 AND node NOT GLOB '*[^0-9a-f]*'),
+  %s) WITHOUT ROWID""" % ",\n  ".join(
+      "{0} INTEGER NOT NULL CHECK (typeof({0}) = 'integer')".format(name)
+      for name in Mark._fields[2:])
+SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
 
 
 def moved_on(mark: Mark, to: int, sent: int) -> Mark:
     """The mark when the rows up to `to` are confirmed. `sent`: milliseconds since 1970."""
-    at, old = moment_text(sent), moment_text(sent - SHIP_UNSYNCED * 1000)
-    synced = (mark.last_id if mark.confirmed_at <= old else
-              mark.next_id if mark.next_at <= old else mark.synced_id)
-    if not old <= mark.next_at <= at:  # it has become synced_id, or a clock was wrong
-        mark = mark._replace(next_id=mark.last_id, next_at=min(mark.confirmed_at, at))
-    return mark._replace(last_id=to, confirmed_at=at, synced_id=synced)
+    turns = sent // SHIP_UNSYNCED - mark.confirmed_at // SHIP_UNSYNCED
+    # In this order: the clock was put back, the same turn, the next turn, a later one.
+    ids = mark.synced_id, mark.synced_id, mark.next_id, mark.last_id, mark.last_id
+    synced_id, next_id = ids[1 + max(-1, min(turns, 2)):][:2]
+    return mark._replace(last_id=to, confirmed_at=sent, synced_id=synced_id, next_id=next_id)
 
 
 def moved_back(mark: Mark, to: int) -> Mark:
     """The mark when the rows above `to` shall go once more."""
-    return mark._replace(last_id=to, confirmed_at=moment_text(now_ms()),
+    return mark._replace(last_id=to, confirmed_at=now_ms(),
                          synced_id=min(mark.synced_id, to), next_id=min(mark.next_id, to))
+
+
+@contextlib.contextmanager
+def marking(path: str) -> Iterator[sqlite3.Connection]:
+    """A short write transaction on the database file, beside a running server. Raises Later,
+    Refused."""
+    with reading(path) as holder:
+        # The last user of a database syncs, and then deletes its -wal by name. If the database was
+        # replaced meanwhile, that is the -wal of the new one, with what a server stored. A reader
+        # deletes nothing. It is open until the writer has closed.
+        holder.rows("COMMIT")
+        try:
+            with contextlib.closing(sqlite3.connect(
+                    Path(path).absolute().as_uri() + "?mode=rw", uri=True, timeout=BUSY_SECONDS,
+                    isolation_level=None)) as connection:
+                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
+                connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            kind, advice = (Later, "") if re.search("locked|full", str(error)) else (
+                Refused, ": run this as the server's user, who may write the file and its folder")
+            raise kind("cannot write the mark of what was shipped into %s (%s)%s" % (
+                path, error, advice)) from error
 
 
 def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
@@ -3536,114 +3519,85 @@ class Shipment:
         self.path, self.house = path, house
         self.rows_shipped = 0
         self.trouble = ""  # what --follow waits for
-        self.look_at = 0.0  # monotonic seconds: when ClickHouse is next asked what it has
+        self.peppers = 1  # how many different ones the nodes had when it was asked last
 
     def mark(self) -> Mark:
         """The mark, or NO_MARK. Raises Refused if it is none of ours."""
         with reading(self.path) as reader:
-            columns = tuple(row[1] for row in reader.rows("PRAGMA table_info(ship_marks)"))
-            found = columns == Mark._fields and reader.rows(
-                SHIP_MARK, [self.house.destination]).fetchone()
-        mark = Mark._make(found) if found else NO_MARK
-        if (columns not in ((), Mark._fields) or list(map(type, mark)) != list(map(type, NO_MARK))
-                or not re.fullmatch("([0-9a-f]{16})?", mark.node)):
-            raise Refused("the table ship_marks in %s does not hold a mark of this version; drop "
-                          "it, and all rows go once more" % self.path)
-        return mark
+            made = reader.rows("SELECT sql FROM sqlite_master WHERE name = 'ship_marks'").fetchone()
+            if made and made[0] != "CREATE TABLE " + SHIP_MARKS:
+                raise Refused("the table ship_marks in %s is not of this version; drop it, and all "
+                              "rows go once more" % self.path)
+            found = made and reader.rows(SHIP_MARK, [self.house.destination]).fetchone()
+        return Mark._make(found) if found else NO_MARK
 
-    def begun(self) -> Mark:
-        """The mark. Where there is none, one below every row is written. Raises Later, Refused."""
-        mark = self.mark()
-        if mark is NO_MARK:
-            now = moment_text(now_ms())
-            self.write(mark, Mark(self.house.destination, secrets.token_hex(8), SHIP_LEAST, now,
-                                  SHIP_LEAST, SHIP_LEAST, now))
-            mark = self.mark()
-        return mark
+    def write(self, before: Mark, after: Mark, row: Optional[ShipRow] = None) -> None:
+        """Replaces a mark. It does so only if the file still has the mark `before`, and the row
+        that was confirmed: the file may have been replaced, and a second ship may have been faster.
+        Raises Later, Refused."""
+        with marking(self.path) as file:
+            file.execute("CREATE TABLE IF NOT EXISTS " + SHIP_MARKS)
+            found = file.execute(SHIP_MARK, [after.destination]).fetchone() or NO_MARK
+            there = row and file.execute(
+                "SELECT session_id_hash FROM session_events WHERE id = ?", row[:1]).fetchone()
+            if found == before and (not row or there == (row[1].split("\t")[SESSION_ID],)):
+                file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
 
-    def write(self, before: Mark, after: Mark, row: Optional[Shipped] = None) -> None:
-        """Replaces a mark, in a short write transaction beside a running server. It does so only if
-        the file still has the mark `before`, and the row that was confirmed: the file may have been
-        replaced, and a second ship may have been faster. Raises Later, Refused."""
-        with reading(self.path) as holder:
-            # The last user of a database syncs, and then deletes its -wal by name. If the database
-            # was replaced meanwhile, that is the -wal of the new one, with what a server stored. A
-            # reader deletes nothing. It is open until the writer has closed.
-            holder.rows("COMMIT")
-            self.write_beside(before, after, row)
-
-    def write_beside(self, before: Mark, after: Mark, row: Optional[Shipped]) -> None:
-        """`write`, while a reader has the file open."""
-        try:
-            with contextlib.closing(sqlite3.connect(
-                    Path(self.path).absolute().as_uri() + "?mode=rw", uri=True,
-                    timeout=BUSY_SECONDS, isolation_level=None)) as connection:
-                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
-                connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute(SHIP_MARKS)
-                found = connection.execute(SHIP_MARK, [after.destination]).fetchone() or NO_MARK
-                there = row and connection.execute(SHIP_SESSION, [row.id]).fetchone()
-                if found == before and (not row or there == (row.line.split("\t")[SESSION_ID],)):
-                    connection.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                       after)
-                connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            kind, advice = (Later, "") if re.search("locked|full", str(error)) else (
-                Refused, ": run this as the server's user, who may write the file and its folder")
-            raise kind("cannot write the mark of what was shipped into %s (%s)%s" % (
-                self.path, error, advice)) from error
-
-    def confirmed(self, reader: Reader, last_id: int) -> List[Shipped]:
-        """The last rows up to this id."""
-        try:
-            return ship_batch(reader, "<= ? ORDER BY id DESC", last_id, SHIP_SAMPLE)
-        except Unfit:  # it was made unfit since
-            return []
-
-    def doubt(self, reader: Reader, mark: Mark) -> Tuple[int, str]:
-        """The id after which rows go once more, and why; the why is empty where ClickHouse has what
-        the mark says. Raises Later, Refused."""
+    def doubt(self, reader: Reader, mark: Mark) -> Tuple[Mark, str]:
+        """The mark as it should be, and why it is another one; the why is empty where ClickHouse
+        has what this one says. Raises Later, Refused."""
         used, = first_row(
             reader, "sqlite_sequence",
             "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'"
         ) or reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
         if mark.last_id > used:
-            return SHIP_LEAST, "the mark is not of this file's rows"
-        # To ask before each batch would take a quarter of the time.
-        if mark.last_id == SHIP_LEAST or time.monotonic() < self.look_at:
-            return SHIP_LEAST, ""
-        self.look_at = time.monotonic() + 1
-        started = now_ms() - self.house.uptime() * 1000  # seems late rather than early
-        # Rows that were sent after the table was emptied may hide it. Those up to synced_id cannot.
-        for last_id in {mark.last_id, mark.synced_id}:
-            sample = self.confirmed(reader, last_id)
-            if sample and not self.house.found(sample) and not all(
-                    map(self.house.dropped, {row.month for row in sample})):
-                return SHIP_LEAST, "ClickHouse's table was emptied or made anew"
-        if not moment_text(started) <= mark.confirmed_at <= moment_text(now_ms() + 2000):
-            return mark.synced_id, ("ClickHouse was started after the last rows were confirmed, or"
-                                    " the mark lies in the future")
-        return SHIP_LEAST, ""
+            return moved_back(mark, SHIP_LEAST), "the mark is not of this file's rows"
+        now = now_ms()
+        uptime, peppers = self.house.look()
+        if mark is NO_MARK or (mark.last_id > SHIP_LEAST and mark.node not in peppers):
+            first = NO_MARK._replace(destination=self.house.destination,
+                                     node=secrets.token_hex(8), confirmed_at=now)
+            return first, "ClickHouse's table was emptied or made anew"
+        # The start seems up to a second early: if it seemed late, rows would go again for a second.
+        if not now - (uptime + 1) * 1000 <= mark.confirmed_at <= now + 2000:
+            return moved_back(mark, mark.synced_id), (
+                "ClickHouse was started after the last rows were confirmed, or the mark lies in the"
+                " future")
+        self.introduce(reader, mark.node, peppers)
+        return mark, ""
+
+    def introduce(self, reader: Reader, node: str, peppers: Dict[str, str]) -> None:
+        """Writes the node's own row where it is missing or has another pepper, and says if another
+        node has another one: server.py notes a fingerprint of it in the file."""
+        noted, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
+                           "session_events_pepper ORDER BY rowid DESC") or ("",)
+        pepper = re.sub("[^0-9a-f]", "", str(noted))
+        if peppers.get(node) != pepper:
+            self.house.ask(INTRODUCE.format(node, pepper))
+        before, self.peppers = self.peppers, len({*peppers.values(), pepper})
+        if self.peppers > before:
+            ship_log("warning", why="the nodes of this ClickHouse have different peppers "
+                     "(server.py --pepper-file): a developer is somebody else on each of them")
 
     def step(self) -> bool:
-        """Sends one batch, or moves the mark back; False if there was nothing to do. Raises Unfit
-        for a row that cannot go, Later, Refused."""
-        mark = self.begun()
+        """Sends one batch, or mends the mark; False if there was nothing to do. Raises Unfit for a
+        row that cannot go, Later, Refused."""
+        mark = self.mark()
         with reading(self.path) as reader:
-            back, why = self.doubt(reader, mark)
+            right, why = self.doubt(reader, mark)
             rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
         if why:
-            self.write(mark, moved_back(mark, back))
-            ship_log("again", why="rows go once more: " + why)
+            self.write(mark, right)
+            if mark.last_id > SHIP_LEAST:
+                ship_log("again", why="rows go once more: " + why)
         elif rows:
             self.send(mark, rows)
         return bool(why or rows)
 
-    def send(self, mark: Mark, rows: Sequence[Shipped]) -> None:
+    def send(self, mark: Mark, rows: Sequence[ShipRow]) -> None:
         """Inserts these rows and moves the mark. If they are refused, the first half of them is
-        sent, until the row at fault is alone. Before it is blamed, rows that were taken before go
-        once more. Raises Unfit, Later, Refused."""
+        sent, until the row at fault is alone. Before it is blamed, the row before it goes once
+        more. Raises Unfit, Later, Refused."""
         sent = now_ms()
         try:
             self.house.insert(mark.node, rows)
@@ -3651,41 +3605,32 @@ class Shipment:
             if len(rows) > 1:
                 self.send(mark, rows[:len(rows) // 2])
                 return
-            with reading(self.path) as reader:
-                before = self.confirmed(reader, mark.last_id)
+            self.absolve(mark, refused)
+            raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
+                rows[0][0], refused)) from None
+        self.write(mark, moved_on(mark, rows[-1][0], sent), rows[-1])
+        self.rows_shipped += len(rows)
+
+    def absolve(self, mark: Mark, refused: RowsRefused) -> None:
+        """Raises Later if ClickHouse now refuses a row too that it took before."""
+        with reading(self.path) as reader, contextlib.suppress(Unfit):  # it was made unfit since
+            before = ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, 1)
             try:
                 if before:
                     self.house.insert(mark.node, before)
             except RowsRefused:
                 raise Later("%s; and refuses rows that it took before" % refused) from None
-            raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
-                rows[0].id, refused)) from None
-        self.write(mark, moved_on(mark, rows[-1].id, sent), rows[-1])
-        self.rows_shipped += len(rows)
 
     def status(self) -> Dict[str, int]:
-        """How far it is. Raises Refused."""
+        """How far it is: a value for each of SHIP_METRICS. Raises Refused."""
         last = self.mark().last_id
         with reading(self.path) as reader:
             waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
                                           "WHERE id > ?", [last]).fetchone()
-        since = stored_instant(oldest)
-        age = 0 if since is None else max(0, (now_ms() - since) // 1000)
-        return {"last_id": max(last, 0), "rows_waiting": waiting, "oldest_waiting_seconds": age}
-
-    def prepare(self, cluster: Optional[str]) -> None:
-        """Makes what is missing on both sides, and says if another node has another pepper:
-        server.py notes a fingerprint of it in the file. Raises Later, Refused."""
-        self.look_at = 0.0
-        self.house.prepare(cluster)
-        node = self.begun().node
-        with reading(self.path) as reader:
-            pepper, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
-                                "session_events_pepper ORDER BY rowid DESC") or ("",)
-        fingerprint = pepper if re.fullmatch("[0-9a-f]{1,64}", str(pepper)) else ""
-        if self.house.peppers(node, fingerprint) > 1:
-            ship_log("warning", why="the nodes of this ClickHouse have different peppers "
-                     "(server.py --pepper-file): a developer is somebody else on each of them")
+        now = now_ms()
+        return {"last_id": max(last, 0), "rows_waiting": waiting,
+                "oldest_waiting_seconds": max(0, now - (stored_instant(oldest) or now)) // 1000,
+                "waiting": int(bool(self.trouble)), "rows_total": self.rows_shipped}
 
 
 # -- The commands: once, --follow, --check --
@@ -3698,18 +3643,23 @@ SHIP_METRICS = (  # name, type, words
     ("rows_total", "counter", "Rows that ClickHouse confirmed since this program was started."))
 
 
-def metrics_text(shipment: Shipment) -> str:
-    """Prometheus' text format, version 0.0.4. Raises Refused."""
-    values = {**shipment.status(), "waiting": int(bool(shipment.trouble)),
-              "rows_total": shipment.rows_shipped}
-    return "".join("# HELP {0} {1}\n# TYPE {0} {2}\n{0} {3}\n".format(
-        "session_events_ship_" + name, words, kind, values[name])
-        for name, kind, words in SHIP_METRICS)
+def metrics_answer(shipment: Shipment, path: str) -> Answer:
+    """Prometheus' text format, version 0.0.4."""
+    if path != "/metrics":
+        return Answer(404, "text/plain", "Not found\n")
+    try:
+        status = shipment.status()
+    except Refused as error:
+        return Answer(503, "text/plain; charset=utf-8", visible(str(error)) + "\n")
+    return Answer(200, "text/plain; version=0.0.4; charset=utf-8", "".join(
+        "# HELP {0} {1}\n# TYPE {0} {2}\n{0} {3}\n".format(
+            "session_events_ship_" + name, words, kind, status[name])
+        for name, kind, words in SHIP_METRICS))
 
 
-def serve_metrics(text: str, shipment: Shipment) -> None:
-    """Answers GET /metrics at the address `text`, in a thread. Raises Usage."""
-    host, _, port = text.rpartition(":")
+def serve_metrics(address: str, shipment: Shipment) -> None:
+    """Answers GET /metrics at this HOST:PORT, in a thread. Raises Usage."""
+    host, _, port = address.rpartition(":")
     host = host.strip("[]")
 
     class Server(http.server.ThreadingHTTPServer):
@@ -3718,23 +3668,11 @@ def serve_metrics(text: str, shipment: Shipment) -> None:
         def handle_error(self, *_: Any) -> None:
             """Nothing: the client has gone, and its address stands in no log."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = 10
-
+    class Handler(ViewerHandler):
         def do_GET(self) -> None:
-            status, answer = 404, "Not found\n"
-            if self.path == "/metrics":
-                try:
-                    status, answer = 200, metrics_text(shipment)
-                except Refused as error:
-                    status, answer = 503, visible(str(error)) + "\n"
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(answer.encode("utf-8", "replace"))
+            self.send(metrics_answer(shipment, self.path))
 
-        def log_message(self, *_: Any) -> None:
-            """Nothing: the log is about shipping."""
+        do_HEAD = do_GET
 
     try:
         if not host:  # it would mean every interface
@@ -3758,13 +3696,14 @@ def follow(shipment: Shipment, cluster: Optional[str]) -> None:
     started, failures, noted = False, 0, time.monotonic()
     while True:
         try:
-            if failures or not started:
-                shipment.prepare(cluster)
+            ready = started and not failures
+            if not ready:
+                shipment.house.prepare(cluster)
             wait = 0.0 if shipment.step() else FOLLOW_SECONDS
-            if failures or not started:
-                ship_log("recovered" if failures else "shipping",
-                         to=shipment.house.destination, **shipment.status())
+            event = "recovered" if failures else "shipping"
             started, failures, shipment.trouble = True, 0, ""
+            if not ready:
+                ship_log(event, to=shipment.house.destination, **shipment.status())
         except Refused as error:
             if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
                 raise
@@ -3783,11 +3722,14 @@ def follow(shipment: Shipment, cluster: Optional[str]) -> None:
 def ship_check(shipment: Shipment) -> int:
     """Prints which sessions of the file are not in the view; 1 if some are missing, or wait since
     yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
-    ClickHouse no longer has is no fault. Raises Unfit, Later, Refused."""
-    shipment.house.silence = SHIP_CHECK_SILENCE
-    shipment.house.uptime()  # refuses what is no ClickHouse
-    dropped = functools.lru_cache(None)(shipment.house.dropped)
-    counts: Dict[Tuple[str, str], int] = collections.Counter()  # (day or month, what): sessions
+    was dropped is no fault. Raises Unfit, Later, Refused."""
+    house = shipment.house
+    house.silence = SHIP_CHECK_SILENCE
+    _, nodes = house.look()
+    dropped = functools.lru_cache(None)(
+        lambda month: not house.ask(FIRST % month, answer="(1\n)?"))
+    counts: Dict[str, Counter[str]] = {what: collections.Counter() for what in (
+        "in the view", "missing", "waiting to be shipped", "in dropped months")}  # by day or month
     last = SHIP_LEAST
     while True:
         mark = shipment.mark()
@@ -3795,37 +3737,34 @@ def ship_check(shipment: Shipment) -> int:
             rows = ship_batch(reader, "> ? ORDER BY id", last, SHIP_ROWS)
         if not rows:
             break
-        last, found = rows[-1].id, shipment.house.found(rows)
-        for row in rows:
-            when, what = row.line[:10], "missing"
-            if row.id in found:
-                when, what = "", "in the view"
-            elif row.id > mark.last_id:
-                what = "waiting to be shipped"
-            elif dropped(row.month):
-                when, what = row.ended[:7], "in dropped months"
-            counts[when, what] += 1
-    sums = dict.fromkeys(
-        ("in the view", "missing", "waiting to be shipped", "in dropped months"), 0)
-    for (when, what), n in sorted(counts.items()):
-        sums[what] += n
-        if when:
-            print("{}  {:,} {}".format(when, n, what))
+        last, missing = rows[-1][0], house.missing(rows)
+        counts["in the view"][""] += len(rows) - len(missing)
+        for row_id, line in rows:
+            month = missing.get(row_id)
+            if month and row_id > mark.last_id:
+                counts["waiting to be shipped"][line[:10]] += 1
+            elif month and mark.node in nodes and dropped(month):
+                counts["in dropped months"]["%s-%s" % (month[:4], month[4:])] += 1
+            elif month:
+                counts["missing"][line[:10]] += 1
+    for when, n, what in sorted((when, n, what) for what, found in counts.items()
+                                for when, n in found.items() if when):
+        print("{}  {:,} {}".format(when, n, what))
+    sums = {what: sum(found.values()) for what, found in counts.items()}
     print("{:,} sessions in the file: {}{}".format(
         sum(sums.values()), ", ".join("{:,} {}".format(n, what) for what, n in sums.items()),
         "; ship --again sends all once more" if sums["missing"] else ""))
     today = moment_text(now_ms())[:10]
-    return int(any(what == "missing" or (what == "waiting to be shipped" and when < today)
-                   for when, what in counts))
+    return int(sums["missing"] > 0 or any(day < today for day in counts["waiting to be shipped"]))
 
 
 def ship(options: argparse.Namespace) -> int:
     """The command; returns its exit status. Raises Usage, Refused."""
     if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
         raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
+    house = ClickHouse(options.to or TO, os.environ)
     if options.print_ddl:
-        database = ship_to(options.to or TO)[1]["database"]
-        print(";\n\n".join(ship_ddl(options.cluster, database)) + ";")
+        print(";\n\n".join(ship_ddl(options.cluster, house.database)) + ";")
         return 0
     if not options.db or not options.to:
         raise Usage("ship takes --db FILE and --to URL")
@@ -3834,7 +3773,7 @@ def ship(options: argparse.Namespace) -> int:
     if options.metrics and not options.follow:
         raise Usage("--metrics goes with --follow")
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
-    shipment = Shipment(options.db, ClickHouse(options.to, os.environ))
+    shipment = Shipment(options.db, house)
     if options.check:
         return ship_check(shipment)
     if options.follow:
@@ -3844,9 +3783,9 @@ def ship(options: argparse.Namespace) -> int:
         with contextlib.suppress(KeyboardInterrupt):
             follow(shipment, options.cluster)
         return 0
-    shipment.prepare(options.cluster)
-    if options.again:
-        mark = shipment.mark()
+    house.prepare(options.cluster)
+    mark = shipment.mark()
+    if options.again and mark is not NO_MARK:
         shipment.write(mark, moved_back(mark, SHIP_LEAST))
     while shipment.step():
         if sys.stderr.isatty():

@@ -9129,17 +9129,28 @@ def whole(clickhouse, url, *nodes):
     """
     expected = sorted(map(as_viewed, sessions_of(*nodes)))
     assert sorted(clickhouse.ask(VIEW, url)) == expected
-    assert clickhouse.ask("SELECT count() FROM session_events_raw FINAL", url) == [
-        [str(len(expected))]]
+    assert clickhouse.ask(
+        "SELECT count() FROM session_events_raw FINAL WHERE plugin_version != ''", url) == [
+            [str(len(expected))]]
 
 
 def merge(clickhouse, url):
     clickhouse.ask("OPTIMIZE TABLE session_events_raw FINAL", url)
 
 
+def begun(shipment):
+    """The mark of a file, made if it has none."""
+    if shipment.mark() is session_events.NO_MARK:
+        least = session_events.SHIP_LEAST
+        shipment.write(session_events.NO_MARK, session_events.Mark(
+            shipment.house.destination, os.urandom(8).hex(), least, session_events.now_ms(), least,
+            least))
+    return shipment.mark()
+
+
 def name_of(db, url):
     """The file's name as a node at this destination, made if it has none."""
-    return session_events.Shipment(str(db), session_events.ClickHouse(url, {})).begun().node
+    return begun(session_events.Shipment(str(db), session_events.ClickHouse(url, {}))).node
 
 
 def marks(db):
@@ -9207,6 +9218,11 @@ def test_ship_two_nodes_at_once(tmp_path, clickhouse):
     ends = [finished(process) for process in [shipper(db, url) for db in (a, b, a, b)]]
     assert all((status, err) == (0, "") for status, _, err in ends), ends
     assert marks(a) == [1200] and marks(b) == [900]
+    # A row of each node, which nobody drops or deletes with what is old.
+    own = ("SELECT count() FROM session_events_raw FINAL WHERE plugin_version = '' AND"
+           " toYear(ended) = 2105 AND toYear(received_at) = 2105 AND substring(ended_at, 1, 4) ="
+           " '2105'")
+    assert clickhouse.ask(own, url) == [["2"]]
     # In the same second, the node's name decides.
     nodes = [one, two] if name_of(a, url) < name_of(b, url) else [two, one]
     whole(clickhouse, url, *nodes)
@@ -9552,6 +9568,16 @@ def test_ship_copies_overlaps_and_many_destinations(tmp_path, clickhouse):
         connection.commit()
     assert shipped(db, url) == 251
     whole(clickhouse, url, rows, here, there)
+    # Two copies have one name. Each sees for itself that the table was emptied.
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
+        insert(connection, many(8, 6000))
+    assert shipped(copy, url) == 8
+    second = str(tmp_path / "second.db")
+    shutil.copy(copy, second)
+    clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
+    for path in (copy, second):
+        status, out, err = ship(path, url)
+        assert (status, out) == (0, "368 rows shipped\n") and "emptied" in err, err
 
 
 def test_ship_starts_anew_where_the_table_is_empty(tmp_path, clickhouse):
@@ -9606,27 +9632,29 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
                 connection.execute(statement)
             connection.commit()
 
-    move = ("UPDATE ship_marks SET synced_id = %d, next_id = 700,"
-            " next_at = '2026-05-01T11:00:00.000Z'")
+    # What ClickHouse lost goes once more, and no month that was dropped.
+    clickhouse.ask("ALTER TABLE session_events_raw DELETE WHERE id > 600", url)
+    eventually(lambda: viewed(clickhouse, url) == 600)
+    assert shipped(db, url) == 0
     for at, synced, why in (
-        ("2026-05-01T11:09:00.000Z", 600, "ClickHouse was started after"),
-        ("2026-05-01T11:09:00.000Z", session_events.SHIP_LEAST, "ClickHouse was started after"),
-        ("2999-01-01T00:00:00.000Z", 700, "the mark lies in the future"),
+        ("2026-05-01T11:09:00Z", 600, "ClickHouse was started after"),
+        ("2026-05-01T11:09:00Z", session_events.SHIP_LEAST, "ClickHouse was started after"),
+        ("2999-01-01T00:00:00Z", 700, "the mark lies in the future"),
     ):
-        aged(move % synced, "UPDATE ship_marks SET confirmed_at = '%s'" % at)
+        aged("UPDATE ship_marks SET synced_id = %d, next_id = 700, confirmed_at = %d"
+             % (synced, session_events.instant(at)))
         status, out, err = ship(db, url)
         sent = 900 - max(synced, 0)
         assert (status, out) == (0, "%d rows shipped\n" % sent) and why in err, (at, out, err)
-        assert shipped(db, url) == 0
+        assert shipped(db, url) == 0 and viewed(clickhouse, url) == 900
     aged("UPDATE ship_marks SET last_id = 901")
     status, out, err = ship(db, url)
     assert (status, out) == (0, "900 rows shipped\n") and "not of this file" in err
-    for column, value in (("last_id", "'x'"), ("node", "'a''b'")):
-        aged("UPDATE ship_marks SET %s = %s" % (column, value))
-        status, _, err = ship(db, url)
-        assert status == 1 and "does not hold a mark" in err
-        aged("DELETE FROM ship_marks")
-        assert shipped(db, url) == 900
+    for column, value in (("last_id", "'x'"), ("node", "'a''b'"), ("synced_id", "1.5")):
+        with pytest.raises(sqlite3.IntegrityError):
+            aged("UPDATE ship_marks SET %s = %s" % (column, value))
+    aged("DELETE FROM ship_marks")
+    assert shipped(db, url) == 900
     aged("ALTER TABLE ship_marks ADD COLUMN other")
     status, _, err = ship(db, url)
     assert status == 1 and "of this version; drop it" in err
@@ -9634,32 +9662,31 @@ def test_ship_sends_the_last_minutes_again_after_a_restart(tmp_path, clickhouse)
 
 @quick
 def test_ship_mark_knows_what_was_confirmed_ten_minutes_before():
-    """That becomes the place to go back to, and nothing earlier does. A clock that was ahead for a
-    while does not hold that place for ever.
+    """That becomes the place to go back to, and nothing that was confirmed later does. A clock that
+    was put back, or ahead for a while, does not hold that place for ever.
     """
-    noon = "2026-05-01T12:%s.000Z"
-    sent = session_events.instant(noon % "05:00")
-    for at, next_at, synced, next_id in (
-        ("05:00", "05:00", 100, 700),  # both are of this moment
-        ("05:00", "55:01", 100, 700),  # the second is 9 minutes and 59 seconds old
-        ("05:00", "54:00", 700, 880),
-        ("54:00", "54:00", 880, 880),
-    ):
-        times = ["2026-05-01T%s:%s.000Z" % ("11" if t > "30" else "12", t) for t in (at, next_at)]
-        mark = session_events.Mark("d", "n", 880, times[0], 100, 700, times[1])
-        moved = session_events.moved_on(mark, 890, sent)
-        assert moved[:5] == ("d", "n", 890, noon % "05:00", synced), (at, next_at)
-        assert moved.next_id == next_id and moved.next_at <= moved.confirmed_at
-    mark = session_events.Mark("d", "n", 900, noon % "05:00", 100, 700, "2999-01-01T00:00:00.000Z")
-    for minute, synced in ((6, 100), (14, 100), (17, 900)):
-        mark = session_events.moved_on(
-            mark, 900 + minute, session_events.instant(noon % ("%02d:00" % minute)))
-        assert (mark.last_id, mark.synced_id) == (900 + minute, synced)
-    back = session_events.moved_back(mark, 500)
-    assert (back.last_id, back.synced_id, back.next_id) == (500, 500, 500)
-    assert back.confirmed_at > mark.confirmed_at
-    again = session_events.moved_back(mark, 10**6)
-    assert (again.synced_id, again.next_id) == (mark.synced_id, mark.next_id)
+    def minute(n):
+        return session_events.instant("2026-05-01T12:00:00Z") + n * 60_000
+
+    # Of these turns of ten minutes, the mark knows the end of the last two.
+    mark = session_events.Mark("d", "n", 100, minute(9), 50, 70)
+    for at, expected in ((9.99, (50, 70)), (10, (70, 100)), (19.99, (70, 100)), (20, (100, 100)),
+                         (5000, (100, 100)), (-0.01, (50, 50)), (-5000, (50, 50))):
+        moved = session_events.moved_on(mark, 110, int(minute(at)))
+        assert moved == ("d", "n", 110, int(minute(at)), *expected), at
+    rng = random.Random(3)
+    for _ in range(200):
+        at, sent = 0, {}
+        mark = session_events.Mark("d", "n", session_events.SHIP_LEAST, minute(0),
+                                   session_events.SHIP_LEAST, session_events.SHIP_LEAST)
+        for n in range(1, 60):
+            at += rng.choice((0.1, 1, 3, 15))
+            mark, sent[n] = session_events.moved_on(mark, n, int(minute(at))), at
+            assert all(at - sent[k] >= 10 for k in sent if k <= mark.synced_id)
+            assert all(k <= mark.synced_id for k in sent if at - sent[k] > 35), (mark, sent)
+    back = session_events.moved_back(mark._replace(synced_id=40, next_id=50), 45)
+    assert (back.last_id, back.synced_id, back.next_id) == (45, 40, 45)
+    assert abs(back.confirmed_at - session_events.now_ms()) < 60_000
 
 
 def test_ship_mark_is_replaced_only_where_it_was_read(tmp_path):
@@ -9668,12 +9695,12 @@ def test_ship_mark_is_replaced_only_where_it_was_read(tmp_path):
     """
     db = stored(tmp_path / "a.db", *many(20))
     shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
-    mark = shipment.begun()
-    assert mark.last_id == session_events.SHIP_LEAST and shipment.begun() == mark
+    mark = begun(shipment)
+    assert mark.last_id == session_events.SHIP_LEAST and begun(shipment) == mark
     with session_events.reading(db) as reader:
         rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20)
-    for wrong in (rows[8]._replace(id=10), rows[9]._replace(id=21)):
-        shipment.write(mark, mark._replace(last_id=wrong.id), wrong)
+    for wrong in ((10, rows[8][1]), (21, rows[9][1])):
+        shipment.write(mark, mark._replace(last_id=wrong[0]), wrong)
         assert shipment.mark() == mark
     moved = mark._replace(last_id=10)
     shipment.write(mark, moved, rows[9])
@@ -9691,7 +9718,7 @@ def test_ship_deletes_no_wal(tmp_path):
     with contextlib.closing(sqlite3.connect(db)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
     shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
-    mark = shipment.begun()
+    mark = begun(shipment)
     shipment.write(mark, mark._replace(last_id=1))
     assert os.path.getsize(db + "-wal") > 0 and shipment.mark().last_id == 1
 
@@ -9706,7 +9733,8 @@ def test_ship_the_mark_and_a_file_that_cannot_be_written(tmp_path, clickhouse, m
     monkeypatch.setattr(session_events, "BUSY_SECONDS", 0.1)
     house = session_events.ClickHouse(url, {})
     shipment = session_events.Shipment(db, house)
-    shipment.prepare(None)
+    house.prepare(None)
+    begun(shipment)
     with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
         with pytest.raises(session_events.Later, match=r"cannot write the mark .* locked"):
@@ -9737,7 +9765,7 @@ UNFIT = (
     ("ended_at", "2026-02-30T00:00:00.000Z"),
     ("ended_at", 5),
     ("received_at", "1969-12-31T23:59:59Z"),
-    ("received_at", "2106-02-07T06:28:16Z"),
+    ("received_at", "2105-01-01T00:00:00Z"),
     ("tool_count", -1),
     ("tool_count", 1.5),
     ("tool_count", 1_000_001),
@@ -9768,7 +9796,7 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
         connection.commit()
         status, out, err = ship(looser_db, url)
         assert (status, out) == (1, "") and "row id 251 is no event: its identity_hash" in err
-        assert clickhouse.ask("SELECT count(), max(id) FROM session_events_raw", url) == [
+        assert clickhouse.ask("SELECT count(), max(id) FROM session_events", url) == [
             ["250", "250"]]
         assert ship(looser_db, url)[0] == ship(looser_db, url, "--check")[0] == 1
         connection.execute("DELETE FROM session_events WHERE id = 251")
@@ -9794,7 +9822,7 @@ def test_ship_names_the_row_that_clickhouse_refuses(tmp_path, clickhouse):
     assert (
         (status, out) == (1, "") and "row id 443 cannot be shipped" in err and "query_id" in err
     ), err
-    assert clickhouse.ask("SELECT uniqExact(id), max(id) FROM session_events_raw", url) == [
+    assert clickhouse.ask("SELECT count(), max(id) FROM session_events", url) == [
         ["442", "442"]]
     clickhouse.ask("ALTER TABLE session_events_raw DROP COLUMN picky", url)
     assert shipped(db, url) == 158
@@ -9857,8 +9885,30 @@ def test_ship_check_names_the_days(tmp_path, clickhouse):
     status, out, _ = ship(late, url, "--check")
     assert status == 0 and "2027-01  5 in dropped months\n" in out, out
     clickhouse.ask("TRUNCATE TABLE session_events_raw", url)
-    status, out, _ = ship(late, url, "--check")  # an empty table is no table without old months
-    assert status == 1 and "2027-01-15  5 missing\n" in out, out
+    # An empty table is no table without old months, also when another node was faster.
+    for more in ([], many(3, 9000)):
+        if more:
+            assert shipped(stored(tmp_path / "d.db", *more), url) == 3
+        status, out, _ = ship(late, url, "--check")
+        assert status == 1 and "2027-01-15  5 missing\n" in out, out
+    status, out, err = ship(late, url)
+    assert (status, out) == (0, "5 rows shipped\n") and "emptied or made anew" in err, err
+    assert ship(late, url, "--check")[0] == 0
+
+
+def test_ship_a_dropped_month_stays_dropped(tmp_path, clickhouse):
+    """Also where it was the only one, and where a node has nothing else."""
+    url = clickhouse.database()
+    rows = many(20, 10, received_at="2026-05-15T00:00:00Z", ended_at="2026-05-10T00:00:00.000Z")[2:]
+    db = stored(tmp_path / "a.db", *rows)
+    assert shipped(db, url) == 18
+    clickhouse.ask("ALTER TABLE session_events_raw DROP PARTITION 202605", url)
+    assert viewed(clickhouse, url) == shipped(db, url) == 0
+    assert ship(db, url, "--check")[1].startswith("2026-05  18 in dropped months\n")
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        insert(connection, many(7, 900, received_at="2026-08-15T00:00:00Z")[2:])
+    assert shipped(db, url) == viewed(clickhouse, url) == 5
+    assert shipped(db, url, "--again") == viewed(clickhouse, url) == 23
 
 
 @needs_linux
@@ -10000,7 +10050,8 @@ def test_ship_is_watched(tmp_path, clickhouse):
     assert (status, out, states) == (0, "", ["shipping", "waiting", "recovered"]), err
     status = [line for line in lines if line["event"] == "status"]
     assert status
-    assert set(status[-1]) == {"time", "event", "last_id", "rows_waiting", "oldest_waiting_seconds"}
+    assert list(status[-1])[:2] == ["time", "event"]
+    assert list(status[-1])[2:] == [name for name, _, _ in session_events.SHIP_METRICS]
     assert all(
         re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"]) for line in lines)
 
@@ -10061,6 +10112,13 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
     assert said["a"] == said["b"] == ""
     assert "different peppers" in said["c"]
     assert "different" in said["d"]
+    for name in "abcda":  # as new files with one pepper
+        with contextlib.closing(sqlite3.connect(str(tmp_path / (name + ".db")))) as connection:
+            connection.execute("UPDATE session_events_pepper SET fingerprint = 'feed'")
+            connection.commit()
+        status, _, last = ship(tmp_path / (name + ".db"), url)
+        assert status == 0
+    assert last == ""
 
 
 def test_ship_months(tmp_path, clickhouse):
@@ -10093,7 +10151,7 @@ def test_ship_months(tmp_path, clickhouse):
     assert viewed(clickhouse, url) == 1000
     assert shipped(db, url, rows=20_000) == 800 and viewed(clickhouse, url) == 1800
     assert ship(db, url, "--check")[0] == 0
-    assert len(clickhouse.ask("SELECT DISTINCT toYYYYMM(ended) FROM session_events_raw", url)) <= 20
+    assert len(clickhouse.ask("SELECT DISTINCT toYYYYMM(ended) FROM session_events", url)) <= 20
     # Twenty years of one row a month, in one file: more months than one INSERT may have.
     slow = stored(
         tmp_path / "slow.db",
@@ -10107,10 +10165,23 @@ def test_ship_months(tmp_path, clickhouse):
             for n in range(240)
         ),
     )
-    with session_events.reading(slow) as reader:  # ClickHouse since 19 takes 100 at once
-        batch = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20_000)
-    assert len({sent.month for sent in batch}) == session_events.SHIP_MONTHS < 100
     assert shipped(slow, url, rows=20_000) == 240 and ship(slow, url, "--check")[0] == 0
+    # The same of a clock that was wrong: ClickHouse since 19 takes 100 months in one INSERT.
+    wide = stored(
+        tmp_path / "wide.db",
+        *(row(n, "wide", "%04d-%02d-%02dT00:00:00.000Z" % (1985 + n % 40, 1 + n % 12, 1 + n % 28),
+              received_at="%04d-%02d-%02dT00:00:00Z" % (
+                  (1990, 2000, 2010, 2020)[n // 800], 1 + n % 12, 1 + n % 28))
+          for n in range(3200)))
+    other = clickhouse.database()
+    house = session_events.ClickHouse(other, {})
+    house.prepare(None)
+    with session_events.reading(wide) as reader:
+        batch = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 20_000)
+    assert len(batch) == 1601
+    house.insert("ab" * 8, batch)
+    months = clickhouse.ask("SELECT uniqExact(toYYYYMM(ended)) FROM session_events", other)
+    assert 50 < int(months[0][0]) < 100, months
     # The same session on two nodes, received at times so different that `ended` is in two months.
     one = many(2, 50_000)[:1]
     two = [dict(one[0], received_at="2030-01-01T00:00:00Z", tool_count=3)]
@@ -10138,7 +10209,7 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("ended_at", "2024-02-29T00:00:00.000Z", "2024-02-29T00:00:00.000Z"),
         ("received_at", "2026-05-22T12:34:56.500Z", "2026-05-22T12:34:56.500Z"),
         ("received_at", "1970-01-01T00:00:00Z", "1970-01-01T00:00:00Z"),
-        ("received_at", "2105-12-31T23:59:59Z", "2105-12-31T23:59:59Z"),
+        ("received_at", "2104-12-31T23:59:59Z", "2104-12-31T23:59:59Z"),
         ("received_at", "2024-02-29T23:59:59Z", "2024-02-29T23:59:59Z"),
         ("branch_sha", "ABCDEF0", "ABCDEF0"),
         ("branch_sha", None, ""),
@@ -10192,10 +10263,10 @@ def test_ship_rows_by_the_rules(tmp_path):
                 return session_events.ship_batch(reader, "> ? ORDER BY id", 0, 100)
 
         usual = batch()
-        assert [r.id for r in usual] == list(range(1, 21))
+        assert [row_id for row_id, _ in usual] == list(range(1, 21))
         for column, value, expected in odd:
             found = batch(column, value)
-            cells = found[8].line.split("\t")
+            cells = found[8][1].split("\t")
             assert cells[places.index(column)] == expected, (column, value)
             assert found[:8] + found[9:] == usual[:8] + usual[9:], (column, value)
             with session_events.reading(db) as reader:
@@ -10305,11 +10376,11 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
     """Whole hashes travel as a table. ClickHouse writes the query's text into its logs."""
     with session_events.reading(stored(tmp_path / "a.db", *many(3))) as reader:
         rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 10)
-    with Pretender(reply(200, b"1\n3\n"), reply(200)) as pretender:
+    with Pretender(reply(200, b"1\t202605\n3\t202604\n"), reply(200, b"3\t202604\n")) as pretender:
         house = session_events.ClickHouse(pretender.url, {})
-        assert house.found(rows) == {1, 3} and house.found([]) == set()
+        assert house.missing(rows) == {3: "202604"} and house.missing([]) == {}
     head, body = pretender.asked[0][1].split(b"\r\n\r\n", 1)
-    for digest in [cell for s in rows for cell in s.line.split("\t")[1:4:2]]:
+    for digest in [cell for _, line in rows for cell in line.split("\t")[1:4:2]]:
         assert digest.encode() in body and digest.encode() not in head
 
 
@@ -10375,14 +10446,16 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
     """One line says what is wrong with the other side. It has no password and no user."""
     db = stored(tmp_path / "a.db", *many(10))
     secret = {"CLICKHOUSE_USER": "shipper", "CLICKHOUSE_PASSWORD": "open sesame"}
-    up = reply(200, b"99\n")
     engine = b"session_events_raw\tReplacingMergeTree PARTITION BY toYYYYMM(ended)\n"
-    made = engine + b"session_events_nodes\ta\nsession_events\t\ndiscovery_propagation\t\n"
-    ready = (up, reply(200, made), reply(200), reply(200, b"0\n"))
+    view = b"session_events\tCREATE VIEW ... WHERE r.ended\n"
+    made = reply(200, engine + view + b"discovery_propagation\t\n")
+    look = reply(200, b"99\t[]\n")
+    ready = (made, look, look, reply(200))
     for answers, says in (
         ([reply(302, b"", b"Location: http://127.0.0.1:9/")], "is it ClickHouse's HTTP port"),
         ([reply(200, b"<html>")], "answers what was not asked"),
-        ([reply(200)], "answers what was not asked"),  # else every row would seem shipped
+        # Else every row would seem shipped.
+        ([reply(200), reply(200), reply(200), reply(200), reply(200)], "what was not asked"),
         ([reply(404, b"nothing here")], "is it ClickHouse's HTTP port"),
         ([b"SSH-2.0-x\r\n"], "no HTTP"),
         ([b"HTTP/1.1 200 X\r\nContent-Length: 50\r\n\r\nshort"], "broke off"),
@@ -10391,8 +10464,9 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
          "lacks memory (its error 241"),
         ([reply(500, b"Code: 62. DB::Exception: \x1b[2J wrong")],
          "its error 62; its log has the words"),
-        ([up, reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
-        ([up, reply(200, made), reply(200), reply(200, b"1" * 30 + b"\n")], "not asked"),
+        ([reply(200, b"session_events_raw\tMergeTree\n")], "RENAME TABLE"),
+        ([reply(200, engine + b"session_events\tCREATE VIEW ... AS r\n")], "DROP TABLE"),
+        ([made, reply(200, b"1" * 30 + b"\t[]\n")], "not asked"),
         ([*ready, reply(200, b"surprise")], "answers what was not asked"),
         ([*ready, reply(500, b"Code: 210, e.x")], "its error 210"),
         ([*ready, reply(500, b"Code: 75, e.x")], "its disk, which may be full (its error 75"),
@@ -10410,12 +10484,16 @@ def test_ship_and_servers_that_are_no_clickhouse(tmp_path, clickhouse, capfdbina
             assert b"sesame" not in head.split(b"\r\n")[0]
     with Pretender(reply(200)) as pretender:  # in the place of a ClickHouse that was there before
         shipment = session_events.Shipment(db, session_events.ClickHouse(pretender.url, {}))
-        mark = shipment.begun()
+        mark = begun(shipment)
         shipment.write(mark, mark._replace(last_id=5))
         with pytest.raises(session_events.Refused, match="not asked"):
             shipment.step()
         assert shipment.mark().last_id == 5
-    assert "cannot reach" in ship(db, "http://127.0.0.1:%d/" % free_port())[2]
+    nowhere = "http://127.0.0.1:%d/" % free_port()
+    assert "cannot reach" in ship(db, nowhere)[2]
+    # A destination that never answered has no mark, for which --retain-days would wait.
+    shipment = session_events.Shipment(db, session_events.ClickHouse(nowhere, {}))
+    assert shipment.mark() is session_events.NO_MARK
     busy = reply(503)
     with Pretender(
         busy, reply(401, b"Code: 516. DB::Exception: shipper: Authentication failed")
@@ -10479,12 +10557,13 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         ["--print-ddl", "--cluster", "a'b"],
     ):
         assert answered(capfdbinary, ["ship", *argv])[0] == 2
-    monkeypatch.setenv("CLICKHOUSE_PASSWORD", "two\nlines")
-    status, _, err = answered(capfdbinary, ["ship", "--db", db, "--to", "http://h/"])
+    with monkeypatch.context() as changed:
+        changed.setenv("CLICKHOUSE_PASSWORD", "two\nlines")
+        status, _, err = answered(capfdbinary, ["ship", "--db", db, "--to", "http://h/"])
     assert status == 2 and "CLICKHOUSE_PASSWORD" in err and "two" not in err
     out = answered(capfdbinary,
                    ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
-    assert out.count(" ON CLUSTER 'main'") == 6
+    assert out.count(" ON CLUSTER 'main'") == 4
     assert "_local, cityHash64(identity_hash, session_id_hash))" in out
     assert ("ReplicatedReplacingMergeTree("
             "'/clickhouse/tables/{shard}/x/session_events_local_by_month', '{replica}', sen"
@@ -10498,7 +10577,7 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
     refs = json.dumps(["r%d" % n + "r" * 120 for n in range(200)], separators=(",", ":"))
     db = stored(tmp_path / "wide.db", *many(300, discovery_refs_json=refs))
     with session_events.reading(db) as reader:
-        ids = [s.id for s in session_events.ship_batch(reader, "> ? ORDER BY id", 0, 300)]
+        ids = [row_id for row_id, _ in session_events.ship_batch(reader, "> ? ORDER BY id", 0, 300)]
         assert ids == [1, 2]  # the first is short
         assert session_events.ship_batch(reader, "> ? ORDER BY id", 300, 300) == []
 
