@@ -3618,8 +3618,9 @@ example:
   curl http://127.0.0.1:8787/readyz
   python3 server.py --db events.db --backup events-backup.db
 
-SIGTERM and Ctrl-C finish what is under way and exit with 0. SIGHUP reads the TLS files again. A
-server that a systemd socket unit starts takes that socket in place of --host and --port.
+SIGTERM and Ctrl-C finish what is under way and exit with 0. A server that cannot start exits with
+2. SIGHUP reads the TLS files again. A server that a systemd socket unit starts takes that socket in
+place of --host and --port.
 """
 
 
@@ -3667,7 +3668,8 @@ def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="server.py",
-        description="Take session events over HTTP and keep them in one SQLite file.",
+        description="Take session events over HTTP and keep them in one SQLite file. A flag's"
+                    " default is in parentheses.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag: str, parse: Callable[[str], Any], wanted: str, metavar: str, default: Any,
@@ -3683,11 +3685,11 @@ def parser() -> argparse.ArgumentParser:
     add("--max-connections", positive, "a positive number", "N", DEFAULTS.max_connections,
         "open connections; beyond that the longest idle make room (4096)")
     add("--request-seconds", seconds, "seconds", "S", DEFAULTS.request_seconds,
-        "from a request's first byte to its last (10)")
+        "longest time from a request's first byte to its last (10)")
     add("--idle-seconds", seconds, "seconds", "S", DEFAULTS.idle_seconds,
-        "between the requests of a connection (30)")
+        "longest time between the requests of a connection (30)")
     add("--write-seconds", seconds, "seconds", "S", DEFAULTS.write_seconds,
-        "while a client takes no byte of its answer (10)")
+        "longest time in which a client takes no byte of its answer (10)")
     add("--rate", rate, "a rate such as 600/min, 10/s, 5000/h, or off", "N/UNIT", Rate(600, 60.0),
         "requests per client address, IPv6 per /64; loopback is not limited (600/min)")
     p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"),
