@@ -2218,8 +2218,8 @@ def forget(path: str, hashes: Sequence[str], command: Command) -> None:
     if left:
         raise CommandError(
             "copies are left in %s. If that is a backup, delete it, or run --forget with --db on"
-            " it. If it is this database, a client may still send such events, or a table of"
-            " another program has the hash: stop that, and run --forget again"
+            " it. If it is this database, a client may still send such events, or another program's"
+            " table has the hash: stop that, and run --forget again"
             % ", ".join(map(shown, left)))
     if unprinted:
         raise CommandError("the statement for ClickHouse could not be printed: %s" % unprinted)
@@ -3451,6 +3451,7 @@ class LineStream:
         self.lost = 0  # lines
 
     def write(self, text: str) -> None:
+        """Write a line, which must be ASCII, or count it as lost."""
         if (self.lost and not self.report_lost()) or not self.put(text):
             self.lost += 1
 
@@ -3674,6 +3675,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add(flag: str, parse: Callable[[str], Any], wanted: str, metavar: str, default: Any,
             words: str) -> None:
+        # argparse calls `type` with a default that is text, too.
         p.add_argument(flag, type=checked(parse, wanted), metavar=metavar, default=default,
                        help=words)
 
