@@ -2217,8 +2217,9 @@ def forget(path: str, hashes: Sequence[str], command: Command) -> None:
                          " and meanwhile the server answers 503")
     if left:
         raise CommandError(
-            "copies are left in %s: delete a backup, or run --forget with --db on it. In this"
-            " database itself: is the client still on, or has another program's table the hash?"
+            "copies are left in %s. If that is a backup, delete it, or run --forget with --db on"
+            " it. If it is this database, a client may still send such events, or another program's"
+            " table has the hash: stop that, and run --forget again"
             % ", ".join(map(shown, left)))
     if unprinted:
         raise CommandError("the statement for ClickHouse could not be printed: %s" % unprinted)
@@ -2418,14 +2419,15 @@ def holds(path: str, pieces: Sequence[bytes], command: Command) -> bool:
 
 
 def clickhouse_statement(hashes: Sequence[str]) -> str:
-    """What deletes the same events from the table that `session_events.py ship` fills."""
+    """The SQL that deletes the events of these hashes from the table that `ship` fills."""
     among = "IN (%s)" % ", ".join("unhex('%s')" % text for text in hashes)
     return ("ALTER TABLE session_events_raw DELETE WHERE identity_hash %s OR github_hash %s;"
             % (among, among))
 
 
 # ==================================================================================================
-# The handler: one whole request in memory, one answer. (The short path does without it.)
+# The handler: one whole request in memory, one answer. (IngestServer.respond answers the usual
+# request, a valid event, without a handler.)
 # ==================================================================================================
 
 def check_body(body: bytes) -> Union[Row, Answer]:
@@ -2444,7 +2446,7 @@ METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", 
 
 
 def path_of(target: str) -> str:
-    """The path of a request's target, in either of its forms, without the query."""
+    """The path of a request's target (`/path?query` or `http://host/path?query`)."""
     return re.sub("^https?://[^/?]*", "", target, flags=re.IGNORECASE).partition("?")[0]
 
 
@@ -2515,7 +2517,7 @@ class IngestHandler(http.server.BaseHTTPRequestHandler):
         self.result = failure(code, words, "malformed_request")
 
     def log_message(self, format: str, *args: Any) -> None:
-        pass  # its lines carry addresses and paths
+        pass  # http.server would log the address and the path
 
 
 PUBLIC: Routes = {
@@ -2530,26 +2532,27 @@ HOT_ROUTE = "POST " + ENDPOINT
 
 
 # ==================================================================================================
-# Connections. A connection changes only its own fields. It tells `Connections` what the turn has to
-# know. The turn calls its methods, and changes none of its fields.
+# Connections. A connection changes only its own fields, and enters in `Connections` what the turn
+# has to know. The turn calls a connection's methods, and changes none of its fields.
 # ==================================================================================================
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-READ_SIZE = 64 * 1024  # bytes a connection may bring in one turn
-REQUESTS_A_TURN = 32  # of one connection: one that pipelines gets no larger share
+READ_SIZE = 64 * 1024  # bytes that one recv() takes at most
+REQUESTS_A_TURN = 32  # of one connection, so that one that pipelines gets no larger share
 MAX_UNSENT = 64 * 1024  # bytes of answers after which a connection's next request waits
 MAX_HELD = 48 * 1024 * 1024  # bytes of unfinished requests and unsent answers, of all connections
 
-# phase     | it waits for                      | watched for   | at most          | then
-# ----------|-----------------------------------|---------------|------------------|---------------
-# handshake | the end of the TLS handshake      | READ or WRITE | request_seconds  | idle
-# idle      | the first byte of a request       | READ          | idle_seconds     | any behind it
-# reading   | the last byte of a request        | READ          | request_seconds  | any behind idle
-# writing   | the client to take its answers    | WRITE         | write_seconds    | any behind idle
-# lingering | the end of what the client sends  | READ          | LINGER_SECONDS   | closed
-# closed    | nothing                           |               |                  |
+# phase     | it waits for                     | watched for   | at most         | then
+# ----------|----------------------------------|---------------|-----------------|------------------
+# handshake | the end of the TLS handshake     | READ or WRITE | request_seconds | idle
+# idle      | the first byte of a request      | READ          | idle_seconds    | any but handshake
+# reading   | the last byte of a request       | READ          | request_seconds | any but handshake
+# writing   | the client to take its answers   | WRITE         | write_seconds   | any but handshake
+# lingering | the end of what the client sends | READ          | LINGER_SECONDS  | closed
+# closed    | nothing                          |               |                 |
 #
-# From each phase a connection can become closed. The rules:
+# From each phase a connection can become closed. To enter the same phase anew begins its time
+# again. The rules:
 #
 # 1. `answers` are those of the present turn. They leave at its end, after the commit. Between two
 #    turns there are none. Until they leave, the connection is not read from, and is not ended.
@@ -2562,7 +2565,8 @@ MAX_HELD = 48 * 1024 * 1024  # bytes of unfinished requests and unsent answers, 
 #    connection becomes closed; or lingering, when the client may still be sending, since closing
 #    at once would reset the connection and lose the client the answer.
 # 5. In lingering a connection holds nothing. What arrives is thrown away.
-# 6. All connections of a phase have the same time, so that the first to enter is the first to end.
+# 6. All connections of a phase have the same time limit. So the first to enter a phase is the first
+#    whose time is over.
 HANDSHAKE, IDLE, READING, WRITING, LINGERING, CLOSED = (
     "handshake", "idle", "reading", "writing", "lingering", "closed")
 PHASES = HANDSHAKE, IDLE, READING, WRITING, LINGERING
@@ -2584,7 +2588,8 @@ class Connections:
         self.waiting: Dict[str, Dict[Connection, None]] = {phase: {} for phase in PHASES}
         self.backlog: Dict[Connection, None] = {}  # in the order in which they came
         self.answering: List[Connection] = []  # those with answers of this turn
-        self.held = 0  # bytes received and not read as a request, or answered and not sent
+        # Bytes received and not yet taken as a request, or answered and not yet sent.
+        self.held = 0
 
     def __len__(self) -> int:
         return sum(map(len, self.waiting.values()))
@@ -2604,7 +2609,7 @@ class Connections:
             self.waiting[phase][connection] = None
 
     def overdue(self, phase: str, late: float) -> List[Connection]:
-        """Those that entered the phase before `late`."""
+        """The connections that entered the phase before the moment `late`, oldest first."""
         return list(itertools.takewhile(lambda c: c.since < late, self.waiting[phase]))
 
     def close_longest_waiting(self) -> None:
@@ -2616,6 +2621,7 @@ class Connections:
                     return
 
     def close_until_held_is_less(self) -> None:
+        """Close those that wait longest, until all together hold less than MAX_HELD bytes."""
         for phase in (READING, WRITING):
             for connection in list(self.waiting[phase]) if self.held >= MAX_HELD else []:
                 if self.held >= MAX_HELD and not connection.answers:
@@ -2625,39 +2631,41 @@ class Connections:
 class Connection:
     """A client's socket, the reader of its requests, and its answers. It never blocks.
 
-    `bucket` is the client's name in the rate limit. `proxy` is the address of a trusted proxy, or
-    empty: a client's address is not kept.
+    `bucket` is the client's key in the rate limit; None: the client has no limit. `proxy` is the
+    peer's address if the peer is a trusted proxy, else empty, since no client's address is kept.
     """
 
     __slots__ = ("answers", "bucket", "closing", "continued", "held", "lingers", "mask", "others",
                  "phase", "proxy", "queued", "reader", "routes", "server", "since", "sock",
                  "unsent", "unused_handshake")
 
-    not_yet: Tuple[Type[OSError], ...] = (BlockingIOError,)  # what the socket says for that
+    # What the socket raises when it has nothing to read, or no room for what is written.
+    not_yet: Tuple[Type[OSError], ...] = (BlockingIOError,)
 
     def __init__(self, server: IngestServer, sock: socket.socket, routes: Routes,
                  bucket: Optional[bytes], proxy: str) -> None:
         self.server, self.sock, self.routes = server, sock, routes
         self.others = server.connections
         self.bucket, self.proxy = bucket, proxy
-        self.unused_handshake: Optional[bytes] = None  # the bucket from which one was paid
+        # The bucket that the TLS handshake took a token from, until a request follows.
+        self.unused_handshake: Optional[bytes] = None
         self.mask = 0  # what the selector watches the socket for
         self.phase, self.since = self.first_phase(), server.now
         self.others.waiting[self.phase][self] = None
         self.reader = RequestReader()
-        self.held = 0  # bytes in the reader and in `unsent`, as the others were told
+        self.held = 0  # bytes in the reader and in `unsent`: this one's part of `others.held`
         self.continued = False  # "100 Continue" was sent for the request at the front
-        # Bytes, or the number of a row in the turn: its answer is known after the commit.
+        # Of this turn: an answer's bytes, or the number of a row, whose answer the commit decides.
         self.answers: List[Union[bytes, int]] = []
         self.queued = 0  # bytes in `answers`
         self.unsent = b""
         self.closing = False
-        self.lingers = False  # after the last answer, whatever the reader holds
+        self.lingers = False  # it will linger after the last answer, even if it holds no bytes
 
     # -- called by the turn ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin, and read at once. A connection for one request is often never watched."""
+        """Read at once: a client with one request is often served before a selector is needed."""
         if self.server.turn_is_full():
             self.others.backlog[self] = None
         else:
@@ -2666,24 +2674,24 @@ class Connection:
     def on_ready(self, mask: int) -> None:
         """The selector saw the socket ready."""
         if self.phase is CLOSED:
-            pass  # earlier in this turn
+            pass  # it was closed earlier in this turn
         elif mask & WRITE:
             self.flush()
         elif self.answers or self in self.others.backlog or self.others.held >= MAX_HELD:
-            pass  # in the next turn: the socket stays ready
+            pass  # it is read in the next turn, since the socket stays ready
         elif not self.server.turn_is_full():
             self.receive_requests()
-        elif self.phase is not LINGERING:  # which can wait: its socket stays ready
+        elif self.phase is not LINGERING:  # what is thrown away needs no place in the backlog
             self.others.backlog[self] = None
 
     def resume(self) -> None:
-        """Go on after the backlog."""
+        """Go on after a wait in the backlog: with what has been received, then with the socket."""
         self.read_requests()
         if not self.answers and not self.closing:
             self.receive_requests()
 
     def send_answers(self, results: List[Answer]) -> None:
-        """Send the turn's answers. `results` has those that waited for the commit, by row."""
+        """Send this connection's answers. `results` has the answer to each row of the turn."""
         last = len(self.answers) - 1 if self.closing else None
         data = b"".join([
             answer if isinstance(answer, bytes)
@@ -2697,7 +2705,7 @@ class Connection:
         """The time of this phase is over."""
         since = self.since
         if not self.answers and self.phase in (HANDSHAKE, IDLE, READING):
-            # After a pause of the whole process the selector may not have looked yet.
+            # Bytes may be there that the selector has not reported, if the process was paused.
             self.on_ready(READ)
         if self.answers or self in self.others.backlog or self.since != since:
             return
@@ -2741,7 +2749,7 @@ class Connection:
         self.held = held
 
     def receive(self) -> Optional[bytes]:
-        """What has arrived; None when that is nothing yet, no bytes when the connection is over."""
+        """The bytes that have arrived; None if there are none yet, b"" if the client is gone."""
         try:
             return self.sock.recv(READ_SIZE)
         except self.not_yet:
@@ -2750,7 +2758,7 @@ class Connection:
             return b""
 
     def transmit(self, data: bytes) -> Optional[int]:
-        """How much of `data` was taken; None when the connection is over."""
+        """The number of bytes of `data` that the socket took; None if the client is gone."""
         try:
             return self.sock.send(data)
         except self.not_yet:
@@ -2769,7 +2777,7 @@ class Connection:
             self.read_requests()
 
     def read_requests(self) -> None:
-        """Answer the whole requests that have arrived, as many as the turn has time for."""
+        """Answer the complete requests that have arrived, as many as the turn has room for."""
         reader, count = self.reader, 0
         try:
             while reader.buffer and not self.closing:
@@ -2787,7 +2795,7 @@ class Connection:
             self.refuse(refused.answer)
         if reader.buffer or reader.text or self.held:
             self.count_held()
-        if not self.answers:  # else flush() decides, at the end of the turn
+        if not self.answers:  # otherwise flush() chooses the phase, at the end of the turn
             if self.phase is IDLE and self.held:
                 self.enter(READING)
             self.watch(READ)
@@ -2825,7 +2833,7 @@ class Connection:
     def refuse(self, answer: Answer) -> None:
         """Answer, and end the connection, whatever else the client sends."""
         self.closing = self.lingers = True
-        self.server.take_token(self.bucket)
+        self.server.take_token(self.bucket)  # it counts as a request, and is never answered 429
         line = self.reader.request_line()
         route = route_of(line, self.routes)
         self.add_answer(self.server.encode(answer, True, route, line.startswith(b"HEAD ")))
@@ -2850,7 +2858,7 @@ class Connection:
         else:
             if self.phase is WRITING and self.held:
                 self.others.backlog[self] = None
-            if not (self.continued and self.phase is READING):  # it has its time already
+            if not (self.continued and self.phase is READING):  # whose time runs since "continue"
                 self.enter(READING if self.held else IDLE)
             self.watch(READ)
 
@@ -2870,8 +2878,8 @@ class Connection:
 class TLSConnection(Connection):
     """A connection over TLS. A handshake is done in steps, between which the loop goes on.
 
-    A TLS record is at most 16 KiB. So one call of recv() leaves nothing in OpenSSL's buffer, where
-    no selector looks.
+    A TLS record has at most 16 KiB, less than READ_SIZE. So recv() takes the whole record, and
+    leaves nothing in OpenSSL's buffer, which the selector does not know.
     """
 
     __slots__ = ("context", "shaken")
@@ -2883,13 +2891,15 @@ class TLSConnection(Connection):
         super().__init__(server, sock, routes, bucket, proxy)
         self.context: Optional[ssl.SSLContext] = context  # until the handshake begins
         self.shaken = False  # the handshake is over
-        # A handshake has a bucket of its own, and costs nothing when a request follows.
+        # A handshake takes a token from a bucket of its own, and gives it back when a request
+        # follows: the request takes one from the client's.
         self.unused_handshake = bucket and b"handshakes" + bucket
 
     def first_phase(self) -> str:
         return HANDSHAKE
 
     def start(self) -> None:
+        """Begin the handshake, unless the client began too many and sent no request."""
         if self.unused_handshake and self.server.take_token(self.unused_handshake):
             self.server.metrics.refusals["handshakes_alone"] += 1
             self.close()
@@ -2939,13 +2949,16 @@ class TLSConnection(Connection):
 
 
 # ==================================================================================================
-# Listeners: what the command line says becomes a socket, and a socket what is shown. How a kind of
-# address is read, bound, inherited and named stands here and nowhere else.
+# Listeners: from the text of the command line to a socket that listens, and from a socket to the
+# text that is shown.
 # ==================================================================================================
 
 QUEUE = 1024  # connections: a burst of them waits here while a turn commits
 
 Place = Tuple[str, int]  # where to listen: an address or a host's name, and a port
+
+
+# The next four read the value of a flag. They raise ValueError, for which `checked` has the words.
 
 
 def port(text: str) -> int:
@@ -2955,7 +2968,7 @@ def port(text: str) -> int:
 
 
 def not_blank(text: str) -> str:
-    if not text.strip():  # a variable that is not set, say
+    if not text.strip():  # as from `--tls-cert "$CERT"` where the variable is not set
         raise ValueError
     return text
 
@@ -2976,11 +2989,11 @@ def open_listener(place: Place) -> socket.socket:
         if os.name == "posix":  # on Windows it would let two servers have one port
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            if ":" in place[0]:  # with its zone, if it has one
+            if ":" in place[0]:  # getaddrinfo reads the zone in fe80::1%eth0
                 listener.bind(socket.getaddrinfo(*place, type=socket.SOCK_STREAM)[0][4])
             else:
                 listener.bind(place)
-        except (TypeError, UnicodeError):  # what Python says of some texts that are no host name
+        except (TypeError, UnicodeError):  # Python raises these for some texts
             raise OSError(errno.EINVAL, "that is no host name") from None
         listener.listen(QUEUE)
         return prepared(listener)
@@ -3001,7 +3014,8 @@ def inherited_listener() -> Optional[socket.socket]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not passed_on.isdigit():
         return None
     if passed_on != "1":
-        raise StartError("one socket is wanted from LISTEN_FDS, not %s" % passed_on)
+        raise StartError("systemd passed %s sockets (LISTEN_FDS), and the server takes exactly one:"
+                         " one ListenStream= in the socket unit" % passed_on)
     passed = socket.socket(fileno=3)
     passed.set_inheritable(False)
     if passed.family not in (socket.AF_INET, socket.AF_INET6) or not passed.getsockopt(
@@ -3012,7 +3026,7 @@ def inherited_listener() -> Optional[socket.socket]:
 
 
 def url_of(scheme: str, listener: socket.socket) -> str:
-    """What a client would call the place at which `listener` listens."""
+    """The URL of the address and port at which `listener` listens."""
     host, number = listener.getsockname()[:2]
     return "%s://%s:%d" % (scheme, "[%s]" % host if ":" in host else host, number)
 
@@ -3026,14 +3040,15 @@ def peer_of(address: Any) -> str:
 # The turn: one turn of the selector loop is one transaction
 # ==================================================================================================
 
-ROWS_A_TURN = 1024  # of all connections, and
-BYTES_A_TURN = 1024 * 1024  # of requests (an event of 26 KB brings 200 edges), and
-READING_SECONDS = 0.02  # spent on them: everybody waits until the turn is over
-ACCEPTS_A_TURN = 256
+# A turn reads no more once one of these three is reached: every client waits until its end.
+ROWS_A_TURN = 1024  # of all connections
+BYTES_A_TURN = 1024 * 1024  # of requests: one event of 26 KB can bring 200 discoveries to store
+READING_SECONDS = 0.02  # from the start of the turn to its last recv()
+ACCEPTS_A_TURN = 256  # new connections of one listener
 NO_DESCRIPTORS = errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM
 TICK = 0.25  # seconds that the loop sleeps at most
-EXPIRE_EVERY = 0.05  # seconds between looks at the deadlines, which take 5 us
-LOG_SECONDS = 1.0  # between two lines about the store
+EXPIRE_EVERY = 0.05  # seconds from one look for overdue connections to the next; one takes 5 us
+LOG_SECONDS = 1.0  # between two lines of one kind in the log
 
 
 def usable_cpus() -> int:
@@ -3050,22 +3065,22 @@ SPIN_SECONDS = 0.00005 if usable_cpus() > 1 else 0.0
 
 
 class Limits(NamedTuple):
-    """The server's limits: seconds and counts. `None`: no limit."""
+    """The server's limits: seconds and counts."""
     request_seconds: float = 10.0  # from a request's first byte to its last; or a TLS handshake
     idle_seconds: float = 30.0  # between requests
     write_seconds: float = 10.0  # without a byte of an answer taken
     max_connections: int = 4096
-    rate: Optional[Rate] = None
+    rate: Optional[Rate] = None  # None: no limit
 
 
 DEFAULTS = Limits()
 
 
 class IngestServer(http.server.HTTPServer):
-    """The selector loop. Raises OSError when the address cannot be had.
+    """The selector loop. Raises OSError when it cannot listen at `address`.
 
-    `inherited` is a listening socket to use instead of binding `address`. The next process uses it
-    too: connections that nobody has accepted are left to that one.
+    `inherited` is a listening socket, used in place of `address`. It outlives this process: at the
+    end, connections that were not accepted are left to the next process.
     """
 
     def __init__(self, address: Tuple[str, int], store: Store, limits: Limits = DEFAULTS, *,
@@ -3077,26 +3092,28 @@ class IngestServer(http.server.HTTPServer):
         self.rate_limit = RateLimit(limits.rate) if limits.rate else None
         self.now, self.second = time.monotonic(), int(time.time())
         self.connections = Connections()
-        self.taken, self.reading_until = 0, 0.0  # bytes of this turn's requests; when it is full
+        self.taken = 0  # bytes of this turn's requests
+        self.reading_until = 0.0  # on the clock of time.perf_counter: READING_SECONDS are over
         self.rows: List[Row] = []  # of this turn
-        self.answered_at = self.now  # when somebody was
-        self.expire_at = self.now
+        self.answered_at = self.now  # the last turn that answered a client
+        self.expire_at = self.now  # the next look for overdue connections
         # From other threads and signal handlers.
         self.calls: Deque[Callable[[], None]] = collections.deque()
         self.feed_watchdog: Callable[[], None] = lambda: None
         self.feed_seconds, self.feed_at = math.inf, math.inf
         self.stopping, self.stop_at = False, 0.0
-        self.store_said, self.say_store_at = "", self.now  # what the log last said, and may again
-        self.store_fault, self.store_checked = "", self.now  # what the store last said, and when
+        # The store's fault, or "", and when it was learned; and what was logged, and may be next.
+        self.store_fault, self.store_checked = "", self.now
+        self.store_said, self.say_store_at = "", self.now
         if store.fault:
             self.note_store(store.fault)
         self.inherited = inherited is not None
         super().__init__(address, IngestHandler, bind_and_activate=False)
-        self.socket.close()  # HTTPServer's own, for one address family only
+        self.socket.close()  # HTTPServer made it, for IPv4 alone
         self.listeners: Dict[socket.socket, Routes] = {}
-        self.muted_until = 0.0  # accept() failed: no descriptor was left
+        self.muted_until = 0.0  # while set, nothing is accepted: no descriptor was left
         self.selector = selectors.DefaultSelector()
-        self.alarm, self.bell = socket.socketpair()
+        self.alarm, self.bell = socket.socketpair()  # a byte written to `bell` ends a sleep
         self.alarm.setblocking(False)
         self.bell.setblocking(False)
         self.selector.register(self.alarm, READ, self.make_calls)
@@ -3131,7 +3148,7 @@ class IngestServer(http.server.HTTPServer):
     def call(self, function: Callable[[], None]) -> None:
         """Have the loop call `function` in its next turn."""
         self.calls.append(function)
-        # The pipe is full: the loop is awake. Or it is closed: the loop has ended.
+        # An error does no harm: `bell` is full, and the loop awake, or closed, and the loop ended.
         with contextlib.suppress(OSError):
             self.bell.send(b"!")
 
@@ -3152,6 +3169,7 @@ class IngestServer(http.server.HTTPServer):
         log_left_out(math.inf)
 
     def turn(self, timeout: float) -> None:
+        """Wait for `timeout` seconds at most; read, commit, and then answer."""
         if self.store.sweep:
             timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
         ready = self.ready_sockets(timeout)
@@ -3166,7 +3184,7 @@ class IngestServer(http.server.HTTPServer):
             before = len(self.rows)
             for key, mask in ready:
                 self.guarded(key.data, mask)
-            # While these were checked others have sent. The same commit serves them (9% more
+            # Others may have sent while these were checked. The same commit serves them (9% more
             # events/s at 32 clients).
             again = len(self.rows) > before + 1 and not self.turn_is_full()
             ready = self.selector.select(0) if again else []
@@ -3181,7 +3199,7 @@ class IngestServer(http.server.HTTPServer):
         ready = self.selector.select(0)
         if ready or self.connections.backlog:
             return ready
-        if self.answered_at == self.now:  # in the turn before, whose time `now` still is
+        if self.answered_at == self.now:  # the turn before answered; `now` is still its time
             until = time.perf_counter() + SPIN_SECONDS
             while not ready and time.perf_counter() < until:
                 ready = self.selector.select(0)
@@ -3224,7 +3242,8 @@ class IngestServer(http.server.HTTPServer):
             try:
                 sock, address = listener.accept()
             except OSError as error:
-                # Without descriptors accept() fails even when nobody waits; at first somebody does.
+                # Without a free descriptor accept() fails even when no client waits. A client does
+                # wait at the first try, since the selector said so.
                 if error.errno in NO_DESCRIPTORS and not accepted:
                     self.out_of_descriptors()
                 return
@@ -3235,6 +3254,7 @@ class IngestServer(http.server.HTTPServer):
     def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
         sock.setblocking(False)
         bucket, proxy = None, ""
+        # Loopback has no limit, but a proxy on it may be a trusted one, whose clients have.
         if self.rate_limit and (self.trusted or not peer.startswith("127.")):
             address = parse_address(peer)
             bucket = self.rate_limit.bucket(address)
@@ -3246,7 +3266,7 @@ class IngestServer(http.server.HTTPServer):
             self.guarded(TLSConnection(self, sock, routes, bucket, proxy, self.tls).start)
 
     def out_of_descriptors(self) -> None:
-        """Close the connection that waits longest, and accept none for a tick: no spinning."""
+        """Close the connection that waits longest. Accept none for TICK seconds, and sleep."""
         log_rarely("out_of_descriptors", ("", 0), connections=len(self.connections))
         self.connections.close_longest_waiting()
         self.muted_until = self.now + TICK
@@ -3254,7 +3274,7 @@ class IngestServer(http.server.HTTPServer):
             self.mute(listener)
 
     def mute(self, listener: socket.socket) -> None:
-        with contextlib.suppress(KeyError):  # it is already
+        with contextlib.suppress(KeyError):  # it is muted already
             self.selector.unregister(listener)
 
     def expire(self) -> None:
@@ -3274,7 +3294,7 @@ class IngestServer(http.server.HTTPServer):
     # -- the rate limit ----------------------------------------------------------------------------
 
     def take_token(self, bucket: Optional[bytes]) -> float:
-        """Take a token from the bucket; the seconds to wait when there is none."""
+        """Take a token from the bucket. Returns the seconds to wait: 0.0 if one was taken."""
         return self.rate_limit.take_token(bucket, self.now) if self.rate_limit and bucket else 0.0
 
     def give_back(self, bucket: bytes) -> None:
@@ -3302,7 +3322,7 @@ class IngestServer(http.server.HTTPServer):
         self.taken += len(request.text) + len(request.body)
         refusal = self.over_rate(request.head, connection) if self.rate_limit else None
         if refusal is None and request.head.hot and connection.routes is PUBLIC:
-            # The short path gives the answers of the general one. It takes 3 us for 50.
+            # This short path gives the same answers as the general one, in 3 us instead of 50.
             return check_body(request.body), HOT_ROUTE
         route = route_of(request.text.partition(b"\r\n")[0], connection.routes)
         return refusal or IngestHandler(request, connection.routes, self).result, route
@@ -3365,7 +3385,7 @@ class IngestServer(http.server.HTTPServer):
         self.report_store()
 
     def report_store(self) -> None:
-        """Log a change of the store's state, at most one line in LOG_SECONDS."""
+        """Log the store's state if it has changed, at most one line in LOG_SECONDS."""
         fault = self.store_fault
         if fault != self.store_said and self.now >= self.say_store_at:
             if fault:
@@ -3391,7 +3411,7 @@ class IngestServer(http.server.HTTPServer):
         self.feed_watchdog, self.feed_seconds, self.feed_at = watchdog, seconds, self.now
 
     def store_is_ready(self) -> bool:
-        """The result of the last write or, a second after it, of a new test write."""
+        """Whether the last write succeeded or, a second after it, a new test write does."""
         if self.now - self.store_checked > 1:
             try:
                 self.store.probe()
@@ -3410,7 +3430,8 @@ class IngestServer(http.server.HTTPServer):
 
 
 # ==================================================================================================
-# The log: a line of JSON each. README, Contract 8: no hash, no ref, no client's address is in one.
+# The log: each entry is a line of JSON. README, Contract 8: no whole hash, no discovery's name and
+# no client's address is in one.
 # ==================================================================================================
 
 MAX_REASON = 300  # characters, of up to 12 bytes in JSON; a line must be shorter than PIPE_BUF
@@ -3419,9 +3440,10 @@ MAX_REASON = 300  # characters, of up to 12 bytes in JSON; a line must be shorte
 class LineStream:
     """Standard output or standard error, for lines that must not make the server wait.
 
-    Where the reader has stopped, lines are lost. They are counted, and the count is written when
-    the reader goes on. The descriptor stays blocking, since other processes may share it. poll()
-    says beforehand whether a write would wait: POSIX promises that for a pipe and PIPE_BUF bytes.
+    If whoever reads the stream has stopped, lines are lost. They are counted, and the count is
+    written once the stream takes lines again. The descriptor stays blocking, since other processes
+    may share it. poll() says beforehand whether a write would wait: POSIX promises that for a pipe
+    and PIPE_BUF bytes.
     """
 
     def __init__(self, name: str) -> None:
@@ -3429,11 +3451,12 @@ class LineStream:
         self.lost = 0  # lines
 
     def write(self, text: str) -> None:
+        """Write a line, which must be ASCII, or count it as lost."""
         if (self.lost and not self.report_lost()) or not self.put(text):
             self.lost += 1
 
     def report_lost(self) -> bool:
-        """Write how many lines were lost. True when that was taken."""
+        """Write how many lines were lost. True if that was written."""
         if not self.put(line(event="lines_lost", stream=self.name, lines=self.lost)):
             return False
         self.lost = 0
@@ -3446,7 +3469,7 @@ class LineStream:
             return True
         try:
             descriptor = stream.fileno()
-        except (AttributeError, OSError, ValueError):  # a stream of Python's own: a test's, say
+        except (AttributeError, OSError, ValueError):  # it has no descriptor, as in a test
             with contextlib.suppress(OSError, ValueError):  # it is closed
                 print(text, file=stream)
             return True
@@ -3466,6 +3489,7 @@ OUTPUT, ERRORS = LineStream("stdout"), LineStream("stderr")
 
 
 def line(**fields: Any) -> str:
+    """The text of a log entry: the time, and these fields."""
     moment = datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="milliseconds")
     return json.dumps({"time": moment.replace("+00:00", "Z"), **fields})
 
@@ -3501,14 +3525,14 @@ def log_left_out(now: float) -> None:
 
 
 def log_fault(error: BaseException) -> None:
-    """Log a fault of this program: kind and place. Its text may hold what a client sent."""
+    """Log a fault of this program: its class and place, no text, which may hold a client's data."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     log_rarely("internal_error", (place.name, place.lineno or 0), kind=type(error).__name__,
                function=place.name, line=place.lineno)
 
 
 def log_refused(row: Row, error: Exception) -> None:
-    """Log a refused row. Only SQLite's own message is logged: a trigger's may hold anything."""
+    """Log a refused row. Only SQLite's own message is logged, since a trigger's may hold data."""
     known = re.fullmatch(r"[A-Z ]+ constraint failed: [\w., ]+", str(error))
     log_rarely("insert_failed", ("", 0), identity=row[0][:6],
                reason=str(error) if known else type(error).__name__)
@@ -3595,8 +3619,9 @@ example:
   curl http://127.0.0.1:8787/readyz
   python3 server.py --db events.db --backup events-backup.db
 
-SIGTERM and Ctrl-C finish what is under way and exit with 0. SIGHUP reads the TLS files again. A
-server that a systemd socket unit starts takes that socket in place of --host and --port.
+SIGTERM and Ctrl-C finish what is under way and exit with 0. A server that cannot start exits with
+2. SIGHUP reads the TLS files again. A server that a systemd socket unit starts takes that socket in
+place of --host and --port.
 """
 
 
@@ -3608,14 +3633,14 @@ def rate(text: str) -> Optional[Rate]:
 
 
 def positive(text: str) -> int:
-    """A number that fits into 64 bits, as SQLite and the system want it."""
+    """A whole number from 1 up. 18 digits fit into the 64 bits of SQLite and of the system."""
     if len(text) > 18 or int(text) < 1:
         raise ValueError
     return int(text)
 
 
 def database_bytes(text: str) -> int:
-    """A size that has room for the tables, and some events."""
+    """A size with room for the tables and some events."""
     if positive(text) < LEAST_DATABASE:
         raise ValueError
     return int(text)
@@ -3632,7 +3657,7 @@ def network(text: str) -> Network:
 
 
 def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """`parse` with an error message that says which form is wanted."""
+    """`parse`, with a message that says "is not `wanted`" where it raises."""
     def convert(text: str) -> Any:
         try:
             return parse(text)
@@ -3644,12 +3669,14 @@ def checked(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="server.py",
-        description="Take session events over HTTP and keep them in one SQLite file.",
+        description="Take session events over HTTP and keep them in one SQLite file. A flag's"
+                    " default is in parentheses.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(flag: str, wanted: Callable[[str], Any], kind: str, metavar: str, default: Any,
+    def add(flag: str, parse: Callable[[str], Any], wanted: str, metavar: str, default: Any,
             words: str) -> None:
-        p.add_argument(flag, type=checked(wanted, kind), metavar=metavar, default=default,
+        # argparse calls `type` with a default that is text, too.
+        p.add_argument(flag, type=checked(parse, wanted), metavar=metavar, default=default,
                        help=words)
 
     p.add_argument("--db", required=True, metavar="FILE",
@@ -3660,18 +3687,18 @@ def parser() -> argparse.ArgumentParser:
     add("--max-connections", positive, "a positive number", "N", DEFAULTS.max_connections,
         "open connections; beyond that the longest idle make room (4096)")
     add("--request-seconds", seconds, "seconds", "S", DEFAULTS.request_seconds,
-        "from a request's first byte to its last (10)")
+        "longest time from a request's first byte to its last (10)")
     add("--idle-seconds", seconds, "seconds", "S", DEFAULTS.idle_seconds,
-        "between the requests of a connection (30)")
+        "longest time between the requests of a connection (30)")
     add("--write-seconds", seconds, "seconds", "S", DEFAULTS.write_seconds,
-        "that a client may take nothing of its answer (10)")
+        "longest time in which a client takes no byte of its answer (10)")
     add("--rate", rate, "a rate such as 600/min, 10/s, 5000/h, or off", "N/UNIT", Rate(600, 60.0),
         "requests per client address, IPv6 per /64; loopback is not limited (600/min)")
     p.add_argument("--trusted-proxy", type=checked(network, "a network such as 10.0.0.0/8"),
                    metavar="CIDR", action="append", default=[],
                    help="believe X-Forwarded-For from there; may be repeated (none)")
     add("--max-db-bytes", database_bytes, "a number of at least %d" % LEAST_DATABASE, "N", None,
-        "size at which the database takes no more (none)")
+        "size beyond which the database file does not grow (none)")
     add("--retain-days", positive, "a positive number", "N", 0,
         "delete events received longer ago, in small pieces (keep all)")
     task = p.add_mutually_exclusive_group()
@@ -3681,7 +3708,8 @@ def parser() -> argparse.ArgumentParser:
     task.add_argument("--forget", metavar="HASH", nargs="+", action="extend",
                       help="delete all events of these identity or GitHub hashes and every trace"
                            " of them, beside a running server, and exit; - reads hashes from"
-                           " standard input; what ClickHouse needs for it goes to standard output")
+                           " standard input; the statement that deletes them from ClickHouse is"
+                           " printed on standard output")
     add("--pepper-file", not_blank, "a file", "FILE", None,
         "store HMAC-SHA256(pepper, hash) for each hash; the file is made when it is not there"
         " (store what was sent)")
@@ -3710,7 +3738,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except StartError as error:
         print("server.py: %s" % error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # what was not finished is undone
+    except KeyboardInterrupt:  # SQLite undoes a migration that was not finished
         return 128 + signal.SIGINT
     OUTPUT.write("listening on " + server.url)
     for listener in server.operators():
@@ -3760,7 +3788,7 @@ def build(options: argparse.Namespace) -> IngestServer:
     with contextlib.ExitStack() as undo:
         store = Store(options.db, options.max_db_bytes, pepper, options.retain_days)
         undo.callback(store.close)
-        if new_pepper:  # only now: a database that has one already was refused
+        if new_pepper:  # made only now: Store() has refused a database with another pepper
             store.pepper = make_pepper(options.pepper_file)
             try:
                 store.check_pepper()

@@ -444,8 +444,9 @@ class NotFound(Exception):
 
 
 class Window(NamedTuple):
-    """Which sessions: `since` (included) to `until` (not) in the stored form, with or without a
-    GitHub hash (None: both), touching one discovery (None: any)."""
+    """Which sessions are asked for: those that ended from `since` on and before `until` (stored
+    form). `github`: with a GitHub hash, or without one (None: both). `discovery`: those that
+    touched it (None: all)."""
 
     since: str
     until: str = END_OF_TIME
@@ -485,7 +486,7 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
 
 
 CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows of one moment, all in one part; if there are more, each is read alone
+MOST_JOINED = 2_000  # rows of one moment, which are in one part; more are checked one by one
 FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
 MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
 CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
@@ -499,7 +500,8 @@ BARE_SECOND = " AND length(e.ended_at) = 20"
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
            " ELSE e.ended_at END")
 BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, INSTANT)
-# Rows that no window has. A number sorts below '0', a BLOB above END_OF_TIME.
+# Rows that are in no window: their ended_at is NULL, a number, a BLOB, or text outside the range of
+# moments. SQLite sorts numbers below every text and BLOBs above.
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
@@ -509,8 +511,8 @@ Columns = Sequence[Sequence[Any]]
 
 
 class Look(NamedTuple):
-    """The result of reading all rows of a window. `total`: the sessions that pass its filters;
-    `newest`: the last `limit` of these, as rows."""
+    """What one reading of all rows of a window found. `total`: how many sessions pass its filters;
+    `newest`: the last `limit` of these, as rows, oldest first."""
 
     limit: int
     total: int
@@ -528,7 +530,7 @@ class Reader:
         self.connection = connection
         self.odd: Set[int] = set()  # ids of rows that are no sessions
         self.looks: Dict[Window, Look] = {}
-        self.pairs: Dict[Window, List[Pair]] = {}  # who was there in a window's time
+        self.pairs: Dict[Window, List[Pair]] = {}  # see `everybody`
 
     @property
     def left_out(self) -> int:
@@ -541,8 +543,8 @@ class Reader:
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
     def checked(self, sql: str, values: Sequence[Any], most: int = CHUNK) -> Iterator[Rows]:
-        """The sessions among `SELECT SELECTED` + sql as plain rows, up to `most` at a time, each
-        looked at alone. The ids of the others go to `odd`."""
+        """The rows of `SELECT SELECTED` + sql that are sessions, as plain rows, up to `most` at a
+        time. Each is checked by itself. The ids of the other rows go to `odd`."""
         cursor = self.rows("SELECT %s %s" % (SELECTED, sql), values)
         for rows in iter(lambda: cursor.fetchmany(most), []):
             good = []
@@ -555,9 +557,9 @@ class Reader:
 
     def joined(self, sql: str, values: Sequence[Any], places: Sequence[int] = range(len(COLUMNS))
                ) -> Tuple[int, int, List[bytes]]:
-        """How many rows these are, how many have the right types, and their columns as lines: all
-        but the ids, which are joined if they are among `places`. No column where one is too long
-        for SQLite."""
+        """(how many rows, how many of them have the right types, the text of each column with a
+        cell a line). The ids are joined only if ID is among `places`. (-1, 0, []) if a text is too
+        long for SQLite."""
         columns = JOINED if ID in places else ["NULL", *JOINED[1:]]
         lenient, self.connection.text_factory = self.connection.text_factory, bytes
         try:
@@ -570,9 +572,10 @@ class Reader:
         return count, right, texts
 
     def parts(self, index: str, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
-        """This time, in order, in parts of about CHUNK rows: the condition of each with its values,
-        and whether its rows are too many to be joined. (The index gives the order within a part.
-        One query for all, with an ORDER BY below group_concat, takes three times as long.)"""
+        """The time from `since` to `until` in parts of about CHUNK rows, in order. Of each part:
+        its FROM and WHERE, their values, and whether it has too many rows to be joined. (The index
+        gives the order within a part. One query for all, with an ORDER BY below group_concat, takes
+        three times as long.)"""
         by_index = 'INDEXED BY "%s"' % index.replace('"', '""')
         lower: Tuple[str, Any] = (">= ?", since)
         while lower[1] is not None:
@@ -585,9 +588,9 @@ class Reader:
             lower = "> " + MOMENT_OF, last
 
     def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """All sessions in the window's time, whatever its filters, oldest first, some at a time:
-        the columns at these places of COLUMNS."""
-        # A row whose ended_at is no moment counts as left out of every window.
+        """All sessions of the window's time, whatever its filters, oldest first, some at a time:
+        a list of cells for each of these places of COLUMNS."""
+        # A row without a moment could be of any time, so every window counts it as left out.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = window[:2]
         seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
@@ -606,8 +609,8 @@ class Reader:
                     yield columns_of(rows, places)
 
     def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """The sessions of the window, oldest first, some at a time, as columns: who it was, as a
-        place in `everybody`, and then the columns at these places of COLUMNS."""
+        """The sessions of the window, oldest first, some at a time, as columns. The first column is
+        who it was, as a place in `everybody`. The others are at these places of COLUMNS."""
         numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
         filtered = window[2:] != NO_FILTER
         needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
@@ -620,7 +623,7 @@ class Reader:
         self.pairs[window] = list(numbers)
 
     def look(self, window: Window, limit: int = 0) -> Look:
-        """Read every row of the window once. The result is kept."""
+        """Read every row of the window, unless that was done already with this `limit` or more."""
         found = self.looks.get(window)
         if found is None or found.limit < limit:
             total = 0
@@ -632,14 +635,14 @@ class Reader:
         return found
 
     def everybody(self, window: Window) -> List[Pair]:
-        """Who was there in the window's time, whatever its filters."""
+        """Who had a session in the window's time, whatever its filters, each once."""
         if window not in self.pairs:
             self.look(window)
         return self.pairs[window]
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
-        """The sessions of a window, newest first (the later stored first where two ended
-        together)."""
+        """The sessions of a window, newest first. Of two that ended together the one that was
+        stored later comes first."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
         names = developers_of(self.everybody(window))
@@ -657,13 +660,14 @@ class Reader:
         return self.look(window).total
 
     def some(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
-        """The sessions among `FROM session_events e` + sql, of which there are few."""
+        """The rows of `FROM session_events e` + sql that are sessions. For a query of few rows."""
         for rows in self.checked("FROM session_events e " + sql, values, 50):
             yield from map(session_of, rows)
 
 
 def hashes_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
-    """{pair: the developer it is}: its GitHub hash, else the one of its identity, else that."""
+    """{pair: the hash that stands for the developer}. It is the pair's own GitHub hash, else the
+    only GitHub hash that its identity has in other pairs, else the identity."""
     logins: Dict[str, Optional[str]] = {}  # None where an identity has several
     for identity, github in pairs:
         if github is not None:
@@ -672,8 +676,9 @@ def hashes_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
 
 
 def developers_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
-    """{pair: the developer it is, as shown}. No whole hash goes further than here. All answers
-    about one window have the same labels, since all are made from everybody who was there."""
+    """{pair: the label under which the developer is shown}. Answers show this label, and never the
+    whole hash. All answers about a window have the same labels, since all are made from
+    everybody who was there."""
     hashes = hashes_of(pairs)
     shown = labels(hashes.values())
     return {pair: shown[who] for pair, who in hashes.items()}
@@ -694,15 +699,16 @@ def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
 def last_event(reader: Reader) -> Optional[str]:
     """When the newest session of the database ended, None if there is none."""
     newest = reader.some("WHERE e.ended_at < ? ORDER BY e.ended_at DESC", [END_OF_TIME])
-    # Within a second, a moment without a fraction sorts wrong as text (see BARE_SECOND).
+    # Among moments of one second, one without a fraction sorts wrong as text (see BARE_SECOND).
     seconds = itertools.groupby(newest, lambda s: s.ended // 1000)
     return next((moment_text(max(s.ended for s in same)) for _, same in seconds), None)
 
 
-MOST_MATCHES = 1000  # of a prefix that fits many
-# No index starts with the session's hash. The unique index has it behind the identity: two steps
-# for each identity (of 4,000: 13 ms) cost less than all of it (of a million rows: 65 ms).
-MOST_IDENTITIES = 15_000
+MOST_MATCHES = 1000  # rows that are read for a prefix; a short one can fit many more
+# No index starts with the session's hash. The unique index has it behind the identity. With few
+# identities it is faster to look in the index once for each of them (4,000: 13 ms) than to read the
+# whole index (a million rows: 65 ms).
+MOST_IDENTITIES = 15_000  # that are looked at; then the whole index is read
 AMONG_IDENTITIES = """WHERE e.id IN (WITH RECURSIVE each_one (identity) AS (
     SELECT min(identity_hash) FROM session_events
     UNION ALL
@@ -716,9 +722,9 @@ AMONG_ALL = """WHERE e.id IN (SELECT id FROM session_events
 
 
 def find_session(reader: Reader, prefix: str) -> Session:
-    """The session whose hash is, or starts with, `prefix` (where two identities share a hash, as
-    over the end of a quarter, one of the two rows). Raises NotFound when there is none, or when
-    the prefix fits several sessions."""
+    """The session whose hash is, or starts with, `prefix`. Two identities can have sent the same
+    session, as at the end of a quarter: then one of the two rows. Raises NotFound when there is
+    none, or when the prefix fits several sessions."""
     prefix = prefix.lower()
     if not re.fullmatch(r"[0-9a-f]{4,64}", prefix):
         raise NotFound("a session is named by 4 to 64 hex digits of its hash")
@@ -758,9 +764,10 @@ SPARKS = 24  # parts of a window in which a discovery's sessions are counted
 class Timeline:
     """The sessions of a window as columns, in the order of time (by `ended_at`, then `id`).
 
-    `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
-    (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
-    it}, of the window's discovery alone if it has one."""
+    The columns: `ended` (stored form), `who` (a place in `people`), and in `more` those at the
+    places of COLUMNS that were asked for. `people`: (developer, identity) of each place.
+    `touched`: {discovery: the places of the sessions that touched it}; if the window has a
+    discovery, only that one."""
 
     def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
         self.who = array.array("I")
@@ -808,25 +815,25 @@ class Trail(NamedTuple):
         return len({developer for developer, _ in self.people()})
 
     def reached(self) -> Dict[str, int]:
-        """{developer: the place of the first session}, in the order of time."""
+        """{developer: the place of their first session that touched it}, in the order of time."""
         first: Dict[str, int] = {}
         for place in self.places:
             first.setdefault(self.within.developer(place), place)
         return first
 
     def hours_until(self, place: int) -> float:
-        """From its first session to the one at `place`, to a hundredth of an hour."""
+        """Hours from its first session to the one at `place`, rounded to hundredths."""
         start, end = (stored_instant(self.within.ended[n]) or 0 for n in (self.places[0], place))
         return round((end - start) / 3_600_000, 2)
 
     def hours_to_second(self) -> Optional[float]:
-        """None if it reached one developer alone."""
+        """Hours until it reached a second developer; None if it did not."""
         first = self.within.developer(self.places[0])
         second = next((n for n in self.places if self.within.developer(n) != first), None)
         return None if second is None else self.hours_until(second)
 
     def half_life(self) -> Optional[float]:
-        """Until half of its sessions, 4 or more, had ended."""
+        """Hours until half of its sessions had ended; None if it has fewer than 4."""
         count = len(self.places)
         return self.hours_until(self.places[(count + 1) // 2 - 1]) if count >= 4 else None
 
@@ -843,9 +850,9 @@ class Deeds:
 
 
 class Story:
-    """A window in figures: `trails`, the `developers` {who: deeds}, `flows` {(giver, receiver):
-    hand-overs}, and `saved`: the tokens saved by sessions that built on others (True) or did not
-    (False)."""
+    """A window in figures: `trails` {discovery: its trail}, `developers` {who: deeds}, `flows`
+    {(giver, receiver): hand-overs}, and `saved`: the tokens saved by each session that built on
+    others (True) or did not (False)."""
 
     def __init__(self, reader: Reader, window: Window) -> None:
         timeline = Timeline(reader, window, (TOOLS, TOKENS))
@@ -864,7 +871,7 @@ class Story:
         rows = zip(names, timeline.ended, *timeline.more)
         for place, (who, ended, tools, tokens) in enumerate(rows):
             self.add(who, ended, tools, tokens, place in built)
-        for who in self.developers:
+        for who in self.developers:  # from one developer to the same is no hand-over
             del steps[who, who]
         self.flows = steps
         for (giver, receiver), count in steps.items():
@@ -891,8 +898,8 @@ def middle(values: Sequence[float]) -> Optional[float]:
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
-    """(first ms, ms after the last) of a window; None where it has no start, now where it has no
-    end."""
+    """(the first millisecond of a window, the first after it). Without a start the one is None;
+    without an end the other is now."""
     start, end = instant(window.since), instant(window.until)
     if end is None:
         end = max(now_ms() if now is None else now, (start or 0) + 1)
@@ -900,7 +907,7 @@ def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], i
 
 
 def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
-    """The window of the same length right before a window, None where there can be none."""
+    """The window of the same length right before a window; None if the window has no start."""
     start, end = ends_of(window, now)
     if start is None:
         return None
@@ -909,8 +916,8 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
 
 def newcomers(reader: Reader, window: Window, story: Story, before: Optional[Window]
               ) -> Dict[str, Deeds]:
-    """The developers of a window who were not there in as many days before. A developer is looked
-    for by all its hashes, so that nobody is new only because of logging in."""
+    """The developers of a window who were not there in as many days before. All hashes of a
+    developer are looked for, so that nobody is new only because of logging in."""
     if before is None:
         return dict(story.developers)
     there = {key for pair in reader.everybody(before) for key in pair if key}
@@ -933,7 +940,8 @@ def summary(reader: Reader, window: Window, now: Optional[int] = None) -> Plain:
     "hand_overs", "furthest": {"discovery_id", "developers", "hours"}, "built_on_others":
     {"sessions", "share"}, "tokens_saved_median": {"built_on_others", "others"},
     "hours_to_second_developer" (median), "cold_start": {"developers", "sessions", "never"}}. A
-    figure of nothing is None; hours are rounded to hundredths, the share to ten-thousandths."""
+    median or share of no values is None; hours are rounded to hundredths, the share to
+    ten-thousandths."""
     now = now_ms() if now is None else now
     earlier = before_of(window, now)
     before = earlier and figures(reader, earlier, before_of(earlier, now))
@@ -996,7 +1004,8 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) -> Plain:
-    """`ends` of the window in ms; without a start it begins with the first session."""
+    """The figures of one discovery, as in `discoveries`. `ends`: see `ends_of`; a window without a
+    start begins with the discovery's first session."""
     (start, end), ended = ends, trail.ended()
     if start is None:
         start = stored_instant(ended[0]) or 0
@@ -1034,8 +1043,8 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     "session_count", "distinct_identity_count", "last_aggregated_at", "developer_count",
     "hours_to_second_developer" (None: it reached nobody else), "half_life_hours" (None: under 4
     sessions), "counts": sessions in each of SPARKS equal parts of the window} ...],
-    "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
-    the window; its `discovery` is not looked at."""
+    "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS). Only the
+    window's sessions count; its `discovery` is not looked at."""
     timeline = Timeline(reader, window._replace(discovery=None))
     trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
@@ -1115,7 +1124,8 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
         since=moment_text((first_day - EPOCH.toordinal()) * DAY_MS), until=window.since)
     inside, outside = days_of(reader, window), days_of(reader, earlier)
     here, there = reader.everybody(window), reader.everybody(earlier)
-    names = developers_of([*here, *there])  # who logged in between the two is one developer
+    # Of both together, so that who logged in between the two windows is one developer.
+    names = developers_of([*here, *there])
     recent = active([(inside, [names[pair] for pair in here]),
                      (outside, [names[pair] for pair in there])], last_day)
     previous = before_of(window, now)
@@ -1131,8 +1141,8 @@ def names_in(reader: Reader, window: Window) -> List[str]:
 
 
 def active(parts: Sequence[Tuple[Days, Sequence[str]]], last_day: int) -> List[Plain]:
-    """Who was there in the last 1, 7, 28 days up to `last_day`; how many of them in as many days
-    before. `parts`: days, and the developer of each place in them."""
+    """How many developers were there in the last 1, 7 and 28 days up to `last_day`, and how many of
+    them also in as many days before. `parts`: days, and the developer of each place in them."""
     def between(first: int, last: int) -> Set[str]:
         return {names[place] for days, names in parts for day in range(first, last + 1)
                 if day in days for place in days[day].who}
@@ -1162,8 +1172,8 @@ FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this man
 
 def periods(window: Window, sums: Days, names: Sequence[str], last_day: Optional[int] = None
             ) -> Dict[str, List[Plain]]:
-    """A window's days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`),
-    in order, `last_day` among them."""
+    """The sums of a window by day, week and month: {"days": [P ...], "weeks": ..., "months": ...}
+    (see `activity`), in order. `last_day` is listed even if it is empty."""
     first = datetime.date.fromisoformat(window.since[:10] or "0001-01-01").toordinal()
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
@@ -1174,7 +1184,8 @@ def periods(window: Window, sums: Days, names: Sequence[str], last_day: Optional
 
 def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], first: int,
               name: Callable[[int], str], before: Callable[[int], int]) -> Iterator[Plain]:
-    """P of each period of these days (see PERIODS), in order. `first`: the window's first day."""
+    """P (see `activity`) of each period of these days, in order. `first`: the window's first day.
+    `name` and `before` are a line of PERIODS."""
     last = ""  # the period before
     there: Set[str] = set()  # its developers
     for period, group in itertools.groupby(days, name):
@@ -1205,8 +1216,8 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
 
 class Edge(NamedTuple):
-    """The discoveries that one session carried on from another. `source` and `target` are places
-    of the two in a list in time order."""
+    """The discoveries that one session carried on from another. `source` and `target` are the
+    places of the two sessions in a list in time order."""
 
     source: int
     target: int
@@ -1214,9 +1225,9 @@ class Edge(NamedTuple):
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
-    """For each discovery (or for `only` that one), an edge from each session that touched it to
-    the next one that did; edges between the same two are one edge. `ordered` is in time order; so
-    are the edges, by target."""
+    """For each discovery, an edge from each session that touched it to the next one that did. All
+    edges between the same two sessions are one edge. `ordered` is in time order, and the edges are
+    in the order of their targets. `only`: for this discovery alone."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
@@ -1229,9 +1240,10 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape), or `only` one
-    discovery's."""
-    names = numbered(s.session for s in ordered)  # two machines or quarters can have the same
+    """The session graph of sessions in time order (see `graph` for the shape). `only`: with the
+    edges of this discovery alone."""
+    # The sessions of two machines, or of two quarters, can have the same hash.
+    names = numbered(s.session for s in ordered)
     who = [s.developer for s in ordered]
     flows: Dict[Tuple[str, str], List[int]] = {}
     edges = []
@@ -1283,9 +1295,9 @@ UNSEEN = re.compile(r"[^ -~]")
 
 
 def visible(text: str) -> str:
-    """The text with everything but printable ASCII as \\u escapes. All that the contract allows
-    comes out as it is. What else a row can hold (terminal commands, right-to-left marks) loses its
-    power."""
+    """The text with everything but printable ASCII as \\u escapes. What the contract allows stays
+    as it is. Terminal commands and right-to-left marks, which another program's row can hold, have
+    no effect."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
