@@ -3186,7 +3186,7 @@ class IngestServer(http.server.HTTPServer):
 
         While requests are checked others are sent. The same commit serves them (9% more events/s
         at 32 clients). And whoever has just connected will send in a moment. So a fresh connection
-        is waited for, while each pause is under SPIN_SECONDS: 7% more events/s at 32 clients that
+        is waited for, while each pause is under SPIN_SECONDS: 6% more events/s at 32 clients that
         connect for each event. Half of them would otherwise be watched for their one request.
         """
         fresh, until = self.connections.fresh, 0.0
