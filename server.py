@@ -2567,6 +2567,8 @@ MAX_HELD = 48 * 1024 * 1024  # bytes of unfinished requests and unsent answers, 
 # 5. In lingering a connection holds nothing. What arrives is thrown away.
 # 6. All connections of a phase have the same time limit. So the first to enter a phase is the first
 #    whose time is over.
+# 7. `fresh` has connections that were accepted in the present turn and have sent nothing yet. They
+#    are in idle, and are not watched: the turn tries them. Between two turns there are none.
 HANDSHAKE, IDLE, READING, WRITING, LINGERING, CLOSED = (
     "handshake", "idle", "reading", "writing", "lingering", "closed")
 PHASES = HANDSHAKE, IDLE, READING, WRITING, LINGERING
@@ -2587,6 +2589,7 @@ class Connections:
         # In the order in which they entered the phase.
         self.waiting: Dict[str, Dict[Connection, None]] = {phase: {} for phase in PHASES}
         self.backlog: Dict[Connection, None] = {}  # in the order in which they came
+        self.fresh: Dict[Connection, None] = {}  # in the order in which they were accepted
         self.answering: List[Connection] = []  # those with answers of this turn
         # Bytes received and not yet taken as a request, or answered and not yet sent.
         self.held = 0
@@ -2665,7 +2668,19 @@ class Connection:
     # -- called by the turn ------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Read at once: a client with one request is often served before a selector is needed."""
+        """Begin. This turn calls try_first(), and then settle() if it is still fresh."""
+        self.others.fresh[self] = None
+
+    def try_first(self) -> None:
+        """Read, if something is there. A client with one request is often never watched."""
+        data = self.receive()
+        if data is not None:
+            del self.others.fresh[self]
+            self.take(data)
+
+    def settle(self) -> None:
+        """Become like all other connections: read, or be watched, or go on in the next turn."""
+        self.others.fresh.pop(self, None)
         if self.server.turn_is_full():
             self.others.backlog[self] = None
         else:
@@ -2718,8 +2733,10 @@ class Connection:
         if self.phase is not CLOSED:
             self.watch(0)
             self.others.backlog.pop(self, None)
-            self.reader, self.unsent = RequestReader(), b""
-            self.count_held()
+            self.others.fresh.pop(self, None)
+            if self.held:
+                self.reader, self.unsent = RequestReader(), b""
+                self.count_held()
             self.enter(CLOSED)
             self.sock.close()
 
@@ -2770,7 +2787,12 @@ class Connection:
         data = self.receive()
         if data is None:
             self.watch(READ)
-        elif not data:
+        else:
+            self.take(data)
+
+    def take(self, data: bytes) -> None:
+        """Go on with what was received."""
+        if not data:
             self.close()
         elif self.phase is not LINGERING:
             self.reader.feed(data)
@@ -2904,7 +2926,7 @@ class TLSConnection(Connection):
             self.server.metrics.refusals["handshakes_alone"] += 1
             self.close()
         else:
-            super().start()
+            self.settle()  # the client's part of a handshake takes longer than a turn
 
     def on_ready(self, mask: int) -> None:
         # In a handshake it does not matter for what the socket was ready.
@@ -3060,7 +3082,8 @@ def usable_cpus() -> int:
 
 # After a turn that answered somebody, look again for so long before going to sleep: being woken
 # costs 60 us, so that a client which waits for each answer gets 6,500 events/s stored instead of
-# 4,700. With one CPU nobody else could run.
+# 4,700. A turn also waits so long for a fresh connection's request (see read()). With one CPU
+# nobody else could run.
 SPIN_SECONDS = 0.00005 if usable_cpus() > 1 else 0.0
 
 
@@ -3092,6 +3115,7 @@ class IngestServer(http.server.HTTPServer):
         self.rate_limit = RateLimit(limits.rate) if limits.rate else None
         self.now, self.second = time.monotonic(), int(time.time())
         self.connections = Connections()
+        self.accepted = 0  # connections, in this turn
         self.taken = 0  # bytes of this turn's requests
         self.reading_until = 0.0  # on the clock of time.perf_counter: READING_SECONDS are over
         self.rows: List[Row] = []  # of this turn
@@ -3174,26 +3198,55 @@ class IngestServer(http.server.HTTPServer):
             timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
         ready = self.ready_sockets(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
-        self.taken, self.reading_until = 0, time.perf_counter() + READING_SECONDS
+        self.accepted = self.taken = 0
+        self.reading_until = time.perf_counter() + READING_SECONDS
         backlog = self.connections.backlog
         for connection in itertools.takewhile(lambda _: not self.turn_is_full(), list(backlog)):
             if connection in backlog:  # another may have closed it meanwhile
                 del backlog[connection]
                 self.guarded(connection.resume)
-        while ready:
-            before = len(self.rows)
-            for key, mask in ready:
-                self.guarded(key.data, mask)
-            # Others may have sent while these were checked. The same commit serves them (9% more
-            # events/s at 32 clients).
-            again = len(self.rows) > before + 1 and not self.turn_is_full()
-            ready = self.selector.select(0) if again else []
+        self.read(ready)
         if self.now >= self.expire_at or self.connections.held >= MAX_HELD:
             self.expire_at = self.now + EXPIRE_EVERY
             self.expire()
         self.answer(self.commit())
         self.store.after_turn()
         self.report()
+
+    def read(self, ready: List[Tuple[selectors.SelectorKey, int]]) -> None:
+        """Read from the sockets that are ready, and from fresh connections, while more comes.
+
+        While requests are checked, others are sent. The same commit serves them (9% more events/s
+        at 32 clients). A client that has just connected sends in a moment. So the turn waits for
+        fresh connections, as long as each pause is under SPIN_SECONDS: 6% more events/s at 32
+        clients that connect for each event. Else half of them are watched for one request.
+        """
+        fresh, until = self.connections.fresh, 0.0
+        while ready or fresh:
+            before = self.accepted + len(self.rows)
+            for key, mask in ready:
+                self.guarded(key.data, mask)
+            if fresh:
+                self.read_fresh()
+            more = self.accepted + len(self.rows) - before
+            if fresh and more:
+                until = time.perf_counter() + SPIN_SECONDS
+            again = more > 1 or (fresh and time.perf_counter() < until)
+            if not again or self.turn_is_full():
+                break
+            ready = self.selector.select(0)
+        for connection in list(fresh):
+            self.guarded(connection.settle)
+
+    def read_fresh(self) -> None:
+        """Read from the fresh connections, up to the first that has sent nothing yet."""
+        fresh = self.connections.fresh
+        for connection in list(fresh):
+            if self.turn_is_full():
+                break
+            self.guarded(connection.try_first)
+            if connection in fresh:
+                break
 
     def ready_sockets(self, timeout: float) -> List[Tuple[selectors.SelectorKey, int]]:
         ready = self.selector.select(0)
@@ -3253,6 +3306,7 @@ class IngestServer(http.server.HTTPServer):
 
     def open_connection(self, sock: socket.socket, peer: str, routes: Routes) -> None:
         sock.setblocking(False)
+        self.accepted += 1
         bucket, proxy = None, ""
         # Loopback has no limit, but a proxy on it may be a trusted one, whose clients have.
         if self.rate_limit and (self.trusted or not peer.startswith("127.")):

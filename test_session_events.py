@@ -3866,21 +3866,21 @@ def turning(address=("127.0.0.1", 0), limits=server.DEFAULTS, **options):
 def test_server_fault_in_a_connection_ends_only_that_one(monkeypatch):
     """Also in its first step, before anything watches its socket."""
     monkeypatch.setattr(server.ERRORS, "write", lambda text: None)
-    receive_requests = server.Connection.receive_requests
+    read_requests = server.Connection.read_requests
     for broken in ("start", "later"):
         with turning() as turned, socket.create_connection(turned.server_address) as kept:
             turned.turn(1.0)
             (well,) = turned.connections.all()
 
-            def receive(connection, well=well):
+            def read(connection, well=well):
                 if connection is not well:
                     raise ZeroDivisionError
-                receive_requests(connection)
+                read_requests(connection)
 
             with socket.create_connection(turned.server_address) as bad:
                 if broken == "later":
                     turned.turn(1.0)
-                monkeypatch.setattr(server.Connection, "receive_requests", receive)
+                monkeypatch.setattr(server.Connection, "read_requests", read)
                 bad.sendall(HEALTH)
                 turned.turn(1.0)
                 assert turned.connections.all() == [well]
@@ -3910,7 +3910,55 @@ def check_rules(turned):
             assert c.mask or c in crowd.backlog
             assert phase != server.IDLE or not c.held or c in crowd.backlog
     assert set(listed.values()) <= {1} and set(crowd.backlog) <= set(listed)
-    assert crowd.held == sum(c.held for c in listed) and not crowd.answering
+    assert crowd.held == sum(c.held for c in listed) and not crowd.answering and not crowd.fresh
+
+
+@quick
+def test_server_answers_a_fresh_connection_like_a_watched_one(monkeypatch):
+    """One commit serves who sent before the turn, also behind a silent client, and who sends in it.
+
+    The silent client sends when it is watched. All get the same answer.
+    """
+    monkeypatch.setattr(server, "READING_SECONDS", 60.0)
+    sends = [request(as_sent(event(n)), headers=["Connection: close"]) for n in range(4)]
+    with turning() as turned, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(turned.server_address, timeout=30))
+            for _ in sends
+        ]
+        before, during, silent, behind = clients
+        before.sendall(sends[0])
+        behind.sendall(sends[1])
+        select, late = turned.selector.select, [sends[2]]
+
+        def looked(timeout=None):
+            if turned.connections.fresh and late:
+                during.sendall(late.pop())
+            return select(timeout)
+
+        monkeypatch.setattr(turned.selector, "select", looked)
+        turned.turn(10)
+        check_rules(turned)
+        assert turned.metrics.rows.sum == 3 and sum(turned.metrics.rows.counts) == 1
+        [watched] = turned.connections.all()
+        assert watched.mask == server.READ
+        silent.sendall(sends[3])
+        turned.turn(10)
+        assert turned.metrics.rows.sum == 4 and not turned.connections
+        replies = [client.makefile("rb").read() for client in clients]
+    assert all(reply.startswith(b"HTTP/1.1 202 ") for reply in replies)
+    assert len({re.sub(rb"Date: [^\r]+", b"", reply) for reply in replies}) == 1
+
+
+@quick
+def test_server_silent_client_delays_no_turn_for_long():
+    """The turn waits for its first bytes for SPIN_SECONDS, and then the selector does."""
+    with turning() as turned, socket.create_connection(turned.server_address):
+        started = time.thread_time()
+        turned.turn(10)
+        assert time.thread_time() - started < 0.05
+        [silent] = turned.connections.all()
+        assert silent.mask == server.READ and not turned.connections.fresh
 
 
 @quick
