@@ -146,12 +146,13 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 # ==================================================================================================
 
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
+SECOND = r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}"  # the group is the date
 # What server.py stores. Another program may leave out the fraction.
-STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
+STORED = re.compile(SECOND + r"(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))?",
-    re.ASCII)
-EPOCH = datetime.datetime(1970, 1, 1)
+    SECOND + r"(?:\.(\d+))?(?:Z|([+-](?:[01]\d|2[0-3]):[0-5]\d))?", re.ASCII)
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+MILLISECOND = datetime.timedelta(milliseconds=1)
 DAY_MS = 86_400_000
 
 
@@ -172,33 +173,36 @@ class Session(NamedTuple):
     developer: str = ""
 
 
+def since_epoch(iso: str) -> Optional[int]:
+    """Milliseconds since 1970; None where there is no such day."""
+    try:
+        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
+    except ValueError:
+        return None
+
+
 def instant(text: object) -> Optional[int]:
     """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), else None."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    fraction, sign, off_hour, off_minute = match.groups()[6:]
-    year, month, day, hour, minute, second = map(int, match.groups()[:6])
-    try:
-        moment = datetime.datetime(year, month, day, hour, minute, second)
-    except ValueError:
-        return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1)
-    ms += int(((fraction or "") + "000")[:3])
-    if not sign:
-        return ms
-    if int(off_hour) > 23 or int(off_minute) > 59:
-        return None
-    return ms - (int(off_hour) * 60 + int(off_minute)) * 60_000 * (1 if sign == "+" else -1)
+    moment, fraction, offset = match.string[:19], match[2] or "", match[3]
+    return since_epoch(moment + "." + (fraction + "000")[:3] + (offset or "+00:00"))
+
+
+def stored_instant(text: object) -> Optional[int]:
+    """`instant` of a moment in stored form (with milliseconds or none), else None."""
+    stored = isinstance(text, str) and STORED.fullmatch(text)
+    return since_epoch(stored.string[:-1] + "+00:00") if stored else None
 
 
 def moment_text(ms: int) -> str:
     """The stored form of a moment: UTC with milliseconds, so that text order is time order."""
     try:
-        moment = EPOCH + datetime.timedelta(milliseconds=ms)
+        moment = EPOCH + ms * MILLISECOND
     except OverflowError:
         moment = datetime.datetime.min if ms < 0 else datetime.datetime.max
-    return moment.isoformat(timespec="milliseconds") + "Z"
+    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 def moment_or_none(text: object) -> Optional[str]:
@@ -213,18 +217,6 @@ def now_ms() -> int:
 @functools.lru_cache(4096)
 def midnight(date: str) -> Optional[int]:
     return instant(date + "T00:00:00")
-
-
-def stored_instant(text: object) -> Optional[int]:
-    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
-    match = STORED.fullmatch(text) if isinstance(text, str) else None
-    start = midnight(match.group(1)) if match else None
-    if start is None:
-        return None
-    assert isinstance(text, str)
-    ms = int(text[20:23]) if len(text) == 24 else 0
-    seconds = int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
-    return start + seconds * 1000 + ms
 
 
 def refs_of(text: object) -> Optional[List[str]]:
