@@ -993,7 +993,7 @@ def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) 
     """`ends` of the window in ms; without a start it begins with the first session."""
     (start, end), ended = ends, trail.ended()
     if start is None:
-        start = stored_instant(ended[0]) or 0
+        start = stored_instant(trail.within.ended[0]) or 0
     edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
     cuts = [0, *(bisect.bisect_left(ended, edge) for edge in edges), len(ended)]
     return {"discovery_id": name, "first_seen_at": ended[0],
@@ -1034,12 +1034,10 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
-    start, end = ends_of(window, now)
-    if start is None and timeline.ended:
-        start = stored_instant(timeline.ended[0])
+    ends = ends_of(window, now)
     return dict(
         span(window), discoveries_in_window=len(trails),
-        discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
+        discoveries=[discovery_figures(name, trail, ends) for name, trail in chosen])
 
 
 def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
