@@ -1381,8 +1381,9 @@ SAVED = number_column("Tokens saved", "tokens_saved", short="Saved")
 SESSION_COLUMNS = (
     ENDED, SESSION, DEVELOPER, GITHUB_USED, CALLS, SAVED, BRANCH,
     Column("Discoveries", refs_cell, "d", lambda s: discovery_links(s["discovery_refs"])))
+DISCOVERY = Column("Discovery", lambda d: d["discovery_id"], sort="name")
 DISCOVERY_COLUMNS = (
-    Column("Discovery", lambda d: d["discovery_id"], sort="name"),
+    DISCOVERY,
     Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
            short="Over time"),
     number_column("Reach", "developer_count", "developer_count"),
@@ -1765,11 +1766,13 @@ def session_link(s: Plain) -> str:
 
 
 def linked(columns: Sequence[Column], query: str) -> List[Column]:
-    """The columns, with each developer as a link to its page on a window (`query`)."""
-    def link(row: Plain) -> str:
-        return '<a href="/developer/{0}{1}">{0}</a>'.format(esc(row["developer"]), esc(query))
-
-    return [c._replace(html=link) if c is DEVELOPER else c for c in columns]
+    """The columns, with each developer and discovery as a link to its page on a window
+    (`query`)."""
+    pages: Dict[Column, Callable[[Plain], str]] = {
+        DEVELOPER: lambda row: '<a href="/developer/{0}{1}">{0}</a>'.format(
+            esc(row["developer"]), esc(query)),
+        DISCOVERY: lambda row: discovery_link(row["discovery_id"], query)}
+    return [c._replace(html=pages.get(c, c.html)) for c in columns]
 
 
 def discovery_link(ref: str, query: str = "") -> str:
@@ -2367,11 +2370,10 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
     rows, total = result["discoveries"], result["discoveries_in_window"]
-    name = DISCOVERY_COLUMNS[0]._replace(html=lambda d: discovery_link(d["discovery_id"], query))
     caption = "%s touched in this window%s; a title sorts by it" % (
         counted(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    body = html_table(caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
+    body = html_table(caption, linked(DISCOVERY_COLUMNS, query), rows, sort,
                       lambda key: path + filters.query(sort=key))
     if body:
         body += note_html("Reach: how many developers had a session that touched it. Half-life:"
