@@ -1843,6 +1843,12 @@ def day_words(moment: str) -> str:
     return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
 
 
+def stretched(height: float, shapes: str) -> str:
+    """Shapes whose x is in thousandths of the width."""
+    return ('<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">%s'
+            '</svg>' % (height, height, shapes))
+
+
 class Picture:
     """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
     discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
@@ -1865,10 +1871,8 @@ class Picture:
         self.developers = sorted(balance, key=lambda key: -balance[key])  # then by first session
         self.rows = rows = min(len(balance), MOST_LANES)
         self.lanes = {key: min(n, rows - 1) for n, key in enumerate(self.developers)}
-        if len(balance) > MOST_LANES:
-            self.own, self.others = self.developers[:rows - 1], self.developers[rows - 1:]
-        else:
-            self.own, self.others = self.developers, []
+        alone = rows if len(balance) == rows else rows - 1
+        self.own, self.others = self.developers[:alone], self.developers[alone:]
         self.crowded = len(self.every) > CROWDED_ARCS or bool(self.others)
         self.lane = next(px for px in LANES_PX if rows * px <= PICTURE_PX)
         end = self.start + self.span
@@ -1891,17 +1895,15 @@ class Picture:
         words = "Replay: %s of %s over time; the tables say the same" % (
             counted(len(self.ordered), "session"), counted(len(self.developers), "developer"))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
-                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
-                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
-                '<g id="discs">%s</g>'
-                '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
-                '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
-                '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/></svg></svg>' % (
+                '</g>%s<g id="discs">%s</g>%s</svg>' % (
                     self.height, words, ' class="dense"' if self.crowded else "", self.axis(),
-                    self.lane_lines(self.own, len(self.others)), self.height, self.height,
-                    self.cells(self.lanes) if self.crowded else "", self.arc_paths(), self.discs(),
-                    self.height, self.height, self.top, self.height - self.top, self.top - 6,
-                    self.height))
+                    self.lane_lines(self.own, len(self.others)),
+                    stretched(self.height, '<g class="cells">%s</g><g id="arcs">%s</g>' % (
+                        self.cells(self.lanes) if self.crowded else "", self.arc_paths())),
+                    self.discs(),
+                    stretched(self.height, '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
+                              '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/>' % (
+                                  self.top, self.height - self.top, self.top - 6, self.height))))
 
     def axis(self) -> str:
         line = '<g%s><line x1="%g%%" x2="%g%%" y1="%g" y2="%g"/><text x="%g%%" y="%g">%s</text></g>'
@@ -1986,10 +1988,9 @@ class Picture:
         height = self.top + self.lane * len(self.others) + 6
         lanes = {key: n for n, key in enumerate(self.others)}
         return ('<svg class="chart" height="%g" role="img" aria-label="The lanes of %d more'
-                ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
-                ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
-                '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
-                            self.cells(lanes)))
+                ' developers"><g class="lanes">%s</g>%s</svg>' % (
+                    height, len(lanes), self.lane_lines(self.others),
+                    stretched(height, '<g class="cells">%s</g>' % self.cells(lanes))))
 
     def data(self) -> Plain:
         """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
