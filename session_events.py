@@ -2149,14 +2149,26 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
                     len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
+def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -> str:
+    """The replay (see there) of a window's newest sessions; "" if it has none. A window of one
+    discovery has no findings and no list, since the page is about that one."""
+    newest = reader.window(window, limit)
+    if not newest:
+        return ""
+    ranked, said = [], ""
+    if window.discovery is None:
+        ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
+        said = findings_html(findings(summary(reader, window)))
+    return replay(
+        newest[::-1], reader.count(window), ranked, said, window.discovery, **more)
+
+
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
     """The replay of a window's newest sessions as one self-contained file: it opens without this
     program and asks nobody. `at`: where it starts (see `replay`)."""
     if window.until == END_OF_TIME:
         window = window._replace(until=moment_text(now_ms()))
-    newest = reader.window(window, limit)
-    body = replay(newest[::-1], reader.count(window), *told_of(reader, window), window.discovery,
-                  links=False, at=at) if newest else nothing(reader, window)
+    body = replay_of(reader, window, limit, links=False, at=at) or nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
         note_html(window_words(window)), words_of(*WORDS), body), head)
@@ -2164,15 +2176,6 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
 
 def findings_html(sentences: Sequence[str]) -> str:
     return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
-
-
-def told_of(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
-    """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
-    of one discovery has neither: the page is about that one."""
-    if window.discovery is not None:
-        return [], ""
-    ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
-    return ranked, findings_html(findings(summary(reader, window)))
 
 
 # The pages of `view`.
@@ -2317,13 +2320,10 @@ def nothing(reader: Reader, window: Window) -> str:
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
-    window, body, save = filters.window(), "", ""
-    newest = reader.window(window, DRAWN)
-    if newest:
-        save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
-            filters.fixed().query())
-        body = replay(newest[::-1], reader.count(window), *told_of(reader, window),
-                      window.discovery, query=filters.query())
+    window = filters.window()
+    body = replay_of(reader, window, query=filters.query())
+    save = body and '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
+        filters.fixed().query())
     return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
@@ -2398,12 +2398,12 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
         facts = "First seen %s, last %s UTC, in %s of %s." % (
             minute(result["first_seen_at"]), minute(result["last_seen_at"]),
             counted(count, "session"), counted(result["developer_count"], "developer"))
-        newest = reader.window(window._replace(discovery=ref), DRAWN)
         last = stored_instant(result["last_seen_at"]) or 0
         around = Filters(since=result["first_seen_at"], until=moment_text(last + 1))
         query = (around if all_time else filters).query()
         body = "".join([
-            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=query),
+            "<p>%s</p>" % esc(facts),
+            replay_of(reader, window._replace(discovery=ref), query=query),
             html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
                        result["reached"]),
             html_table("Its path: the first %s of %s" % (
