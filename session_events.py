@@ -67,6 +67,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
 import webbrowser
@@ -2557,12 +2558,6 @@ REASONS = (  # what SQLite says, what a person wants to know
 BUSY_SECONDS = 5.0  # how long another program's lock is waited for
 
 
-def explained(error: sqlite3.Error, path: str) -> Refused:
-    said = str(error).lower()
-    reason = next((why for sign, why in REASONS if sign in said), str(error))
-    return Refused("cannot read %s: %s" % (path, reason))
-
-
 def connected(path: str) -> sqlite3.Connection:
     """A read-only connection inside a transaction; sqlite3.Error if the file gives none."""
     uri = Path(path).absolute().as_uri() + "?mode=ro"
@@ -2651,7 +2646,9 @@ def reading(path: str) -> Iterator[Reader]:
             check_schema(connection, path)
             yield Reader(widened(connection))
     except sqlite3.Error as error:
-        raise explained(error, path) from error
+        said = str(error)
+        reason = next((why for sign, why in REASONS if sign in said.lower()), said)
+        raise Refused("cannot read %s: %s" % (path, reason)) from error
 
 
 # ==================================================================================================
@@ -2845,11 +2842,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         try:
             answer = self.answer()
         except Exception as error:
-            where_from = error.__traceback__
-            while where_from and where_from.tb_next:
-                where_from = where_from.tb_next
-            line = where_from.tb_lineno if where_from else 0
-            print("session_events: a page failed: %s in line %d" % (type(error).__name__, line),
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            print("session_events: a page failed: %s in line %s" % (type(error).__name__, line),
                   file=sys.stderr, flush=True)
             answer = message_page(500, "This page failed", "The terminal shows a line about it.")
         self.send(answer)
