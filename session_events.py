@@ -4506,14 +4506,14 @@ SCRIPT = r"""
     made.textContent = text;
     return made;
   };
-  const chips = (items, most, rest) => {
+  const chips = (items, most) => {
     const list = panel.appendChild(document.createElement("ul"));
     list.className = "chips";
     items.slice(0, most).forEach(([text, href]) => {
       const chip = element(href ? "a" : "span", text, element("li", "", list));
       if (href) chip.href = href;
     });
-    if (items.length > most) element("li", `and ${items.length - most} more${rest}`, list);
+    if (items.length > most) element("li", `and ${items.length - most} more`, list);
   };
   const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) + D.query : "";
   const describe = (i, went, into) => {
@@ -4524,7 +4524,7 @@ SCRIPT = r"""
     line.append(`, ended ${minute(s[0])}: ${some(s[2], "call")}, ${some(s[3], "token")} saved. ` +
       (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
       `${some(others.size, "other developer")} built on it.` : "No discoveries."));
-    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6, "");
+    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6);
   };
   const describePath = () => {
     const who = [...reached[picked]], line = element("p", "", panel);
@@ -4532,7 +4532,7 @@ SCRIPT = r"""
     if (D.links) name.href = page(picked);
     line.append(` reached ${number(who.length)} of ${some(D.developers.length, "developer")}. ` +
       "Escape, or choosing it again, shows everything.");
-    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10, "");
+    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10);
   };
 
   // Pointing, touching, keys.
