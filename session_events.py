@@ -472,6 +472,11 @@ def window_between(days: int, since: str, until: str, github: Optional[bool],
     return Window(start, end or END_OF_TIME, github, discovery)
 
 
+def fixed(window: Window) -> Window:
+    """The window with an end, so that it stays where it is."""
+    return window if window.until < END_OF_TIME else window._replace(until=moment_text(now_ms()))
+
+
 def passes(window: Window, github: Optional[str], refs: str) -> bool:
     """Whether a session passes the window's filters; its time is not looked at."""
     wanted = window.discovery
@@ -2167,8 +2172,7 @@ def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
     """The replay of a window's newest sessions as one self-contained file: it opens without this
     program and asks nobody. `at`: where it starts (see `replay`)."""
-    if window.until == END_OF_TIME:
-        window = window._replace(until=moment_text(now_ms()))
+    window = fixed(window)
     body = replay_of(reader, window, limit, links=False, at=at) or nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
@@ -2218,12 +2222,6 @@ class Filters(NamedTuple):
         if self.since:
             del said["days"]
         return "?" + urllib.parse.urlencode(dict(said, **more), errors="replace")
-
-    def fixed(self) -> "Filters":
-        """The same window with its ends said, so that it stays where it is."""
-        window = self.window()
-        until = moment_text(now_ms()) if window.until == END_OF_TIME else window.until
-        return self._replace(since=window.since, until=until)
 
 
 Query = Dict[str, str]  # the parameters of an address, the first of each name
@@ -2323,8 +2321,9 @@ def nothing(reader: Reader, window: Window) -> str:
 def replay_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
     body = replay_of(reader, window, query=filters.query())
+    since, until = fixed(window)[:2]
     save = body and '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
-        filters.fixed().query())
+        filters._replace(since=since, until=until).query())
     return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
