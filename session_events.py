@@ -1226,19 +1226,19 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     discovery's."""
     names = numbered(s.session for s in ordered)  # two machines or quarters can have the same
     who = [s.developer for s in ordered]
-    flows: Dict[Tuple[str, str], List[int]] = {}
+    count: Counter[Tuple[str, str]] = collections.Counter()
+    carried: Counter[Tuple[str, str]] = collections.Counter()
     edges = []
     for e in edges_of(ordered, only):
         giver, taker = who[e.source], who[e.target]
         edges.append({"source": names[e.source], "target": names[e.target],
                       "discoveries": list(e.refs), "crosses": giver != taker})
-        flow = flows.setdefault((giver, taker), [0, 0])
-        flow[0] += 1
-        flow[1] += len(e.refs)
-    developers: List[Plain] = [
-        {"source": giver, "target": taker, "edges": count, "discoveries": carried,
-         "crosses": giver != taker} for (giver, taker), (count, carried) in flows.items()]
-    developers.sort(key=lambda flow: (-flow["discoveries"], flow["source"], flow["target"]))
+        count[giver, taker] += 1
+        carried[giver, taker] += len(e.refs)
+    developers = [
+        {"source": giver, "target": taker, "edges": count[giver, taker], "discoveries": refs,
+         "crosses": giver != taker}
+        for (giver, taker), refs in sorted(carried.items(), key=lambda flow: (-flow[1], flow[0]))]
     return {
         "nodes": [dict(id=name, developer=developer, **plain_session(s))
                   for name, developer, s in zip(names, who, ordered)],
@@ -1941,11 +1941,9 @@ class Picture:
         height says how many, in four steps."""
         step = next((h * HOUR_MS for h in (*TICK_HOURS, 720, 2160)
                      if self.span <= MOST_CELLS * h * HOUR_MS), self.span // MOST_CELLS + 1)
-        counts: Dict[Tuple[int, int], int] = {}
-        for s in self.ordered:
-            if s.developer in lanes:
-                place = lanes[s.developer], (s.ended - self.start) // step
-                counts[place] = counts.get(place, 0) + 1
+        counts = collections.Counter(
+            (lanes[s.developer], (s.ended - self.start) // step)
+            for s in self.ordered if s.developer in lanes)
         many = len(self.own) if self.others and lanes is self.lanes else -1  # the lane of the rest
         most = max((n for (lane, _), n in counts.items() if lane != many), default=1)
         width = round(max(3.0, step / self.span * 1000 - 1.5), 1)
@@ -2126,13 +2124,13 @@ def spark_svg(values: Sequence[int]) -> str:
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
     """Who learned from whom: rows give, columns receive. A narrow screen has the largest pairs."""
     carried = {(f["source"], f["target"]): f["discoveries"] for f in flows}
-    sums: Tuple[Dict[str, int], Dict[str, int]] = ({}, {})  # given, received
-    for pair, count in carried.items():
-        for total, name in zip(sums, pair):
-            total[name] = total.get(name, 0) + count
-    most_first = [set(sorted(total, key=lambda name: -total[name])[:IN_MATRIX]) for total in sums]
-    givers, takers = ([who for who in picture.developers if who in chosen]
-                      for chosen in most_first)
+    given: Counter[str] = collections.Counter()
+    received: Counter[str] = collections.Counter()
+    for (giver, taker), count in carried.items():
+        given[giver] += count
+        received[taker] += count
+    givers, takers = ([who for who in picture.developers if who in dict(most)]
+                      for most in (given.most_common(IN_MATRIX), received.most_common(IN_MATRIX)))
     most = max(carried.values())
     rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
         '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
