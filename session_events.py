@@ -1199,11 +1199,12 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
 class Edge(NamedTuple):
     """The discoveries that one session carried on from another. `source` and `target` are places
-    of the two in a list in time order."""
+    of the two in a list in time order. `crosses`: from one developer to another."""
 
     source: int
     target: int
     refs: Tuple[str, ...]
+    crosses: bool
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
@@ -1218,7 +1219,9 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
             if source is not None:
                 carried.setdefault((source, target), []).append(ref)
             last[ref] = target
-    return [Edge(source, target, tuple(refs)) for (source, target), refs in carried.items()]
+    return [Edge(source, target, tuple(refs),
+                 ordered[source].developer != ordered[target].developer)
+            for (source, target), refs in carried.items()]
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
@@ -1232,7 +1235,7 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     for e in edges_of(ordered, only):
         giver, taker = who[e.source], who[e.target]
         edges.append({"source": names[e.source], "target": names[e.target],
-                      "discoveries": list(e.refs), "crosses": giver != taker})
+                      "discoveries": list(e.refs), "crosses": e.crosses})
         count[giver, taker] += 1
         carried[giver, taker] += len(e.refs)
     developers = [
@@ -1889,9 +1892,6 @@ class Picture:
         """The middle of a lane, in px."""
         return round(self.top + (lane + .5) * self.lane, 1)
 
-    def crosses(self, edge: Edge) -> bool:
-        return self.ordered[edge.source].developer != self.ordered[edge.target].developer
-
     def svg(self) -> str:
         words = "Replay: %s of %s over time; the tables say the same" % (
             counted(len(self.ordered), "session"), counted(len(self.developers), "developer"))
@@ -1968,7 +1968,7 @@ class Picture:
 
     def arc_paths(self) -> str:
         return "".join('<path%s d="%s"/>' % (
-            ' class="x"' if self.crosses(e) else "", self.arc_path(e)) for e in self.arcs)
+            ' class="x"' if e.crosses else "", self.arc_path(e)) for e in self.arcs)
 
     def discs(self) -> str:
         largest = max(s.tools for s in self.ordered) or 1
@@ -1998,7 +1998,7 @@ class Picture:
         that look otherwise."""
         received = [0] * len(self.ordered)
         for e in self.every:
-            received[e.target] += len(e.refs) if self.crosses(e) else 0
+            received[e.target] += len(e.refs) if e.crosses else 0
         numbers = self.numbers
         rows = [[numbers[ref] for ref in s.refs if ref in numbers] for s in self.ordered]
         who = {key: n for n, key in enumerate(self.developers)}
@@ -2009,7 +2009,7 @@ class Picture:
             "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
             "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
                          for s, refs, n in zip(self.ordered, rows, received)],
-            "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(self.crosses(e))]
+            "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(e.crosses)]
                       for e in self.arcs]}
 
 
@@ -2464,9 +2464,9 @@ def developer_page(reader: Reader, label: str, filters: Filters) -> str:
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
     """A chart of two lists of numbers, one a day: bars, and the period before as a pale line."""
     most, n = max([1, *now, *before]), max(1, len(now), len(before))
-    line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
-                                round(100 - 100 * value / most, 1))
-                   for i, value in enumerate(before))
+    line = "M" * bool(before) + "L".join(
+        "%g %g" % (round((i + .5) * 1000 / n, 1), round(100 - 100 * value / most, 1))
+        for i, value in enumerate(before))
     words = "%s by day: up to %s" % (title, digits(max(now, default=0)))
     if any(before):
         words += "; in as many days before up to %s" % digits(max(before))
@@ -4086,12 +4086,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except (NotFound, Refused, Usage) as error:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
-    except BrokenPipeError:
-        # Whoever read the output has closed it (`| head`). The flush at exit must not fail as well.
+    except OSError as error:
+        # The flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + getattr(signal, "SIGPIPE", 13)
-    except OSError as error:  # a disk is full: that of standard output, or of the temporary files
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the output has closed it (`| head`)
+            return 128 + getattr(signal, "SIGPIPE", 13)
+        # A disk is full: that of standard output, or of the temporary files.
         print("session_events: cannot go on: %s" % error.strerror, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
