@@ -221,8 +221,7 @@ def midnight(date: str) -> Optional[int]:
 
 
 def refs_of(text: object) -> Optional[List[str]]:
-    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
-    rule."""
+    """The discoveries in `discovery_refs_json`, each once, in order; None if one breaks a rule."""
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -297,8 +296,7 @@ def hash_or_null_lines(text: bytes, count: int) -> bool:
 
 
 def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
-    """Moments in order, by the first `length` characters: (these, first place, place after the
-    last)."""
+    """Moments in order, by their first characters: (these, first place, place after the last)."""
     start = 0
     while start < len(moments):
         same = moments[start][:length]
@@ -424,8 +422,7 @@ def plain_session(s: Session) -> Plain:
 
 
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
-    """S of each, with `developer`: the label under which the graph and the pages know who it
-    was."""
+    """S of each, with `developer`: the label of who it was, in the graph and on the pages."""
     return [dict(plain_session(s), developer=s.developer) for s in sessions]
 
 
@@ -453,8 +450,7 @@ EVER = Window("")
 
 def last_days(days: float, github: Optional[bool] = None,
               discovery: Optional[str] = None) -> Window:
-    """The window of the last `days` days, open at the end: a clock that runs ahead loses no
-    session."""
+    """The last `days` days, open at the end: a clock that runs ahead loses no session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
 
 
@@ -465,8 +461,7 @@ def day_start(text: str) -> Optional[str]:
 
 def window_between(days: int, since: str, until: str, github: Optional[bool],
                    discovery: Optional[str]) -> Window:
-    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or
-    now)."""
+    """`since` (else `days` days before the end) to `until` (else open): dates or moments."""
     end = day_start(until)
     start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
     return Window(start, end or END_OF_TIME, github, discovery)
@@ -638,8 +633,7 @@ class Reader:
         return self.pairs[window]
 
     def window(self, window: Window, limit: int = -1) -> List[Session]:
-        """The sessions of a window, newest first (the later stored first where two ended
-        together)."""
+        """Newest first. Where two ended together, the one that was stored later is first."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
         names = developers_of(self.everybody(window))
@@ -684,8 +678,8 @@ def span(window: Window) -> Plain:
 
 
 def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
-    """{"since", "until", "sessions": [S with "developer" ...] newest first,
-    "total_count_in_window"}."""
+    """{"since", "until", "sessions": [S with "developer" ...], "total_count_in_window"}, newest
+    first."""
     found = reader.window(window, limit)
     return dict(span(window), sessions=plain_sessions(found),
                 total_count_in_window=reader.count(window))
@@ -885,8 +879,7 @@ def middle(values: Sequence[float]) -> Optional[float]:
 
 
 def ends_of(window: Window, now: Optional[int] = None) -> Tuple[Optional[int], int]:
-    """(first ms, ms after the last) of a window; None where it has no start, now where it has no
-    end."""
+    """(first ms, ms after the last) of a window. No start is None, and no end is now."""
     start, end = instant(window.since), instant(window.until)
     if end is None:
         end = max(now_ms() if now is None else now, (start or 0) + 1)
@@ -955,8 +948,7 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
-    """The discovery that reached most developers (then: with most sessions, then the first by
-    name)."""
+    """The discovery that reached most developers, then with most sessions, then first by name."""
     if not trails:
         return None
     name = min(trails, key=lambda ref: DISCOVERY_SORTS["developer_count"](ref, trails[ref]))
@@ -1155,8 +1147,7 @@ FILLED_DAYS = 400  # empty periods are listed too, in a span of at most this man
 
 def periods(window: Window, sums: Days, names: Sequence[str], last_day: Optional[int] = None
             ) -> Dict[str, List[Plain]]:
-    """A window's days rolled up: {"days": [P ...], "weeks": ..., "months": ...} (see `activity`),
-    in order, `last_day` among them."""
+    """"days", "weeks" and "months" of `activity`, in order. `last_day` is among the days."""
     first = datetime.date.fromisoformat(window.since[:10] or "0001-01-01").toordinal()
     days = sorted(sums.keys() | ({last_day} if last_day is not None else set()))
     if days and days[-1] - days[0] <= FILLED_DAYS:
@@ -1186,8 +1177,7 @@ def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], first: int,
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
-    """Every session of the window, oldest first, one at a time: S with "developer" and
-    "plugin_version"."""
+    """Every session of the window, oldest first: S with "developer" and "plugin_version"."""
     for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer, plugin_version=s.version)
 
@@ -1209,8 +1199,7 @@ class Edge(NamedTuple):
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
     """For each discovery (or for `only` that one), an edge from each session that touched it to
-    the next one that did; edges between the same two are one edge. `ordered` is in time order; so
-    are the edges, by target."""
+    the next one that did. The same two have one edge. `ordered` is in time order; so are they."""
     last: Dict[str, int] = {}
     carried: Dict[Tuple[int, int], List[str]] = {}
     for target, s in enumerate(ordered):
@@ -1225,8 +1214,7 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
-    """The session graph of sessions in time order (see `graph` for the shape), or `only` one
-    discovery's."""
+    """`graph` of sessions in time order, or `only` one discovery's."""
     names = numbered(s.session for s in ordered)  # two machines or quarters can have the same
     who = [s.developer for s in ordered]
     count: Counter[Tuple[str, str]] = collections.Counter()
@@ -1279,9 +1267,8 @@ UNSEEN = re.compile(r"[^ -~]")
 
 
 def visible(text: str) -> str:
-    """The text with everything but printable ASCII as \\u escapes. All that the contract allows
-    comes out as it is. What else a row can hold (terminal commands, right-to-left marks) loses its
-    power."""
+    """The text with everything but printable ASCII as \\u escapes. What the contract allows stays.
+    What else a row can hold (terminal commands, right-to-left marks) loses its power."""
     return UNSEEN.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
 
 
@@ -1674,8 +1661,7 @@ def dot_string(text: str) -> str:
 
 
 def dot_text(result: Plain) -> str:
-    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in
-    orange."""
+    """For Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
     boxes: Dict[str, List[Plain]] = {}
     for node in result["nodes"]:
         boxes.setdefault(node["developer"], []).append(node)
@@ -1717,8 +1703,7 @@ def esc(text: object) -> str:
 
 
 def embedded(value: object) -> str:
-    """JSON inside a <script>: ASCII only, without the three characters that could end or change the
-    element."""
+    """JSON in a <script>: ASCII, without the three characters that could end or change it."""
     text = compact_json(value)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -1770,8 +1755,7 @@ def session_link(s: Plain) -> str:
 
 
 def linked(columns: Sequence[Column], query: str) -> List[Column]:
-    """The columns, with each developer and discovery as a link to its page on a window
-    (`query`)."""
+    """The columns, with links to the pages of developers and discoveries on a window (`query`)."""
     pages: Dict[Column, Callable[[Plain], str]] = {
         DEVELOPER: lambda row: '<a href="/developer/{0}{1}">{0}</a>'.format(
             esc(row["developer"]), esc(query)),
@@ -1855,8 +1839,7 @@ def stretched(height: float, shapes: str) -> str:
 
 class Picture:
     """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
-    discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
-    these."""
+    discovery alone; `links`: there are pages to go to; `query`: the window, for these."""
 
     def __init__(self, ordered: Sequence[Session], only: Optional[str] = None, links: bool = True,
                  query: str = "") -> None:
@@ -2052,8 +2035,7 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
            only: Optional[str] = None, links: bool = True, at: str = "", query: str = "") -> str:
     """The body of the replay of sessions in time order, of `total` in the window: what was found
     out (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom.
-    `at`: the moment and the discovery to start with, as in the page's address; `query`: the window,
-    for links."""
+    `at`: what to start with, as behind the # of the page's address; for links see Picture."""
     picture = Picture(ordered, only, links, query)
     result = graph_of(ordered, only)
     flows = [flow for flow in result["developers"] if flow["crosses"]]
@@ -2209,8 +2191,7 @@ class Filters(NamedTuple):
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
     def query(self, **more: str) -> str:
-        """The window, in an address. It is always said: a discovery's page without one shows all
-        time."""
+        """The window, in an address. Without one a discovery's page would show all time."""
         said = {name: value for name, value in self._asdict().items() if value}
         if self.since:
             del said["days"]
@@ -2485,8 +2466,7 @@ def days_drawn(window: Window) -> List[str]:
 
 
 def by_day(rows: Sequence[Plain], window: Window, column: Column) -> List[int]:
-    """A column's figure of each day that is drawn, 0 on days that are not listed; [] without
-    rows."""
+    """A column's figure of each day that is drawn, 0 where none is listed; [] without rows."""
     figures = {row["period"]: column.cell(row) for row in rows}
     return [figures.get(day, 0) for day in days_drawn(window) if figures]
 
@@ -2862,10 +2842,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         return page_answer(self.server.db, address.path, query)
 
     def exchange(self, query: Query) -> Answer:
-        """The one-time token for a cookie, and a page that goes on to the address without it.
-
-        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after
-        one."""
+        """The one-time token for a cookie, and a page that goes on to the address without it. After
+        a redirect, a browser that came from a file sends no SameSite=Strict cookie."""
         rest = {name: value for name, value in query.items() if name != "token"}
         to = "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else "")
         page = Answer(200, HTML_TYPE, forwarding(to))
@@ -2914,8 +2892,7 @@ def can_open_browser() -> bool:
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """Runs the viewer until Ctrl-C or SIGTERM; returns the exit status. `path` is added to the
-    address that is shown."""
+    """Runs the viewer until Ctrl-C or SIGTERM; the exit status. `path` ends the shown address."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -3057,8 +3034,7 @@ def write_demo(path: str) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page
-    on it."""
+    """Synthetic sessions in a file that is asked for, or in one that lives as long as its page."""
     if options.db:
         print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
         return 0
