@@ -358,8 +358,7 @@ JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
 
 def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
     """True only if all of these rows are sessions (see `Reader.joined`)."""
-    return count == right and all(
-        check(text, count) for check, text in zip(LINES, texts[1:]))
+    return count == right and all(check(text, count) for check, text in zip(LINES, texts[1:]))
 
 
 def cells_in(place: int, text: bytes) -> Sequence[Any]:
@@ -2140,8 +2139,7 @@ def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -
     if window.discovery is None:
         ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
         said = findings_html(findings(summary(reader, window)))
-    return replay(
-        newest[::-1], reader.count(window), ranked, said, window.discovery, **more)
+    return replay(newest[::-1], reader.count(window), ranked, said, window.discovery, **more)
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
