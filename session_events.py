@@ -818,26 +818,15 @@ class Trail(NamedTuple):
         return self.hours_until(self.places[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-class Deeds:
-    """The sums of one developer in a window."""
-
-    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
-
-    def __init__(self, first: str) -> None:
-        self.first = self.last = first
-        self.sessions = self.tools = self.tokens = self.given = self.received = 0
-        self.cold: Optional[int] = None  # own sessions before the first that built on others
-
-
 class Story:
-    """A window in figures: `trails`, the `developers` {who: deeds}, `flows` {(giver, receiver):
-    hand-overs}, and `saved`: the tokens saved by sessions that built on others (True) or did not
-    (False)."""
+    """A window in figures: `trails`, the `developers` {who: as `developers` says, but "new"},
+    `flows` {(giver, receiver): hand-overs}, and `saved`: the tokens saved by sessions that built on
+    others (True) or did not (False)."""
 
     def __init__(self, reader: Reader, window: Window) -> None:
         timeline = Timeline(reader, window, (TOOLS, TOKENS))
         self.trails = timeline.trails
-        self.developers: Dict[str, Deeds] = {}
+        self.developers: Dict[str, Plain] = {}
         self.saved: Dict[bool, List[int]] = {True: [], False: []}
         names = [timeline.people[who][0] for who in timeline.who]
         built: Set[int] = set()
@@ -855,20 +844,23 @@ class Story:
             del steps[who, who]
         self.flows = steps
         for (giver, receiver), count in steps.items():
-            self.developers[giver].given += count
-            self.developers[receiver].received += count
+            self.developers[giver]["given"] += count
+            self.developers[receiver]["received"] += count
 
     def add(self, who: str, ended: str, tools: int, tokens: int, built: bool) -> None:
         """One session more."""
-        deeds = self.developers.get(who)
-        if deeds is None:
-            deeds = self.developers[who] = Deeds(ended)
-        if built and deeds.cold is None:
-            deeds.cold = deeds.sessions
-        deeds.last = ended
-        deeds.sessions += 1
-        deeds.tools += tools
-        deeds.tokens += tokens
+        sums = self.developers.get(who)
+        if sums is None:
+            sums = self.developers[who] = {
+                "developer": who, "sessions": 0, "tool_count": 0, "tokens_saved": 0, "given": 0,
+                "received": 0, "new": None, "sessions_before_inherited": None,
+                "first_seen_at": ended}
+        if built and sums["sessions_before_inherited"] is None:
+            sums["sessions_before_inherited"] = sums["sessions"]
+        sums["sessions"] += 1
+        sums["tool_count"] += tools
+        sums["tokens_saved"] += tokens
+        sums["last_seen_at"] = ended
         self.saved[built].append(tokens)
 
 
@@ -894,21 +886,22 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
 
 
 def newcomers(reader: Reader, window: Window, story: Story, before: Optional[Window]
-              ) -> Dict[str, Deeds]:
+              ) -> Dict[str, Plain]:
     """The developers of a window who were not there in as many days before. A developer is looked
     for by all its hashes, so that nobody is new only because of logging in."""
     if before is None:
-        return dict(story.developers)
+        return story.developers
     there = {key for pair in reader.everybody(before) for key in pair if key}
     known = {who for pair, who in developers_of(reader.everybody(window)).items()
              if not there.isdisjoint(pair)}
-    return {who: deeds for who, deeds in story.developers.items() if who not in known}
+    return {who: sums for who, sums in story.developers.items() if who not in known}
 
 
-def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+def cold_start(fresh: Mapping[str, Plain]) -> Plain:
     """{"developers": how many are new, "sessions": the median of their own sessions before the
     first that built on others, "never": how many have none that did}."""
-    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    waits = [wait for wait in (sums["sessions_before_inherited"] for sums in fresh.values())
+             if wait is not None]
     return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
 
 
@@ -936,7 +929,8 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     count = len(built) + len(others)
     return dict(
         span(window), sessions=count, developers=len(found.developers),
-        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        tool_count=sum(d["tool_count"] for d in everybody),
+        tokens_saved=sum(d["tokens_saved"] for d in everybody),
         discoveries=len(found.trails), shared_discoveries=len(waits),
         hand_overs=sum(found.flows.values()), furthest=furthest(found.trails),
         built_on_others={
@@ -965,18 +959,14 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     "cold_start": of the new ones, as in `summary`}."""
     found = Story(reader, window)
     fresh = newcomers(reader, window, found, before_of(window, now))
-    ranked = sorted(found.developers.items(),
-                    key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
-    flows = [(-count, giver, receiver) for (giver, receiver), count in found.flows.items()]
+    ranked = sorted(found.developers.values(), key=lambda d: (
+        d["received"] - d["given"], d["first_seen_at"], d["developer"]))
+    flows = sorted(found.flows.items(), key=lambda flow: (-flow[1], flow[0]))
     return dict(
         span(window),
-        developers=[{
-            "developer": who, "sessions": d.sessions, "tool_count": d.tools,
-            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
-            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
-            "last_seen_at": d.last} for who, d in ranked],
-        matrix=[{"source": giver, "target": receiver, "hand_overs": -count}
-                for count, giver, receiver in sorted(flows)],
+        developers=[dict(d, new=d["developer"] in fresh) for d in ranked],
+        matrix=[{"source": giver, "target": receiver, "hand_overs": count}
+                for (giver, receiver), count in flows],
         cold_start=cold_start(fresh))
 
 
