@@ -2207,30 +2207,28 @@ def filters_of(query: Query) -> Filters:
                    query.get("discovery", "").strip()[:1000])
 
 
-def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
-    return "".join('<option value="%s"%s>%s</option>' % (
-        esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices)
+def select(name: str, choices: Iterable[Tuple[str, str]], chosen: str) -> str:
+    return '<select name="%s">%s</select>' % (name, "".join('<option value="%s"%s>%s</option>' % (
+        esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices))
 
 
 def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
     """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
     in the address. A page that gives it has no field for a discovery."""
     days = [(str(n), "last %s" % counted(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
-    fields = "".join('<input type="hidden" name="%s" value="%s">' % (
-        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
-    fields += '<label>Window<select name="days">%s</select></label>' % options(
-        days, str(filters.days))
-    for name, title, value in (("since", "or since (UTC)", filters.since),
-                               ("until", "until before", filters.until)):
-        fields += '<label>%s<input type="date" name="%s" value="%s"></label>' % (
-            title, name, esc(value[:10]))
-    fields += '<label>GitHub<select name="github">%s</select></label>' % options(
-        GITHUB_CHOICES.items(), filters.github)
+    date = '<input type="date" name="%s" value="%s">'
+    fields = [("Window", select("days", days, str(filters.days))),
+              ("or since (UTC)", date % ("since", esc(filters.since[:10]))),
+              ("until before", date % ("until", esc(filters.until[:10]))),
+              ("GitHub", select("github", GITHUB_CHOICES.items(), filters.github))]
     if kept is None:
-        fields += ('<label>Discovery<input name="discovery" size="22" maxlength="200"'
-                   ' placeholder="any" value="%s"></label>' % html.escape(filters.discovery))
+        fields.append(("Discovery", '<input name="discovery" size="22" maxlength="200"'
+                       ' placeholder="any" value="%s">' % html.escape(filters.discovery)))
+    inside = "".join('<input type="hidden" name="%s" value="%s">' % (
+        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
+    inside += "".join("<label>%s%s</label>" % field for field in fields)
     return ('<details class="filters"><summary>Choose the window</summary><form method="get"'
-            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), fields))
+            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), inside))
 
 
 def window_words(window: Window) -> str:
