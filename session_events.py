@@ -752,29 +752,32 @@ class Timeline:
     """The sessions of a window as columns, in the order of time (by `ended_at`, then `id`).
 
     `ended` (stored form), `who` (a place in `people`), and those named by `more`. `people`:
-    (developer, identity) of each. `trails`: {discovery: Trail}, of the window's discovery alone if
-    it has one."""
+    (developer, identity) of each. `touched`: {discovery: the places of the sessions that touched
+    it}, of the window's discovery alone if it has one."""
 
     def __init__(self, reader: Reader, window: Window, more: Sequence[int] = ()) -> None:
         self.who = array.array("I")
         self.ended: List[str] = []
         self.more: List[List[Any]] = [[] for _ in more]
-        touched: Dict[str, array.array[int]] = collections.defaultdict(lambda: array.array("I"))
+        self.touched: Dict[str, array.array[int]] = collections.defaultdict(
+            lambda: array.array("I"))
         for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
             for place, cell in enumerate(refs, len(self.ended)):
                 for ref in refs_in(cell):
                     if window.discovery in (None, ref):
-                        touched[ref].append(place)
+                        self.touched[ref].append(place)
             self.who.extend(who)
             self.ended.extend(ended)
             for whole, part in zip(self.more, others):
                 whole.extend(part)
         developers = developers_of(reader.everybody(window))
         self.people = [(who, identity) for (identity, _), who in developers.items()]
-        self.trails = {ref: Trail(self, places) for ref, places in touched.items()}
 
     def developer(self, place: int) -> str:
         return self.people[self.who[place]][0]
+
+    def trails(self) -> Dict[str, "Trail"]:
+        return {ref: Trail(self, places) for ref, places in self.touched.items()}
 
 
 class Trail(NamedTuple):
@@ -782,6 +785,9 @@ class Trail(NamedTuple):
 
     within: Timeline
     places: Sequence[int]
+
+    def ended(self) -> List[str]:
+        return [self.within.ended[place] for place in self.places]
 
     def people(self) -> List[Tuple[str, str]]:
         """(developer, identity), each once."""
@@ -825,13 +831,13 @@ class Story:
 
     def __init__(self, reader: Reader, window: Window) -> None:
         timeline = Timeline(reader, window, (TOOLS, TOKENS))
-        self.trails = timeline.trails
+        self.trails = timeline.trails()
         self.developers: Dict[str, Plain] = {}
         self.saved: Dict[bool, List[int]] = {True: [], False: []}
         names = [timeline.people[who][0] for who in timeline.who]
         built: Set[int] = set()
         steps: Counter[Tuple[str, str]] = collections.Counter()
-        for _, places in timeline.trails.values():
+        for places in timeline.touched.values():
             path = [names[place] for place in places]
             steps.update(zip(path, path[1:]))
             # From the second developer on, every session builds on another's.
@@ -972,8 +978,7 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
 
 def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) -> Plain:
     """`ends` of the window in ms; without a start it begins with the first session."""
-    start, end = ends
-    ended = [trail.within.ended[place] for place in trail.places]
+    (start, end), ended = ends, trail.ended()
     if start is None:
         start = stored_instant(trail.within.ended[0]) or 0
     edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
@@ -1013,7 +1018,7 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     "discoveries_in_window": n}, the first `limit` by `sort` (one of DISCOVERY_SORTS), all within
     the window; its `discovery` is not looked at."""
     timeline = Timeline(reader, window._replace(discovery=None))
-    trails = timeline.trails
+    trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
     ends = ends_of(window, now)
@@ -1031,7 +1036,7 @@ def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
     timeline = Timeline(reader, window._replace(discovery=ref), [SESSION_ID])
     if not timeline.ended:
         raise NotFound("no session of this window touched this discovery")
-    trail = timeline.trails[ref]
+    trail = timeline.trails()[ref]
     reached = trail.reached()
     path = [(timeline.more[0][n], timeline.developer(n), timeline.ended[n]) for n in trail.places]
     return dict(
