@@ -66,6 +66,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
 import webbrowser
@@ -144,12 +145,13 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 # ==================================================================================================
 
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
+SECOND = r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}"  # the group is the date
 # What server.py stores. Another program may leave out the fraction.
-STORED = re.compile(r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}(?:\.\d{3})?Z", re.ASCII)
+STORED = re.compile(SECOND + r"(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?(?:Z|([+-])(\d\d):(\d\d))?",
-    re.ASCII)
-EPOCH = datetime.datetime(1970, 1, 1)
+    SECOND + r"(?:\.(\d+))?(?:Z|([+-](?:[01]\d|2[0-3]):[0-5]\d))?", re.ASCII)
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+MILLISECOND = datetime.timedelta(milliseconds=1)
 DAY_MS = 86_400_000
 
 
@@ -170,33 +172,36 @@ class Session(NamedTuple):
     developer: str = ""
 
 
+def since_epoch(iso: str) -> Optional[int]:
+    """Milliseconds since 1970; None where there is no such day."""
+    try:
+        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
+    except ValueError:
+        return None
+
+
 def instant(text: object) -> Optional[int]:
     """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), else None."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    fraction, sign, off_hour, off_minute = match.groups()[6:]
-    year, month, day, hour, minute, second = map(int, match.groups()[:6])
-    try:
-        moment = datetime.datetime(year, month, day, hour, minute, second)
-    except ValueError:
-        return None
-    ms = (moment - EPOCH) // datetime.timedelta(milliseconds=1)
-    ms += int(((fraction or "") + "000")[:3])
-    if not sign:
-        return ms
-    if int(off_hour) > 23 or int(off_minute) > 59:
-        return None
-    return ms - (int(off_hour) * 60 + int(off_minute)) * 60_000 * (1 if sign == "+" else -1)
+    moment, fraction, offset = match.string[:19], match[2] or "", match[3]
+    return since_epoch(moment + "." + (fraction + "000")[:3] + (offset or "+00:00"))
+
+
+def stored_instant(text: object) -> Optional[int]:
+    """`instant` of a moment in stored form (with milliseconds or none), else None."""
+    stored = isinstance(text, str) and STORED.fullmatch(text)
+    return since_epoch(stored.string[:-1] + "+00:00") if stored else None
 
 
 def moment_text(ms: int) -> str:
     """The stored form of a moment: UTC with milliseconds, so that text order is time order."""
     try:
-        moment = EPOCH + datetime.timedelta(milliseconds=ms)
+        moment = EPOCH + ms * MILLISECOND
     except OverflowError:
         moment = datetime.datetime.min if ms < 0 else datetime.datetime.max
-    return moment.isoformat(timespec="milliseconds") + "Z"
+    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 def moment_or_none(text: object) -> Optional[str]:
@@ -213,21 +218,8 @@ def midnight(date: str) -> Optional[int]:
     return instant(date + "T00:00:00")
 
 
-def stored_instant(text: object) -> Optional[int]:
-    """Milliseconds since 1970 of a moment in stored form (with milliseconds or none), else None."""
-    match = STORED.fullmatch(text) if isinstance(text, str) else None
-    start = midnight(match.group(1)) if match else None
-    if start is None:
-        return None
-    assert isinstance(text, str)
-    ms = int(text[20:23]) if len(text) == 24 else 0
-    seconds = int(text[11:13]) * 3600 + int(text[14:16]) * 60 + int(text[17:19])
-    return start + seconds * 1000 + ms
-
-
 def refs_of(text: object) -> Optional[List[str]]:
-    """The discoveries in `discovery_refs_json`, each once, in order; None if it breaks their
-    rule."""
+    """The discoveries in `discovery_refs_json`, each once, in order; None if one breaks a rule."""
     try:
         values = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
@@ -302,8 +294,7 @@ def hash_or_null_lines(text: bytes, count: int) -> bool:
 
 
 def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
-    """Moments in order, by the first `length` characters: (these, first place, place after the
-    last)."""
+    """Moments in order, by their first characters: (these, first place, place after the last)."""
     start = 0
     while start < len(moments):
         same = moments[start][:length]
@@ -365,8 +356,7 @@ JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
 
 def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
     """True only if all of these rows are sessions (see `Reader.joined`)."""
-    return count == right and all(
-        check(text, count) for check, text in zip(LINES, texts[1:]))
+    return count == right and all(check(text, count) for check, text in zip(LINES, texts[1:]))
 
 
 def cells_in(place: int, text: bytes) -> Sequence[Any]:
@@ -429,8 +419,7 @@ def plain_session(s: Session) -> Plain:
 
 
 def plain_sessions(sessions: Sequence[Session]) -> List[Plain]:
-    """S of each, with `developer`: the label under which the graph and the pages know who it
-    was."""
+    """S of each, with `developer`: the label of who it was, in the graph and on the pages."""
     return [dict(plain_session(s), developer=s.developer) for s in sessions]
 
 
@@ -459,8 +448,7 @@ EVER = Window("")
 
 def last_days(days: float, github: Optional[bool] = None,
               discovery: Optional[str] = None) -> Window:
-    """The window of the last `days` days, open at the end: a clock that runs ahead loses no
-    session."""
+    """The last `days` days, open at the end: a clock that runs ahead loses no session."""
     return Window(moment_text(now_ms() - int(days * DAY_MS)), END_OF_TIME, github, discovery)
 
 
@@ -471,11 +459,15 @@ def day_start(text: str) -> Optional[str]:
 
 def window_between(days: int, since: str, until: str, github: Optional[bool],
                    discovery: Optional[str]) -> Window:
-    """`since` to `until` (dates or moments); without `since`, the `days` days before `until` (or
-    now)."""
+    """`since` (else `days` days before the end) to `until` (else open): dates or moments."""
     end = day_start(until)
     start = day_start(since) or moment_text((instant(end) or now_ms()) - days * DAY_MS)
     return Window(start, end or END_OF_TIME, github, discovery)
+
+
+def fixed(window: Window) -> Window:
+    """The window with an end, so that it stays where it is."""
+    return window if window.until < END_OF_TIME else window._replace(until=moment_text(now_ms()))
 
 
 def passes(window: Window, github: Optional[str], refs: str) -> bool:
@@ -689,8 +681,8 @@ def span(window: Window) -> Plain:
 
 
 def sessions(reader: Reader, window: Window, limit: int = 50) -> Plain:
-    """{"since", "until", "sessions": [S with "developer" ...] newest first,
-    "total_count_in_window"}."""
+    """{"since", "until", "sessions": [S with "developer" ...], "total_count_in_window"}, newest
+    first."""
     found = reader.window(window, limit)
     return dict(span(window), sessions=plain_sessions(found),
                 total_count_in_window=reader.count(window))
@@ -838,26 +830,15 @@ class Trail(NamedTuple):
         return self.hours_until(self.places[(count + 1) // 2 - 1]) if count >= 4 else None
 
 
-class Deeds:
-    """The sums of one developer in a window."""
-
-    __slots__ = ("cold", "first", "given", "last", "received", "sessions", "tokens", "tools")
-
-    def __init__(self, first: str) -> None:
-        self.first = self.last = first
-        self.sessions = self.tools = self.tokens = self.given = self.received = 0
-        self.cold: Optional[int] = None  # own sessions before the first that built on others
-
-
 class Story:
-    """A window in figures: `trails` {discovery: its trail}, `developers` {who: deeds}, `flows`
-    {(giver, receiver): hand-overs}, and `saved`: the tokens saved by each session that built on
-    others (True) or did not (False)."""
+    """A window in figures: `trails` {discovery: its trail}, `developers` {who: as the function
+    `developers` says, without "new"}, `flows` {(giver, receiver): hand-overs}, and `saved`: the
+    tokens saved by each session that built on others (True) or did not (False)."""
 
     def __init__(self, reader: Reader, window: Window) -> None:
         timeline = Timeline(reader, window, (TOOLS, TOKENS))
         self.trails = timeline.trails()
-        self.developers: Dict[str, Deeds] = {}
+        self.developers: Dict[str, Plain] = {}
         self.saved: Dict[bool, List[int]] = {True: [], False: []}
         names = [timeline.people[who][0] for who in timeline.who]
         built: Set[int] = set()
@@ -875,20 +856,23 @@ class Story:
             del steps[who, who]
         self.flows = steps
         for (giver, receiver), count in steps.items():
-            self.developers[giver].given += count
-            self.developers[receiver].received += count
+            self.developers[giver]["given"] += count
+            self.developers[receiver]["received"] += count
 
     def add(self, who: str, ended: str, tools: int, tokens: int, built: bool) -> None:
         """One session more."""
-        deeds = self.developers.get(who)
-        if deeds is None:
-            deeds = self.developers[who] = Deeds(ended)
-        if built and deeds.cold is None:
-            deeds.cold = deeds.sessions
-        deeds.last = ended
-        deeds.sessions += 1
-        deeds.tools += tools
-        deeds.tokens += tokens
+        sums = self.developers.get(who)
+        if sums is None:
+            sums = self.developers[who] = {
+                "developer": who, "sessions": 0, "tool_count": 0, "tokens_saved": 0, "given": 0,
+                "received": 0, "new": None, "sessions_before_inherited": None,
+                "first_seen_at": ended}
+        if built and sums["sessions_before_inherited"] is None:
+            sums["sessions_before_inherited"] = sums["sessions"]
+        sums["sessions"] += 1
+        sums["tool_count"] += tools
+        sums["tokens_saved"] += tokens
+        sums["last_seen_at"] = ended
         self.saved[built].append(tokens)
 
 
@@ -915,21 +899,22 @@ def before_of(window: Window, now: Optional[int] = None) -> Optional[Window]:
 
 
 def newcomers(reader: Reader, window: Window, story: Story, before: Optional[Window]
-              ) -> Dict[str, Deeds]:
+              ) -> Dict[str, Plain]:
     """The developers of a window who were not there in as many days before. All hashes of a
     developer are looked for, so that nobody is new only because of logging in."""
     if before is None:
-        return dict(story.developers)
+        return story.developers
     there = {key for pair in reader.everybody(before) for key in pair if key}
     known = {who for pair, who in developers_of(reader.everybody(window)).items()
              if not there.isdisjoint(pair)}
-    return {who: deeds for who, deeds in story.developers.items() if who not in known}
+    return {who: sums for who, sums in story.developers.items() if who not in known}
 
 
-def cold_start(fresh: Mapping[str, Deeds]) -> Plain:
+def cold_start(fresh: Mapping[str, Plain]) -> Plain:
     """{"developers": how many are new, "sessions": the median of their own sessions before the
     first that built on others, "never": how many have none that did}."""
-    waits = [deeds.cold for deeds in fresh.values() if deeds.cold is not None]
+    waits = [wait for wait in (sums["sessions_before_inherited"] for sums in fresh.values())
+             if wait is not None]
     return {"developers": len(fresh), "sessions": middle(waits), "never": len(fresh) - len(waits)}
 
 
@@ -958,7 +943,8 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
     count = len(built) + len(others)
     return dict(
         span(window), sessions=count, developers=len(found.developers),
-        tool_count=sum(d.tools for d in everybody), tokens_saved=sum(d.tokens for d in everybody),
+        tool_count=sum(d["tool_count"] for d in everybody),
+        tokens_saved=sum(d["tokens_saved"] for d in everybody),
         discoveries=len(found.trails), shared_discoveries=len(waits),
         hand_overs=sum(found.flows.values()), furthest=furthest(found.trails),
         built_on_others={
@@ -969,8 +955,7 @@ def figures(reader: Reader, window: Window, before: Optional[Window]) -> Plain:
 
 
 def furthest(trails: Mapping[str, Trail]) -> Optional[Plain]:
-    """The discovery that reached most developers (then: with most sessions, then the first by
-    name)."""
+    """The discovery that reached most developers, then with most sessions, then first by name."""
     if not trails:
         return None
     name = min(trails, key=lambda ref: DISCOVERY_SORTS["developer_count"](ref, trails[ref]))
@@ -988,18 +973,14 @@ def developers(reader: Reader, window: Window, now: Optional[int] = None) -> Pla
     "cold_start": of the new ones, as in `summary`}."""
     found = Story(reader, window)
     fresh = newcomers(reader, window, found, before_of(window, now))
-    ranked = sorted(found.developers.items(),
-                    key=lambda item: (item[1].received - item[1].given, item[1].first, item[0]))
-    flows = [(-count, giver, receiver) for (giver, receiver), count in found.flows.items()]
+    ranked = sorted(found.developers.values(), key=lambda d: (
+        d["received"] - d["given"], d["first_seen_at"], d["developer"]))
+    flows = sorted(found.flows.items(), key=lambda flow: (-flow[1], flow[0]))
     return dict(
         span(window),
-        developers=[{
-            "developer": who, "sessions": d.sessions, "tool_count": d.tools,
-            "tokens_saved": d.tokens, "given": d.given, "received": d.received, "new": who in fresh,
-            "sessions_before_inherited": d.cold, "first_seen_at": d.first,
-            "last_seen_at": d.last} for who, d in ranked],
-        matrix=[{"source": giver, "target": receiver, "hand_overs": -count}
-                for count, giver, receiver in sorted(flows)],
+        developers=[dict(d, new=d["developer"] in fresh) for d in ranked],
+        matrix=[{"source": giver, "target": receiver, "hand_overs": count}
+                for (giver, receiver), count in flows],
         cold_start=cold_start(fresh))
 
 
@@ -1008,7 +989,7 @@ def discovery_figures(name: str, trail: Trail, ends: Tuple[Optional[int], int]) 
     start begins with the discovery's first session."""
     (start, end), ended = ends, trail.ended()
     if start is None:
-        start = stored_instant(ended[0]) or 0
+        start = stored_instant(trail.within.ended[0]) or 0
     edges = [moment_text(start - (start - end) * part // SPARKS) for part in range(1, SPARKS)]
     cuts = [0, *(bisect.bisect_left(ended, edge) for edge in edges), len(ended)]
     return {"discovery_id": name, "first_seen_at": ended[0],
@@ -1049,12 +1030,10 @@ def discoveries(reader: Reader, window: Window, limit: int = 50, sort: str = "se
     trails = timeline.trails()
     rank = DISCOVERY_SORTS[sort]
     chosen = heapq.nsmallest(limit, trails.items(), key=lambda item: rank(*item))
-    start, end = ends_of(window, now)
-    if start is None and timeline.ended:
-        start = stored_instant(timeline.ended[0])
+    ends = ends_of(window, now)
     return dict(
         span(window), discoveries_in_window=len(trails),
-        discoveries=[discovery_figures(name, trail, (start, end)) for name, trail in chosen])
+        discoveries=[discovery_figures(name, trail, ends) for name, trail in chosen])
 
 
 def discovery(reader: Reader, ref: str, window: Window, limit: int = 200,
@@ -1204,8 +1183,7 @@ def rolled_up(sums: Days, names: Sequence[str], days: Sequence[int], first: int,
 
 
 def exported(reader: Reader, window: Window) -> Iterator[Plain]:
-    """Every session of the window, oldest first, one at a time: S with "developer" and
-    "plugin_version"."""
+    """Every session of the window, oldest first: S with "developer" and "plugin_version"."""
     for s in reader.walk(window):
         yield dict(plain_session(s), developer=s.developer, plugin_version=s.version)
 
@@ -1217,11 +1195,12 @@ def exported(reader: Reader, window: Window) -> Iterator[Plain]:
 
 class Edge(NamedTuple):
     """The discoveries that one session carried on from another. `source` and `target` are the
-    places of the two sessions in a list in time order."""
+    places of the two sessions in a list in time order. `crosses`: the two are of two developers."""
 
     source: int
     target: int
     refs: Tuple[str, ...]
+    crosses: bool
 
 
 def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edge]:
@@ -1236,7 +1215,9 @@ def edges_of(ordered: Sequence[Session], only: Optional[str] = None) -> List[Edg
             if source is not None:
                 carried.setdefault((source, target), []).append(ref)
             last[ref] = target
-    return [Edge(source, target, tuple(refs)) for (source, target), refs in carried.items()]
+    return [Edge(source, target, tuple(refs),
+                 ordered[source].developer != ordered[target].developer)
+            for (source, target), refs in carried.items()]
 
 
 def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
@@ -1245,19 +1226,19 @@ def graph_of(ordered: Sequence[Session], only: Optional[str] = None) -> Plain:
     # The sessions of two machines, or of two quarters, can have the same hash.
     names = numbered(s.session for s in ordered)
     who = [s.developer for s in ordered]
-    flows: Dict[Tuple[str, str], List[int]] = {}
+    count: Counter[Tuple[str, str]] = collections.Counter()
+    carried: Counter[Tuple[str, str]] = collections.Counter()
     edges = []
     for e in edges_of(ordered, only):
         giver, taker = who[e.source], who[e.target]
         edges.append({"source": names[e.source], "target": names[e.target],
-                      "discoveries": list(e.refs), "crosses": giver != taker})
-        flow = flows.setdefault((giver, taker), [0, 0])
-        flow[0] += 1
-        flow[1] += len(e.refs)
-    developers: List[Plain] = [
-        {"source": giver, "target": taker, "edges": count, "discoveries": carried,
-         "crosses": giver != taker} for (giver, taker), (count, carried) in flows.items()]
-    developers.sort(key=lambda flow: (-flow["discoveries"], flow["source"], flow["target"]))
+                      "discoveries": list(e.refs), "crosses": e.crosses})
+        count[giver, taker] += 1
+        carried[giver, taker] += len(e.refs)
+    developers = [
+        {"source": giver, "target": taker, "edges": count[giver, taker], "discoveries": refs,
+         "crosses": giver != taker}
+        for (giver, taker), refs in sorted(carried.items(), key=lambda flow: (-flow[1], flow[0]))]
     return {
         "nodes": [dict(id=name, developer=developer, **plain_session(s))
                   for name, developer, s in zip(names, who, ordered)],
@@ -1401,8 +1382,9 @@ SAVED = number_column("Tokens saved", "tokens_saved", short="Saved")
 SESSION_COLUMNS = (
     ENDED, SESSION, DEVELOPER, GITHUB_USED, CALLS, SAVED, BRANCH,
     Column("Discoveries", refs_cell, "d", lambda s: discovery_links(s["discovery_refs"])))
+DISCOVERY = Column("Discovery", lambda d: d["discovery_id"], sort="name")
 DISCOVERY_COLUMNS = (
-    Column("Discovery", lambda d: d["discovery_id"], sort="name"),
+    DISCOVERY,
     Column("In the window", lambda d: sparkline(d["counts"]), "", lambda d: spark_svg(d["counts"]),
            short="Over time"),
     number_column("Reach", "developer_count", "developer_count"),
@@ -1689,8 +1671,7 @@ def dot_string(text: str) -> str:
 
 
 def dot_text(result: Plain) -> str:
-    """The graph for Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in
-    orange."""
+    """For Graphviz (`dot -Tsvg`): a box of sessions for each developer, hand-overs in orange."""
     boxes: Dict[str, List[Plain]] = {}
     for node in result["nodes"]:
         boxes.setdefault(node["developer"], []).append(node)
@@ -1732,8 +1713,7 @@ def esc(text: object) -> str:
 
 
 def embedded(value: object) -> str:
-    """JSON inside a <script>: ASCII only, without the three characters that could end or change the
-    element."""
+    """JSON in a <script>: ASCII, without the three characters that could end or change it."""
     text = compact_json(value)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -1785,11 +1765,12 @@ def session_link(s: Plain) -> str:
 
 
 def linked(columns: Sequence[Column], query: str) -> List[Column]:
-    """The columns, with each developer as a link to its page on a window (`query`)."""
-    def link(row: Plain) -> str:
-        return '<a href="/developer/{0}{1}">{0}</a>'.format(esc(row["developer"]), esc(query))
-
-    return [c._replace(html=link) if c is DEVELOPER else c for c in columns]
+    """The columns, with links to the pages of developers and discoveries on a window (`query`)."""
+    pages: Dict[Column, Callable[[Plain], str]] = {
+        DEVELOPER: lambda row: '<a href="/developer/{0}{1}">{0}</a>'.format(
+            esc(row["developer"]), esc(query)),
+        DISCOVERY: lambda row: discovery_link(row["discovery_id"], query)}
+    return [c._replace(html=pages.get(c, c.html)) for c in columns]
 
 
 def discovery_link(ref: str, query: str = "") -> str:
@@ -1860,10 +1841,15 @@ def day_words(moment: str) -> str:
     return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
 
 
+def stretched(height: float, shapes: str) -> str:
+    """Shapes whose x is in thousandths of the width."""
+    return ('<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">%s'
+            '</svg>' % (height, height, shapes))
+
+
 class Picture:
     """Sessions in time order as an SVG, and the data that the script plays. `only`: arcs of this
-    discovery alone; `links`: sessions and developers have pages to go to; `query`: the window, for
-    these."""
+    discovery alone; `links`: there are pages to go to; `query`: the window, for these."""
 
     def __init__(self, ordered: Sequence[Session], only: Optional[str] = None, links: bool = True,
                  query: str = "") -> None:
@@ -1882,10 +1868,8 @@ class Picture:
         self.developers = sorted(balance, key=lambda key: -balance[key])  # then by first session
         self.rows = rows = min(len(balance), MOST_LANES)
         self.lanes = {key: min(n, rows - 1) for n, key in enumerate(self.developers)}
-        if len(balance) > MOST_LANES:
-            self.own, self.others = self.developers[:rows - 1], self.developers[rows - 1:]
-        else:
-            self.own, self.others = self.developers, []
+        alone = rows if len(balance) == rows else rows - 1
+        self.own, self.others = self.developers[:alone], self.developers[alone:]
         self.crowded = len(self.every) > CROWDED_ARCS or bool(self.others)
         self.lane = next(px for px in LANES_PX if rows * px <= PICTURE_PX)
         end = self.start + self.span
@@ -1901,24 +1885,19 @@ class Picture:
         """The middle of a lane, in px."""
         return round(self.top + (lane + .5) * self.lane, 1)
 
-    def crosses(self, edge: Edge) -> bool:
-        return self.ordered[edge.source].developer != self.ordered[edge.target].developer
-
     def svg(self) -> str:
         words = "Replay: %s of %s over time; the tables say the same" % (
             counted(len(self.ordered), "session"), counted(len(self.developers), "developer"))
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
-                '</g><svg width="100%%" height="%g" viewBox="0 0 1000 %g"'
-                ' preserveAspectRatio="none"><g class="cells">%s</g><g id="arcs">%s</g></svg>'
-                '<g id="discs">%s</g>'
-                '<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">'
-                '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
-                '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/></svg></svg>' % (
+                '</g>%s<g id="discs">%s</g>%s</svg>' % (
                     self.height, words, ' class="dense"' if self.crowded else "", self.axis(),
-                    self.lane_lines(self.own, len(self.others)), self.height, self.height,
-                    self.cells(self.lanes) if self.crowded else "", self.arc_paths(), self.discs(),
-                    self.height, self.height, self.top, self.height - self.top, self.top - 6,
-                    self.height))
+                    self.lane_lines(self.own, len(self.others)),
+                    stretched(self.height, '<g class="cells">%s</g><g id="arcs">%s</g>' % (
+                        self.cells(self.lanes) if self.crowded else "", self.arc_paths())),
+                    self.discs(),
+                    stretched(self.height, '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
+                              '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/>' % (
+                                  self.top, self.height - self.top, self.top - 6, self.height))))
 
     def axis(self) -> str:
         line = '<g%s><line x1="%g%%" x2="%g%%" y1="%g" y2="%g"/><text x="%g%%" y="%g">%s</text></g>'
@@ -1955,11 +1934,9 @@ class Picture:
         height says how many, in four steps."""
         step = next((h * HOUR_MS for h in (*TICK_HOURS, 720, 2160)
                      if self.span <= MOST_CELLS * h * HOUR_MS), self.span // MOST_CELLS + 1)
-        counts: Dict[Tuple[int, int], int] = {}
-        for s in self.ordered:
-            if s.developer in lanes:
-                place = lanes[s.developer], (s.ended - self.start) // step
-                counts[place] = counts.get(place, 0) + 1
+        counts = collections.Counter(
+            (lanes[s.developer], (s.ended - self.start) // step)
+            for s in self.ordered if s.developer in lanes)
         many = len(self.own) if self.others and lanes is self.lanes else -1  # the lane of the rest
         most = max((n for (lane, _), n in counts.items() if lane != many), default=1)
         width = round(max(3.0, step / self.span * 1000 - 1.5), 1)
@@ -1984,7 +1961,7 @@ class Picture:
 
     def arc_paths(self) -> str:
         return "".join('<path%s d="%s"/>' % (
-            ' class="x"' if self.crosses(e) else "", self.arc_path(e)) for e in self.arcs)
+            ' class="x"' if e.crosses else "", self.arc_path(e)) for e in self.arcs)
 
     def discs(self) -> str:
         largest = max(s.tools for s in self.ordered) or 1
@@ -2003,10 +1980,9 @@ class Picture:
         height = self.top + self.lane * len(self.others) + 6
         lanes = {key: n for n, key in enumerate(self.others)}
         return ('<svg class="chart" height="%g" role="img" aria-label="The lanes of %d more'
-                ' developers"><g class="lanes">%s</g><svg width="100%%" height="%g"'
-                ' viewBox="0 0 1000 %g" preserveAspectRatio="none"><g class="cells">%s</g></svg>'
-                '</svg>' % (height, len(lanes), self.lane_lines(self.others), height, height,
-                            self.cells(lanes)))
+                ' developers"><g class="lanes">%s</g>%s</svg>' % (
+                    height, len(lanes), self.lane_lines(self.others),
+                    stretched(height, '<g class="cells">%s</g>' % self.cells(lanes))))
 
     def data(self) -> Plain:
         """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
@@ -2015,7 +1991,7 @@ class Picture:
         that look otherwise."""
         received = [0] * len(self.ordered)
         for e in self.every:
-            received[e.target] += len(e.refs) if self.crosses(e) else 0
+            received[e.target] += len(e.refs) if e.crosses else 0
         numbers = self.numbers
         rows = [[numbers[ref] for ref in s.refs if ref in numbers] for s in self.ordered]
         who = {key: n for n, key in enumerate(self.developers)}
@@ -2026,7 +2002,7 @@ class Picture:
             "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
             "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
                          for s, refs, n in zip(self.ordered, rows, received)],
-            "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(self.crosses(e))]
+            "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(e.crosses)]
                       for e in self.arcs]}
 
 
@@ -2069,8 +2045,7 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
            only: Optional[str] = None, links: bool = True, at: str = "", query: str = "") -> str:
     """The body of the replay of sessions in time order, of `total` in the window: what was found
     out (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom.
-    `at`: the moment and the discovery to start with, as in the page's address; `query`: the window,
-    for links."""
+    `at`: what to start with, as behind the # of the page's address; for links see Picture."""
     picture = Picture(ordered, only, links, query)
     result = graph_of(ordered, only)
     flows = [flow for flow in result["developers"] if flow["crosses"]]
@@ -2141,13 +2116,13 @@ def spark_svg(values: Sequence[int]) -> str:
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
     """Who learned from whom: rows give, columns receive. A narrow screen has the largest pairs."""
     carried = {(f["source"], f["target"]): f["discoveries"] for f in flows}
-    sums: Tuple[Dict[str, int], Dict[str, int]] = ({}, {})  # given, received
-    for pair, count in carried.items():
-        for total, name in zip(sums, pair):
-            total[name] = total.get(name, 0) + count
-    most_first = [set(sorted(total, key=lambda name: -total[name])[:IN_MATRIX]) for total in sums]
-    givers, takers = ([who for who in picture.developers if who in chosen]
-                      for chosen in most_first)
+    given: Counter[str] = collections.Counter()
+    received: Counter[str] = collections.Counter()
+    for (giver, taker), count in carried.items():
+        given[giver] += count
+        received[taker] += count
+    givers, takers = ([who for who in picture.developers if who in dict(most)]
+                      for most in (given.most_common(IN_MATRIX), received.most_common(IN_MATRIX)))
     most = max(carried.values())
     rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
         '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
@@ -2165,14 +2140,24 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
                     len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
+def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -> str:
+    """The replay (see there) of a window's newest sessions; "" if it has none. A window of one
+    discovery has no findings and no list, since the page is about that one."""
+    newest = reader.window(window, limit)
+    if not newest:
+        return ""
+    ranked, said = [], ""
+    if window.discovery is None:
+        ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
+        said = findings_html(findings(summary(reader, window)))
+    return replay(newest[::-1], reader.count(window), ranked, said, window.discovery, **more)
+
+
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
     """The replay of a window's newest sessions as one self-contained file: it opens without this
     program and asks nobody. `at`: where it starts (see `replay`)."""
-    if window.until == END_OF_TIME:
-        window = window._replace(until=moment_text(now_ms()))
-    newest = reader.window(window, limit)
-    body = replay(newest[::-1], reader.count(window), *told_of(reader, window), window.discovery,
-                  links=False, at=at) if newest else nothing(reader, window)
+    window = fixed(window)
+    body = replay_of(reader, window, limit, links=False, at=at) or nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
         note_html(window_words(window)), words_of(*WORDS), body), head)
@@ -2180,15 +2165,6 @@ def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = ""
 
 def findings_html(sentences: Sequence[str]) -> str:
     return '<ul class="findings">%s</ul>' % "".join("<li>%s</li>" % esc(text) for text in sentences)
-
-
-def told_of(reader: Reader, window: Window) -> Tuple[List[Plain], str]:
-    """What `replay` says of a window: the discoveries by reach, and the findings as HTML. A window
-    of one discovery has neither: the page is about that one."""
-    if window.discovery is not None:
-        return [], ""
-    ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
-    return ranked, findings_html(findings(summary(reader, window)))
 
 
 # The pages of `view`.
@@ -2224,18 +2200,11 @@ class Filters(NamedTuple):
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
     def query(self, **more: str) -> str:
-        """The window, in an address. It is always said: a discovery's page without one shows all
-        time."""
+        """The window, in an address. Without one a discovery's page would show all time."""
         said = {name: value for name, value in self._asdict().items() if value}
         if self.since:
             del said["days"]
         return "?" + urllib.parse.urlencode(dict(said, **more), errors="replace")
-
-    def fixed(self) -> "Filters":
-        """The same window with its ends said, so that it stays where it is."""
-        window = self.window()
-        until = moment_text(now_ms()) if window.until == END_OF_TIME else window.until
-        return self._replace(since=window.since, until=until)
 
 
 Query = Dict[str, str]  # the parameters of an address, the first of each name
@@ -2259,30 +2228,28 @@ def filters_of(query: Query) -> Filters:
                    query.get("discovery", "").strip()[:1000])
 
 
-def options(choices: Iterable[Tuple[str, str]], chosen: str) -> str:
-    return "".join('<option value="%s"%s>%s</option>' % (
-        esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices)
+def select(name: str, choices: Iterable[Tuple[str, str]], chosen: str) -> str:
+    return '<select name="%s">%s</select>' % (name, "".join('<option value="%s"%s>%s</option>' % (
+        esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices))
 
 
 def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
     """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
     in the address. A page that gives it has no field for a discovery."""
     days = [(str(n), "last %s" % counted(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
-    fields = "".join('<input type="hidden" name="%s" value="%s">' % (
-        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
-    fields += '<label>Window<select name="days">%s</select></label>' % options(
-        days, str(filters.days))
-    for name, title, value in (("since", "or since (UTC)", filters.since),
-                               ("until", "until before", filters.until)):
-        fields += '<label>%s<input type="date" name="%s" value="%s"></label>' % (
-            title, name, esc(value[:10]))
-    fields += '<label>GitHub<select name="github">%s</select></label>' % options(
-        GITHUB_CHOICES.items(), filters.github)
+    date = '<input type="date" name="%s" value="%s">'
+    fields = [("Window", select("days", days, str(filters.days))),
+              ("or since (UTC)", date % ("since", esc(filters.since[:10]))),
+              ("until before", date % ("until", esc(filters.until[:10]))),
+              ("GitHub", select("github", GITHUB_CHOICES.items(), filters.github))]
     if kept is None:
-        fields += ('<label>Discovery<input name="discovery" size="22" maxlength="200"'
-                   ' placeholder="any" value="%s"></label>' % html.escape(filters.discovery))
+        fields.append(("Discovery", '<input name="discovery" size="22" maxlength="200"'
+                       ' placeholder="any" value="%s">' % html.escape(filters.discovery)))
+    inside = "".join('<input type="hidden" name="%s" value="%s">' % (
+        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
+    inside += "".join("<label>%s%s</label>" % field for field in fields)
     return ('<details class="filters"><summary>Choose the window</summary><form method="get"'
-            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), fields))
+            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), inside))
 
 
 def window_words(window: Window) -> str:
@@ -2333,13 +2300,11 @@ def nothing(reader: Reader, window: Window) -> str:
 
 
 def replay_page(reader: Reader, filters: Filters) -> str:
-    window, body, save = filters.window(), "", ""
-    newest = reader.window(window, DRAWN)
-    if newest:
-        save = '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
-            filters.fixed().query())
-        body = replay(newest[::-1], reader.count(window), *told_of(reader, window),
-                      window.discovery, query=filters.query())
+    window = filters.window()
+    body = replay_of(reader, window, query=filters.query())
+    since, until = fixed(window)[:2]
+    save = body and '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
+        filters._replace(since=since, until=until).query())
     return page(reader, "/", "Replay", filters, body, window, WORDS, beside=save)
 
 
@@ -2387,11 +2352,10 @@ def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
     window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
     rows, total = result["discoveries"], result["discoveries_in_window"]
-    name = DISCOVERY_COLUMNS[0]._replace(html=lambda d: discovery_link(d["discovery_id"], query))
     caption = "%s touched in this window%s; a title sorts by it" % (
         counted(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    body = html_table(caption, (name, *DISCOVERY_COLUMNS[1:]), rows, sort,
+    body = html_table(caption, linked(DISCOVERY_COLUMNS, query), rows, sort,
                       lambda key: path + filters.query(sort=key))
     if body:
         body += note_html("Reach: how many developers had a session that touched it. Half-life:"
@@ -2415,12 +2379,12 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
         facts = "First seen %s, last %s UTC, in %s of %s." % (
             minute(result["first_seen_at"]), minute(result["last_seen_at"]),
             counted(count, "session"), counted(result["developer_count"], "developer"))
-        newest = reader.window(window._replace(discovery=ref), DRAWN)
         last = stored_instant(result["last_seen_at"]) or 0
         around = Filters(since=result["first_seen_at"], until=moment_text(last + 1))
         query = (around if all_time else filters).query()
         body = "".join([
-            replay(newest[::-1], count, [], "<p>%s</p>" % esc(facts), ref, query=query),
+            "<p>%s</p>" % esc(facts),
+            replay_of(reader, window._replace(discovery=ref), query=query),
             html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
                        result["reached"]),
             html_table("Its path: the first %s of %s" % (
@@ -2488,9 +2452,9 @@ def developer_page(reader: Reader, label: str, filters: Filters) -> str:
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
     """A chart of two lists of numbers, one a day: bars, and the period before as a pale line."""
     most, n = max([1, *now, *before]), max(1, len(now), len(before))
-    line = "".join("%s%g %g" % ("L" if i else "M", round((i + .5) * 1000 / n, 1),
-                                round(100 - 100 * value / most, 1))
-                   for i, value in enumerate(before))
+    line = "M" * bool(before) + "L".join(
+        "%g %g" % (round((i + .5) * 1000 / n, 1), round(100 - 100 * value / most, 1))
+        for i, value in enumerate(before))
     words = "%s by day: up to %s" % (title, digits(max(now, default=0)))
     if any(before):
         words += "; in as many days before up to %s" % digits(max(before))
@@ -2509,8 +2473,7 @@ def days_drawn(window: Window) -> List[str]:
 
 
 def by_day(rows: Sequence[Plain], window: Window, column: Column) -> List[int]:
-    """A column's figure of each day that is drawn, 0 on days that are not listed; [] without
-    rows."""
+    """A column's figure of each day that is drawn, 0 where none is listed; [] without rows."""
     figures = {row["period"]: column.cell(row) for row in rows}
     return [figures.get(day, 0) for day in days_drawn(window) if figures]
 
@@ -2572,12 +2535,6 @@ REASONS = (  # what SQLite says, what a person wants to know
 
 
 BUSY_SECONDS = 5.0  # how long another program's lock is waited for
-
-
-def explained(error: sqlite3.Error, path: str) -> Refused:
-    said = str(error).lower()
-    reason = next((why for sign, why in REASONS if sign in said), str(error))
-    return Refused("cannot read %s: %s" % (path, reason))
 
 
 def connected(path: str) -> sqlite3.Connection:
@@ -2668,7 +2625,9 @@ def reading(path: str) -> Iterator[Reader]:
             check_schema(connection, path)
             yield Reader(widened(connection))
     except sqlite3.Error as error:
-        raise explained(error, path) from error
+        said = str(error)
+        reason = next((why for sign, why in REASONS if sign in said.lower()), said)
+        raise Refused("cannot read %s: %s" % (path, reason)) from error
 
 
 # ==================================================================================================
@@ -2862,11 +2821,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         try:
             answer = self.answer()
         except Exception as error:
-            where_from = error.__traceback__
-            while where_from and where_from.tb_next:
-                where_from = where_from.tb_next
-            line = where_from.tb_lineno if where_from else 0
-            print("session_events: a page failed: %s in line %d" % (type(error).__name__, line),
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            print("session_events: a page failed: %s in line %s" % (type(error).__name__, line),
                   file=sys.stderr, flush=True)
             answer = message_page(500, "This page failed", "The terminal shows a line about it.")
         self.send(answer)
@@ -2893,10 +2849,8 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
         return page_answer(self.server.db, address.path, query)
 
     def exchange(self, query: Query) -> Answer:
-        """The one-time token for a cookie, and a page that goes on to the address without it.
-
-        Not a redirect: a browser that came from a file sends no SameSite=Strict cookie after
-        one."""
+        """The one-time token for a cookie, and a page that goes on to the address without it. After
+        a redirect, a browser that came from a file sends no SameSite=Strict cookie."""
         rest = {name: value for name, value in query.items() if name != "token"}
         to = "/" + ("?" + urllib.parse.urlencode(rest, errors="replace") if rest else "")
         page = Answer(200, HTML_TYPE, forwarding(to))
@@ -2945,8 +2899,7 @@ def can_open_browser() -> bool:
 
 
 def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
-    """Runs the viewer until Ctrl-C or SIGTERM; returns the exit status. `path` is added to the
-    address that is shown."""
+    """Runs the viewer until Ctrl-C or SIGTERM; the exit status. `path` ends the shown address."""
     def stop(signum: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
@@ -3088,8 +3041,7 @@ def write_demo(path: str) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """The synthetic sessions in a file that is asked for, or in one that lives as long as the page
-    on it."""
+    """Synthetic sessions in a file that is asked for, or in one that lives as long as its page."""
     if options.db:
         print("%d synthetic sessions written to %s" % (write_demo(options.db), visible(options.db)))
         return 0
@@ -4058,12 +4010,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except (NotFound, Refused, Usage) as error:
         print("session_events: %s" % visible(str(error)), file=sys.stderr)
         return 2 if isinstance(error, Usage) else 1
-    except BrokenPipeError:
-        # Whoever read the output has closed it (`| head`). The flush at exit must not fail as well.
+    except OSError as error:
+        # The flush at exit must not fail as well.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + getattr(signal, "SIGPIPE", 13)
-    except OSError as error:  # a disk is full: that of standard output, or of the temporary files
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # whoever read the output has closed it (`| head`)
+            return 128 + getattr(signal, "SIGPIPE", 13)
+        # A disk is full: that of standard output, or of the temporary files.
         print("session_events: cannot go on: %s" % error.strerror, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -4470,14 +4422,14 @@ SCRIPT = r"""
     made.textContent = text;
     return made;
   };
-  const chips = (items, most, rest) => {
+  const chips = (items, most) => {
     const list = panel.appendChild(document.createElement("ul"));
     list.className = "chips";
     items.slice(0, most).forEach(([text, href]) => {
       const chip = element(href ? "a" : "span", text, element("li", "", list));
       if (href) chip.href = href;
     });
-    if (items.length > most) element("li", `and ${items.length - most} more${rest}`, list);
+    if (items.length > most) element("li", `and ${items.length - most} more`, list);
   };
   const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) + D.query : "";
   const describe = (i, went, into) => {
@@ -4488,7 +4440,7 @@ SCRIPT = r"""
     line.append(`, ended ${minute(s[0])}: ${some(s[2], "call")}, ${some(s[3], "token")} saved. ` +
       (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
       `${some(others.size, "other developer")} built on it.` : "No discoveries."));
-    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6, "");
+    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6);
   };
   const describePath = () => {
     const who = [...reached[picked]], line = element("p", "", panel);
@@ -4496,7 +4448,7 @@ SCRIPT = r"""
     if (D.links) name.href = page(picked);
     line.append(` reached ${number(who.length)} of ${some(D.developers.length, "developer")}. ` +
       "Escape, or choosing it again, shows everything.");
-    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10, "");
+    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10);
   };
 
   // Pointing, touching, keys.
