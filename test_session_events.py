@@ -4444,7 +4444,7 @@ def test_server_sigkill_loses_nothing_that_was_accepted(tmp_path, lives, often):
         clients = [Load((life, n), running) for n in range(3)]
         for client in clients:
             client.start()
-        until(lambda: sum(len(client.accepted) for client in clients) > 8)
+        until(lambda sent=clients: sum(len(client.accepted) for client in sent) > 8)
         clients[0].ending.wait(rng.uniform(0.0, 0.1))  # the moment is what is random here
         running.stop(signal.SIGTERM if often and life % 3 == 0 else signal.SIGKILL)
         for client in clients:
@@ -6092,7 +6092,7 @@ def test_server_backup_beside_a_server_under_load_and_its_restore(tmp_path):
         assert post(running, event("after the backup")).status == 202
         running.stop(signal.SIGKILL)
     assert (tmp_path / "events.db-wal").stat().st_size > 0
-    run(["sh", "-ec", fenced("To restore: stop")], cwd=str(tmp_path)).check_returncode()
+    run(["sh", "-ec", fenced("To restore, stop")], cwd=str(tmp_path)).check_returncode()
     assert not (tmp_path / "events.db-wal").exists() and db.stat().st_mode & 0o777 == 0o600
     with serving(db) as running:
         assert rows_of(db) == rows
