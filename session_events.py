@@ -1539,14 +1539,16 @@ def cold_start_words(cold: Plain) -> str:
         return "No developer was new in this window."
     words = counted(cold["developers"], "developer was", "developers were") + " new in this window"
     if cold["sessions"] is None:
-        return words + ", without a session that built on somebody else's discovery."
+        return words + ". None of their sessions built on somebody else's discovery."
     words += (". Own sessions before the first that built on somebody else's discovery: %s"
               " (median)." % median_text(cold["sessions"]))
     return words + (" %s never built on one." % digits(cold["never"]) if cold["never"] else "")
 
 
 def nothing_words(reader: Reader, window: Window) -> str:
-    """What is said of a window without a session."""
+    """What is said of a window without a session, or without one that touched a discovery."""
+    if reader.count(window):
+        return "No session of this window touched a discovery."
     kind = " of this kind" if window[2:] != NO_FILTER else ""
     last = last_event(reader)
     return "No session%s ended in this window. %s" % (
@@ -3865,7 +3867,7 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
     "since": flag("--since", "TIME", "from this date or moment on (UTC), instead of --days"),
     "until": flag("--until", "TIME", "before this date or moment"),
     "github": ("--github", {"choices": list(GITHUB_FLAGS), "default": "any",
-                            "help": "only sessions with GitHub, or without"}),
+                            "help": "only sessions with a GitHub hash, or without one (any)"}),
     "discovery": flag("--discovery", "REF", "sessions that touched this discovery"),
     "limit": flag("--limit", "N", "at most N rows", type=whole_number(1, 999_999_999)),
     "sort": ("--sort", {"choices": list(DISCOVERY_SORTS), "default": SORTS[0],
@@ -3882,15 +3884,15 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
                             "help": "go on with what comes in, every %d s" % FOLLOW_SECONDS}),
     "check": ("--check", {"action": "store_true", "help": "ship nothing; is every session of the"
                           " file in the view? Exit with 1 if not"}),
-    "again": ("--again", {"action": "store_true", "help": "every row once more, where a check found"
-                          " that some are missing"}),
+    "again": ("--again", {"action": "store_true", "help": "send every row once more, where a check"
+                          " found that some are missing"}),
     "print_ddl": ("--print-ddl", {"action": "store_true",
                                   "help": "only print what makes the table and the views"}),
     "metrics": flag("--metrics", "HOST:PORT",
                     "with --follow: answer GET /metrics here, for Prometheus"),
     "cluster": flag("--cluster", "NAME",
-                    "make them on every host of this ClickHouse cluster, replicated"),
-    "demo_db": flag("--db", "FILE", "only write them into this new file"),
+                    "make the table and the views on every host of this ClickHouse cluster"),
+    "demo_db": flag("--db", "FILE", "only write the sessions into this new file, and show no page"),
 }
 WINDOWED = ("db", "days", "since", "until", "github")
 QUESTIONS = {

@@ -7663,6 +7663,8 @@ def test_reader_what_it_refuses(tmp_path, capfdbinary):
          "must be after", 2),
         (["sessions", "--db", good, "--since", "2020-01-01", "--until", "2020-02-01"],
          "No session ended in this window. The last one ended", 0),
+        (["discoveries", "--db", stored(tmp_path / "bare.db", row(1)), *IN_MAY],
+         "No session of this window touched a discovery.", 0),
         (["export", "--db", good, "--until", "2020-02-01"], "No session ended", 0),
         (["sessions", "--db", good, "--discovery", "nobody", *IN_MAY],
          "No session of this kind ended in this window. The last one of any kind", 0),
