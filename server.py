@@ -44,6 +44,7 @@ import queue
 import re
 import select
 import selectors
+import shutil
 import signal
 import socket
 import sqlite3
@@ -2078,17 +2079,13 @@ def back_up(path: str, target: str, command: Command) -> None:
         raise StartError("%s is one of the database's own files: name another" % target)
     started, folder = time.monotonic(), os.path.dirname(os.path.abspath(target))
     with contextlib.closing(open_existing(path)) as db:
-        try:
-            # A folder, so that whatever SQLite puts beside the copy goes together with it.
-            scratch = tempfile.TemporaryDirectory(".partial", ".backup-", folder)
-        except OSError as error:
-            raise StartError("cannot write in %s: %s" % (folder, error.strerror)) from None
-        with scratch as partial:
+        with scratch_folder(folder, command) as partial:
             copy = os.path.join(partial, "copy")
             try:
                 os.close(os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
                 vacuum_into(db, copy, command)
                 sync(copy, os.O_RDWR)
+                size = os.path.getsize(copy)  # now: somebody may take the copy away at once
                 command.check()
                 take_name(copy, target)
             except FileExistsError:
@@ -2100,8 +2097,25 @@ def back_up(path: str, target: str, command: Command) -> None:
     with contextlib.suppress(OSError):  # not every system can do that to a folder
         sync(folder, os.O_RDONLY)
     command.clear()
-    print_line("%s: %d MB in %.1f s" % (
-        target, os.path.getsize(target) >> 20, time.monotonic() - started))
+    print_line("%s: %d MB in %.1f s" % (target, size >> 20, time.monotonic() - started))
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: str, command: Command) -> Iterator[str]:
+    """A new folder in `folder`, so that whatever SQLite puts beside the copy goes together with it.
+
+    Raises StartError. Where the disk does not let it be deleted, a line says so.
+    """
+    try:
+        partial = tempfile.mkdtemp(".partial", ".backup-", folder)
+    except OSError as error:
+        raise StartError("cannot write in %s: %s" % (folder, error.strerror)) from None
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if os.path.lexists(partial):
+            command.say("%s could not be deleted: delete it" % partial)
 
 
 def vacuum_into(db: sqlite3.Connection, copy: str, command: Command) -> None:

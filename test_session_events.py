@@ -6159,6 +6159,23 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     assert len(rows_of(db)) == 5000
 
 
+def test_server_backup_is_done_when_the_copy_has_its_name(tmp_path):
+    """What comes after that undoes nothing: somebody takes the copy away at once, or the disk does
+    not let the folder in which it was made be deleted.
+    """
+    db = crowded(tmp_path / "events.db", 10)
+    taken = ("take = server.take_name\n"
+             "server.take_name = lambda a, b: (take(a, b), os.rename(b, 'taken.db'))")
+    kept = "import errno\ndef no(*_, **__): raise OSError(errno.ENOTEMPTY, 'no')\nos.rmdir = no"
+    for patch, copy in ((taken, "taken.db"), (kept, "copy.db")):
+        done = command(db, "--backup", "copy.db", patch=patch, cwd=str(tmp_path))
+        assert done.returncode == 0 and done.stdout.startswith("copy.db: 0 MB"), done.stderr
+        assert len(rows_of(tmp_path / copy)) == 10
+    (left,) = tmp_path.glob(".backup-*")
+    assert done.stderr == "%s could not be deleted: delete it\n" % left
+    assert not list(left.iterdir())
+
+
 @needs_linux
 def test_server_backup_on_another_file_system_also_a_full_one(tmp_path):
     db = crowded(tmp_path / "events.db", 5000)
@@ -9507,6 +9524,7 @@ def test_ship_follows_a_server(tmp_path, clickhouse):
                         break
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.05)
+        eventually(lambda: marks(db) == [3], process)  # what was sent goes again without it
         process.send_signal(signal.SIGINT)
         status, out, err = finished(process)
         assert (status, out) == (0, "")
