@@ -741,7 +741,13 @@ def write_whole(path: str, data: bytes, mode: int = 0o600, fresh: bool = False) 
         with open(temporary, "xb") as file:
             file.write(data)
         os.chmod(temporary, mode)
-        (os.link if fresh else os.replace)(temporary, path)
+        try:
+            (os.link if fresh else os.replace)(temporary, path)
+        except OSError:
+            if not fresh or os.path.lexists(path):
+                raise
+            # A file system without hard links. Two first sessions at once may then differ, once.
+            os.replace(temporary, path)
     finally:
         remove(temporary)
 

@@ -2817,6 +2817,19 @@ def test_emit_commands(python, person, tmp_path):
     assert done.returncode == 0 and "example:" in done.stdout
 
 
+def test_emit_makes_a_machine_id_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def no_link(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_link)
+    home = str(tmp_path)
+    machine = emit.machine_id(home)
+    assert machine and emit.machine_id(home) == machine
+    with pytest.raises(OSError):
+        emit.write_whole(home + "/.ashlr/machine-id", b"another", fresh=True)
+    assert emit.machine_id(home) == machine and os.listdir(home + "/.ashlr") == ["machine-id"]
+
+
 @oldest_and_newest
 def test_emit_makes_one_machine_id(python, person, received):
     """First sessions at once agree on one machine-id, and nobody overwrites it."""
@@ -9775,6 +9788,44 @@ def test_ship_mark_is_replaced_only_where_it_was_read(tmp_path):
     assert shipment.mark() == moved
     shipment.write(mark, mark._replace(last_id=12), rows[11])
     assert shipment.mark() == moved
+
+
+def test_ship_looks_for_the_lock_between_two_commits(tmp_path, monkeypatch):
+    """A server on a slow disk leaves the lock free for about a millisecond. SQLite's own timeout
+    would look for it every 100 ms.
+    """
+    db = stored(tmp_path / "a.db", *many(5))
+    shipment = session_events.Shipment(db, session_events.ClickHouse("http://127.0.0.1:9/", {}))
+    mark = begun(shipment)
+    with contextlib.closing(sqlite3.connect(db, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        pauses = []
+
+        def pause(seconds):
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                holder.execute("ROLLBACK")
+
+        monkeypatch.setattr(session_events.time, "sleep", pause)
+        shipment.write(mark, mark._replace(last_id=1))
+    assert len(pauses) == 3 and max(pauses) <= 0.001
+    assert marks(db) == [1]
+
+
+def test_ship_ends_where_rows_keep_coming(tmp_path, clickhouse, monkeypatch, capfd):
+    db = stored(tmp_path / "a.db", *many(5))
+    coming = iter(many(20, 700))
+    step = session_events.Shipment.step
+
+    def step_while_one_comes(shipment):
+        did = step(shipment)
+        with contextlib.closing(sqlite3.connect(db)) as connection:
+            insert(connection, itertools.islice(coming, 1))
+        return did
+
+    monkeypatch.setattr(session_events.Shipment, "step", step_while_one_comes)
+    assert session_events.main(["ship", "--db", db, "--to", clickhouse.database()]) == 0
+    assert capfd.readouterr().out == "6 rows shipped\n"
 
 
 def test_ship_deletes_no_wal(tmp_path):
