@@ -1054,10 +1054,12 @@ def reason(error: BaseException) -> str:
 
 def place_of(error: BaseException) -> str:
     """` (in FUNCTION, line N)`: the innermost function of this file that an error passed."""
-    from traceback import extract_tb
-    file = place_of.__code__.co_filename
-    place = [frame for frame in extract_tb(error.__traceback__) if frame.filename == file][-1]
-    return " (in %s, line %s)" % (place.name, place.lineno)
+    file, place, trace = place_of.__code__.co_filename, "", error.__traceback__
+    while trace:  # without an import: it would fail where no descriptor is left
+        if trace.tb_frame.f_code.co_filename == file:
+            place = " (in %s, line %s)" % (trace.tb_frame.f_code.co_name, trace.tb_lineno)
+        trace = trace.tb_next
+    return place
 
 
 def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":

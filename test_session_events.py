@@ -2750,6 +2750,13 @@ def test_emit_names_the_line_of_a_fault(person):
     assert done.returncode == 0 and "secret" not in done.stderr
 
 
+def test_emit_without_descriptors_says_so_in_one_line(person):
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))"
+    done = person.emit(before=few, env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "few"})
+    assert re.search(r"failed: OSError: .* \(in \w+, line \d+\)\n$", done.stderr), done.stderr
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 # -- What the person sees --------------------------------------------------------------------------
 
 
