@@ -7771,7 +7771,7 @@ def test_reader_as_a_program(tmp_path):
     A reader of its output may leave early.
     """
     shutil.copy(str(ROOT / "session_events.py"), str(tmp_path))
-    for python in (PYTHONS[min(PYTHONS)], PYTHONS[max(PYTHONS)]):
+    for python in {PYTHONS[min(PYTHONS)], PYTHONS[max(PYTHONS)]}:
         done = subprocess.run([python, "-I", "-S", "session_events.py", "demo", "--db",
                                "demo%s.db" % abs(hash(python))], cwd=str(tmp_path),
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=60)
