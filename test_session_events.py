@@ -2746,7 +2746,7 @@ def test_emit_names_the_line_of_a_fault(person):
     broken = "import os; os.urandom = lambda n: {}['/secret/path']"
     env = {"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "fault"}
     done = person.emit(before=broken, env=env)
-    assert re.search(r"failed: KeyError \(in \w+, line \d+\)\n", done.stderr), done.stderr
+    assert re.search(r"failed: KeyError \(in end_session, line \d+\)\n", done.stderr), done.stderr
     assert done.returncode == 0 and "secret" not in done.stderr
 
 
@@ -6981,8 +6981,9 @@ def test_reader_one_definition_of_a_session(tmp_path, monkeypatch):
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as one:
         one.execute("CREATE TABLE session_events (id INTEGER PRIMARY KEY, %s)" % ", ".join(row(0)))
         both = session_events.Reader(one)
-        taken = 0
+        taken, cuts = 0, both.cuts
         for (r, fine), last in itertools.product(zip(tried, expected), ([good], [])):
+            both.cuts = cuts or not last  # the form for an old SQLite is tried on each
             one.execute("DELETE FROM session_events")
             sql = "INSERT INTO session_events VALUES (NULL, ?,?,?,?,?,?,?,?,?)"
             one.executemany(sql, [good, r, *last])
