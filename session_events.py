@@ -3273,7 +3273,7 @@ class ClickHouse:
             self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
         except ValueError:
             self.place = ("", 0)
-        if not (self.place[0] and re.fullmatch('https?://[!"$-?A-~]+', url)  # no @, no #
+        if not (self.place[0] and re.fullmatch("https?://[!-~]+", url) and not set("@#") & set(url)
                 and not {"user", "password", "query"} & set(self.parameters)
                 and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", self.parameters["database"])):
             raise Usage("--to takes an http or https URL such as %s, a database of letters, digits "
@@ -3480,15 +3480,14 @@ class Shipment:
                     begin_in_turn(file)
                     file.execute("CREATE TABLE IF NOT EXISTS " + SHIP_MARKS)
                     found = file.execute(SHIP_MARK, [after.destination]).fetchone()
-                    there = row and file.execute(
-                        "SELECT session_id_hash FROM session_events WHERE id = ?",
-                        row[:1]).fetchone()
-                    same = found == (before if before.node else None) and (
-                        not row or there == (row[1].split("\t")[SESSION_ID],))
+                    there = not row or file.execute(
+                        "SELECT 1 FROM session_events WHERE id = ? AND session_id_hash = ?",
+                        [row[0], row[1].split("\t")[SESSION_ID]]).fetchone()
+                    same = there and found == (before if before.node else None)
                     if same:
                         file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
                     file.execute("COMMIT")
-                    return same
+                    return bool(same)
             except sqlite3.Error as error:
                 raise Refused("cannot write the mark of what was shipped into %s (%s). It takes "
                               "the server's user, who may write the file and its folder"
@@ -3499,8 +3498,6 @@ class Shipment:
         a row that cannot go, Refused."""
         with reading(self.path) as reader:
             mark, pepper = self.mark(reader), pepper_in(reader)
-            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
-            newest, = reader.rows("SELECT max(id) FROM session_events").fetchone()
         uptime, nodes = self.house.look()
         right, why = doubted(mark, uptime, nodes)
         if why:
@@ -3510,10 +3507,14 @@ class Shipment:
             return True
         if nodes.get(mark.node) != pepper:
             self.house.insert(mark.node, [(0, OWN_LINE.format(mark.node, pepper))])
-        if not self.warned and {*nodes.values(), pepper} != {pepper}:
+            nodes[mark.node] = pepper
+        if len(set(nodes.values())) > 1 and not self.warned:
             self.warned = True
             ship_log("warning", why="the nodes of this ClickHouse have different peppers "
                      "(server.py --pepper-file): a developer is somebody else on each of them")
+        with reading(self.path) as reader:
+            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
+            newest, = reader.rows("SELECT max(id) FROM session_events").fetchone()
         return bool(rows) and self.send(mark, rows) < newest
 
     def send(self, mark: Mark, rows: Sequence[ShipRow]) -> int:
@@ -3659,8 +3660,6 @@ def ship_check(shipment: Shipment) -> int:
 
 def ship(options: argparse.Namespace) -> int:
     """The command; returns its exit status. Raises Usage, Refused."""
-    if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
-        raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     house = ClickHouse(options.to or TO, os.environ)
     if options.print_ddl:
         print(";\n\n".join(ship_ddl(options.cluster, house.database)) + ";")

@@ -9923,6 +9923,13 @@ def test_ship_stops_at_a_row_that_is_no_event(tmp_path, clickhouse):
         assert clickhouse.ask("SELECT count(), max(id) FROM session_events", url) == [
             ["250", "250"]]
         assert ship(looser_db, url)[0] == ship(looser_db, url, "--check")[0] == 1
+        # It has a mark although nothing can go, so that no server deletes what was not shipped.
+        other = clickhouse.database()
+        connection.execute("UPDATE session_events SET branch_sha = 'auth-jwt-flow' WHERE id = 1")
+        connection.commit()
+        status, out, err = ship(looser_db, other)
+        assert (status, out) == (1, "") and "row id 1 is no event: its branch_sha" in err
+        assert sorted(marks(looser_db)) == [session_events.SHIP_LEAST, 250]
         connection.execute("DELETE FROM session_events WHERE id = 251")
         connection.commit()
     assert shipped(looser_db, url) == 49
@@ -10252,6 +10259,14 @@ def test_ship_notices_different_peppers(tmp_path, clickhouse):
         status, _, last = ship(tmp_path / (name + ".db"), url)
         assert status == 0
     assert last == ""
+    # One node that had none at first.
+    db = stored(tmp_path / "e.db", *many(3))
+    alone = clickhouse.database()
+    assert shipped(db, alone) == 3
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute("CREATE TABLE session_events_pepper AS SELECT 'feed' AS fingerprint")
+        connection.commit()
+    assert shipped(db, alone) == 0
 
 
 def test_ship_months(tmp_path, clickhouse):
@@ -10683,12 +10698,11 @@ def test_ship_command_line_and_waiting(tmp_path, capfdbinary, monkeypatch):
         ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1"],
         ["--db", db, "--to", "http://h/", "--follow", "--metrics", ":0"],
         ["--db", db, "--to", "http://h/", "--follow", "--metrics", "127.0.0.1:99999"],
-        ["--print-ddl", "--cluster", "a'b"],
     ):
         assert answered(capfdbinary, ["ship", *argv])[0] == 2
-    any_password = session_events.ClickHouse("http://h/", {"CLICKHOUSE_PASSWORD": "zw\u00f6i\nlines"})
-    login = base64.b64encode(b"default:zw\xc3\xb6i\nlines").decode()
-    assert any_password.headers == {"Authorization": "Basic " + login}
+    house = session_events.ClickHouse("http://h/", {"CLICKHOUSE_PASSWORD": "two\nl\u00efnes"})
+    login = base64.b64encode(b"default:two\nl\xc3\xafnes").decode()
+    assert house.headers == {"Authorization": "Basic " + login}
     out = answered(capfdbinary,
                    ["ship", "--print-ddl", "--cluster", "main", "--to", "http://h/?database=x"])[1]
     assert out.count(" ON CLUSTER 'main'") == 4
