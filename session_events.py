@@ -3177,9 +3177,10 @@ RAW_COLUMNS = (
 RAW_NAMES = ", ".join(name for name, *_ in RAW_COLUMNS)
 INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
     SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made, _ in RAW_COLUMNS))
-MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
-  SELECT {3} FROM {0} WHERE ({3}) GLOBAL IN (SELECT {1}, {2} FROM mine){{0}})""".format(
-      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash", SHIP_KEY, ENDED_NEAR)
+MISSING = """SELECT id, {month} FROM mine WHERE ({mine}) GLOBAL NOT IN (
+  SELECT {key} FROM {raw} WHERE ({key}) GLOBAL IN (SELECT {mine} FROM mine){{months}})""".format(
+      month="toYYYYMM(%s)" % ENDED_NEAR, raw=SHIP_RAW, key=SHIP_KEY,
+      mine=", ".join(SHIP_HASH % name for name in SHIP_KEY.split(", ")))
 SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % ENDED_NEAR
 FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
 # Each node has a row of its own in the table, at a moment that no session has. While it is there,
@@ -3308,7 +3309,7 @@ class ClickHouse:
         number, words = int(error[1]), error[2]
         if rows and number not in HOUSE_ERRORS:  # they could quote a row
             words = "its log has the words under query_id " + parameters["query_id"]
-        raise (RowsRefused if rows and number in DATA_ERRORS else Refused)(
+        raise (RowsRefused if number in DATA_ERRORS else Refused)(
             "%s refuses that with its error %d (%s)" % (self.name, number, words))
 
     def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, str]:
@@ -3357,7 +3358,8 @@ class ClickHouse:
         """{id: month of `ended`, such as 202605} of the rows whose session is not in the table, and
         therefore not in the view. The months of these rows are searched first. A session that is
         not there may be in another month, if another node received it too."""
-        said = self.ask(MISSING.format(SAME_MONTHS), rows) and self.ask(MISSING.format(""), rows)
+        said = (self.ask(MISSING.format(months=SAME_MONTHS), rows)
+                and self.ask(MISSING.format(months=""), rows))
         return {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
 
 
@@ -3395,9 +3397,8 @@ def moved_on(mark: Mark, to: int, sent: int) -> Mark:
 
 
 def moved_back(mark: Mark, to: int) -> Mark:
-    """The mark when the rows above `to` shall go once more."""
-    return mark._replace(last_id=to, confirmed_at=now_ms(),
-                         synced_id=min(mark.synced_id, to), next_id=min(mark.next_id, to))
+    """The mark when the rows above `to` (at most its synced_id) shall go once more."""
+    return mark._replace(last_id=to, confirmed_at=now_ms(), synced_id=to, next_id=to)
 
 
 def doubted(mark: Mark, uptime: int, nodes: Mapping[str, str]) -> Tuple[Mark, str]:
