@@ -87,7 +87,6 @@ from typing import (
     Set,
     TextIO,
     Tuple,
-    Type,
     Union,
 )
 
@@ -3069,7 +3068,6 @@ def demo(options: argparse.Namespace) -> int:
 # ==================================================================================================
 
 SHIP_ROWS, SHIP_BYTES = 20_000, 16 << 20  # most of one batch; a row can have 26 KB of discoveries
-SHIP_YEARS = 3  # of arrival in one batch: 78 months. ClickHouse takes 100 partitions in one INSERT.
 SHIP_LATE, SHIP_EARLY = 366, 1  # days by which `ended` may lie before and after the arrival
 SHIP_LEAST = -1 << 63  # the mark of a destination that holds nothing: below every id
 SHIP_UNSYNCED = 600_000  # ms: ClickHouse answers before it syncs; what is older is on its disk
@@ -3078,11 +3076,8 @@ FOLLOW_SECONDS, BACK_OFF_SECONDS, SHIP_STATUS_SECONDS = 5.0, 300.0, 60.0
 
 
 class Unfit(Refused):
-    """A row cannot be shipped. Those after it wait until somebody has corrected or deleted it."""
-
-
-class Later(Refused):
-    """It cannot be done now, and that passes by itself."""
+    """A row cannot be shipped. Those after it wait until somebody has corrected or deleted it.
+    Everything else that is Refused may pass by itself."""
 
 
 class RowsRefused(Refused):
@@ -3096,7 +3091,7 @@ SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
     "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
     " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
 # Its groups are the dates of received_at and ended_at. ClickHouse's DateTime has the years 1970 to
-# 2105, of which the last is for the nodes' own rows (see OWN_MOMENT).
+# 2105, of which the last is for the nodes' own rows (see OWN_LINE).
 usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-4])" + STORED.pattern, *(
     "(?:%s)" % cell_pattern(kind, rule) for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
 ShipRow = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
@@ -3121,11 +3116,11 @@ def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> str:
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[ShipRow]:
-    """At most `most` rows whose id meets the condition, and no more than SHIP_YEARS or about
-    SHIP_BYTES. The list ends before a row that is no session. Raises Unfit if that is the first
-    one."""
+    """At most `most` rows whose id meets the condition, no more than about SHIP_BYTES, of one year
+    of arrival. (So `ended` has 26 months; ClickHouse takes 100 partitions in one INSERT.) The list
+    ends before a row that is no session. Raises Unfit if that is the first one."""
     rows: List[ShipRow] = []
-    size, years = 0, set()
+    size = 0
     for row_id, text in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
         try:
             line = checked_line(reader, row_id, text)
@@ -3133,11 +3128,10 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
             if rows:
                 break
             raise
+        if rows and (size > SHIP_BYTES or line[:4] != rows[0][1][:4]):
+            break
         rows.append((row_id, line))
         size += len(line)
-        years.add(line[:4])
-        if size >= SHIP_BYTES or len(years) == SHIP_YEARS:
-            break
     return rows
 
 
@@ -3183,20 +3177,19 @@ RAW_COLUMNS = (
 RAW_NAMES = ", ".join(name for name, *_ in RAW_COLUMNS)
 INSERT = "INSERT INTO %s (%s) SELECT %s FROM mine" % (
     SHIP_RAW, RAW_NAMES, ", ".join(made for _, _, made, _ in RAW_COLUMNS))
-MISSING = """SELECT id, toYYYYMM({4}) FROM mine WHERE ({1}, {2}) GLOBAL NOT IN (
-  SELECT {3} FROM {0} WHERE ({3}) GLOBAL IN (SELECT {1}, {2} FROM mine){{0}})""".format(
-      SHIP_RAW, SHIP_HASH % "identity_hash", SHIP_HASH % "session_id_hash", SHIP_KEY, ENDED_NEAR)
+MISSING = """SELECT id, {month} FROM mine WHERE ({mine}) GLOBAL NOT IN (
+  SELECT {key} FROM {raw} WHERE ({key}) GLOBAL IN (SELECT {mine} FROM mine){{months}})""".format(
+      month="toYYYYMM(%s)" % ENDED_NEAR, raw=SHIP_RAW, key=SHIP_KEY,
+      mine=", ".join(SHIP_HASH % name for name in SHIP_KEY.split(", ")))
 SAME_MONTHS = " AND toYYYYMM(ended) GLOBAL IN (SELECT toYYYYMM(%s) FROM mine)" % ENDED_NEAR
 FIRST = "SELECT 1 FROM " + SHIP_RAW + " WHERE toYYYYMM(ended) = %s LIMIT 1"
 # Each node has a row of its own in the table, at a moment that no session has. While it is there,
 # the table is the one that the node filled, and what is missing was dropped on purpose. Where it is
 # not, the table was emptied or made anew. Its `plugin_version` is a fingerprint of the pepper.
+OWN_LINE = "2105-12-31T00:00:00Z\t\t\t{0}\t2105-12-31T00:00:00.000Z\t0\t0\t\t[]\t{1}"
 OWN_MOMENT = "toDateTime('2105-12-31 00:00:00', 'UTC')"
 LOOK = """SELECT uptime(), groupArray(concat(node, ':', plugin_version))
   FROM %s FINAL WHERE ended = %s""" % (SHIP_RAW, OWN_MOMENT)
-INTRODUCE = """INSERT INTO {0} (node, session_id_hash, plugin_version, seniority, ended_at, ended,
-  received_at) SELECT '{{0}}', toFixedString('{{0}}', 32), '{{1}}', toUInt64(toUInt32(now())),
-  toFixedString('2105-12-31T00:00:00.000Z', 24), {1}, {1}""".format(SHIP_RAW, OWN_MOMENT)
 # ClickHouse merges the rows of one key if they are on one shard and in one partition. FINAL answers
 # as if all were merged. In the view it works before any WHERE, so that no condition can bring back
 # a row that another one has replaced.
@@ -3235,23 +3228,17 @@ def ship_ddl(cluster: Optional[str], database: str) -> List[str]:
         database, name, on, select.format(database)) for name, select in SHIP_VIEWS.items()]
 
 
-def ship_migration(made: Mapping[str, str], cluster: Optional[str], database: str) -> str:
-    """The statements that take over what is there in an older layout; "" if nothing is. `made`:
-    {table or view: how it was made}. In a cluster they are for each shard."""
-    name, on = "%s.%s" % (database, SHIP_RAW), ""
-    if cluster:
-        name, on = "%s.%s" % (database, SHIP_LOCAL), SHIP_ON % cluster
-    statements = []
-    if any("MergeTree" in made.get(table, "") and BY_MONTH not in made[table]
-           for table in (SHIP_RAW, SHIP_LOCAL)):
-        statements = [
-            "RENAME TABLE %s TO %s_old%s" % (name, name, on), ship_ddl(cluster, database)[0],
-            "INSERT INTO %s (%s) SELECT %s FROM %s_old" % (
-                name, RAW_NAMES, RAW_NAMES.replace(" ended,", " %s," % ENDED_NEAR), name),
-            "DROP TABLE %s_old%s" % (name, on)]
-    if "WHERE" not in (made.get("session_events") or "WHERE"):  # it shows the nodes' own rows
-        statements.append("DROP TABLE %s.session_events%s" % (database, on))
-    return "".join(statement + ";\n" for statement in statements)
+def ship_migration(cluster: Optional[str], database: str) -> str:
+    """The statements that take over the rows of a table without months. In a cluster they are for
+    each shard."""
+    table, on = (SHIP_LOCAL, SHIP_ON % cluster) if cluster else (SHIP_RAW, "")
+    return """RENAME TABLE {0}.{1} TO {0}.{1}_old{2};
+{3};
+INSERT INTO {0}.{1} ({4}) SELECT {5} FROM {0}.{1}_old;
+DROP TABLE {0}.{1}_old{2};
+DROP TABLE IF EXISTS {0}.session_events{2};
+""".format(database, table, on, ship_ddl(cluster, database)[0], RAW_NAMES,
+           RAW_NAMES.replace(" ended,", " %s," % ENDED_NEAR))
 
 
 # -- ClickHouse over HTTP --
@@ -3261,26 +3248,15 @@ SETTINGS_SENT = {
     "insert_distributed_sync": "1",  # an answer means stored, on whichever shard
     "insert_deduplicate": "0",  # else a replica drops a block it remembers, though its rows be lost
     "wait_end_of_query": "1"}  # an answer's status is about all of it
-# Its error numbers (ErrorCodes.cpp): what to make of them, and words for a person. Any other number
-# is for Later, and says nothing about a row.
-SHIP_ERRORS: Sequence[Tuple[Type[Refused], Sequence[int], str]] = (
-    # The data of an INSERT: a text, number, date or array, a type, a constraint.
-    (RowsRefused, (6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349,
-                   376, 395, 407, 441, 467, 469), "refuses the rows"),
-    (Refused, (192, 193, 194, 516),
-     "does not know this user or password: set CLICKHOUSE_USER and CLICKHOUSE_PASSWORD"),
-    (Refused, (60,), "has no table %s: nothing was shipped yet, or it was dropped" % SHIP_RAW),
-    (Refused, (81,), "has no such database: make it, or name another in --to (?database=...)"),
-    (Refused, (115,), "does not know a setting that --to names"),
-    (Refused, (164,), "lets this user only read: take one with SELECT and INSERT"),
-    (Refused, (170,), "has no cluster of the name that --cluster gives"),
-    (Refused, (497,), "does not let this user do that: grant SELECT and INSERT, and CREATE for the"
-     " first time"),
-    (Later, (75,), "cannot write to its disk, which may be full"),
-    (Later, (241,), "lacks memory"),
-    (Later, (242,), "has made its table read-only"),
-    (Later, (243,), "has no room left on its disk"),
-    (Later, (252,), "has too many parts to merge"))
+# As a file of a form. No row has a carriage return, so that none can end the form.
+SHIP_FORM = ('--rows\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
+             '%s\r\n--rows--\r\n')
+# ClickHouse's error numbers (ErrorCodes.cpp) that speak of the data of an INSERT: a text, number,
+# date or array, a type, a constraint. Any other says nothing about a row.
+DATA_ERRORS = {6, 25, 26, 27, 38, 41, 53, 69, 70, 72, 117, 128, 130, 131, 153, 190, 321, 349, 376,
+               395, 407, 441, 467, 469}
+# Those whose words quote no row: the disk, the memory, a table that is read-only, too many parts.
+HOUSE_ERRORS = {75, 241, 242, 243, 252}
 
 
 class ClickHouse:
@@ -3289,101 +3265,79 @@ class ClickHouse:
     password, which come from the environment alone: a URL is seen in process lists."""
 
     def __init__(self, url: str, environment: Mapping[str, str]) -> None:
-        """Raises Usage for what --to or the two variables cannot be."""
+        """Raises Usage for what --to cannot be."""
         try:
             parts = urllib.parse.urlsplit(url)
-            self.parameters = {"database": "default", **dict(urllib.parse.parse_qsl(
-                parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))}
-            fits = (re.fullmatch("https?://[!-~]+", url) and parts.hostname and parts.port != 0
-                    and not parts.fragment and "@" not in parts.netloc
-                    and not {"user", "password", "quota_key", "query"} & set(self.parameters)
-                    and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", self.parameters["database"]))
+            self.parameters = {"database": "default", **dict(
+                urllib.parse.parse_qsl(parts.query, keep_blank_values=True))}
+            self.tls, self.path = parts.scheme == "https", parts.path or "/"
+            self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
         except ValueError:
-            fits = None
-        if not fits:
+            self.place = ("", 0)
+        if not (self.place[0] and re.fullmatch("https?://[!-~]+", url) and not set("@#") & set(url)
+                and not {"user", "password", "query"} & set(self.parameters)
+                and re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,63}", self.parameters["database"])):
             raise Usage("--to takes an http or https URL such as %s, a database of letters, digits "
                         "and _; user and password come from CLICKHOUSE_USER and "
                         "CLICKHOUSE_PASSWORD" % TO)
-        self.headers = {"X-ClickHouse-" + header: environment[name] for name, header in (
-            ("CLICKHOUSE_USER", "User"), ("CLICKHOUSE_PASSWORD", "Key")) if environment.get(name)}
-        if not re.fullmatch("[ -~]*", "".join(self.headers.values())):
-            raise Usage("CLICKHOUSE_USER and CLICKHOUSE_PASSWORD may hold printable ASCII only: "
-                        "they travel in headers")
-        self.tls, self.path = parts.scheme == "https", parts.path or "/"
-        self.place = (parts.hostname or "", parts.port or (8443 if self.tls else 8123))
-        self.silence = SHIP_SILENCE  # seconds without a byte until the peer is given up
-        self.name = "ClickHouse at %s:%d" % self.place
         self.database = self.parameters["database"]
+        self.name = "ClickHouse at %s:%d" % self.place
         self.destination = "%s://%s:%d%s/%s.%s" % (
             parts.scheme, *self.place, self.path.rstrip("/"), self.database, SHIP_RAW)
+        user, password = map(environment.get, ("CLICKHOUSE_USER", "CLICKHOUSE_PASSWORD"))
+        login = "%s:%s" % (user or "default", password or "")
+        self.headers = {"Authorization": "Basic " + base64.b64encode(
+            login.encode("utf-8", "surrogateescape")).decode()}
+        self.silence = SHIP_SILENCE  # seconds without a byte until the peer is given up
 
-    def ask(self, sql: str, rows: Sequence[ShipRow] = (), answer: str = "") -> str:
-        """The answer to a statement, which must match the pattern `answer`; `rows` are its table
-        `mine`. Raises Later, RowsRefused, Refused."""
-        query_id, boundary = str(uuid.uuid4()), uuid.uuid4().hex
-        parameters = {**SETTINGS_SENT, **self.parameters, "query_id": query_id}
-        headers, body = self.headers, sql.encode()
-        if rows:  # as a file of a form: what is in the statement stands in ClickHouse's query log
+    def ask(self, sql: str, rows: Sequence[ShipRow] = ()) -> str:
+        """The answer to a statement; `rows` are its table `mine`. Raises RowsRefused, Refused."""
+        parameters = {**SETTINGS_SENT, **self.parameters, "query_id": str(uuid.uuid4())}
+        headers, body = self.headers, sql
+        if rows:  # beside the statement: what is in it stands in ClickHouse's query log
             parameters.update(query=sql, mine_structure=MINE)
-            headers = {**headers, "Content-Type": "multipart/form-data; boundary=" + boundary}
-            text = "".join(["%d\t%s\n" % row for row in rows])
-            text = text.replace('"', "'")  # as ClickHouse quotes the texts of an array
-            body = ('--%s\r\nContent-Disposition: form-data; name="mine"; filename="mine"\r\n\r\n'
-                    '%s\r\n--%s--\r\n' % (boundary, text, boundary)).encode("ascii")
-        status, raw = self.posted(urllib.parse.urlencode(parameters), body, headers)
-        said = raw.decode("utf-8", "replace")
-        if status != 200:
-            raise self.refusal(status, said, query_id, bool(rows))
-        if not re.fullmatch(answer, said):
-            raise Refused(self.name + " answers what was not asked; is it one?")
-        return said
+            headers = {**headers, "Content-Type": "multipart/form-data; boundary=rows"}
+            lines = "".join(["%d\t%s\n" % row for row in rows])
+            body = SHIP_FORM % lines.replace('"', "'")  # as ClickHouse quotes the texts of an array
+        status, said = self.posted(urllib.parse.urlencode(parameters), body.encode(), headers)
+        if status == 200:
+            return said
+        error = re.match(r"\s*Code: ([0-9]{1,6})[.,]\s*(.{,300})", said)
+        if error is None:
+            raise Refused("%s answers with status %d, and not as ClickHouse does" % (
+                self.name, status))
+        number, words = int(error[1]), error[2]
+        if rows and number not in HOUSE_ERRORS:  # they could quote a row
+            words = "its log has the words under query_id " + parameters["query_id"]
+        raise (RowsRefused if number in DATA_ERRORS else Refused)(
+            "%s refuses that with its error %d (%s)" % (self.name, number, words))
 
-    def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, bytes]:
-        """(status, body) of the answer to a POST. Raises Later, Refused. No redirect, no proxy."""
+    def posted(self, query: str, body: bytes, headers: Mapping[str, str]) -> Tuple[int, str]:
+        """(status, text) of the answer to a POST. Raises Refused. No redirect, no proxy."""
         protocol = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
-        connection = protocol(*self.place, timeout=self.silence)
         try:
-            connection.connect()
-            with contextlib.suppress(ConnectionError):
-                # It may have refused before it read everything, and then says why.
-                connection.request("POST", self.path + "?" + query, body, dict(headers))
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except http.client.HTTPException as error:
-            why = "it broke off its answer, or it is no HTTP (%s)" % type(error).__name__
-        except socket.timeout:
-            why = "it says nothing for %.0f s" % self.silence
-        except OSError as error:
-            why = error.strerror or str(error) or type(error).__name__
-        finally:
-            connection.close()
-        raise Later("cannot reach %s: %s" % (self.name, why))
-
-    def refusal(self, status: int, said: str, query_id: str, rows: bool) -> Refused:
-        """What to make of an answer that is no success. ClickHouse's own words are not repeated:
-        they could quote a row, or name the user."""
-        match = re.match(r"\s*Code: ([0-9]{1,6})[.,]", said)
-        if match is None:
-            passes = status in (408, 429, 500, 502, 503, 504)
-            return (Later if passes else Refused)("%s answers with status %d%s" % (
-                self.name, status, "" if passes else ": is it ClickHouse's HTTP port?"))
-        number = int(match[1])
-        kind, words = next(((kind, words) for kind, numbers, words in SHIP_ERRORS
-                            if number in numbers), (Later, "cannot take it now"))
-        return (kind if rows or kind is not RowsRefused else Later)(
-            "%s %s (its error %d; its log has the words under query_id %s)" % (
-                self.name, words, number, query_id))
+            with contextlib.closing(protocol(*self.place, timeout=self.silence)) as connection:
+                connection.connect()
+                with contextlib.suppress(ConnectionError):
+                    # It may have refused before it read everything, and then says why.
+                    connection.request("POST", self.path + "?" + query, body, dict(headers))
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode("utf-8", "replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise Refused("cannot reach %s: %s" % (
+                self.name, str(error) or type(error).__name__)) from None
 
     def prepare(self, cluster: Optional[str]) -> None:
-        """Makes the table and the views that are missing. Raises Refused where there are some of an
-        older layout."""
-        said = self.ask("SELECT name, create_table_query FROM system.tables"
-                        " WHERE database = currentDatabase()", answer="([^\t\n]+\t.*\n)*")
-        made = dict(line.split("\t", 1) for line in said.split("\n")[:-1])
-        older = ship_migration(made, cluster, self.database)
-        if older:
-            raise Refused("%s has tables of an older layout. These statements keep their rows "
-                          "(stop every ship first):\n%s" % (self.name, older))
+        """Makes the table and the views that are missing. Raises Refused where there is a table of
+        an older layout."""
+        made = dict(re.findall("(.+)\t(.*)", self.ask(
+            "SELECT name, create_table_query FROM system.tables"
+            " WHERE database = currentDatabase()")))
+        if any("MergeTree" in made.get(table, "") and BY_MONTH not in made[table]
+               for table in (SHIP_RAW, SHIP_LOCAL)):
+            raise Refused("%s has a table of an older layout. These statements keep its rows "
+                          "(stop every ship first):\n%s" % (
+                              self.name, ship_migration(cluster, self.database)))
         if not {SHIP_RAW, *SHIP_VIEWS} <= set(made):
             for statement in ship_ddl(cluster, self.database):
                 self.ask(statement)
@@ -3391,24 +3345,22 @@ class ClickHouse:
     def look(self) -> Tuple[int, Dict[str, str]]:
         """Seconds since it was started, and {node: its pepper} of the nodes' own rows. Only a
         ClickHouse answers this. Another server may answer an INSERT with 200 and keep nothing."""
-        uptime, nodes = self.ask(LOOK, answer="[0-9]{1,9}\t.*\n").split("\t")
-        return int(uptime), dict(re.findall("([0-9a-f]{16}):([0-9a-f]*)", nodes))
+        found = re.fullmatch("([0-9]{1,9})\t(.*)\n", self.ask(LOOK))
+        if not found:
+            raise Refused(self.name + " answers what was not asked; is it one?")
+        return int(found[1]), dict(re.findall("([0-9a-f]{16}):([0-9a-f]*)", found[2]))
 
     def insert(self, node: str, rows: Sequence[ShipRow]) -> None:
-        """One INSERT. Raises Later, RowsRefused, Refused."""
+        """One INSERT. Raises RowsRefused, Refused."""
         self.ask(INSERT.format(node=node, tie=int(node[:8], 16)), rows)
 
     def missing(self, rows: Sequence[ShipRow]) -> Dict[int, str]:
         """{id: month of `ended`, such as 202605} of the rows whose session is not in the table, and
         therefore not in the view. The months of these rows are searched first. A session that is
         not there may be in another month, if another node received it too."""
-        missing: Dict[int, str] = {}
-        for months in (SAME_MONTHS, ""):
-            if rows:
-                said = self.ask(MISSING.format(months), rows, "(-?[0-9]+\t[0-9]{6}\n)*")
-                missing = {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
-                rows = [row for row in rows if row[0] in missing]
-        return missing
+        said = (self.ask(MISSING.format(months=SAME_MONTHS), rows)
+                and self.ask(MISSING.format(months=""), rows))
+        return {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
 
 
 # -- The mark, in the file; one step --
@@ -3418,35 +3370,62 @@ class Mark(NamedTuple):
     SHIP_UNSYNCED; the turn of confirmed_at is the last one."""
 
     destination: str
-    node: str  # the file's name at this destination, until the table is emptied
+    node: str  # the file's name at this destination, until the table is emptied; "" where none yet
     last_id: int  # the last row that was confirmed
     confirmed_at: int  # when it was sent: milliseconds since 1970
     synced_id: int  # what stands up to it was confirmed before the last turn but one began
     next_id: int  # the same of the last turn: the synced_id to be
 
 
-NO_MARK = Mark("", "", SHIP_LEAST, 0, SHIP_LEAST, SHIP_LEAST)
 SHIP_MARKS = """ship_marks (destination TEXT PRIMARY KEY,
   node TEXT NOT NULL CHECK (length(node) = 16 AND node NOT GLOB '*[^0-9a-f]*'),
   %s) WITHOUT ROWID""" % ",\n  ".join(
       "{0} INTEGER NOT NULL CHECK (typeof({0}) = 'integer')".format(name)
       for name in Mark._fields[2:])
-SHIP_MARK = "SELECT * FROM ship_marks WHERE destination = ?"
+SHIP_MARK = "SELECT %s FROM ship_marks WHERE destination = ?" % ", ".join(Mark._fields)
 
 
 def moved_on(mark: Mark, to: int, sent: int) -> Mark:
     """The mark when the rows up to `to` are confirmed. `sent`: milliseconds since 1970."""
     turns = sent // SHIP_UNSYNCED - mark.confirmed_at // SHIP_UNSYNCED
-    # In this order: the clock was put back, the same turn, the next turn, a later one.
-    ids = mark.synced_id, mark.synced_id, mark.next_id, mark.last_id, mark.last_id
-    synced_id, next_id = ids[1 + max(-1, min(turns, 2)):][:2]
+    synced_id, next_id = (
+        (mark.synced_id, mark.next_id) if turns == 0 else
+        (mark.next_id, mark.last_id) if turns == 1 else
+        (mark.last_id, mark.last_id) if turns > 1 else
+        (mark.synced_id, mark.synced_id))  # the clock was put back
     return mark._replace(last_id=to, confirmed_at=sent, synced_id=synced_id, next_id=next_id)
 
 
 def moved_back(mark: Mark, to: int) -> Mark:
-    """The mark when the rows above `to` shall go once more."""
-    return mark._replace(last_id=to, confirmed_at=now_ms(),
-                         synced_id=min(mark.synced_id, to), next_id=min(mark.next_id, to))
+    """The mark when the rows above `to` (at most its synced_id) shall go once more."""
+    return mark._replace(last_id=to, confirmed_at=now_ms(), synced_id=to, next_id=to)
+
+
+def doubted(mark: Mark, uptime: int, nodes: Mapping[str, str]) -> Tuple[Mark, str]:
+    """The mark as it should be where ClickHouse says this (see `ClickHouse.look`), and why it is
+    another one; "" where it is the same."""
+    if mark.node not in nodes and (mark.last_id > SHIP_LEAST or not mark.node):
+        return moved_back(mark, SHIP_LEAST)._replace(node=secrets.token_hex(8)), (
+            "ClickHouse's table was emptied or made anew")
+    # The start seems up to a second early: if it seemed late, rows would go again for a second.
+    if not -2000 <= now_ms() - mark.confirmed_at <= (uptime + 1) * 1000:
+        return moved_back(mark, mark.synced_id), (
+            "ClickHouse was started after the last rows were confirmed, or the mark lies in the"
+            " future")
+    return mark, ""
+
+
+def first_row(reader: Reader, table: str, sql: str, values: Sequence[Any] = ()) -> Sequence[Any]:
+    """The first row of a query on this table; empty without one, or without the table."""
+    there = reader.rows("SELECT 1 FROM sqlite_master WHERE name = ?", [table]).fetchone()
+    return (there and reader.rows(sql, values).fetchone()) or ()
+
+
+def pepper_in(reader: Reader) -> str:
+    """The fingerprint of the file's pepper, which server.py notes there; "" without one."""
+    noted, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
+                       "session_events_pepper ORDER BY rowid DESC") or ("",)
+    return re.sub("[^0-9a-f]", "", str(noted))
 
 
 def begin_in_turn(connection: sqlite3.Connection) -> None:
@@ -3463,37 +3442,6 @@ def begin_in_turn(connection: sqlite3.Connection) -> None:
             time.sleep(0.001)
 
 
-@contextlib.contextmanager
-def marking(path: str) -> Iterator[sqlite3.Connection]:
-    """A short write transaction on the database file, beside a running server. Raises Later,
-    Refused."""
-    with reading(path) as holder:
-        # The last user of a database syncs, and then deletes its -wal by name. If the database was
-        # replaced meanwhile, that is the -wal of the new one, with what a server stored. A reader
-        # deletes nothing. It is open until the writer has closed.
-        holder.rows("COMMIT")
-        try:
-            with contextlib.closing(sqlite3.connect(
-                    Path(path).absolute().as_uri() + "?mode=rw", uri=True, timeout=0,
-                    isolation_level=None)) as connection:
-                connection.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
-                connection.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
-                begin_in_turn(connection)
-                yield connection
-                connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            kind, advice = (Later, "") if re.search("locked|full", str(error)) else (
-                Refused, ": run this as the server's user, who may write the file and its folder")
-            raise kind("cannot write the mark of what was shipped into %s (%s)%s" % (
-                path, error, advice)) from error
-
-
-def first_row(reader: Reader, table: str, sql: str) -> Sequence[Any]:
-    """The first row of a query on this table; empty without one, or without the table."""
-    there = reader.rows("SELECT 1 FROM sqlite_master WHERE name = ?", [table]).fetchone()
-    return (there and reader.rows(sql).fetchone()) or ()
-
-
 def ship_log(event: str, **details: Any) -> None:
     """One line of JSON on standard error. A log that takes nothing (a full disk) stops no ship."""
     line = json.dumps({"time": moment_text(now_ms()), "event": event, **details})
@@ -3508,147 +3456,106 @@ class Shipment:
     def __init__(self, path: str, house: ClickHouse) -> None:
         self.path, self.house = path, house
         self.rows_shipped = 0
-        self.trouble = ""  # what --follow waits for
-        self.peppers = 1  # how many different ones the nodes had when it was asked last
+        self.trouble: Optional[str] = None  # what --follow waits for; None before it has begun
+        self.warned = False  # that the nodes have different peppers
 
-    def mark(self) -> Mark:
-        """The mark, or NO_MARK. Raises Refused if it is none of ours."""
-        with reading(self.path) as reader:
-            made = reader.rows("SELECT sql FROM sqlite_master WHERE name = 'ship_marks'").fetchone()
-            if made and made[0] != "CREATE TABLE " + SHIP_MARKS:
-                raise Refused("the table ship_marks in %s is not of this version; drop it, and all "
-                              "rows go once more" % self.path)
-            found = made and reader.rows(SHIP_MARK, [self.house.destination]).fetchone()
-        return Mark._make(found) if found else NO_MARK
+    def mark(self, reader: Reader) -> Mark:
+        return Mark(*first_row(reader, "ship_marks", SHIP_MARK, [self.house.destination]) or (
+            self.house.destination, "", SHIP_LEAST, 0, SHIP_LEAST, SHIP_LEAST))
 
-    def write(self, before: Mark, after: Mark, row: Optional[ShipRow] = None) -> None:
-        """Replaces a mark. It does so only if the file still has the mark `before`, and the row
-        that was confirmed: the file may have been replaced, and a second ship may have been faster.
-        Raises Later, Refused."""
-        with marking(self.path) as file:
-            file.execute("CREATE TABLE IF NOT EXISTS " + SHIP_MARKS)
-            found = file.execute(SHIP_MARK, [after.destination]).fetchone() or NO_MARK
-            there = row and file.execute(
-                "SELECT session_id_hash FROM session_events WHERE id = ?", row[:1]).fetchone()
-            if found == before and (not row or there == (row[1].split("\t")[SESSION_ID],)):
-                file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
-
-    def doubt(self, reader: Reader, mark: Mark) -> Tuple[Mark, str]:
-        """The mark as it should be, and why it is another one; the why is empty where ClickHouse
-        has what this one says. Raises Later, Refused."""
-        used, = first_row(
-            reader, "sqlite_sequence",
-            "SELECT seq FROM sqlite_sequence WHERE name = 'session_events'"
-        ) or reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
-        if mark.last_id > used:
-            return moved_back(mark, SHIP_LEAST), "the mark is not of this file's rows"
-        now = now_ms()
-        uptime, peppers = self.house.look()
-        if mark is NO_MARK or (mark.last_id > SHIP_LEAST and mark.node not in peppers):
-            first = NO_MARK._replace(destination=self.house.destination,
-                                     node=secrets.token_hex(8), confirmed_at=now)
-            return first, "ClickHouse's table was emptied or made anew"
-        # The start seems up to a second early: if it seemed late, rows would go again for a second.
-        if not now - (uptime + 1) * 1000 <= mark.confirmed_at <= now + 2000:
-            return moved_back(mark, mark.synced_id), (
-                "ClickHouse was started after the last rows were confirmed, or the mark lies in the"
-                " future")
-        self.introduce(reader, mark.node, peppers)
-        return mark, ""
-
-    def introduce(self, reader: Reader, node: str, peppers: Dict[str, str]) -> None:
-        """Writes the node's own row where it is missing or has another pepper, and says if another
-        node has another one: server.py notes a fingerprint of it in the file."""
-        noted, = first_row(reader, "session_events_pepper", "SELECT fingerprint FROM "
-                           "session_events_pepper ORDER BY rowid DESC") or ("",)
-        pepper = re.sub("[^0-9a-f]", "", str(noted))
-        if peppers.get(node) != pepper:
-            self.house.ask(INTRODUCE.format(node, pepper))
-        before, self.peppers = self.peppers, len({*peppers.values(), pepper})
-        if self.peppers > before:
-            ship_log("warning", why="the nodes of this ClickHouse have different peppers "
-                     "(server.py --pepper-file): a developer is somebody else on each of them")
+    def write(self, before: Mark, after: Mark, row: Optional[ShipRow] = None) -> bool:
+        """Replaces a mark, in a short transaction beside a running server. It does so only if the
+        file still has the mark `before`, and the row that was confirmed: the file may have been
+        replaced, and a second ship may have been faster. Raises Refused."""
+        with reading(self.path) as holder:
+            # The last user of a database syncs, and then deletes its -wal by name. If the database
+            # was replaced meanwhile, that is the -wal of the new one, with what a server stored. A
+            # reader deletes nothing. It is open until the writer has closed.
+            holder.rows("COMMIT")
+            try:
+                with contextlib.closing(sqlite3.connect(
+                        Path(self.path).absolute().as_uri() + "?mode=rw", uri=True, timeout=0,
+                        isolation_level=None)) as file:
+                    file.execute("PRAGMA synchronous = NORMAL")  # a lost mark: rows go again
+                    file.execute("PRAGMA wal_autocheckpoint = 0")  # that is the server's
+                    begin_in_turn(file)
+                    file.execute("CREATE TABLE IF NOT EXISTS " + SHIP_MARKS)
+                    found = file.execute(SHIP_MARK, [after.destination]).fetchone()
+                    there = not row or file.execute(
+                        "SELECT 1 FROM session_events WHERE id = ? AND session_id_hash = ?",
+                        [row[0], row[1].split("\t")[SESSION_ID]]).fetchone()
+                    same = there and found == (before if before.node else None)
+                    if same:
+                        file.execute("REPLACE INTO ship_marks VALUES (?, ?, ?, ?, ?, ?)", after)
+                    file.execute("COMMIT")
+                    return bool(same)
+            except sqlite3.Error as error:
+                raise Refused("cannot write the mark of what was shipped into %s (%s). It takes "
+                              "the server's user, who may write the file and its folder"
+                              % (self.path, error)) from error
 
     def step(self) -> bool:
-        """Sends one batch, or mends the mark; False if there was nothing to do. Raises Unfit for a
-        row that cannot go, Later, Refused."""
-        mark = self.mark()
+        """Sends one batch, or mends the mark. True if that leaves something to do. Raises Unfit for
+        a row that cannot go, Refused."""
         with reading(self.path) as reader:
-            right, why = self.doubt(reader, mark)
-            rows = [] if why else ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
+            mark, pepper = self.mark(reader), pepper_in(reader)
+        uptime, nodes = self.house.look()
+        right, why = doubted(mark, uptime, nodes)
         if why:
             self.write(mark, right)
             if mark.last_id > SHIP_LEAST:
                 ship_log("again", why="rows go once more: " + why)
-        elif rows:
-            self.send(mark, rows)
-        return bool(why or rows)
+            return True
+        if nodes.get(mark.node) != pepper:
+            self.house.insert(mark.node, [(0, OWN_LINE.format(mark.node, pepper))])
+            nodes[mark.node] = pepper
+        if len(set(nodes.values())) > 1 and not self.warned:
+            self.warned = True
+            ship_log("warning", why="the nodes of this ClickHouse have different peppers "
+                     "(server.py --pepper-file): a developer is somebody else on each of them")
+        with reading(self.path) as reader:
+            rows = ship_batch(reader, "> ? ORDER BY id", mark.last_id, SHIP_ROWS)
+            newest, = reader.rows("SELECT max(id) FROM session_events").fetchone()
+        return bool(rows) and self.send(mark, rows) < newest
 
-    def send(self, mark: Mark, rows: Sequence[ShipRow]) -> None:
-        """Inserts these rows and moves the mark. If they are refused, the first half of them is
-        sent, until the row at fault is alone. Before it is blamed, the row before it goes once
-        more. Raises Unfit, Later, Refused."""
+    def send(self, mark: Mark, rows: Sequence[ShipRow]) -> int:
+        """Inserts these rows and moves the mark; the id where it is now. If they are refused, the
+        first half of them is sent, until the row at fault is alone. Before it is blamed, the row
+        before it goes once more: if that is refused too, it is ClickHouse. Raises Unfit,
+        Refused."""
         sent = now_ms()
         try:
             self.house.insert(mark.node, rows)
         except RowsRefused as refused:
             if len(rows) > 1:
-                self.send(mark, rows[:len(rows) // 2])
-                return
-            self.absolve(mark, refused)
+                return self.send(mark, rows[:len(rows) // 2])
+            with reading(self.path) as reader:
+                before = ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, 1)
+            if before:
+                self.house.insert(mark.node, before)
             raise Unfit("row id %d cannot be shipped, and nothing after it is: %s" % (
                 rows[0][0], refused)) from None
-        self.write(mark, moved_on(mark, rows[-1][0], sent), rows[-1])
         self.rows_shipped += len(rows)
-
-    def absolve(self, mark: Mark, refused: RowsRefused) -> None:
-        """Raises Later if ClickHouse now refuses a row too that it took before."""
-        with reading(self.path) as reader, contextlib.suppress(Unfit):  # it was made unfit since
-            before = ship_batch(reader, "<= ? ORDER BY id DESC", mark.last_id, 1)
-            try:
-                if before:
-                    self.house.insert(mark.node, before)
-            except RowsRefused:
-                raise Later("%s; and refuses rows that it took before" % refused) from None
+        moved = moved_on(mark, rows[-1][0], sent)
+        return (moved if self.write(mark, moved, rows[-1]) else mark).last_id
 
     def status(self) -> Dict[str, int]:
-        """How far it is: a value for each of SHIP_METRICS. Raises Refused."""
-        last = self.mark().last_id
+        """How far it is. Raises Refused."""
         with reading(self.path) as reader:
+            last = self.mark(reader).last_id
             waiting, oldest = reader.rows("SELECT count(*), min(received_at) FROM session_events "
                                           "WHERE id > ?", [last]).fetchone()
         now = now_ms()
         return {"last_id": max(last, 0), "rows_waiting": waiting,
                 "oldest_waiting_seconds": max(0, now - (stored_instant(oldest) or now)) // 1000,
-                "waiting": int(bool(self.trouble)), "rows_total": self.rows_shipped}
+                "waiting": int(bool(self.trouble))}
 
 
 # -- The commands: once, --follow, --check --
 
-SHIP_METRICS = (  # name, type, words
-    ("last_id", "gauge", "The last id that ClickHouse confirmed."),
-    ("rows_waiting", "gauge", "Rows that ClickHouse did not confirm yet."),
-    ("oldest_waiting_seconds", "gauge", "Age of the oldest of these rows."),
-    ("waiting", "gauge", "1 if the last try failed and will be repeated, else 0."),
-    ("rows_total", "counter", "Rows that ClickHouse confirmed since this program was started."))
-
-
-def metrics_answer(shipment: Shipment, path: str) -> Answer:
-    """Prometheus' text format, version 0.0.4."""
-    if path != "/metrics":
-        return Answer(404, "text/plain", "Not found\n")
-    try:
-        status = shipment.status()
-    except Refused as error:
-        return Answer(503, "text/plain; charset=utf-8", visible(str(error)) + "\n")
-    return Answer(200, "text/plain; version=0.0.4; charset=utf-8", "".join(
-        "# HELP {0} {1}\n# TYPE {0} {2}\n{0} {3}\n".format(
-            "session_events_ship_" + name, words, kind, status[name])
-        for name, kind, words in SHIP_METRICS))
-
-
 def serve_metrics(address: str, shipment: Shipment) -> None:
-    """Answers GET /metrics at this HOST:PORT, in a thread. Raises Usage."""
+    """Answers GET /metrics at this HOST:PORT, in a thread, in Prometheus' text format. Raises
+    Usage."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
 
@@ -3659,8 +3566,19 @@ def serve_metrics(address: str, shipment: Shipment) -> None:
             """Nothing: the client has gone, and its address stands in no log."""
 
     class Handler(ViewerHandler):
+        def answer(self) -> Answer:
+            if self.path != "/metrics":
+                return Answer(404, "text/plain", "Not found\n")
+            try:
+                status = shipment.status()
+            except Refused as error:
+                return Answer(503, "text/plain; charset=utf-8", visible(str(error)) + "\n")
+            return Answer(200, "text/plain; version=0.0.4; charset=utf-8", "".join(
+                "# TYPE session_events_ship_{0} gauge\nsession_events_ship_{0} {1}\n".format(*one)
+                for one in status.items()))
+
         def do_GET(self) -> None:
-            self.send(metrics_answer(shipment, self.path))
+            self.send(self.answer())
 
         do_HEAD = do_GET
 
@@ -3674,32 +3592,27 @@ def serve_metrics(address: str, shipment: Shipment) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
-def back_off(failures: int, chance: float) -> float:
-    """Seconds to wait after so many failures in a row: doubled each time up to BACK_OFF_SECONDS.
-    `chance` (0 to 1) takes off up to half of it, so that nodes do not come back together."""
-    return min(BACK_OFF_SECONDS, FOLLOW_SECONDS * 2.0 ** min(failures, 30)) * (0.5 + chance / 2)
-
-
 def follow(shipment: Shipment, cluster: Optional[str]) -> None:
-    """Ships for ever. Raises Unfit, and Refused for what cannot be done at the start. All else that
-    cannot be done is tried again."""
-    started, failures, noted = False, 0, time.monotonic()
+    """Ships for ever. Raises Unfit. All else that cannot be done is tried again, after a pause that
+    doubles up to BACK_OFF_SECONDS. Chance takes off up to half of it, so that nodes do not come
+    back together."""
+    pause, noted = FOLLOW_SECONDS, time.monotonic()
     while True:
+        before = shipment.trouble
         try:
-            ready = started and not failures
-            if not ready:
+            if before != "":
                 shipment.house.prepare(cluster)
             wait = 0.0 if shipment.step() else FOLLOW_SECONDS
-            event = "recovered" if failures else "shipping"
-            started, failures, shipment.trouble = True, 0, ""
-            if not ready:
-                ship_log(event, to=shipment.house.destination, **shipment.status())
+            pause, shipment.trouble = FOLLOW_SECONDS, ""
+            if before != "":
+                ship_log("recovered" if before else "shipping", to=shipment.house.destination,
+                         **shipment.status())
+        except Unfit:
+            raise
         except Refused as error:
-            if isinstance(error, Unfit) or not (started or isinstance(error, Later)):
-                raise
-            failures, shipment.trouble = failures + 1, str(error)
-            wait = back_off(failures, random.random())
-            if failures == 1:
+            pause, shipment.trouble = min(2 * pause, BACK_OFF_SECONDS), str(error)
+            wait = pause * random.uniform(0.5, 1)
+            if not before:
                 ship_log("waiting", why=str(error), again_in_seconds=round(wait, 1))
         if time.monotonic() - noted >= SHIP_STATUS_SECONDS:
             noted = time.monotonic()
@@ -3712,31 +3625,29 @@ def follow(shipment: Shipment, cluster: Optional[str]) -> None:
 def ship_check(shipment: Shipment) -> int:
     """Prints which sessions of the file are not in the view; 1 if some are missing, or wait since
     yesterday. They are counted by the day of arrival. What was confirmed and lies in a month that
-    was dropped is no fault. Raises Unfit, Later, Refused."""
+    was dropped is no fault. Raises Unfit, Refused."""
     house = shipment.house
     house.silence = SHIP_CHECK_SILENCE
     _, nodes = house.look()
-    dropped = functools.lru_cache(None)(
-        lambda month: not house.ask(FIRST % month, answer="(1\n)?"))
+    dropped = functools.lru_cache(None)(lambda month: not house.ask(FIRST % month))
     counts: Dict[str, Counter[str]] = {what: collections.Counter() for what in (
         "in the view", "missing", "waiting to be shipped", "in dropped months")}  # by day or month
     last = SHIP_LEAST
     while True:
-        mark = shipment.mark()
         with reading(shipment.path) as reader:
+            mark = shipment.mark(reader)
             rows = ship_batch(reader, "> ? ORDER BY id", last, SHIP_ROWS)
         if not rows:
             break
-        last, missing = rows[-1][0], house.missing(rows)
+        last, lines, missing = rows[-1][0], dict(rows), house.missing(rows)
         counts["in the view"][""] += len(rows) - len(missing)
-        for row_id, line in rows:
-            month = missing.get(row_id)
-            if month and row_id > mark.last_id:
-                counts["waiting to be shipped"][line[:10]] += 1
-            elif month and mark.node in nodes and dropped(month):
+        for row_id, month in missing.items():
+            if row_id > mark.last_id:
+                counts["waiting to be shipped"][lines[row_id][:10]] += 1
+            elif mark.node in nodes and dropped(month):
                 counts["in dropped months"]["%s-%s" % (month[:4], month[4:])] += 1
-            elif month:
-                counts["missing"][line[:10]] += 1
+            else:
+                counts["missing"][lines[row_id][:10]] += 1
     for when, n, what in sorted((when, n, what) for what, found in counts.items()
                                 for when, n in found.items() if when):
         print("{}  {:,} {}".format(when, n, what))
@@ -3750,8 +3661,6 @@ def ship_check(shipment: Shipment) -> int:
 
 def ship(options: argparse.Namespace) -> int:
     """The command; returns its exit status. Raises Usage, Refused."""
-    if options.cluster is not None and not re.fullmatch(r"[A-Za-z0-9_.{}-]{1,64}", options.cluster):
-        raise Usage("--cluster takes the name of a cluster in ClickHouse's configuration")
     house = ClickHouse(options.to or TO, os.environ)
     if options.print_ddl:
         print(";\n\n".join(ship_ddl(options.cluster, house.database)) + ";")
@@ -3760,31 +3669,27 @@ def ship(options: argparse.Namespace) -> int:
         raise Usage("ship takes --db FILE and --to URL")
     if options.check + options.follow + options.again > 1:
         raise Usage("--check, --follow and --again are three different things; give one")
-    if options.metrics and not options.follow:
-        raise Usage("--metrics goes with --follow")
     gc.set_threshold(1_000_000)  # a batch is made of tuples without cycles: a tenth less time
     shipment = Shipment(options.db, house)
+    if options.metrics:
+        serve_metrics(options.metrics, shipment)
     if options.check:
         return ship_check(shipment)
     if options.follow:
-        if options.metrics:
-            serve_metrics(options.metrics, shipment)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             follow(shipment, options.cluster)
         return 0
     house.prepare(options.cluster)
-    mark = shipment.mark()
-    if options.again and mark is not NO_MARK:
-        shipment.write(mark, moved_back(mark, SHIP_LEAST))
-    with reading(options.db) as reader:  # what comes in meanwhile is left to the next run
-        last, = reader.rows("SELECT ifnull(max(id), 0) FROM session_events").fetchone()
+    if options.again:
+        with reading(options.db) as reader:
+            mark = shipment.mark(reader)
+        if mark.node:
+            shipment.write(mark, moved_back(mark, SHIP_LEAST))
     while shipment.step():
         if sys.stderr.isatty():
             print("{:,} rows shipped".format(shipment.rows_shipped), end="\r", file=sys.stderr,
                   flush=True)
-        if shipment.mark().last_id >= last:
-            break
     print("{:,} rows shipped".format(shipment.rows_shipped))
     return 0
 
@@ -3917,7 +3822,7 @@ ARGUMENTS: Dict[str, Tuple[str, Plain]] = {
     "print_ddl": ("--print-ddl", {"action": "store_true",
                                   "help": "only print what makes the table and the views"}),
     "metrics": flag("--metrics", "HOST:PORT",
-                    "with --follow: answer GET /metrics here, for Prometheus"),
+                    "answer GET /metrics here, for Prometheus"),
     "cluster": flag("--cluster", "NAME",
                     "make the table and the views on every host of this ClickHouse cluster"),
     "demo_db": flag("--db", "FILE", "only write the sessions into this new file, and show no page"),
