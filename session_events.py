@@ -1936,14 +1936,14 @@ class Picture:
 
     def cells(self, lanes: Mapping[str, int]) -> str:
         """A bar for each fortieth of the window with sessions in a lane. Its height says how many:
-        1, 2 or 3, 4 to 7, or more."""
+        1, 2 or 3, or more."""
         step = self.span // MOST_CELLS + 1
         counts = collections.Counter((lanes[s.developer], (s.ended - self.start) // step)
                                      for s in self.ordered if s.developer in lanes)
         width = round(step / self.span * 1000 - 1.5, 1)
         return '<path class="cells" d="%s"/>' % "".join("M%g %gh%gv%gh%gz" % (
             round(n * step / self.span * 1000, 1), self.y(lane) + self.lane / 2 - 1.5, width,
-            -round(min(4, count.bit_length()) / 4 * (self.lane - 3), 1), -width)
+            -round(min(3, count.bit_length()) / 3 * (self.lane - 3), 1), -width)
             for (lane, n), count in sorted(counts.items()))
 
     def arc_path(self, edge: Edge) -> str:
@@ -2754,10 +2754,6 @@ class Viewer(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.way_in: Optional[Path] = None  # see `write_way_in`
 
-    @property
-    def address(self) -> str:
-        return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
-
     def redeem(self, given: str) -> bool:
         """True if `given` is the ticket, which can be used once."""
         with self.lock:
@@ -2891,11 +2887,12 @@ def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
         raise Refused("cannot listen on port %d: %s" % (
             port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
     signal.signal(signal.SIGTERM, stop)
-    address = viewer.address + path
+    own_port = viewer.server_address[1]
+    address = "http://127.0.0.1:%d/?token=%s%s" % (own_port, viewer.ticket, path)
     with tempfile.TemporaryDirectory(prefix="session-events-") as folder, viewer:
         print("open %s" % address)
         print("It works once, in a browser on this machine; Ctrl-C ends. From another machine, run")
-        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(viewer.server_address[1]))
+        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(own_port))
         print("there, with this machine's name for HOST, and open the same address.", flush=True)
         if open_it:
             # In a thread: a browser in the foreground returns only when the person leaves it.
@@ -4251,15 +4248,16 @@ SCRIPT = r"""
     if (!now.length) now = past.slice(-1);  // nothing in the last second: the last thing before
     const far = now.reduce((a, b) => b.count > a.count ? b : a, {count: 0});
     const several = new Set(now.map(n => n.ref)).size;
-    const mark = far.count === 5 || far.count % 10 === 0 || far.count === D.developers.length;
-    const text = several > 1 && !mark ? `${several} discoveries reach somebody new` :
+    const large = far.count === 5 || far.count % 10 === 0 || far.count === D.developers.length;
+    const text = several > 1 && !large ? `${several} discoveries reach somebody new` :
       several ? sentence(far) : "";
     if (caption.textContent !== text) caption.textContent = text;
   };
 
   // The moment.
   const mark = (item, name, value) => {  // a class of its shape; asking the document costs more
-    if (item[name] !== value) item.shape.classList.toggle(name, item[name] = value);
+    if (item[name] !== value) item.shape.classList.toggle(name, value);
+    item[name] = value;
   };
   const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
   const show = t => {
@@ -4289,10 +4287,10 @@ SCRIPT = r"""
   const read = () => {  // false: the address names no moment and no discovery
     const said = new URLSearchParams(location.hash.slice(1) || D.at);
     const t = Date.parse(said.get("t")) - D.start, ref = D.refs.indexOf(said.get("d"));
+    const timed = !Number.isNaN(t), known = timed || ref >= 0 || S.length === 1;
     chosen = ref < 0 ? null : ref;
-    const known = t === t || chosen !== null || S.length === 1;
     stop();
-    show(t === t ? t : known ? D.span : 0);
+    show(timed ? t : known ? D.span : 0);
     paint();
     return known;
   };
