@@ -4264,7 +4264,7 @@ SCRIPT = r"""
     moment = Math.min(D.span, Math.max(0, t));
     seen = S.filter(s => s.time <= moment);
     [seen.length, new Set(seen.map(s => s.who)).size, sum(seen, "tokens"),
-      new Set(seen.flatMap(s => s.refs)).size, sum(seen, "received"),
+      news.filter(n => n.time <= moment && n.count === 1).length, sum(seen, "received"),
     ].forEach((value, i) => { $("count" + i).textContent = number(value); });
     for (const e of E) {
       mark(e, "there", e.target.time <= moment);
