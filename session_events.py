@@ -1745,55 +1745,50 @@ def forwarding(address: str) -> str:
     return document("Opening", body, '<meta http-equiv="refresh" content="0;url=%s">' % to)
 
 
-def cell_html(column: Column, row: Plain) -> str:
+def cell_html(column: Column, row: Plain, query: str = "") -> str:
+    """A cell; developers and discoveries are links to their pages on a window (`query`)."""
+    if column in (DEVELOPER, DISCOVERY):
+        return link("developer" if column == DEVELOPER else "discovery", column.cell(row), query)
     return column.html(row) if column.html else esc(value_text(column.cell(row)))
 
 
-def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain],
-               sort: str = "", by: Optional[Callable[[str], str]] = None) -> str:
-    """A table that becomes a card for each row where the screen is narrow; "" without rows. `by`:
-    the address that sorts by a column; `sort`: the order of these rows."""
+def html_table(caption: str, columns: Sequence[Column], rows: Sequence[Plain], query: str = "",
+               sorts: str = "", sort: str = "") -> str:
+    """A table that becomes a card for each row where the screen is narrow; "" without rows.
+    `query`: see cell_html. `sorts`: the beginning of an address, which a column's order makes
+    whole; `sort`: the order of these rows."""
     if not rows:
         return ""
     titles, body = [], []
     for c in columns:
         text, order = esc(c.title), ""
-        if by and c.sort:
-            text = '<a href="%s">%s</a>' % (esc(by(c.sort)), text)
+        if sorts and c.sort:
+            text = '<a href="%s">%s</a>' % (esc(sorts + c.sort), text)
             if c.sort == sort:
                 text, order = text + " &#9662;", ' aria-sort="other"'
         titles.append('<th scope="col" class="%s"%s>%s</th>' % (c.kind, order, text))
     for row in rows:
         body.append("<tr>%s</tr>\n" % "".join('<td class="%s" data-t="%s">%s</td>' % (
-            c.kind, esc((c.short or c.title).lower()), cell_html(c, row)) for c in columns))
+            c.kind, esc((c.short or c.title).lower()), cell_html(c, row, query)) for c in columns))
     return ('<div class="scroll"><table class="%s"><caption>%s</caption><thead><tr>%s</tr></thead>'
             '<tbody>\n%s</tbody></table></div>' % (
-                "cards sorts" if by else "cards", esc(caption), "".join(titles), "".join(body)))
+                "cards sorts" if sorts else "cards", esc(caption), "".join(titles), "".join(body)))
+
+
+def link(kind: str, name: str, query: str = "", shown: str = "") -> str:
+    """A link to the page of a session, developer or discovery. `query`: the window, as "?days=30";
+    without one a discovery's page shows all there ever was."""
+    return '<a href="/%s/%s%s">%s</a>' % (
+        kind, urllib.parse.quote(name, safe=""), esc(query), esc(shown or name))
 
 
 def session_link(s: Plain) -> str:
-    return '<a href="/session/{0}">{0:.12}</a>'.format(esc(s["session_id_hash"]))
-
-
-def linked(columns: Sequence[Column], query: str) -> List[Column]:
-    """The columns, with links to the pages of developers and discoveries on a window (`query`)."""
-    pages: Dict[Column, Callable[[Plain], str]] = {
-        DEVELOPER: lambda row: '<a href="/developer/{0}{1}">{0}</a>'.format(
-            esc(row["developer"]), esc(query)),
-        DISCOVERY: lambda row: discovery_link(row["discovery_id"], query)}
-    return [c._replace(html=pages.get(c, c.html)) for c in columns]
-
-
-def discovery_link(ref: str, query: str = "") -> str:
-    """`query`: the window, as "?days=30"; without one the page shows all there ever was."""
-    return '<a href="/discovery?ref=%s%s">%s</a>' % (
-        urllib.parse.quote(ref.encode("utf-8", "replace"), safe=""), esc(query.replace("?", "&")),
-        esc(fit(visible(ref), 128)))
+    return link("session", s["session_id_hash"], shown=s["session_id_hash"][:12])
 
 
 def discovery_links(refs: Sequence[str], most: int = 3) -> str:
     more = " +%d" % (len(refs) - most) if len(refs) > most else ""
-    return ", ".join(map(discovery_link, refs[:most])) + more
+    return ", ".join(link("discovery", ref) for ref in refs[:most]) + more
 
 
 def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
@@ -1809,7 +1804,7 @@ def tiles(values: Iterable[Tuple[str, str, str]], kind: str = "") -> str:
 
 CROWDED_ARCS, MOST_LANES = 300, 40  # beyond either, lanes show density in place of each session
 MOST_ARCS = 6000  # in one page, which says so if there are more
-MOST_CELLS = 60  # of one lane
+MOST_CELLS = 40  # of one lane
 LANES_PX, PICTURE_PX = (42, 30, 20, 15), 600  # heights of a lane; most of all lanes
 PHONE_LANES = 12  # that a narrow screen shows at first: STYLE has their height for each of LANES_PX
 HOUR_MS = 3_600_000
@@ -1852,6 +1847,10 @@ def day_words(moment: str) -> str:
     return "%d %s" % (int(moment[8:10]), MONTHS[int(moment[5:7]) - 1])
 
 
+def numbers_of(keys: Iterable[str]) -> Dict[str, int]:
+    return {key: n for n, key in enumerate(keys)}
+
+
 def stretched(height: float, shapes: str) -> str:
     """Shapes whose x is in thousandths of the width."""
     return ('<svg width="100%%" height="%g" viewBox="0 0 1000 %g" preserveAspectRatio="none">%s'
@@ -1868,8 +1867,8 @@ class Picture:
         self.start, self.span = ordered[0].ended, ordered[-1].ended - ordered[0].ended
         if self.span < 60_000:  # one session, or a few at once: an hour around them
             self.start, self.span = self.start - HOUR_MS // 2, HOUR_MS
-        refs = dict.fromkeys(ref for s in ordered for ref in s.refs if only in (None, ref))
-        self.numbers = {ref: n for n, ref in enumerate(refs)}
+        self.numbers = numbers_of(dict.fromkeys(
+            ref for s in ordered for ref in s.refs if only in (None, ref)))
         self.every = edges_of(ordered, only)
         self.arcs = self.every[-MOST_ARCS:]
         balance = dict.fromkeys((s.developer for s in ordered), 0)  # given minus received
@@ -1902,62 +1901,49 @@ class Picture:
         return ('<svg id="chart" height="%g" role="group" aria-label="%s"%s>%s<g class="lanes">%s'
                 '</g>%s<g id="discs">%s</g>%s</svg>' % (
                     self.height, words, ' class="dense"' if self.crowded else "", self.axis(),
-                    self.lane_lines(self.own, len(self.others)),
-                    stretched(self.height, '<g class="cells">%s</g><g id="arcs">%s</g>' % (
+                    self.lane_lines(self.own),
+                    stretched(self.height, '%s<g id="arcs">%s</g>' % (
                         self.cells(self.lanes) if self.crowded else "", self.arc_paths())),
                     self.discs(),
-                    stretched(self.height, '<rect id="veil" x="1000" y="%g" width="0" height="%g"/>'
-                              '<path id="now" d="M0 %gV%g" transform="translate(1000 0)"/>' % (
+                    stretched(self.height, '<g id="later"><rect y="%g" width="1100" height="%g"/>'
+                              '<path d="M0 %gV%g"/></g>' % (
                                   self.top, self.height - self.top, self.top - 6, self.height))))
 
     def axis(self) -> str:
-        line = '<g%s><line x1="%g%%" x2="%g%%" y1="%g" y2="%g"/><text x="%g%%" y="%g">%s</text></g>'
-        parts = ["<g id=\"ticks\">"]
+        line = ('<g class="%s"><line x1="%g%%" x2="%g%%" y1="%g" y2="%g"/>'
+                '<text x="%g%%" y="%g">%s</text></g>')
+        parts = ['<g id="ticks">']
         ticks = ticks_of(self.start, self.span)
         mixed = {":" in label for _, label in ticks} == {True, False}  # hours between days
         for n, (at, label) in enumerate(ticks):
             x, odd = self.x(at) / 10, ":" in label if mixed else n % 2
-            kind = ' class="odd"' if odd else ""
-            parts.append(line % (kind, x, x, 20, self.height, x, 14, label))
+            parts.append(line % ("odd" if odd else "", x, x, 20, self.height, x, 14, label))
         for at, _, month in self.quarters:
-            x = self.x(at) / 10
-            words = "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
-            if len(self.quarters) > MOST_TICKS // 2:
-                words = ""  # no room
-            if len(self.quarters) == 1:
-                words += '<tspan class="wide">: everybody is renamed here</tspan>'
-            side = " q end" if x > 50 else " q"
-            parts.append(line % (' class="%s"' % side.strip(), x, x, 20, self.height, x, 32, words))
+            x, words = self.x(at) / 10, "Q%d | Q%d" % ((month + 8) // 3 % 4 + 1, month // 3 + 1)
+            words = words if len(self.quarters) <= MOST_TICKS // 2 else ""  # no room
+            parts.append(line % ("q", x, x, 36, self.height, x, 32, words))
         return "".join([*parts, "</g>"])
 
-    def lane_lines(self, keys: Sequence[str], others: int = 0) -> str:
-        names = [esc(key) for key in keys]
-        if self.links:
-            names = ['<a href="/developer/%s%s" tabindex="-1">%s</a>' % (
-                name, esc(self.query), name) for name in names]
-        return "".join(
-            '<line x2="100%%" y1="%g" y2="%g"/><text x="-20" y="%g">%s</text>' % (
-                self.y(n), self.y(n), self.y(n) + 4, name)
-            for n, name in enumerate([*names, "%d others" % others] if others else names))
+    def lane_lines(self, keys: Sequence[str]) -> str:
+        """A line and a name for each of these developers, and in the picture for the rest."""
+        line = '<line x2="100%%" y1="%g" y2="%g"/><text x="-20" y="%g">%s</text>'
+        names = [link("developer", key, self.query) if self.links else esc(key) for key in keys]
+        if keys is self.own and self.others:
+            names.append("%d others" % len(self.others))
+        return "".join(line % (self.y(n), self.y(n), self.y(n) + 4, name)
+                       for n, name in enumerate(names))
 
     def cells(self, lanes: Mapping[str, int]) -> str:
-        """A path for each lane: a bar for each day with sessions (or hour, or week ...), whose
-        height says how many, in four steps."""
-        step = next((h * HOUR_MS for h in (*TICK_HOURS, 720, 2160)
-                     if self.span <= MOST_CELLS * h * HOUR_MS), self.span // MOST_CELLS + 1)
-        counts = collections.Counter(
-            (lanes[s.developer], (s.ended - self.start) // step)
-            for s in self.ordered if s.developer in lanes)
-        many = len(self.own) if self.others and lanes is self.lanes else -1  # the lane of the rest
-        most = max((n for (lane, _), n in counts.items() if lane != many), default=1)
-        width = round(max(3.0, step / self.span * 1000 - 1.5), 1)
-        paths: Dict[int, List[str]] = {}
-        for (lane, n), count in sorted(counts.items()):
-            tall = round(math.ceil(4 * min(1, count / most)) / 4 * (self.lane - 3), 1)
-            left = min(1000 - width, round(n * step / self.span * 1000, 1))
-            paths.setdefault(lane, []).append("M%g %gh%gv%gh%gz" % (
-                left, self.y(lane) + self.lane / 2 - 1.5, width, -tall, -width))
-        return "".join('<path d="%s"/>' % "".join(parts) for parts in paths.values())
+        """A bar for each fortieth of the window with sessions in a lane. Its height says how many:
+        1, 2 or 3, or more."""
+        step = self.span // MOST_CELLS + 1
+        counts = collections.Counter((lanes[s.developer], (s.ended - self.start) // step)
+                                     for s in self.ordered if s.developer in lanes)
+        width = round(step / self.span * 1000 - 1.5, 1)
+        return '<path class="cells" d="%s"/>' % "".join("M%g %gh%gv%gh%gz" % (
+            round(n * step / self.span * 1000, 1), self.y(lane) + self.lane / 2 - 1.5, width,
+            -round(min(3, count.bit_length()) / 3 * (self.lane - 3), 1), -width)
+            for (lane, n), count in sorted(counts.items()))
 
     def arc_path(self, edge: Edge) -> str:
         """Within a lane a bow above it; between two lanes a curve that starts and ends level."""
@@ -1986,57 +1972,38 @@ class Picture:
                 round(max(2.0, most * math.sqrt(s.tools / largest)), 1),
                 ' class="g"' if s.github else "") for s in self.ordered)
 
-    def others_svg(self) -> str:
+    def others_html(self) -> str:
         """The lanes that stand as one in the picture."""
-        height = self.top + self.lane * len(self.others) + 6
-        lanes = {key: n for n, key in enumerate(self.others)}
-        return ('<svg class="chart" height="%g" role="img" aria-label="The lanes of %d more'
-                ' developers"><g class="lanes">%s</g>%s</svg>' % (
-                    height, len(lanes), self.lane_lines(self.others),
-                    stretched(height, '<g class="cells">%s</g>' % self.cells(lanes))))
+        height, lanes = self.top + self.lane * len(self.others) + 6, numbers_of(self.others)
+        return ('<details class="others"><summary>%s more developers, a lane each</summary>'
+                '<div class="stage"><svg height="%g" role="img" aria-label="The lanes of %s more'
+                ' developers"><g class="lanes">%s</g>%s</svg></div></details>' % (
+                    digits(len(lanes)), height, digits(len(lanes)), self.lane_lines(self.others),
+                    stretched(height, self.cells(lanes))))
 
     def data(self) -> Plain:
         """For the script: `sessions` are [ms after start, developer, tool calls, tokens, [refs],
         hand-overs received], `edges` [source, target, [refs], crosses 0|1]; refs and developers are
-        numbers into `refs` and `developers`. `refs` are as shown; `names` {number: ref} holds those
-        that look otherwise."""
+        numbers into `refs` and `developers`."""
         received = [0] * len(self.ordered)
         for e in self.every:
             received[e.target] += len(e.refs) if e.crosses else 0
         numbers = self.numbers
         rows = [[numbers[ref] for ref in s.refs if ref in numbers] for s in self.ordered]
-        who = {key: n for n, key in enumerate(self.developers)}
+        who = numbers_of(self.developers)
         return {
-            "start": self.start, "span": self.span, "links": self.links,
+            "start": self.start, "span": self.span, "links": self.links, "query": self.query,
             "developers": self.developers,
-            "refs": [fit(visible(ref), 128) for ref in numbers],
-            "names": {n: ref for ref, n in numbers.items() if fit(visible(ref), 128) != ref},
+            "refs": list(map(visible, numbers)),
             "sessions": [[s.ended - self.start, who[s.developer], s.tools, s.tokens, refs, n]
                          for s, refs, n in zip(self.ordered, rows, received)],
             "edges": [[e.source, e.target, [numbers[ref] for ref in e.refs], int(e.crosses)]
                       for e in self.arcs]}
 
 
-LEGEND = (
-    '<div class="legend">%s'
-    '<span><svg width="26" height="8" aria-hidden="true"><line x2="26" y1="4" y2="4"/></svg>'
-    'discovery carried on</span>'
-    '<span><svg width="26" height="8" aria-hidden="true"><line class="x" x2="26" y1="4" y2="4"/>'
-    '</svg>handed over to another developer</span>%s</div>')
-DISC_LEGEND = (
-    '<span><svg width="14" height="14" aria-hidden="true"><circle class="g" cx="7" cy="7" r="5.5"/>'
-    '</svg>session, with GitHub</span>'
-    '<span><svg width="14" height="14" aria-hidden="true"><circle cx="7" cy="7" r="5.5"/></svg>'
-    'without</span><span>area: calls of tools</span>')
-CELL_LEGEND = (
-    '<span><svg width="18" height="14" aria-hidden="true"><path d="M0 14V9H5V14zM7 14V1H12V14z"/>'
-    '</svg>sessions: the taller, the more</span><span>arcs: of what is chosen, alone</span>')
-QUARTER_LEGEND = (
-    "<span>Q3 | Q4: the quarter's edge, where everybody is renamed: nobody is the same developer"
-    " before and after it</span>")
 CONTROLS = (
     '<div class="controls" role="group" aria-label="Replay"><button id="play" type="button">Play'
-    '</button><input id="slider" type="range" min="0" aria-label="Moment"><span id="moment">'
+    '</button><input id="slider" type="range" max="500" aria-label="Moment"><span id="moment">'
     '</span><label>Speed <select id="speed"><option value="0.5">&#189;&#215;</option>'
     '<option value="1" selected>1&#215;</option><option value="2">2&#215;</option>'
     '<option value="4">4&#215;</option><option value="8">8&#215;</option></select></label>'
@@ -2045,20 +2012,32 @@ PANEL = (
     '<div id="panel" role="region" aria-label="What is chosen" aria-live="polite" tabindex="0">'
     '<p class="note">Point at a session, tap it, or reach it with Tab and the arrow keys, to see'
     ' what it knew and where that went. Choose a discovery to see its path alone. Space plays and'
-    ' pauses, &larr; and &rarr; step from session to session, Home and End go to the ends, + and'
-    ' &minus; change the speed.</p></div>')
+    ' pauses, &larr; and &rarr; step from session to session.</p></div>')
+SIGN = '<span><svg width="%d" height="14" aria-hidden="true">%s</svg>%s</span>'
+DISC_SIGNS = (
+    SIGN % (14, '<circle class="g" cx="7" cy="7" r="5.5"/>', "session, with GitHub")
+    + SIGN % (14, '<circle cx="7" cy="7" r="5.5"/>', "without")
+    + "<span>area: calls of tools</span>")
+CELL_SIGNS = (
+    SIGN % (18, '<path d="M0 14V9H5V14zM7 14V1H12V14z"/>', "sessions: the taller, the more")
+    + "<span>arcs: of what is chosen, alone</span>")
+ARC_SIGNS = (
+    SIGN % (26, '<line x2="26" y1="7" y2="7"/>', "discovery carried on")
+    + SIGN % (26, '<line class="x" x2="26" y1="7" y2="7"/>', "handed over to another developer"))
+QUARTER_SIGN = (
+    "<span>Q3 | Q4: the quarter's edge, where everybody is renamed: nobody is the same developer"
+    " before and after it</span>")
 EVERY_LANE = '<label class="every"><input type="checkbox">Show all %d lanes</label>'
 LISTED = 30  # discoveries beside the picture
 IN_MATRIX, PAIRS = 20, 10  # developers each way; pairs in the list that a phone shows in its place
 
 
-def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said: str = "",
-           only: Optional[str] = None, links: bool = True, at: str = "", query: str = "") -> str:
-    """The body of the replay of sessions in time order, of `total` in the window: what was found
-    out (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom.
-    `at`: what to start with, as behind the # of the page's address; for links see Picture."""
-    picture = Picture(ordered, only, links, query)
-    result = graph_of(ordered, only)
+def replay(picture: Picture, total: int, ranked: Sequence[Plain], said: str = "",
+           at: str = "") -> str:
+    """The body of the replay of a picture's sessions, of `total` in the window: what was found out
+    (`said`, HTML), controls, picture, the `ranked` discoveries, and who learned from whom. `at`:
+    what to start with, as behind the # of the page's address."""
+    ordered, result = picture.ordered, graph_of(picture.ordered, picture.only)
     flows = [flow for flow in result["developers"] if flow["crosses"]]
     notes = []
     if total > len(ordered):
@@ -2067,11 +2046,9 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
     if len(picture.every) > len(picture.arcs):
         notes.append("Of the arcs the newest %s can be shown; %s older ones are only counted." % (
             digits(MOST_ARCS), digits(len(picture.every) - len(picture.arcs))))
-    others = ('<details class="others"><summary>%s more developers, a lane each</summary>'
-              '<div class="stage">%s</div></details>' % (
-                  digits(len(picture.others)), picture.others_svg())) if picture.others else ""
-    legend = LEGEND % (CELL_LEGEND if picture.crowded else DISC_LEGEND,
-                       QUARTER_LEGEND if picture.quarters else "")
+    legend = '<div class="legend">%s</div>' % "".join([
+        CELL_SIGNS if picture.crowded else DISC_SIGNS, ARC_SIGNS,
+        QUARTER_SIGN if picture.quarters else ""])
     return "".join([
         said, note_html(" ".join(notes)),
         '<div class="card">', CONTROLS,
@@ -2080,11 +2057,11 @@ def replay(ordered: Sequence[Session], total: int, ranked: Sequence[Plain], said
         '<div class="board%s"><div>' % ("" if ranked else " alone"),
         '<div class="stage lane%d" id="stage">%s</div>' % (picture.lane, picture.svg()),
         EVERY_LANE % picture.rows if picture.rows > PHONE_LANES else "",
-        others, legend, PANEL, "</div>",
+        picture.others_html() if picture.others else "", legend, PANEL, "</div>",
         ranking(ranked, picture) if ranked else "", "</div></div>",
         matrix(flows, picture) if flows else "",
         '<script type="application/json" id="data">%s</script>' % embedded(
-            dict(picture.data(), at=at, query=query.replace("?", "&"))),
+            dict(picture.data(), at=at)),
         "<script>%s</script>" % SCRIPT])
 
 
@@ -2092,7 +2069,7 @@ def ranking(ranked: Sequence[Plain], picture: Picture) -> str:
     """The list of discoveries from which one is chosen. A button works with the script alone."""
     rows = "".join(
         '<li><button type="button" data-ref="%d" aria-pressed="false">%s</button>%s<span>%s</span>'
-        '</li>' % (picture.numbers[d["discovery_id"]], esc(fit(visible(d["discovery_id"]), 60)),
+        '</li>' % (picture.numbers[d["discovery_id"]], esc(d["discovery_id"]),
                    spark_svg(d["counts"]), esc(reach_words(d)))
         for d in ranked if d["discovery_id"] in picture.numbers)
     more = max(0, len(picture.numbers) - LISTED)
@@ -2127,13 +2104,16 @@ def spark_svg(values: Sequence[int]) -> str:
 def matrix(flows: Sequence[Plain], picture: Picture) -> str:
     """Who learned from whom: rows give, columns receive. A narrow screen has the largest pairs."""
     carried = {(f["source"], f["target"]): f["discoveries"] for f in flows}
-    given: Counter[str] = collections.Counter()
-    received: Counter[str] = collections.Counter()
-    for (giver, taker), count in carried.items():
-        given[giver] += count
-        received[taker] += count
-    givers, takers = ([who for who in picture.developers if who in dict(most)]
-                      for most in (given.most_common(IN_MATRIX), received.most_common(IN_MATRIX)))
+
+    def largest(end: str) -> List[str]:
+        """The developers at this end of most hand-overs, in the order of the lanes."""
+        count: Counter[str] = collections.Counter()
+        for flow in flows:
+            count[flow[end]] += flow["discoveries"]
+        among = dict(count.most_common(IN_MATRIX))
+        return [who for who in picture.developers if who in among]
+
+    givers, takers = largest("source"), largest("target")
     most = max(carried.values())
     rows = "".join('<tr><th scope="row">%s</th>%s</tr>' % (esc(a), "".join(
         '<td class="h%d">%s</td>' % (math.ceil(4 * carried[a, b] / most), digits(carried[a, b]))
@@ -2151,9 +2131,10 @@ def matrix(flows: Sequence[Plain], picture: Picture) -> str:
                     len(flows), "pair")), FLOW_COLUMNS, flows[:PAIRS])))
 
 
-def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -> str:
-    """The replay (see there) of a window's newest sessions; "" if it has none. A window of one
-    discovery has no findings and no list, since the page is about that one."""
+def replay_of(reader: Reader, window: Window, query: str = "", links: bool = True,
+              limit: int = DRAWN, at: str = "") -> str:
+    """The replay (see there, and Picture) of a window's newest sessions; "" if it has none. A
+    window of one discovery has no findings and no list, since the page is about that one."""
     newest = reader.window(window, limit)
     if not newest:
         return ""
@@ -2161,14 +2142,15 @@ def replay_of(reader: Reader, window: Window, limit: int = DRAWN, **more: Any) -
     if window.discovery is None:
         ranked = discoveries(reader, window, LISTED, "developer_count")["discoveries"]
         said = findings_html(findings(summary(reader, window)))
-    return replay(newest[::-1], reader.count(window), ranked, said, window.discovery, **more)
+    picture = Picture(newest[::-1], window.discovery, links, query)
+    return replay(picture, reader.count(window), ranked, said, at)
 
 
 def replay_file(reader: Reader, window: Window, limit: int = DRAWN, at: str = "") -> str:
     """The replay of a window's newest sessions as one self-contained file: it opens without this
     program and asks nobody. `at`: where it starts (see `replay`)."""
     window = fixed(window)
-    body = replay_of(reader, window, limit, links=False, at=at) or nothing(reader, window)
+    body = replay_of(reader, window, "", False, limit, at) or nothing(reader, window)
     head = '<meta http-equiv="Content-Security-Policy" content="%s">' % policy()
     return document("Session replay", '<main><h1>Session replay</h1>%s%s%s</main>' % (
         note_html(window_words(window)), words_of(*WORDS), body), head)
@@ -2198,24 +2180,25 @@ WORDS = {  # what a word means; each page says it of the words that stand on it
 
 
 class Filters(NamedTuple):
-    """What the address of a page asks for, as it came in but checked; "" where nothing was said."""
+    """What the address of a page asks for, as it came in but checked; "" where nothing was said.
+    `discovery` is None on a page that cannot be narrowed to one."""
 
     days: int = DAYS_DEFAULT
     since: str = ""
     until: str = ""
     github: str = ""
-    discovery: str = ""
+    discovery: Optional[str] = ""
 
     def window(self) -> Window:
         github = {"": None, "true": True, "false": False}[self.github]
         return window_between(self.days, self.since, self.until, github, self.discovery or None)
 
-    def query(self, **more: str) -> str:
-        """The window, in an address. Without one a discovery's page would show all time."""
+    def query(self) -> str:
+        """The window, in an address."""
         said = {name: value for name, value in self._asdict().items() if value}
         if self.since:
             del said["days"]
-        return "?" + urllib.parse.urlencode(dict(said, **more), errors="replace")
+        return "?" + urllib.parse.urlencode(said, errors="replace")
 
 
 Query = Dict[str, str]  # the parameters of an address, the first of each name
@@ -2244,23 +2227,20 @@ def select(name: str, choices: Iterable[Tuple[str, str]], chosen: str) -> str:
         esc(value), " selected" if value == chosen else "", esc(text)) for value, text in choices))
 
 
-def filter_form(path: str, filters: Filters, kept: Optional[Mapping[str, str]] = None) -> str:
-    """The form that chooses the window; on a narrow screen it is folded. `kept`: what else stays
-    in the address. A page that gives it has no field for a discovery."""
+def filter_form(path: str, filters: Filters) -> str:
+    """The form that chooses the window; on a narrow screen it is folded."""
     days = [(str(n), "last %s" % counted(n, "day")) for n in sorted({*DAY_CHOICES, filters.days})]
     date = '<input type="date" name="%s" value="%s">'
     fields = [("Window", select("days", days, str(filters.days))),
-              ("or since (UTC)", date % ("since", esc(filters.since[:10]))),
-              ("until before", date % ("until", esc(filters.until[:10]))),
+              ("or since (UTC)", date % ("since", filters.since[:10])),
+              ("until before", date % ("until", filters.until[:10])),
               ("GitHub", select("github", GITHUB_CHOICES.items(), filters.github))]
-    if kept is None:
+    if filters.discovery is not None:
         fields.append(("Discovery", '<input name="discovery" size="22" maxlength="200"'
                        ' placeholder="any" value="%s">' % html.escape(filters.discovery)))
-    inside = "".join('<input type="hidden" name="%s" value="%s">' % (
-        name, html.escape(value, quote=True)) for name, value in (kept or {}).items())
-    inside += "".join("<label>%s%s</label>" % field for field in fields)
     return ('<details class="filters"><summary>Choose the window</summary><form method="get"'
-            ' action="%s">%s<button>Show</button></form></details>' % (esc(path), inside))
+            ' action="%s">%s<button>Show</button></form></details>' % (
+                esc(path), "".join("<label>%s%s</label>" % field for field in fields)))
 
 
 def window_words(window: Window) -> str:
@@ -2269,7 +2249,7 @@ def window_words(window: Window) -> str:
     if window.github is not None:
         words += ", sessions %s GitHub" % ("with" if window.github else "without")
     if window.discovery is not None:
-        words += ", sessions that touched " + fit(visible(window.discovery), 128)
+        words += ", sessions that touched " + window.discovery
     return words + "."
 
 
@@ -2284,11 +2264,10 @@ def note_html(text: str) -> str:
 
 
 def page(reader: Reader, path: str, title: str, filters: Optional[Filters], main: str,
-         window: Optional[Window] = None, words: Iterable[str] = (),
-         kept: Optional[Mapping[str, str]] = None, beside: str = "") -> str:
+         window: Optional[Window] = None, words: Iterable[str] = (), beside: str = "") -> str:
     """A page of the viewer: links to the others, the title with what stands `beside` it, the
-    window and what the `words` mean, the form that chooses the window (see `filter_form`; none
-    without `filters`), `main` or else that there is nothing, and what was left out."""
+    window and what the `words` mean, the form that chooses the window (none without `filters`),
+    `main` or else that there is nothing, and what was left out."""
     query = esc(filters.query()) if filters else ""
     nav = "".join('<a href="%s%s"%s>%s</a>' % (
         to, query, ' aria-current="page"' if to == path else "", name) for to, name in PAGES)
@@ -2298,7 +2277,7 @@ def page(reader: Reader, path: str, title: str, filters: Optional[Filters], main
         '<a class="skip" href="#main">Skip to the content</a><header><b>Session events</b>'
         '<nav aria-label="Pages">%s</nav></header><main id="main"><div class="top"><h1>%s</h1>%s'
         '</div>' % (nav, esc(title), beside), note_html(window_words(window) if window else ""),
-        words_of(*words), filter_form(path, filters, kept) if filters else "",
+        words_of(*words), filter_form(path, filters) if filters else "",
         main or nothing(reader, window or EVER), note_html(left_out), "</main>"]))
 
 
@@ -2312,7 +2291,7 @@ def nothing(reader: Reader, window: Window) -> str:
 
 def replay_page(reader: Reader, filters: Filters) -> str:
     window = filters.window()
-    body = replay_of(reader, window, query=filters.query())
+    body = replay_of(reader, window, filters.query())
     since, until = fixed(window)[:2]
     save = body and '<a id="save" class="button" href="/save%s" download>Save as a file</a>' % esc(
         filters._replace(since=since, until=until).query())
@@ -2332,7 +2311,7 @@ def sessions_page(reader: Reader, filters: Filters) -> str:
     caption = "The newest %s of %s in this window" % (
         digits(len(result["sessions"])), counted(result["total_count_in_window"], "session"))
     return page(reader, "/sessions", "Sessions", filters,
-                html_table(caption, linked(SESSION_COLUMNS, filters.query()), result["sessions"]),
+                html_table(caption, SESSION_COLUMNS, result["sessions"], filters.query()),
                 window, ("session", "calls", "saved", "developer"))
 
 
@@ -2344,40 +2323,38 @@ def session_page(reader: Reader, prefix: str) -> str:
     half = 45 * DAY_MS  # a developer's name lasts for a quarter
     query = Filters(since=moment_text(ended - half), until=moment_text(ended + half)).query()
     facts = ['<dt>%s</dt><dd class="%s">%s</dd>' % (c.title, "m" if "m" in c.kind else "",
-                                                    cell_html(c, s))
-             for c in linked(SESSION_FACTS, query)]
-    chips = "".join("<li>%s</li>" % discovery_link(ref) for ref in s["discovery_refs"])
+                                                    cell_html(c, s, query))
+             for c in SESSION_FACTS]
+    chips = "".join("<li>%s</li>" % link("discovery", ref) for ref in s["discovery_refs"])
     facts.append("<dt>Discoveries</dt><dd>%s</dd>" % (
         '<ul class="chips">%s</ul>' % chips if chips else "-"))
     table = html_table("Other sessions of the same machine, last %d days" % RELATED_DAYS,
-                       linked(SESSION_COLUMNS, query), related)
+                       SESSION_COLUMNS, related, query)
     table = table or note_html("No other session of this machine in the last %d days."
                                % RELATED_DAYS)
     return page(reader, "/session", "Session " + s["session_id_hash"][:12], None,
-                '<p class="m whole">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
+                '<p class="m">%s</p><dl class="card facts">%s</dl><h2>Related</h2>%s' % (
                     esc(s["session_id_hash"]), "".join(facts), table))
 
 
 def discoveries_page(reader: Reader, filters: Filters, sort: str) -> str:
-    filters = filters._replace(discovery="")  # all are listed
+    filters = filters._replace(discovery=None)  # all are listed
     window, query, path = filters.window(), filters.query(), "/discoveries"
     result = discoveries(reader, window, LISTED_ROWS, sort)
     rows, total = result["discoveries"], result["discoveries_in_window"]
     caption = "%s touched in this window%s; a title sorts by it" % (
         counted(total, "discovery", "discoveries"),
         ", %s shown" % digits(len(rows)) if total > len(rows) else "")
-    body = html_table(caption, linked(DISCOVERY_COLUMNS, query), rows, sort,
-                      lambda key: path + filters.query(sort=key))
+    body = html_table(caption, DISCOVERY_COLUMNS, rows, query, path + query + "&sort=", sort)
     if body:
         body += note_html("Reach: how many developers had a session that touched it. Half-life:"
                           " until half of its sessions had ended; said of four sessions or more.")
-    return page(reader, path, "Discoveries", filters, body, window, ("discovery", "developer"),
-                {"sort": sort})
+    return page(reader, path, "Discoveries", filters, body, window, ("discovery", "developer"))
 
 
 def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -> str:
     """One discovery in a window, or since ever. Raises NotFound if no session ever touched it."""
-    filters = filters._replace(discovery="")
+    filters = filters._replace(discovery=None)
     window = EVER if all_time else filters.window()
     try:
         result = discovery(reader, ref, window)
@@ -2395,14 +2372,12 @@ def discovery_page(reader: Reader, ref: str, filters: Filters, all_time: bool) -
         query = (around if all_time else filters).query()
         body = "".join([
             "<p>%s</p>" % esc(facts),
-            replay_of(reader, window._replace(discovery=ref), query=query),
-            html_table("Whom it reached, and when", linked(REACHED_COLUMNS, query),
-                       result["reached"]),
+            replay_of(reader, window._replace(discovery=ref), query),
+            html_table("Whom it reached, and when", REACHED_COLUMNS, result["reached"], query),
             html_table("Its path: the first %s of %s" % (
                 digits(len(result["path"])), counted(count, "session")),
-                       linked(PATH_COLUMNS, query), result["path"])])
-    return page(reader, "/discovery", fit(visible(ref), 128), filters, body,
-                None if all_time else window, kept={"ref": ref})
+                       PATH_COLUMNS, result["path"], query)])
+    return page(reader, "/discovery/" + ref, ref, filters, body, None if all_time else window)
 
 
 def developers_page(reader: Reader, filters: Filters) -> str:
@@ -2412,7 +2387,7 @@ def developers_page(reader: Reader, filters: Filters) -> str:
     caption = "%s, by given minus received%s" % (
         counted(len(rows), "developer"),
         "; %d shown" % LISTED_ROWS if len(rows) > LISTED_ROWS else "")
-    body = html_table(caption, linked(DEVELOPER_COLUMNS, query), rows[:LISTED_ROWS])
+    body = html_table(caption, DEVELOPER_COLUMNS, rows[:LISTED_ROWS], query)
     if body:
         body = note_html(" ".join([
             cold_start_words(result["cold_start"]), "Cold start: for developers who were not there"
@@ -2441,7 +2416,7 @@ def developer_page(reader: Reader, label: str, filters: Filters) -> str:
                  " quarter.")
     if len(rows) > 1:
         body = html_table("Developers whose hashes begin with these digits",
-                          linked(DEVELOPER_COLUMNS, query), rows)
+                          DEVELOPER_COLUMNS, rows, query)
     elif rows:
         body = html_table("In this window", DEVELOPER_COLUMNS[1:], rows)
         who = rows[0]["developer"]
@@ -2450,14 +2425,14 @@ def developer_page(reader: Reader, label: str, filters: Filters) -> str:
             flows = [dict(flow, developer=flow[other]) for flow in result["matrix"]
                      if flow[own] == who]
             table = html_table(
-                "The most hand-overs first", linked((DEVELOPER, HAND_OVERS), query), flows)
+                "The most hand-overs first", (DEVELOPER, HAND_OVERS), flows, query)
             body += "<h2>%s</h2>%s" % (title, table or note_html("Nobody in this window."))
         newest = collections.deque(
             (s for s in reader.walk(window) if s.developer == who), LISTED_ROWS)
         body += "<h2>Sessions</h2>" + html_table(
             "The newest %s of %s" % (digits(len(newest)), digits(rows[0]["sessions"])),
-            linked(SESSION_COLUMNS, query), plain_sessions(list(newest)[::-1]))
-    return page(reader, "/developer/" + label, "Developer " + label, filters, body, window, kept={})
+            SESSION_COLUMNS, plain_sessions(list(newest)[::-1]), query)
+    return page(reader, "/developer/" + label, "Developer " + label, filters, body, window)
 
 
 def plot(title: str, now: Sequence[int], before: Sequence[int], ends: str) -> str:
@@ -2692,17 +2667,16 @@ def page_answer(db: str, path: str, query: Query) -> Answer:
     sort = query.get("sort", "")
     sort = sort if sort in DISCOVERY_SORTS else "developer_count"
     all_time = not {"days", "since", "until", "github"} & set(query)
-    top, _, rest = path[1:].partition("/")
+    top, _, rest = urllib.parse.unquote(path[1:]).partition("/")
     pages: Dict[str, Callable[[Reader], str]] = {
         "/": lambda reader: replay_page(reader, filters),
         "/save": lambda reader: saved_replay(reader, filters, query),
         "/discoveries": lambda reader: discoveries_page(reader, filters, sort),
-        "/discovery": lambda reader: discovery_page(
-            reader, query.get("ref", ""), filters, all_time),
         "/developers": lambda reader: developers_page(reader, filters),
         "/activity": lambda reader: activity_page(reader, filters),
         "/sessions": lambda reader: sessions_page(reader, filters),
         "session": lambda reader: session_page(reader, rest),
+        "discovery": lambda reader: discovery_page(reader, rest, filters, all_time),
         "developer": lambda reader: developer_page(reader, rest, filters),
     }
     show = pages.get(top if rest else path)
@@ -2779,10 +2753,6 @@ class Viewer(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.way_in: Optional[Path] = None  # see `write_way_in`
 
-    @property
-    def address(self) -> str:
-        return "http://127.0.0.1:%d/?token=%s" % (self.server_address[1], self.ticket)
-
     def redeem(self, given: str) -> bool:
         """True if `given` is the ticket, which can be used once."""
         with self.lock:
@@ -2807,8 +2777,9 @@ class Viewer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Prints one line, without anything of the request; nothing where a browser went away."""
         error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, TimeoutError)):
-            print("session_events: a request failed: %s" % type(error).__name__,
+        if error and not isinstance(error, (ConnectionError, TimeoutError)):
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            print("session_events: a request failed: %s in line %s" % (type(error).__name__, line),
                   file=sys.stderr, flush=True)
 
 
@@ -2831,19 +2802,12 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
             return
         try:
             answer = self.answer()
-        except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            print("session_events: a page failed: %s in line %s" % (type(error).__name__, line),
-                  file=sys.stderr, flush=True)
+        except Exception:
+            self.server.handle_error(self.request, self.client_address)
             answer = message_page(500, "This page failed", "The terminal shows a line about it.")
         self.send(answer)
 
     do_HEAD = do_GET
-
-    def refuse(self) -> None:
-        self.send(Answer(405, "text/plain", "Only GET and HEAD.\n", [("Allow", "GET, HEAD")]))
-
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = refuse
 
     def answer(self) -> Answer:
         address = urllib.parse.urlsplit(
@@ -2893,14 +2857,13 @@ class ViewerHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: Optional[str] = None,
                    explain: Optional[str] = None) -> None:
-        """What `http.server` itself refuses (a malformed or huge head), repeating none of it."""
-        self.close_connection = True
+        """What `http.server` itself refuses (a malformed or huge head, another method), repeating
+        none of it."""
         self.command = self.command or ""
         self.request_version = "HTTP/1.0"  # a head that names none would get no head in answer
-        if code == 501:  # a method that is not known
-            self.refuse()
-            return
-        self.send(Answer(code, "text/plain", "The request is not understood.\n"))
+        self.send(Answer(405, "text/plain", "Only GET and HEAD.\n", [("Allow", "GET, HEAD")])
+                  if code == 501 else
+                  Answer(code, "text/plain", "The request is not understood.\n"))
 
 
 def can_open_browser() -> bool:
@@ -2923,11 +2886,12 @@ def serve(db: str, port: int, open_it: bool, path: str = "") -> int:
         raise Refused("cannot listen on port %d: %s" % (
             port, "it is taken; --port 0 finds a free one" if taken else error.strerror)) from error
     signal.signal(signal.SIGTERM, stop)
-    address = viewer.address + path
+    own_port = viewer.server_address[1]
+    address = "http://127.0.0.1:%d/?token=%s%s" % (own_port, viewer.ticket, path)
     with tempfile.TemporaryDirectory(prefix="session-events-") as folder, viewer:
         print("open %s" % address)
         print("It works once, in a browser on this machine; Ctrl-C ends. From another machine, run")
-        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(viewer.server_address[1]))
+        print("  ssh -L {0}:127.0.0.1:{0} HOST".format(own_port))
         print("there, with this machine's name for HOST, and open the same address.", flush=True)
         if open_it:
             # In a thread: a browser in the foreground returns only when the person leaves it.
@@ -3971,199 +3935,173 @@ def step_back() -> None:
 STYLE = r"""
 :root { color-scheme: light dark; --paper: #f6f6f3; --card: #ffffff; --ink: #1b2430;
   --soft: #566270; --line: #dfe2e0; --disc: #1f6fb2; --own: #74899d; --cross: #b84c00;
-  --pale: #7b8794; --lit: #1b2430; --h1: #e4eef7; --h2: #b9d5ec; --h3: #2a76b5; --h4: #134a7c }
+  --pale: #7b8794; --lit: #1b2430; --h1: #e4eef7; --h2: #b9d5ec; --h3: #2a76b5; --h4: #134a7c;
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace }
 @media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171d25; --ink: #e8ecf1;
   --soft: #a2aebc; --line: #2b3440; --disc: #63b3f4; --own: #68819b; --cross: #ff9a3c;
   --pale: #6d7b8a; --lit: #ffffff; --h1: #1d3146; --h2: #234a6e; --h3: #6db6f3; --h4: #b4dbff } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui,
-  -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif }
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans",
+  sans-serif }
 .wrap { max-width: 1680px; margin: 0 auto; padding: 0 clamp(12px, 2vw, 36px) 40px }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 28px; padding: 14px 0 8px }
-header b { font-size: 17px; letter-spacing: -.01em }
-nav { display: flex; flex-wrap: wrap; gap: 2px 18px }
-nav a { color: var(--soft); text-decoration: none; padding: 3px 0;
-  border-bottom: 2px solid transparent }
-nav a[aria-current] { color: var(--ink); border-color: var(--cross) } a { color: var(--disc) }
-:focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
-h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0;
-  overflow-wrap: anywhere }
+header, nav, form, .top, .tiles, .controls, .legend, .chips { display: flex; flex-wrap: wrap }
+ul { margin: 0; padding: 0; list-style: none } dd, figure { margin: 0 }
+h1 { font-size: 22px; line-height: 1.3; letter-spacing: -.01em; margin: 8px 0 0 }
 h2 { font-size: 16px; margin: 22px 0 6px }
-p { margin: 4px 0 10px; max-width: 80ch } .note { color: var(--soft); font-size: 14px }
+p { margin: 4px 0 10px; max-width: 80ch } a { color: var(--disc) }
+.note, .words, .tiles, .legend, .ends, .ranking span, label, caption, dt, th, small, nav a {
+  color: var(--soft) }
+.note, .words, .tiles, figcaption { font-size: 14px }
+.legend, .ends, .ranking span, label, th, small, .chips, .matrix table { font-size: 13px }
+:focus-visible { outline: 2px solid var(--cross); outline-offset: 2px }
+.skip { position: absolute; left: -999px }
+.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
+header { align-items: baseline; gap: 4px 28px; padding: 14px 0 8px }
+header b { font-size: 17px; letter-spacing: -.01em }
+nav { gap: 2px 18px }
+nav a { text-decoration: none; padding: 3px 0; border-bottom: 2px solid transparent }
+nav a[aria-current] { color: var(--ink); border-color: var(--cross) }
+.top { justify-content: space-between; align-items: start; gap: 4px 16px }
+.card, .large div { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 12px 16px; margin: 0 0 14px }
 .empty { padding: 22px 18px; font-size: 16px }
-form { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: end; padding: 0 0 12px;
-  font-size: 13px }
-form label { display: grid; gap: 2px; color: var(--soft) }
-input, select, button, .button { font: inherit; color: inherit; background: var(--card);
+summary { cursor: pointer } .words { margin-bottom: 6px }
+.filters { margin: 0 0 4px } .filters > summary { padding: 4px 0 8px; font-weight: 600 }
+form { gap: 8px 14px; align-items: end; padding: 0 0 12px; font-size: 13px }
+form label { display: grid; gap: 2px }
+input, select, button, .button { font: inherit; color: var(--ink); background: var(--card);
   border: 1px solid var(--pale); border-radius: 7px; padding: 5px 10px; min-height: 34px;
   max-width: 100% }
-button, .button { cursor: pointer; font-weight: 600; text-decoration: none; color: var(--ink) }
-.top { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: start;
-  gap: 4px 16px }
-.filters { margin: 0 0 4px } .filters > summary { padding: 4px 0 8px; font-weight: 600 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  padding: 12px 16px; margin: 0 0 14px }
-.findings { margin: 8px 0 14px; padding: 0; list-style: none; font-size: 16px }
+button, .button { cursor: pointer; font-weight: 600; text-decoration: none }
+.findings { margin: 8px 0 14px; font-size: 16px }
 .findings li { max-width: 100ch; padding: 2px 0 2px 14px; border-left: 3px solid var(--cross) }
-.tiles { display: flex; flex-wrap: wrap; gap: 2px 24px; margin: 4px 0 10px; color: var(--soft);
-  font-size: 14px }
+.tiles { gap: 2px 24px; margin: 4px 0 10px }
 .tiles div { display: flex; gap: 6px; align-items: baseline }
-.tiles dd { margin: 0; color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
-.tiles dd small { font-weight: 400; color: var(--soft) }
-.tiles.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+.tiles dd { color: var(--ink); font-weight: 650; font-variant-numeric: tabular-nums }
+.tiles small { font-weight: 400 }
+.large { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
   gap: 10px; margin: 12px 0 14px }
-.tiles.large div { display: block; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; padding: 8px 14px }
-.tiles.large dd { font-size: 21px } .tiles.large small { font-size: 13px }
-.controls { display: none; align-items: center; flex-wrap: wrap; gap: 6px 12px; position: sticky;
-  top: 0; z-index: 2; background: var(--card); padding: 8px 0 2px;
-  border-bottom: 1px solid var(--line) }
+.large div { display: block; padding: 8px 14px; margin: 0 } .large dd { font-size: 21px }
+.controls { display: none; align-items: center; gap: 6px 12px; position: sticky; top: 0;
+  z-index: 2; background: var(--card); padding: 8px 0 2px; border-bottom: 1px solid var(--line) }
 .live .controls { display: flex }
 #play { min-width: 96px; background: var(--h3); border-color: var(--h3); color: var(--card) }
-.controls input { flex: 1 1 180px; padding: 0; min-width: 100px; accent-color: var(--disc);
-  border: 0 }
+#slider { flex: 1 1 180px; padding: 0; min-width: 100px; accent-color: var(--disc); border: 0 }
 #moment { font-variant-numeric: tabular-nums; min-width: 11em; font-weight: 600 }
-.controls label { color: var(--soft); font-size: 13px }
 #caption { flex: 1 0 100%; margin: 0; height: 26px; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; max-width: none; font-weight: 600; color: var(--cross) }
 .board { display: grid; grid-template-columns: minmax(0, 1fr) minmax(280px, 380px); gap: 0 28px }
-.board.alone { grid-template-columns: minmax(0, 1fr) } .board > div { min-width: 0 }
-.board > .side { display: flex; flex-direction: column; height: 0; min-height: 100% }
+.board.alone { grid-template-columns: minmax(0, 1fr) }
+.board h2 { margin: 10px 0 4px }
+.side { display: flex; flex-direction: column; height: 0; min-height: 100%; min-width: 0 }
+svg { display: block; overflow: visible } path, line { vector-effect: non-scaling-stroke }
+.cells, .spark, .legend, .plots svg { fill: var(--disc) }
 .stage { padding: 0 18px 0 86px; overflow-x: clip }
-#chart, .chart, #chart svg { display: block; width: 100%; overflow: visible }
-#chart text, .chart text { fill: var(--soft); font: 11px ui-monospace, "SF Mono", Menlo, Consolas,
-  "DejaVu Sans Mono", monospace }
-.lanes line { stroke: var(--line) } .lanes text { text-anchor: end }
-#ticks line { stroke: var(--line); stroke-dasharray: 2 4 } #ticks text { text-anchor: middle }
-#ticks .q line { stroke: var(--cross); stroke-dasharray: none }
-#ticks .q text { text-anchor: start; fill: var(--ink); transform: translateX(5px) }
-#ticks .end text { text-anchor: end; transform: translateX(-5px) } .cells path { fill: var(--disc) }
-#veil { fill: var(--card); opacity: .84 }
-#now { stroke: var(--cross); stroke-width: 1.5; vector-effect: non-scaling-stroke;
-  pointer-events: none }
+.stage svg { width: 100% }
+.stage text { fill: var(--soft); font: 11px var(--mono) }
+.lanes line, #ticks line { stroke: var(--line) } .lanes text { text-anchor: end }
+#ticks text { text-anchor: middle } #ticks line { stroke-dasharray: 2 4 }
+#ticks .q line { stroke: var(--cross); stroke-dasharray: none } #ticks .q text { fill: var(--ink) }
+circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8 }
+circle.g { fill: var(--disc); stroke: var(--card); stroke-width: 1 }
 #arcs { fill: none; pointer-events: none }
-#arcs path { stroke: var(--own); stroke-width: 1.3; stroke-dasharray: 3 3;
-  vector-effect: non-scaling-stroke }
-#arcs .x { stroke: var(--cross); stroke-width: 1.6; stroke-dasharray: none }
+#arcs path, .legend line { stroke: var(--own); stroke-width: 1.3; stroke-dasharray: 3 3 }
+#arcs .x, .legend .x { stroke: var(--cross); stroke-width: 1.6; stroke-dasharray: none }
 .live #arcs path:not(.there), .dense #arcs path { display: none }
-#discs circle { fill: var(--card); stroke: var(--disc); stroke-width: 1.8 }
-#discs .g { fill: var(--disc); stroke: var(--card); stroke-width: 1 } #discs a { outline: none }
-.dense #discs a { opacity: 0 } .dense .lanes line { stroke: none }
-.playing #arcs .old { opacity: .16 } .lit #arcs path { opacity: .06 }
-.lit #discs a, .lit .cells { opacity: .2 } .dense.lit #discs a { opacity: 0 }
-#chart #arcs .on.there { opacity: 1; stroke-width: 2.4; display: inline }
-#chart #discs .on { opacity: 1 } #discs .at circle { stroke: var(--lit); stroke-width: 3 }
+#arcs .old { opacity: .16 }
+#later { display: none } .live #later { display: inline }
+#later rect { fill: var(--card); opacity: .84 }
+#later path { stroke: var(--cross); stroke-width: 1.5; pointer-events: none }
+#discs a { outline: none } .dense #discs a { opacity: 0 } .dense .lanes line { stroke: none }
+.lit #arcs path { opacity: .06 } .lit #discs a, .lit .cells { opacity: .2 }
+.dense.lit #discs a { opacity: 0 }
+#chart #arcs .on.there, #chart #arcs .new { opacity: 1; display: inline }
+#chart #arcs .on { stroke-width: 2.4 }
+#chart #discs .on, #chart #discs .new { opacity: 1 }
+#discs .at circle { stroke: var(--lit); stroke-width: 3 }
 .dense #discs .on circle { r: 4px }
 @keyframes pulse { from { stroke: var(--cross); stroke-width: 6 } }
-#chart #arcs .new { display: inline; opacity: 1; animation: pulse .6s }
-#chart #discs .new { opacity: 1 } #discs .new circle { animation: pulse .6s }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 20px; color: var(--soft); font-size: 13px;
-  margin: 8px 0 }
-.legend span { display: inline-flex; align-items: center; gap: 7px }
-.legend svg { overflow: visible; flex: none }
-.legend circle { fill: none; stroke: var(--disc); stroke-width: 1.8 }
-.legend .g, .legend path { fill: var(--disc) }
-.legend line { stroke: var(--own); stroke-width: 1.5; stroke-dasharray: 3 3 }
-.legend .x { stroke: var(--cross); stroke-width: 2; stroke-dasharray: none }
+#arcs .new, #discs .new circle { animation: pulse .6s }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
+.legend { gap: 4px 20px; margin: 8px 0 }
+.legend span { display: flex; align-items: center; gap: 7px }
+.legend svg { flex: none }
 #panel { display: none; height: 118px; overflow-y: auto; border-top: 1px solid var(--line);
   padding: 6px 2px 0 }
 .live #panel { display: block }
-#panel p { max-width: none; margin: 2px 0 6px; overflow-wrap: anywhere }
-.chips { display: flex; flex-wrap: wrap; gap: 5px; margin: 0; padding: 0; list-style: none }
-.chips li { max-width: 100% }
-.chips a, .chips span { display: inline-block; border: 1px solid var(--pale); border-radius: 99px;
-  padding: 1px 11px; font-size: 13px; text-decoration: none; overflow-wrap: anywhere }
-.ranking { margin: 0; padding: 0; list-style: none; overflow-y: auto }
-.board h2 { margin: 10px 0 4px }
+#panel p { max-width: none; margin: 2px 0 6px } .chips { gap: 5px }
+.chips a, .chips span { display: block; border: 1px solid var(--pale); border-radius: 99px;
+  padding: 1px 11px; text-decoration: none }
+.ranking { overflow-y: auto }
 .ranking li { display: grid; grid-template-columns: minmax(0, 1fr) 90px; gap: 0 10px;
   align-items: center; padding: 3px 6px 4px 0; border-bottom: 1px solid var(--line) }
 .ranking button { border: 0; background: none; padding: 2px 0; text-align: left; min-height: 26px;
-  overflow-wrap: anywhere; font-weight: 500; cursor: default }
+  font-weight: 500; cursor: default }
 .live .ranking button { color: var(--disc); cursor: pointer; text-decoration: underline }
-.ranking button[aria-pressed=true] { font-weight: 700 }
-.ranking button[aria-pressed=true]::before { content: "\25b8  "; color: var(--cross) }
-.ranking span { grid-column: 1 / -1; color: var(--soft); font-size: 13px }
-.spark { width: 90px; height: 20px } .spark path { fill: var(--disc) }
+.ranking [aria-pressed=true] { font-weight: 700 }
+.ranking [aria-pressed=true]::before { content: "\25b8  "; color: var(--cross) }
+.ranking span { grid-column: 1 / -1 } .spark { width: 90px; height: 20px }
 .scroll { overflow-x: auto; margin-top: 12px }
 table { border-collapse: collapse; min-width: min(100%, 620px); font-variant-numeric: tabular-nums }
-caption { text-align: left; color: var(--soft); padding: 0 0 6px }
-th { text-align: left; font-weight: 600; font-size: 13px; color: var(--soft); white-space: nowrap }
-th a { color: inherit }
+caption { text-align: left; padding: 0 0 6px; max-width: 100ch }
 th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-td { overflow-wrap: anywhere } .n { text-align: right; white-space: nowrap; overflow-wrap: normal }
-.m { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-size: 13px; white-space: nowrap }
-th.m { font-family: inherit } .whole { white-space: normal; overflow-wrap: anywhere }
-.d { min-width: 180px } .matrix table { min-width: 0; font-size: 13px }
+th { text-align: left; font-weight: 600; white-space: nowrap } th a { color: inherit }
+.n { text-align: right; white-space: nowrap } .d { min-width: 180px }
+.m, .matrix th { font-family: var(--mono); font-size: 13px }
+td.m { white-space: nowrap } th.m { font-family: inherit } .matrix table { min-width: 0 }
 .matrix th, .matrix td { padding: 3px 5px; border: 1px solid var(--line); text-align: center;
   min-width: 30px }
-.matrix th { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  font-weight: 400; font-size: 12px }
-.matrix thead th span { writing-mode: vertical-rl } .matrix caption { max-width: 100ch }
+.matrix th { font-weight: 400; font-size: 12px } .matrix span { writing-mode: vertical-rl }
 .h1 { background: var(--h1) } .h2 { background: var(--h2) }
 .h3 { background: var(--h3); color: var(--card) } .h4 { background: var(--h4); color: var(--card) }
 .pairs, .every { display: none }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 14px }
-.plots figure { margin: 0 }
-.plots svg { display: block; width: 100%; height: 120px; overflow: visible }
-.plots path { fill: var(--disc) }
-.plots .before { fill: none; stroke: var(--pale); stroke-width: 2;
-  vector-effect: non-scaling-stroke }
-.plots figcaption { font-size: 14px; margin-bottom: 8px }
-.ends { display: flex; justify-content: space-between; color: var(--soft); font-size: 13px;
-  margin: 4px 0 0; max-width: none }
-summary { cursor: pointer } .others { margin: 4px 0 } .others summary { color: var(--disc) }
-.words { color: var(--soft); font-size: 14px; margin-bottom: 6px }
-dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
-dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywhere }
-.skip { position: absolute; left: -999px }
-.skip:focus { left: 12px; top: 8px; background: var(--card); padding: 4px 10px }
+.plots .card { margin: 0 } .plots svg { width: 100%; height: 120px }
+.plots .before { fill: none; stroke: var(--pale); stroke-width: 2 }
+.plots figcaption { margin-bottom: 8px }
+.ends { display: flex; justify-content: space-between; margin: 4px 0 0; max-width: none }
+.others { margin: 4px 0 } .others summary { color: var(--disc) }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: 3px 22px; margin: 0 }
 @media (max-width: 1020px) {
-  .board { grid-template-columns: 1fr } .board > .side { height: auto }
-  .ranking { max-height: 340px }
+  .board { grid-template-columns: minmax(0, 1fr) }
+  .side { height: auto } .ranking { max-height: 340px }
 }
 @media (min-width: 641px) { @supports selector(::details-content) {
   .filters > summary { display: none }
   .filters::details-content { content-visibility: visible; block-size: auto }
 } }
 @media (max-width: 640px) {
+  input, select, button, .button, summary, nav a, .live .ranking button { min-height: 44px }
+  nav a, .filters > summary, summary { padding: 10px 0 } .button { padding-top: 10px }
   nav { gap: 0 9px; font-size: 14px }
-  nav a, .filters > summary, .others summary, .words summary { padding: 10px 0; min-height: 44px }
-  .filters > summary { padding-top: 12px } form { display: grid; grid-template-columns: 1fr 1fr }
-  form input, form select { width: 100% }
-  input, select, button, .button, .live .ranking button { min-height: 44px }
-  .button { padding-top: 10px } .wide, .matrix { display: none } .pairs { display: block }
-  .card { padding: 8px 10px } .controls { gap: 4px 10px } .controls input { flex: 1 1 60% }
+  form { display: grid; grid-template-columns: 1fr 1fr }
+  td.wide, td.late, .matrix { display: none } .pairs { display: block }
+  .card { padding: 8px 10px } .controls { gap: 4px 10px } #slider { flex-basis: 60% }
   #caption { font-size: 14px; height: 40px; line-height: 20px; white-space: normal }
   .stage { padding: 0 12px 0 72px; scroll-margin-top: 160px; overflow: hidden }
-  .lane42 { max-height: 530px } .lane30 { max-height: 386px } .lane20 { max-height: 266px }
-  .lane15 { max-height: 206px } .board:has(.every :checked) .stage { max-height: none }
+  .lane42 { max-height: 530px } .lane30 { max-height: 386px }
+  .lane20 { max-height: 266px } .lane15 { max-height: 206px }
+  .board:has(.every :checked) .stage { max-height: none }
   .every { display: flex; align-items: center; gap: 8px; min-height: 44px; color: var(--disc) }
   .every input { min-height: 20px }
   #discs circle { transform: scale(.65); transform-box: fill-box; transform-origin: center }
-  #chart text { font-size: 10px } .odd text { display: none } #panel { height: 190px }
-  .chips a { padding: 9px 12px } .ranking { max-height: 410px }
-  .cards thead { position: absolute; left: -9999px }
-  .sorts thead { position: static } .sorts thead tr, .sorts th { display: block; border: 0 }
-  .sorts th { display: inline-block; padding: 8px 14px 8px 0 }
-  .sorts th:not(:has(a)) { display: none }
-  .cards, .cards tbody, .cards caption { display: block }
-  .cards tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line);
-    line-height: 1.9; font-size: 13px }
-  .cards td { display: inline; padding: 0; margin-right: 9px; border: 0 }
-  .cards td.n, .cards td.d { display: inline-block }
+  .stage text { font-size: 10px } #ticks .odd text { display: none }
+  #panel { height: 190px } .chips a { padding: 9px 12px } .ranking { max-height: 410px }
+  .cards, .cards caption, .cards tbody { display: block }
+  .cards tr { display: flex; flex-wrap: wrap; gap: 0 9px; padding: 8px 0; line-height: 1.9;
+    border-bottom: 1px solid var(--line); font-size: 13px }
+  .cards tr:has(> :nth-child(2):not(.n))::after { content: ""; width: 100%; order: 1 }
+  .cards th, .cards td { padding: 0; border: 0 } .cards td.n, .cards td.d { order: 2 }
   .cards td.n::after { content: " " attr(data-t); color: var(--soft) }
-  .cards td.to::before { content: "\2192 " }
-  .cards td.wide, .cards td.late { display: none }
-  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n)::after { content: "\A";
-    white-space: pre }
-  .cards td:not(.n, .wide, :first-child):has(+ td.n, + .wide + td.n) { margin: 0 }
-  .cards td.d { min-width: 0; max-width: calc(100% - 175px); margin: 0; overflow: hidden;
-    white-space: nowrap; text-overflow: ellipsis; vertical-align: bottom }
+  .cards td.d { flex: 1 1 0; min-width: 0; overflow: hidden; white-space: nowrap;
+    text-overflow: ellipsis }
+  .cards .to::before { content: "\2192 " }
+  .cards thead { position: absolute; left: -9999px } .sorts thead { position: static }
+  .sorts th { padding: 8px 5px 8px 0 } .sorts th:not(:has(a)) { display: none }
   .cards .spark { width: 60px; height: 14px }
-  dl.facts { grid-template-columns: 1fr; gap: 0 } dl.facts dd { margin-bottom: 7px }
+  .facts { grid-template-columns: 1fr; gap: 0 } .facts dd { margin-bottom: 7px }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important } }
 """
 
 # ==================================================================================================
@@ -4173,292 +4111,239 @@ dl.facts dt { color: var(--soft) } dl.facts dd { margin: 0; overflow-wrap: anywh
 SCRIPT = r"""
 "use strict";
 (() => {
-  const $ = id => document.getElementById(id);
-  const D = JSON.parse($("data").textContent), S = D.sessions, E = D.edges;
-  const chart = $("chart"), slider = $("slider"), play = $("play"), speed = $("speed");
-  const panel = $("panel"), caption = $("caption"), save = $("save"), hint = panel.innerHTML;
-  const links = [...chart.querySelectorAll("#discs a")];
-  const arcs = [...chart.querySelectorAll("#arcs path")];
-  const buttons = [...document.querySelectorAll("[data-ref]")];
+  const $ = id => document.getElementById(id), all = what => [...document.querySelectorAll(what)];
+  const D = JSON.parse($("data").textContent), discs = all("#discs a"), arcs = all("#arcs path");
+  const S = D.sessions.map(([time, who, calls, tokens, refs, received], place) =>
+    ({place, time, who, calls, tokens, refs, received, shape: discs[place]}));
+  const E = D.edges.map(([source, target, refs, crosses], j) =>
+    ({source: S[source], target: S[target], refs, crosses, shape: arcs[j]}));
+  const chart = $("chart"), slider = $("slider"), play = $("play"), caption = $("caption");
+  const panel = $("panel"), hint = [...panel.childNodes], buttons = all("[data-ref]");
   const still = matchMedia("(prefers-reduced-motion: reduce)");
+
+  // The state: the moment (ms after the start) with the sessions that ended by then; the session
+  // that is lit (pointed at, or in focus) and the discovery that is chosen, or null; while it
+  // plays, the frame that was asked for.
+  let moment, seen, lit = null, chosen = null, frame = 0;
+
+  // Each time that a discovery reaches a developer, and of each discovery whom it reaches where.
+  const news = [], reached = D.refs.map(() => new Map());
+  for (const s of S) for (const ref of s.refs) if (!reached[ref].has(s.who)) {
+    reached[ref].set(s.who, s);
+    news.push({time: s.time, ref, count: reached[ref].size});
+  }
+
+  // Words.
   const number = n => n.toLocaleString("en-US");
   const some = (n, thing) => `${number(n)} ${thing}${n === 1 ? "" : "s"}`;
   const clock = t => new Date(D.start + t).toISOString();
   const minute = t => clock(t).slice(0, 16).replace("T", " ") + " UTC";
-
-  // What the counters say after the first n sessions, how many arcs there are by then, and each
-  // time that a discovery reaches a developer: [ms, discovery, how many developers by then, who].
-  const totals = [[0, 0, 0, 0, 0]], arcsBy = [0], news = [], reached = D.refs.map(() => new Map());
-  const developers = new Set(), refs = new Set(), arcsOf = D.refs.map(() => []);
-  S.forEach((s, i) => {
-    const last = totals[i];
-    developers.add(s[1]);
-    for (const ref of s[4]) {
-      refs.add(ref);
-      if (reached[ref].has(s[1])) continue;
-      reached[ref].set(s[1], i);
-      news.push([s[0], ref, reached[ref].size]);
-    }
-    totals.push([i + 1, developers.size, last[2] + s[3], refs.size, last[4] + s[5]]);
-    let n = arcsBy[i];
-    while (n < E.length && E[n][1] <= i) n++;
-    arcsBy.push(n);
-  });
-  E.forEach((e, j) => e[2].forEach(ref => arcsOf[ref].push(j)));
-
-  // The caption.
   const ORDINALS = ["", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth",
     "ninth", "tenth"];
   const ordinal = n => ORDINALS[n] ||
     n + (n % 100 > 10 && n % 100 < 14 ? "th" : ["th", "st", "nd", "rd"][n % 10] || "th");
-  const sentence = ([, ref, n]) => D.refs[ref] + (n === 1 ? " is met for the first time" :
-    n === D.developers.length ? " has reached everybody" : ` reaches its ${ordinal(n)} developer`);
-  const countUpTo = (rows, t) => {  // how many rows, which are in time order, are not after t
-    let low = 0, high = rows.length;
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (rows[middle][0] <= t) low = middle + 1; else high = middle;
-    }
-    return low;
-  };
-  const perSecond = () => D.span / 40 * Number(speed.value);  // at speed 1 the window takes 40 s
+  const sentence = ({ref, count}) => D.refs[ref] + (count === 1 ? " is met for the first time" :
+    count === D.developers.length ? " has reached everybody" :
+    ` reaches its ${ordinal(count)} developer`);
+  const perSecond = () => D.span / 40 * $("speed").value;  // at speed 1 the window takes 40 s
   const say = () => {
-    const last = countUpTo(heard, moment);
-    let first = countUpTo(heard, moment - perSecond());
-    if (first === last) first = last - 1;  // nothing in the last second: the last thing before
-    const now = heard.slice(Math.max(0, first), last);
-    if (!now.length) return;
-    const far = now.reduce((a, b) => b[2] > a[2] ? b : a);
-    const several = new Set(now.map(n => n[1])).size;
-    const mark = far[2] === 5 || far[2] % 10 === 0 || far[2] === D.developers.length;
-    const text = several === 1 || mark ? sentence(far) :
-      `${several} discoveries reach somebody new`;
+    const past = news.filter(n => n.time <= moment && (chosen === null || n.ref === chosen));
+    const since = moment - perSecond();
+    let now = past.filter(n => n.time > since);
+    if (!now.length) now = past.slice(-1);  // nothing in the last second: the last thing before
+    const far = now.reduce((a, b) => b.count > a.count ? b : a, {count: 0});
+    const several = new Set(now.map(n => n.ref)).size;
+    const large = far.count === 5 || far.count % 10 === 0 || far.count === D.developers.length;
+    const text = several > 1 && !large ? `${several} discoveries reach somebody new` :
+      several ? sentence(far) : "";
     if (caption.textContent !== text) caption.textContent = text;
   };
 
   // The moment.
-  let moment = D.span, sessions = 0, faded = 0, frame = 0, before = 0;
-  let lit = -1, picked = -1, heard = news;  // heard: of the chosen discovery alone, or all
-  const pick = ref => {
-    picked = ref;
-    heard = ref < 0 ? news : news.filter(item => item[1] === ref);
+  const mark = (item, name, value) => {  // a class of its shape; asking the document costs more
+    if (item[name] !== value) item.shape.classList.toggle(name, value);
+    item[name] = value;
   };
-  const turn = (items, name, from, to) => {  // the first `to` have the class, where `from` had it
-    for (let i = from; i < to; i++) items[i].classList.add(name);
-    for (let i = to; i < from; i++) items[i].classList.remove(name);
-  };
+  const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
   const show = t => {
     moment = Math.min(D.span, Math.max(0, t));
-    const n = countUpTo(S, moment), x = 1000 * moment / D.span;
-    turn(arcs, "there", arcsBy[sessions], arcsBy[n]);
-    sessions = n;
-    const old = frame ? arcsBy[countUpTo(S, moment - D.span / 10)] : 0;
-    turn(arcs, "old", faded, old);
-    faded = old;
-    totals[n].forEach((value, i) => { $("count" + i).textContent = number(value); });
-    slider.value = moment < D.span ? moment : slider.max;
-    slider.setAttribute("aria-valuetext", `${minute(moment)}, ${some(n, "session")}`);
+    seen = S.filter(s => s.time <= moment);
+    [seen.length, new Set(seen.map(s => s.who)).size, sum(seen, "tokens"),
+      news.filter(n => n.time <= moment && n.count === 1).length, sum(seen, "received"),
+    ].forEach((value, i) => { $("count" + i).textContent = number(value); });
+    for (const e of E) {
+      mark(e, "there", e.target.time <= moment);
+      mark(e, "old", frame > 0 && e.target.time <= moment - D.span / 10);
+    }
+    slider.value = slider.max * moment / D.span;
+    slider.setAttribute("aria-valuetext", `${minute(moment)}, ${some(seen.length, "session")}`);
     $("moment").textContent = minute(moment);
-    $("veil").setAttribute("x", x);
-    $("veil").setAttribute("width", 1100 - x);
-    $("now").setAttribute("transform", `translate(${x} 0)`);
+    $("later").setAttribute("transform", `translate(${1000 * moment / D.span} 0)`);
     say();
+    rove(focused() || seen[seen.length - 1] || S[0]);
   };
-  const address = () => "t=" + clock(moment) +
-    (picked < 0 ? "" : "&d=" + encodeURIComponent(nameOf(picked)));
   const write = () => {
-    history.replaceState(null, "", "#" + address());
-    if (save) save.href = save.href.replace(/(&t=.*)?$/, "&" + address());
+    const at = "t=" + clock(moment) +
+      (chosen === null ? "" : "&d=" + encodeURIComponent(D.refs[chosen]));
+    history.replaceState(null, "", "#" + at);
+    const save = $("save");
+    if (save) save.href = save.href.replace(/(&t=.*)?$/, "&" + at);
   };
-  const nameOf = ref => D.names[ref] || D.refs[ref];
-  const read = () => {
+  const read = () => {  // false: the address names no moment and no discovery
     const said = new URLSearchParams(location.hash.slice(1) || D.at);
-    const t = /^\d{4}-\d\d-\d\dT[\d:.]+Z$/.test(said.get("t")) ? Date.parse(said.get("t")) : NaN;
-    const ref = D.refs.findIndex((shown, i) => nameOf(i) === said.get("d"));
+    const t = Date.parse(said.get("t")) - D.start, ref = D.refs.indexOf(said.get("d"));
+    const timed = !Number.isNaN(t), known = timed || ref >= 0 || S.length === 1;
+    chosen = ref < 0 ? null : ref;
     stop();
-    pick(ref);
-    show(isNaN(t) ? (ref < 0 && S.length > 1 ? 0 : D.span) : t - D.start);
+    show(timed ? t : known ? D.span : 0);
     paint();
-    return !isNaN(t) || ref >= 0 || S.length === 1;
+    return known;
   };
+
+  // Playing.
   const stop = () => {
-    if (frame) cancelAnimationFrame(frame);
+    cancelAnimationFrame(frame);
     frame = 0;
-    chart.classList.remove("playing");
     caption.setAttribute("aria-live", "polite");
     play.textContent = "Play";
   };
-  const pulse = (from, to) => {
-    if (still.matches || from === to) return;
-    const items = [];
-    for (let j = Math.max(from, to - 12); j < to; j++) {  // more at once cost 20 ms a frame
-      if (!E[j][3] || picked >= 0 && !E[j][2].includes(picked)) continue;
-      items.push(arcs[j], links[E[j][0]], links[E[j][1]]);
-    }
+  const go = t => { stop(); show(t); write(); };
+  const toggle = () => {
+    if (frame) { go(moment); return; }
+    if (moment >= D.span) show(0);
+    caption.setAttribute("aria-live", "off");  // each second would be too much to listen to
+    play.textContent = "Pause";
+    let before = performance.now();
+    const tick = time => {
+      const passed = Math.min(250, time - before);  // ms; a page out of sight goes on where it was
+      const first = seen.length;
+      before = time;
+      show(moment + passed / 1000 * perSecond());
+      pulse(seen.slice(first));
+      if (moment < D.span) frame = requestAnimationFrame(tick); else go(moment);
+    };
+    frame = requestAnimationFrame(tick);
+  };
+  const pulse = fresh => {
+    if (still.matches || !fresh.length) return;
+    const edges = E.filter(e => e.crosses && fresh.includes(e.target) &&
+      (chosen === null || e.refs.includes(chosen))).slice(0, 12);  // more cost 20 ms a frame
+    const items = edges.flatMap(e => [e.shape, e.source.shape, e.target.shape]);
     items.forEach(item => item.classList.add("new"));
     setTimeout(() => items.forEach(item => item.classList.remove("new")), 600);
   };
-  const tick = time => {
-    const passed = Math.min(250, time - before);  // ms; a page out of sight goes on where it was
-    const there = arcsBy[sessions];
-    show(moment + passed / 1000 * perSecond());
-    pulse(there, arcsBy[sessions]);
-    before = time;
-    if (moment < D.span) frame = requestAnimationFrame(tick);
-    else go(D.span);
-  };
-  const toggle = () => {
-    if (frame) { stop(); show(moment); write(); rove(); return; }
-    if (moment >= D.span) show(0);
-    play.textContent = "Pause";
-    caption.setAttribute("aria-live", "off");  // each second would be too much to listen to
-    chart.classList.add("playing");
-    before = performance.now();
-    frame = requestAnimationFrame(tick);
-  };
-  const go = t => { stop(); show(t); write(); rove(); };
   const step = by => {
-    const n = Math.min(S.length, Math.max(1, by > 0 ? sessions + 1 : countUpTo(S, moment - 1)));
-    go(S[n - 1][0]);
-  };
-  const faster = by => {
-    speed.selectedIndex = Math.min(speed.length - 1, Math.max(0, speed.selectedIndex + by));
+    const to = by > 0 ? S[seen.length] : seen.filter(s => s.time < moment).pop();
+    if (to) go(to.time);
   };
 
   // What is lit: a session with what it knew and where that went, or else the chosen discovery.
   const paint = () => {
-    chart.querySelectorAll(".on, .at").forEach(item => item.classList.remove("on", "at"));
-    chart.classList.toggle("lit", lit >= 0 || picked >= 0);
-    buttons.forEach(b => b.setAttribute("aria-pressed", Number(b.dataset.ref) === picked));
-    const into = new Set(), went = new Set(), on = new Set();
-    if (lit >= 0) {
-      S[lit][4].forEach(ref => arcsOf[ref].forEach(j => { if (E[j][0] >= lit) went.add(j); }));
-      E.forEach((e, j) => { if (e[1] === lit) into.add(j); });
-      on.add(lit);
-      links[lit].classList.add("at");
-    } else if (picked >= 0) {
-      arcsOf[picked].forEach(j => went.add(j));
-      S.forEach((s, i) => { if (s[4].includes(picked)) on.add(i); });
-    }
-    for (const j of [...went, ...into]) {
-      arcs[j].classList.add("on");
-      on.add(E[j][0]).add(E[j][1]);
-    }
-    on.forEach(i => links[i].classList.add("on"));
-    panel.textContent = "";
-    if (lit >= 0) describe(lit, went, into);
-    else if (picked >= 0) describePath();
-    else panel.innerHTML = hint;
+    const refs = lit ? lit.refs : chosen === null ? [] : [chosen];
+    const into = E.filter(e => e.target === lit);
+    const went = E.filter(e =>
+      (!lit || e.source.place >= lit.place) && e.refs.some(ref => refs.includes(ref)));
+    const on = new Set(lit ? [lit] : S.filter(s => s.refs.includes(chosen)));
+    for (const e of [...into, ...went]) on.add(e).add(e.source).add(e.target);
+    for (const item of [...S, ...E]) mark(item, "on", on.has(item));
+    for (const s of S) mark(s, "at", s === lit);
+    chart.classList.toggle("lit", Boolean(lit) || chosen !== null);
+    buttons.forEach(b => b.setAttribute("aria-pressed", Number(b.dataset.ref) === chosen));
+    panel.replaceChildren(...lit ? session(lit, into, went) : chosen === null ? hint : path());
   };
-  const light = i => { if (i !== lit) { lit = i; paint(); } };
-  const choose = ref => { pick(ref === picked ? -1 : ref); lit = -1; paint(); say(); write(); };
-  const element = (name, text, parent) => {
-    const made = parent.appendChild(document.createElement(name));
-    made.textContent = text;
+  const light = s => { if (s !== lit) { lit = s; paint(); } };
+  const choose = ref => {
+    chosen = ref === chosen ? null : ref;
+    lit = null;
+    paint();
+    say();
+    write();
+  };
+  const element = (name, ...inside) => {
+    const made = document.createElement(name);
+    made.append(...inside);
+    return made;
+  };
+  const link = (ref, otherwise) => {
+    const made = element(D.links ? "a" : otherwise, D.refs[ref]);
+    if (D.links) made.href = "/discovery/" + encodeURIComponent(D.refs[ref]) + D.query;
     return made;
   };
   const chips = (items, most) => {
-    const list = panel.appendChild(document.createElement("ul"));
+    const list = element("ul", ...items.slice(0, most).map(item => element("li", item)));
     list.className = "chips";
-    items.slice(0, most).forEach(([text, href]) => {
-      const chip = element(href ? "a" : "span", text, element("li", "", list));
-      if (href) chip.href = href;
-    });
-    if (items.length > most) element("li", `and ${items.length - most} more`, list);
+    if (items.length > most) list.append(element("li", `and ${items.length - most} more`));
+    return list;
   };
-  const page = ref => D.links ? "/discovery?ref=" + encodeURIComponent(nameOf(ref)) + D.query : "";
-  const describe = (i, went, into) => {
-    const s = S[i], others = new Set([...went].map(j => S[E[j][1]][1]));
-    others.delete(s[1]);
-    const line = element("p", "", panel);
-    element("strong", D.developers[s[1]], line);
-    line.append(`, ended ${minute(s[0])}: ${some(s[2], "call")}, ${some(s[3], "token")} saved. ` +
-      (s[4].length ? `Built on ${some(into.size, "earlier session")}; ` +
-      `${some(others.size, "other developer")} built on it.` : "No discoveries."));
-    chips(s[4].map(ref => [D.refs[ref], page(ref)]), 6);
+  const session = (s, into, went) => {
+    const others = new Set(went.map(e => e.target.who).filter(who => who !== s.who)).size;
+    return [element("p", element("strong", D.developers[s.who]),
+      `, ended ${minute(s.time)}: ${some(s.calls, "call")}, ${some(s.tokens, "token")} saved. ` +
+      (s.refs.length ? `Built on ${some(into.length, "earlier session")}; ` +
+      `${some(others, "other developer")} built on it.` : "No discoveries.")),
+    chips(s.refs.map(ref => link(ref, "span")), 6)];
   };
-  const describePath = () => {
-    const who = [...reached[picked]], line = element("p", "", panel);
-    const name = element(D.links ? "a" : "strong", D.refs[picked], line);
-    if (D.links) name.href = page(picked);
-    line.append(` reached ${number(who.length)} of ${some(D.developers.length, "developer")}. ` +
-      "Escape, or choosing it again, shows everything.");
-    chips(who.map(([d, i]) => [D.developers[d] + ", " + minute(S[i][0]).slice(5, 16), ""]), 10);
+  const path = () => {
+    const who = [...reached[chosen].values()].map(s =>
+      element("span", `${D.developers[s.who]}, ${minute(s.time).slice(5, 16)}`));
+    return [element("p", link(chosen, "strong"),
+      ` reached ${number(who.length)} of ${some(D.developers.length, "developer")}. ` +
+      "Escape, or choosing it again, shows everything."),
+    chips(who, 10)];
   };
 
   // Pointing, touching, keys.
-  const index = new Map(links.map((a, i) => [a, i]));
-  const places = links.map(a => [a.firstElementChild.cx.baseVal.valueInSpecifiedUnits / 100,
-    a.firstElementChild.cy.baseVal.value]);  // a share of the width, px
+  const spots = all("#discs circle").map(({cx, cy}) =>
+    [cx.baseVal.valueInSpecifiedUnits / 100, cy.baseVal.value]);  // a share of the width, px
   const nearest = event => {
+    let best = null, least = 24;  // px
     const box = chart.getBoundingClientRect();
-    let best = -1, least = event.pointerType === "touch" ? 28 : 20;
-    for (let i = 0; i < sessions; i++) {
-      const far = Math.hypot(places[i][0] * box.width + box.left - event.clientX,
-        places[i][1] + box.top - event.clientY);
-      if (far < least) { least = far; best = i; }
+    for (const s of seen) {
+      const [x, y] = spots[s.place];
+      const far = Math.hypot(x * box.width + box.x - event.clientX, y + box.y - event.clientY);
+      if (far < least) { least = far; best = s; }
     }
     return best;
   };
-  let touched = false;
-  const focused = () => index.has(document.activeElement) ? index.get(document.activeElement) : -1;
-  const rove = () => {  // Tab stops at one session: the one in focus, else the last that is there
-    const at = focused(), stop = at >= 0 ? at : Math.max(0, sessions - 1);
-    links.forEach((a, i) => a.setAttribute("tabindex", i === stop ? "0" : "-1"));
+  const focused = () => S[discs.indexOf(document.activeElement)] || null;
+  let stops = null;
+  const rove = s => {  // Tab stops at one session: the one in focus, else the last that is there
+    if (stops) stops.shape.tabIndex = -1;
+    stops = s;
+    s.shape.tabIndex = 0;
   };
-  const rest = () => light(focused());
   chart.addEventListener("pointermove", event => {
-    if (event.pointerType === "touch" || frame) return;
-    const i = nearest(event);
-    if (i >= 0) light(i); else rest();
+    if (event.pointerType !== "touch" && !frame) light(nearest(event) || focused());
   });
-  chart.addEventListener("pointerleave", event => { if (event.pointerType !== "touch") rest(); });
-  chart.addEventListener("pointerdown", event => { touched = event.pointerType === "touch"; });
+  chart.addEventListener("pointerleave", event => {
+    if (event.pointerType !== "touch") light(focused());
+  });
+  chart.addEventListener("mousedown", event => event.preventDefault());  // focus stays where it is
   chart.addEventListener("click", event => {
-    const link = event.target.closest("a"), own = index.get(link);
-    if (link && own === undefined) return;  // a developer's
-    const i = event.detail || own === undefined ? nearest(event) : own;  // detail 0: by key
-    const first = touched && i !== lit;  // a finger cannot point: its first touch does
-    light(i);
-    if (first || i !== own || !D.links) event.preventDefault();
-    if (!first && i >= 0 && i !== own && D.links) location.href = links[i].href.baseVal;
-  });
-  // On its parent: an svg that listens for focus becomes a Tab stop of its own.
-  chart.parentNode.addEventListener("focusin", event => {
-    const i = index.get(event.target);
-    if (i === undefined) return;
-    rove();
-    if (!touched) light(i);
-  });
-  chart.parentNode.addEventListener("focusout", () => { if (!touched) light(-1); });
-  chart.addEventListener("keydown", event => {
-    touched = false;
-    const i = focused();
-    const lane = by => {
-      for (let k = i + by; k >= 0 && k < sessions; k += by) if (S[k][1] === S[i][1]) return k;
-      return i;
-    };
-    const moves = {ArrowLeft: () => i - 1, ArrowRight: () => i + 1, ArrowUp: () => lane(-1),
-      ArrowDown: () => lane(1)};
-    if (i < 0 || !moves[event.key]) return;
+    const own = event.target.closest("a"), s = event.detail ? nearest(event) : focused();
+    if (own && !discs.includes(own) || s && s === lit && s.shape === own) return;  // a plain link
     event.preventDefault();
-    event.stopPropagation();
-    links[Math.min(sessions - 1, Math.max(0, moves[event.key]()))].focus();
+    if (s && s === lit && D.links) location.href = s.shape.href.baseVal;
+    else light(s);  // a finger cannot point: its first touch does
   });
-  const keys = {" ": toggle, ArrowLeft: () => step(-1), ArrowRight: () => step(1),
-    Home: () => go(0), End: () => go(D.span), "+": () => faster(1), "-": () => faster(-1),
-    Escape: () => choose(picked)};
+  document.addEventListener("focusin", event => {
+    if (panel.contains(event.target)) return;  // the panel stays as it is while somebody is in it
+    if (focused()) rove(focused());
+    light(focused());
+  });
   document.addEventListener("keydown", event => {
-    const at = event.target, typing = at.closest("select, input:not(#slider)");
-    if (typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
-    if (event.key === " " && at.closest("button, a, summary")) return;
-    if (at === slider && !["+", "-", " ", "Escape"].includes(event.key)) return;
+    const at = event.target, by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (event.ctrlKey || event.metaKey || event.altKey || at.closest("input, select")) return;
+    if (by && focused()) (seen[focused().place + by] || focused()).shape.focus();
+    else if (by) step(by);
+    else if (event.key === "Escape") choose(chosen);
+    else if (event.key === " " && !at.closest("button, a, summary")) toggle();
+    else return;
     event.preventDefault();
-    keys[event.key]();
   });
   play.addEventListener("click", toggle);
-  slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
-  slider.addEventListener("change", () => { write(); rove(); });
+  slider.addEventListener("input", () => { stop(); show(slider.value / slider.max * D.span); });
+  slider.addEventListener("change", write);
   buttons.forEach(b => b.addEventListener("click", () => {
     choose(Number(b.dataset.ref));
     chart.parentNode.scrollIntoView({block: "nearest"});
@@ -4466,14 +4351,11 @@ SCRIPT = r"""
   window.addEventListener("hashchange", read);
 
   document.documentElement.classList.add("live");
-  const grain = Math.max(1, Math.round(D.span / 500));
-  slider.step = grain;
-  slider.max = Math.ceil(D.span / grain) * grain;  // the last step is not before the last session
+  all("#chart a").forEach(a => { a.tabIndex = -1; });
   if (!read()) {
     caption.textContent = "Press Play to see how the discoveries travel.";
     play.focus({preventScroll: true});
   }
-  rove();
 })();
 """
 
