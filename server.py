@@ -1202,7 +1202,7 @@ class Store:
         self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
         # The open files: what was at each path when they were opened.
-        self.files: Dict[str, Optional[Tuple[int, int]]] = {}
+        self.files: Dict[str, Tuple[int, int]] = {}
         self.fault, self.reopen_at = "", 0.0
         if not path or os.path.isdir(path):
             raise StartError("%s is no file: name one for the database" % (path or "an empty text"))
@@ -1234,7 +1234,10 @@ class Store:
             time.sleep(0.05)
 
     def open(self) -> None:
-        """Open the database, bring the file up to date, and prepare for writing."""
+        """Open the database, bring the file up to date, and prepare for writing.
+
+        Raises StartError, OSError and sqlite3.Error.
+        """
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")  # of an attempt that failed
         self.migrate()
@@ -1264,7 +1267,7 @@ class Store:
             try:
                 self.open()
             except (StartError, OSError, sqlite3.Error) as error:
-                self.fault = str(error)
+                self.fault = getattr(error, "strerror", None) or str(error)
             self.reopen_at = time.monotonic() + REOPEN_SECONDS
         if self.fault:
             raise Unavailable(self.fault)
@@ -1404,11 +1407,18 @@ class Store:
                 " database" % (self.path, "another" if own else "a"))
 
     def check_files(self) -> None:
-        """Raises Unavailable when the open files are no longer those at their paths.
+        """Raises Unavailable unless the open files are known to be those at their paths.
 
         What is written to a deleted file is lost.
         """
-        self.moved = any(file_identity(name) != found for name, found in self.files.items())
+        self.moved = True  # so it is while nobody can tell
+        try:
+            self.moved = any(file_identity(name) != found for name, found in self.files.items())
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise Unavailable("cannot tell whether the database is still in its place: %s"
+                              % error.strerror) from None
         if self.moved:
             raise Unavailable("the database or its -wal file was deleted, replaced or emptied while"
                               " in use: put it back, or restart the server")
@@ -1962,13 +1972,12 @@ def passing(error: Exception) -> bool:
             and any(words in str(error) for words in PASSING))
 
 
-def file_identity(path: str) -> Optional[Tuple[int, int]]:
-    """(device, inode), or None where there is no file, or a database without a byte."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if status.st_size or path.endswith("-wal") else None
+def file_identity(path: str) -> Tuple[int, int]:
+    """(device, inode). Raises OSError; a database without a byte counts as not there."""
+    status = os.stat(path)
+    if not status.st_size and not path.endswith("-wal"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return status.st_dev, status.st_ino
 
 
 # ==================================================================================================

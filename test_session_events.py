@@ -3390,6 +3390,42 @@ def test_server_database_emptied_in_place_takes_nothing(tmp_path):
             store.write([server.check_event(event(0))])
 
 
+@quick
+def test_server_disk_that_fails_once_is_no_file_that_is_gone(tmp_path, monkeypatch):
+    """A look at a file that fails is reported as what it is, and the server goes on after it."""
+    db, log, faults, look = tmp_path / "events.db", tmp_path / "events.db-wal", [], os.stat
+    rows = [server.check_event(event(0))]
+
+    def stat(path, *args, **options):
+        if faults and path == str(log):
+            raise OSError(faults.pop(), "the disk failed", path)
+        return look(path, *args, **options)
+
+    def refused(store, words):
+        with pytest.raises(server.Unavailable, match=words):
+            store.write(rows)
+
+    monkeypatch.setattr(server.os, "stat", stat)
+    faults.append(errno.EIO)
+    with pytest.raises(server.StartError, match="db: the disk failed"):
+        server.Store(str(db))
+    with contextlib.closing(server.Store(str(db))) as store:
+        store.fault = "the disk is full"  # as when it started without room for the side files
+        faults.append(errno.EIO)
+        refused(store, "^the disk failed$")
+        store.reopen_at = 0.0
+        assert store.write(rows).stored == 1
+        faults.append(errno.EACCES)
+        refused(store, "cannot tell whether .*: the disk failed$")
+        assert store.write(rows).stored == 0
+        faults.append(errno.EIO)
+        log.rename(tmp_path / "aside")
+        refused(store, "the disk failed$")
+        refused(store, "was deleted")  # a look that failed hides no file that is gone
+        (tmp_path / "aside").rename(log)
+        assert store.write(rows)
+
+
 def test_server_database_and_side_files_are_the_owners_only(tmp_path):
     db = tmp_path / "events.db"
     old = os.umask(0)
