@@ -1464,7 +1464,8 @@ class Store:
             if self.sweep:
                 self.sweep.pause(TICK)
             raise
-        self.room_missed = -1
+        if rows or swept:
+            self.room_missed = -1
         if self.checkpoints:
             self.checkpoints.count(stored + swept)
         return Written(stored, refused, 0 if undone else swept)
@@ -1574,6 +1575,7 @@ NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 SWEEP_SHARE = 1.25
 SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete that store nothing
 SWEEP_PIECE = 16  # rows that such a turn deletes, in 1 ms: a request may have to wait so long
+SWEEP_ALONE = 256  # rows deleted in a turn before it tries to store rows that did not fit
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
 CLOCK_EVERY = 1.0  # seconds between looks at the clocks
@@ -1624,8 +1626,13 @@ class Sweep:
         return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
 
     def pause(self, seconds: float) -> None:
-        """Delete nothing for some seconds."""
-        self.next_at = max(self.next_at, time.monotonic() + seconds)
+        """Delete nothing for some seconds. Until they are over, a further call changes nothing.
+
+        So turns that fail one after another do not put the deletion off for ever.
+        """
+        now = time.monotonic()
+        if now >= self.next_at:
+            self.next_at = now + seconds
 
     def look_at_clocks(self) -> None:
         """Find out whether rows may be deleted now. Each reason against it is logged once."""
@@ -3427,6 +3434,10 @@ class IngestServer(http.server.HTTPServer):
             return []
         started = time.perf_counter()
         try:
+            if old and rows and self.store_fault:
+                # By itself: rows that do not fit would undo the deletion that makes room for them.
+                self.metrics.swept += self.store.write([], SWEEP_ALONE).swept
+                old = 0
             written = self.store.write(rows, old)
         except Unavailable as reason:
             self.note_store(str(reason))
@@ -3434,7 +3445,8 @@ class IngestServer(http.server.HTTPServer):
         except Exception as error:
             log_fault(error)
             return [INSERT_FAILED] * len(rows)
-        self.note_store("")
+        if rows or written.swept:  # a turn that changed nothing does not show that rows fit
+            self.note_store("")
         self.metrics.commits.add(time.perf_counter() - started)
         self.metrics.rows.add(len(rows))
         self.metrics.swept += written.swept

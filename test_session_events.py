@@ -4901,6 +4901,44 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
         assert store.write(rows, 2).stored == 1
 
 
+def test_server_sweep_makes_room_at_the_size_limit_under_load(tmp_path):
+    """Turns whose rows do not fit follow one another. Rows fit again when old ones are gone."""
+    db = tmp_path / "events.db"
+    old_and_new(db, (600, "-40 days"), (1, "-1 hour"))
+    limit = db.stat().st_size + 40_000  # bytes
+    with contextlib.closing(server.Store(str(db), limit, retain_days=30)) as store:
+        with turning() as turned:
+            turned.store, accepted = store, 0
+
+            def turn(*rows):
+                turned.now = time.monotonic()
+                turned.rows = [server.check_event(event((turned.now, n))) for n in rows]
+                return {answer.status for answer in turned.commit()}
+
+            def fill():
+                count = 0
+                while turn(*range(20)) == {202}:
+                    turned.answered_at, count = turned.now, count + 20
+                return count
+
+            accepted += fill()
+            store.sweep.retention.steady_since -= 60  # the clock is believed from now on
+            end = time.monotonic() + 10
+            while turn(*range(20)) == {503} and time.monotonic() < end:
+                turned.answered_at = turned.now
+                time.sleep(0.02)
+            accepted += 20 + fill()
+            assert accepted > 400 and store.max_bytes >= db.stat().st_size
+            assert store.sweep.next_at > turned.now + 10  # no old row is left
+            left = 601 + accepted - turned.metrics.swept
+            assert rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": left}]
+            # A look that finds no old row does not show that rows fit again.
+            store.sweep.next_at, turned.answered_at = 0.0, turned.now - 1
+            assert turn() == set() and store.sweep.next_at and turned.store_fault
+            turned.now += 2
+            assert not turned.store_is_ready()
+
+
 def test_server_lock_held_by_another_process(tmp_path):
     """Each turn meanwhile is answered 503 after 250 ms. Then the server goes on."""
     with serving(tmp_path / "events.db") as running:
