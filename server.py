@@ -2123,7 +2123,7 @@ def scratch_folder(folder: str, command: Command) -> Iterator[str]:
     Raises StartError. Where the disk does not let it be deleted, a line says so.
     """
     try:
-        partial = tempfile.mkdtemp(".partial", ".backup-", folder)
+        partial = tempfile.mkdtemp(".partial", ".backup-", folder)  # see is_left_behind
     except OSError as error:
         raise StartError("cannot write in %s: %s" % (folder, error.strerror)) from None
     try:
@@ -2401,6 +2401,7 @@ def rewrite_file(db: sqlite3.Connection, folder: str, command: Command) -> None:
 def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str]:
     """The names of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
 
+    Files in a folder that a killed --backup left there are among them.
     Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
     the rest of one. That takes about 0.6 s per hash and gigabyte. The files from which the hashes
     were read, and to which the statement is printed, are passed over.
@@ -2412,10 +2413,20 @@ def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if (entry.is_file() and holds(entry.path, pieces, command)
+                if is_left_behind(entry.name) and entry.is_dir(follow_symlinks=False):
+                    try:
+                        found += [os.path.join(entry.name, name)
+                                  for name in files_with(entry.path, hashes, command)]
+                    except PermissionError:
+                        found.append(entry.name)
+                elif (entry.is_file() and holds(entry.path, pieces, command)
                         and not any(os.path.samestat(entry.stat(), own) for own in streams)):
                     found.append(entry.name)
     return found
+
+
+# The name of scratch_folder's folder, which stays there when a --backup is killed.
+is_left_behind = re.compile(r"\.backup-.+\.partial").fullmatch
 
 
 def has_file(stream: Any) -> bool:

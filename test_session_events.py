@@ -6431,6 +6431,19 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     assert traces(tmp_path, sha("identity", 2)) == []
 
 
+def test_server_forget_finds_the_copy_of_a_backup_that_was_killed(tmp_path):
+    db = crowded(tmp_path / "events.db", 500)
+    killed = "server.sync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    assert command(db, "--backup", tmp_path / "copy.db", patch=killed).returncode == -9
+    (left,) = tmp_path.glob(".backup-*")
+    done = forget(db, sha("identity", 1))
+    assert done.returncode == 1 and "copies are left in \"%s/copy\"." % left.name in done.stderr
+    assert command(db, "--backup", tmp_path / "copy.db").returncode == 0  # nothing is in the way
+    (tmp_path / "copy.db").unlink()
+    shutil.rmtree(left)
+    assert forget(db, sha("identity", 1)).returncode == 0
+
+
 def test_server_forget_hides_with_the_pepper(tmp_path):
     db, pepper = tmp_path / "events.db", tmp_path / "pepper"
     with serving(db, "--pepper-file", pepper) as running:
