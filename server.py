@@ -2089,10 +2089,10 @@ def back_up(path: str, target: str, command: Command) -> None:
     CommandError and Interrupted later; then nothing is left behind.
     """
     source = os.path.realpath(path)
-    if os.path.lexists(target):
-        raise StartError("%s is there already: name a new file, or delete that one" % target)
     if os.path.realpath(target) in [source + suffix for suffix in SIDE_FILES]:
         raise StartError("%s is one of the database's own files: name another" % target)
+    if os.path.lexists(target):
+        raise StartError("%s is there already: name a new file, or delete that one" % target)
     started, folder = time.monotonic(), os.path.dirname(os.path.abspath(target))
     with contextlib.closing(open_existing(path)) as db:
         with scratch_folder(folder, command) as partial:

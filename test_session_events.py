@@ -6218,7 +6218,7 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     not_begun = (
         (db, "taken.db", "is there already"),
         (db, ".", "is there already"),
-        (db, "events.db", "is there already"),
+        (db, "events.db", "own files"),  # and no advice to delete it
         (db, "events.db-wal", "own files"),
         (db, "none/copy.db", "No such file"),
         (":memory:", "copy.db", "is no file"),
