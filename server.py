@@ -1202,7 +1202,7 @@ class Store:
         self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
         # The open files: what was at each path when they were opened.
-        self.files: Dict[str, Optional[Tuple[int, int]]] = {}
+        self.files: Dict[str, Tuple[int, int]] = {}
         self.fault, self.reopen_at = "", 0.0
         if not path or os.path.isdir(path):
             raise StartError("%s is no file: name one for the database" % (path or "an empty text"))
@@ -1234,7 +1234,10 @@ class Store:
             time.sleep(0.05)
 
     def open(self) -> None:
-        """Open the database, bring the file up to date, and prepare for writing."""
+        """Open the database, bring the file up to date, and prepare for writing.
+
+        Raises StartError, OSError and sqlite3.Error.
+        """
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")  # of an attempt that failed
         self.migrate()
@@ -1264,7 +1267,7 @@ class Store:
             try:
                 self.open()
             except (StartError, OSError, sqlite3.Error) as error:
-                self.fault = str(error)
+                self.fault = getattr(error, "strerror", None) or str(error)
             self.reopen_at = time.monotonic() + REOPEN_SECONDS
         if self.fault:
             raise Unavailable(self.fault)
@@ -1404,11 +1407,18 @@ class Store:
                 " database" % (self.path, "another" if own else "a"))
 
     def check_files(self) -> None:
-        """Raises Unavailable when the open files are no longer those at their paths.
+        """Raises Unavailable unless the open files are known to be those at their paths.
 
         What is written to a deleted file is lost.
         """
-        self.moved = any(file_identity(name) != found for name, found in self.files.items())
+        self.moved = True  # so it is while nobody can tell
+        try:
+            self.moved = any(file_identity(name) != found for name, found in self.files.items())
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise Unavailable("cannot tell whether the database is still in its place: %s"
+                              % error.strerror) from None
         if self.moved:
             raise Unavailable("the database or its -wal file was deleted, replaced or emptied while"
                               " in use: put it back, or restart the server")
@@ -1454,7 +1464,8 @@ class Store:
             if self.sweep:
                 self.sweep.pause(TICK)
             raise
-        self.room_missed = -1
+        if rows or swept:
+            self.room_missed = -1
         if self.checkpoints:
             self.checkpoints.count(stored + swept)
         return Written(stored, refused, 0 if undone else swept)
@@ -1564,6 +1575,7 @@ NEXT_OLD_IDS = "SELECT id FROM session_events WHERE id <= ? ORDER BY id LIMIT ?"
 SWEEP_SHARE = 1.25
 SWEEP_QUIET = 0.01  # seconds without a request, after which turns delete that store nothing
 SWEEP_PIECE = 16  # rows that such a turn deletes, in 1 ms: a request may have to wait so long
+SWEEP_ALONE = 256  # rows deleted in a turn before it tries to store rows that did not fit
 SWEEP_LOOK = 256  # rows whose stamps are looked at in one turn
 SWEEP_EVERY = 60.0  # seconds until the next look, once all that is due is gone
 CLOCK_EVERY = 1.0  # seconds between looks at the clocks
@@ -1614,8 +1626,13 @@ class Sweep:
         return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
 
     def pause(self, seconds: float) -> None:
-        """Delete nothing for some seconds."""
-        self.next_at = max(self.next_at, time.monotonic() + seconds)
+        """Delete nothing for some seconds. Until they are over, a further call changes nothing.
+
+        So turns that fail one after another do not put the deletion off for ever.
+        """
+        now = time.monotonic()
+        if now >= self.next_at:
+            self.next_at = now + seconds
 
     def look_at_clocks(self) -> None:
         """Find out whether rows may be deleted now. Each reason against it is logged once."""
@@ -1962,13 +1979,12 @@ def passing(error: Exception) -> bool:
             and any(words in str(error) for words in PASSING))
 
 
-def file_identity(path: str) -> Optional[Tuple[int, int]]:
-    """(device, inode), or None where there is no file, or a database without a byte."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return (status.st_dev, status.st_ino) if status.st_size or path.endswith("-wal") else None
+def file_identity(path: str) -> Tuple[int, int]:
+    """(device, inode). Raises OSError; a database without a byte counts as not there."""
+    status = os.stat(path)
+    if not status.st_size and not path.endswith("-wal"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return status.st_dev, status.st_ino
 
 
 # ==================================================================================================
@@ -2073,10 +2089,10 @@ def back_up(path: str, target: str, command: Command) -> None:
     CommandError and Interrupted later; then nothing is left behind.
     """
     source = os.path.realpath(path)
-    if os.path.lexists(target):
-        raise StartError("%s is there already: name a new file, or delete that one" % target)
     if os.path.realpath(target) in [source + suffix for suffix in SIDE_FILES]:
         raise StartError("%s is one of the database's own files: name another" % target)
+    if os.path.lexists(target):
+        raise StartError("%s is there already: name a new file, or delete that one" % target)
     started, folder = time.monotonic(), os.path.dirname(os.path.abspath(target))
     with contextlib.closing(open_existing(path)) as db:
         with scratch_folder(folder, command) as partial:
@@ -2107,7 +2123,7 @@ def scratch_folder(folder: str, command: Command) -> Iterator[str]:
     Raises StartError. Where the disk does not let it be deleted, a line says so.
     """
     try:
-        partial = tempfile.mkdtemp(".partial", ".backup-", folder)
+        partial = tempfile.mkdtemp(".partial", ".backup-", folder)  # see is_left_behind
     except OSError as error:
         raise StartError("cannot write in %s: %s" % (folder, error.strerror)) from None
     try:
@@ -2385,6 +2401,7 @@ def rewrite_file(db: sqlite3.Connection, folder: str, command: Command) -> None:
 def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str]:
     """The names of the files in `folder` that hold a piece of one of `hashes`, or cannot be read.
 
+    Files in a folder that a killed --backup left there are among them.
     Every PIECE digits of a hash are searched for, as a page that was overwritten halfway can hold
     the rest of one. That takes about 0.6 s per hash and gigabyte. The files from which the hashes
     were read, and to which the statement is printed, are passed over.
@@ -2396,10 +2413,20 @@ def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-                if (entry.is_file() and holds(entry.path, pieces, command)
+                if is_left_behind(entry.name) and entry.is_dir(follow_symlinks=False):
+                    try:
+                        found += [os.path.join(entry.name, name)
+                                  for name in files_with(entry.path, hashes, command)]
+                    except PermissionError:
+                        found.append(entry.name)
+                elif (entry.is_file() and holds(entry.path, pieces, command)
                         and not any(os.path.samestat(entry.stat(), own) for own in streams)):
                     found.append(entry.name)
     return found
+
+
+# The name of scratch_folder's folder, which stays there when a --backup is killed.
+is_left_behind = re.compile(r"\.backup-.+\.partial").fullmatch
 
 
 def has_file(stream: Any) -> bool:
@@ -3418,6 +3445,10 @@ class IngestServer(http.server.HTTPServer):
             return []
         started = time.perf_counter()
         try:
+            if old and rows and self.store_fault:
+                # By itself: rows that do not fit would undo the deletion that makes room for them.
+                self.metrics.swept += self.store.write([], SWEEP_ALONE).swept
+                old = 0
             written = self.store.write(rows, old)
         except Unavailable as reason:
             self.note_store(str(reason))
@@ -3425,7 +3456,8 @@ class IngestServer(http.server.HTTPServer):
         except Exception as error:
             log_fault(error)
             return [INSERT_FAILED] * len(rows)
-        self.note_store("")
+        if rows or written.swept:  # a turn that changed nothing does not show that rows fit
+            self.note_store("")
         self.metrics.commits.add(time.perf_counter() - started)
         self.metrics.rows.add(len(rows))
         self.metrics.swept += written.swept

@@ -3390,6 +3390,42 @@ def test_server_database_emptied_in_place_takes_nothing(tmp_path):
             store.write([server.check_event(event(0))])
 
 
+@quick
+def test_server_disk_that_fails_once_is_no_file_that_is_gone(tmp_path, monkeypatch):
+    """A look at a file that fails is reported as what it is, and the server goes on after it."""
+    db, log, faults, look = tmp_path / "events.db", tmp_path / "events.db-wal", [], os.stat
+    rows = [server.check_event(event(0))]
+
+    def stat(path, *args, **options):
+        if faults and path == str(log):
+            raise OSError(faults.pop(), "the disk failed", path)
+        return look(path, *args, **options)
+
+    def refused(store, words):
+        with pytest.raises(server.Unavailable, match=words):
+            store.write(rows)
+
+    monkeypatch.setattr(server.os, "stat", stat)
+    faults.append(errno.EIO)
+    with pytest.raises(server.StartError, match="db: the disk failed"):
+        server.Store(str(db))
+    with contextlib.closing(server.Store(str(db))) as store:
+        store.fault = "the disk is full"  # as when it started without room for the side files
+        faults.append(errno.EIO)
+        refused(store, "^the disk failed$")
+        store.reopen_at = 0.0
+        assert store.write(rows).stored == 1
+        faults.append(errno.EACCES)
+        refused(store, "cannot tell whether .*: the disk failed$")
+        assert store.write(rows).stored == 0
+        faults.append(errno.EIO)
+        log.rename(tmp_path / "aside")
+        refused(store, "the disk failed$")
+        refused(store, "was deleted")  # a look that failed hides no file that is gone
+        (tmp_path / "aside").rename(log)
+        assert store.write(rows)
+
+
 def test_server_database_and_side_files_are_the_owners_only(tmp_path):
     db = tmp_path / "events.db"
     old = os.umask(0)
@@ -4865,6 +4901,44 @@ def test_server_sweep_makes_room_at_the_size_limit(tmp_path):
         assert store.write(rows, 2).stored == 1
 
 
+def test_server_sweep_makes_room_at_the_size_limit_under_load(tmp_path):
+    """Turns whose rows do not fit follow one another. Rows fit again when old ones are gone."""
+    db = tmp_path / "events.db"
+    old_and_new(db, (600, "-40 days"), (1, "-1 hour"))
+    limit = db.stat().st_size + 40_000  # bytes
+    with contextlib.closing(server.Store(str(db), limit, retain_days=30)) as store:
+        with turning() as turned:
+            turned.store, accepted = store, 0
+
+            def turn(*rows):
+                turned.now = time.monotonic()
+                turned.rows = [server.check_event(event((turned.now, n))) for n in rows]
+                return {answer.status for answer in turned.commit()}
+
+            def fill():
+                count = 0
+                while turn(*range(20)) == {202}:
+                    turned.answered_at, count = turned.now, count + 20
+                return count
+
+            accepted += fill()
+            store.sweep.retention.steady_since -= 60  # the clock is believed from now on
+            end = time.monotonic() + 10
+            while turn(*range(20)) == {503} and time.monotonic() < end:
+                turned.answered_at = turned.now
+                time.sleep(0.02)
+            accepted += 20 + fill()
+            assert accepted > 400 and store.max_bytes >= db.stat().st_size
+            assert store.sweep.next_at > turned.now + 10  # no old row is left
+            left = 601 + accepted - turned.metrics.swept
+            assert rows_of(db, "SELECT count(*) AS n FROM session_events") == [{"n": left}]
+            # A look that finds no old row does not show that rows fit again.
+            store.sweep.next_at, turned.answered_at = 0.0, turned.now - 1
+            assert turn() == set() and store.sweep.next_at and turned.store_fault
+            turned.now += 2
+            assert not turned.store_is_ready()
+
+
 def test_server_lock_held_by_another_process(tmp_path):
     """Each turn meanwhile is answered 503 after 250 ms. Then the server goes on."""
     with serving(tmp_path / "events.db") as running:
@@ -6144,7 +6218,7 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     not_begun = (
         (db, "taken.db", "is there already"),
         (db, ".", "is there already"),
-        (db, "events.db", "is there already"),
+        (db, "events.db", "own files"),  # and no advice to delete it
         (db, "events.db-wal", "own files"),
         (db, "none/copy.db", "No such file"),
         (":memory:", "copy.db", "is no file"),
@@ -6355,6 +6429,19 @@ def test_server_forget_says_where_copies_are_left(tmp_path):
     reader.close()
     assert forget(db, sha("identity", 2)).returncode == 0
     assert traces(tmp_path, sha("identity", 2)) == []
+
+
+def test_server_forget_finds_the_copy_of_a_backup_that_was_killed(tmp_path):
+    db = crowded(tmp_path / "events.db", 500)
+    killed = "server.sync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    assert command(db, "--backup", tmp_path / "copy.db", patch=killed).returncode == -9
+    (left,) = tmp_path.glob(".backup-*")
+    done = forget(db, sha("identity", 1))
+    assert done.returncode == 1 and "copies are left in \"%s/copy\"." % left.name in done.stderr
+    assert command(db, "--backup", tmp_path / "copy.db").returncode == 0  # nothing is in the way
+    (tmp_path / "copy.db").unlink()
+    shutil.rmtree(left)
+    assert forget(db, sha("identity", 1)).returncode == 0
 
 
 def test_server_forget_hides_with_the_pepper(tmp_path):
