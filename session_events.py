@@ -172,27 +172,22 @@ class Session(NamedTuple):
     developer: str = ""
 
 
-def since_epoch(iso: str) -> Optional[int]:
-    """Milliseconds since 1970; None where there is no such day."""
-    try:
-        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
-    except ValueError:
-        return None
-
-
 def instant(text: object) -> Optional[int]:
     """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), else None."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    moment, fraction, offset = match.string[:19], match[2] or "", match[3]
-    return since_epoch(moment + "." + (fraction + "000")[:3] + (offset or "+00:00"))
+    moment, fraction, offset = match.string[:19], match[2] or "", match[3] or "+00:00"
+    try:
+        iso = moment + "." + (fraction + "000")[:3] + offset
+        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
+    except ValueError:  # there is no such day
+        return None
 
 
 def stored_instant(text: object) -> Optional[int]:
     """`instant` of a moment in stored form (with milliseconds or none), else None."""
-    stored = isinstance(text, str) and STORED.fullmatch(text)
-    return since_epoch(stored.string[:-1] + "+00:00") if stored else None
+    return instant(text) if isinstance(text, str) and STORED.fullmatch(text) else None
 
 
 def moment_text(ms: int) -> str:
