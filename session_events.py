@@ -228,6 +228,7 @@ def refs_of(text: object) -> Optional[List[str]]:
 # A row has these columns, in this order.
 COLUMNS = ("id", *(name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS))
 ID, IDENTITY, GITHUB, SESSION_ID, ENDED_AT, TOOLS, TOKENS, BRANCH_SHA, REFS, VERSION = range(10)
+WHO = len(COLUMNS)  # who it was, which `Reader.columns` adds
 SELECTED = ", ".join("e." + name for name in COLUMNS)
 
 
@@ -358,7 +359,7 @@ def refs_in(text: str) -> Sequence[str]:
 
 def session_of(row: Sequence[Any], developer: str = "") -> Session:
     """A row that is sound or plain."""
-    row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row
+    row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row[:WHO]
     ended = stored_instant(ended_at)
     assert ended is not None
     return Session(row_id, identity, github, name, ended, tools, tokens, branch and branch.lower(),
@@ -524,38 +525,38 @@ class Reader:
             self.text_factory = lenient_text
             yield from self.fetched(sql, values, done)
 
-    def checked(self, sql: str, values: Sequence[Any], places: Sequence[int] = range(len(COLUMNS))
-                ) -> Iterator[Columns]:
-        """The sessions among the rows of `FROM session_events e` + sql, some at a time: a list of
-        cells for each of these places of COLUMNS. The ids of the other rows go to `odd`."""
+    def checked(self, sql: str, values: Sequence[Any]) -> Iterator[Columns]:
+        """The sessions among the rows of `FROM session_events e` + sql, some at a time: the cells
+        of each of COLUMNS. The ids of the other rows go to `odd`."""
         for rows in self.fetched("SELECT %s FROM session_events e %s" % (SELECTED, sql), values):
-            columns: Columns = list(zip(*rows))
+            columns = list(zip(*rows))
             if not sound(columns):
                 good = [row for row in rows if is_session(row)]
                 self.odd.update({row[ID] for row in rows}.difference(row[ID] for row in good))
-                columns = list(zip(*map(plain_row, good))) or [()] * len(COLUMNS)
-            yield [columns[place] for place in places]
+                columns = list(zip(*map(plain_row, good)))
+            if columns:
+                yield columns
 
-    def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
+    def chunks(self, window: Window) -> Iterator[Columns]:
         """All sessions of the window's time, whatever its filters, oldest first, some at a time."""
         # A row without a moment could be of any time, so every window counts it as left out.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = window[:2]
         seconds = [since[:19], until[:19] + "~"]
         if self.rows(BARE_SECOND, seconds).fetchone():
-            return self.checked(BY_INSTANT, [*seconds, since, until], places)
-        return self.checked(IN_WINDOW + " ORDER BY e.ended_at, e.id", [since, until], places)
+            return self.checked(BY_INSTANT, [*seconds, since, until])
+        return self.checked(IN_WINDOW + " ORDER BY e.ended_at, e.id", [since, until])
 
-    def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """The sessions of the window, oldest first, some at a time, as columns. The first column is
-        who it was, as a place in `everybody`. The others are at these places of COLUMNS."""
+    def columns(self, window: Window) -> Iterator[Columns]:
+        """The sessions of the window, oldest first, some at a time: the cells of each of COLUMNS,
+        and last who it was, as a place in `everybody`."""
         numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
-        filtered = window[2:] != NO_FILTER
-        needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
-        for identities, githubs, *columns in self.chunks(window, needed):
-            columns.insert(0, list(map(numbers.__getitem__, zip(identities, githubs))))
-            if filtered:
-                kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
+        for columns in self.chunks(window):
+            github, refs = columns[GITHUB], columns[REFS]
+            who = list(map(numbers.__getitem__, zip(columns[IDENTITY], github)))
+            columns = [*columns, who]
+            if window[2:] != NO_FILTER:
+                kept = [passes(window, *cells) for cells in zip(github, refs)]
                 columns = [list(itertools.compress(column, kept)) for column in columns]
             yield columns
         self.pairs[window] = list(numbers)
@@ -566,8 +567,8 @@ class Reader:
         if found is None or found.limit < limit:
             total = 0
             newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
-            for who, *columns in self.columns(window, range(len(COLUMNS)) if limit else ()):
-                total += len(who)
+            for columns in self.columns(window):
+                total += len(columns[WHO])
                 newest.extend(zip(*columns))
             found = self.looks[window] = Look(limit, total, newest)
         return found
@@ -578,21 +579,25 @@ class Reader:
             self.look(window)
         return self.pairs[window]
 
+    def names(self, window: Window) -> List[str]:
+        """The developer of each place in `everybody`."""
+        return list(developers_of(self.everybody(window)).values())
+
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first. Of two that ended together the one that was
         stored later comes first."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
-        names = developers_of(self.everybody(window))
-        return [session_of(row, names[row[IDENTITY], row[GITHUB]])
+        names = self.names(window)
+        return [session_of(row, names[row[WHO]])
                 for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        names = developers_of(self.everybody(window))
-        for _, *columns in self.columns(window, range(len(COLUMNS))):
+        names = self.names(window)
+        for columns in self.columns(window):
             for row in zip(*columns):
-                yield session_of(row, names[row[IDENTITY], row[GITHUB]])
+                yield session_of(row, names[row[WHO]])
 
     def count(self, window: Window) -> int:
         return self.look(window).total
@@ -713,15 +718,15 @@ class Timeline:
         self.more: List[List[Any]] = [[] for _ in more]
         self.touched: Dict[str, array.array[int]] = collections.defaultdict(
             lambda: array.array("I"))
-        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
-            for place, cell in enumerate(refs, len(self.ended)):
+        for columns in reader.columns(window):
+            for place, cell in enumerate(columns[REFS], len(self.ended)):
                 for ref in refs_in(cell):
                     if window.discovery in (None, ref):
                         self.touched[ref].append(place)
-            self.who.extend(who)
-            self.ended.extend(ended)
-            for whole, part in zip(self.more, others):
-                whole.extend(part)
+            self.who.extend(columns[WHO])
+            self.ended.extend(columns[ENDED_AT])
+            for whole, column in zip(self.more, more):
+                whole.extend(columns[column])
         developers = developers_of(reader.everybody(window))
         self.people = [(who, identity) for (identity, _), who in developers.items()]
 
@@ -1032,13 +1037,13 @@ def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
-    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS)):
-        for date, start, end in runs(ended, 10):
+    for columns in reader.columns(window):
+        for date, start, end in runs(columns[ENDED_AT], 10):
             day = days[date]
             day.sessions += end - start
-            day.tools += sum(tools[start:end])
-            day.tokens += sum(tokens[start:end])
-            day.who.update(who[start:end])
+            day.tools += sum(columns[TOOLS][start:end])
+            day.tokens += sum(columns[TOKENS][start:end])
+            day.who.update(columns[WHO][start:end])
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
@@ -1065,14 +1070,9 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
                      (outside, [names[pair] for pair in there])], last_day)
     previous = before_of(window, now)
     before = previous and dict(span(previous), days=periods(
-        previous, days_of(reader, previous), names_in(reader, previous))["days"])
+        previous, days_of(reader, previous), reader.names(previous))["days"])
     return dict(span(window), active=recent, before=before,
-                **periods(window, inside, names_in(reader, window), last_day))
-
-
-def names_in(reader: Reader, window: Window) -> List[str]:
-    """The developer of each place in `everybody`."""
-    return list(developers_of(reader.everybody(window)).values())
+                **periods(window, inside, reader.names(window), last_day))
 
 
 def active(parts: Sequence[Tuple[Days, Sequence[str]]], last_day: int) -> List[Plain]:
