@@ -171,27 +171,22 @@ class Session(NamedTuple):
     developer: str = ""
 
 
-def since_epoch(iso: str) -> Optional[int]:
-    """Milliseconds since 1970; None where there is no such day."""
-    try:
-        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
-    except ValueError:
-        return None
-
-
 def instant(text: object) -> Optional[int]:
     """Milliseconds since 1970 of an ISO 8601 date and time (README, Contract 1), else None."""
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    moment, fraction, offset = match.string[:19], match[2] or "", match[3]
-    return since_epoch(moment + "." + (fraction + "000")[:3] + (offset or "+00:00"))
+    moment, fraction, offset = match.string[:19], match[2] or "", match[3] or "+00:00"
+    try:
+        iso = moment + "." + (fraction + "000")[:3] + offset
+        return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
+    except ValueError:  # there is no such day
+        return None
 
 
 def stored_instant(text: object) -> Optional[int]:
     """`instant` of a moment in stored form (with milliseconds or none), else None."""
-    stored = isinstance(text, str) and STORED.fullmatch(text)
-    return since_epoch(stored.string[:-1] + "+00:00") if stored else None
+    return instant(text) if isinstance(text, str) and STORED.fullmatch(text) else None
 
 
 def moment_text(ms: int) -> str:
@@ -232,6 +227,7 @@ def refs_of(text: object) -> Optional[List[str]]:
 # A row has these columns, in this order.
 COLUMNS = ("id", *(name + "_json" if kind == "array" else name for name, kind, *_ in FIELDS))
 ID, IDENTITY, GITHUB, SESSION_ID, ENDED_AT, TOOLS, TOKENS, BRANCH_SHA, REFS, VERSION = range(10)
+WHO = len(COLUMNS)  # who it was, which `Reader.columns` adds
 SELECTED = ", ".join("e." + name for name in COLUMNS)
 
 
@@ -268,11 +264,12 @@ def plain_row(row: Sequence[Any]) -> Tuple[Any, ...]:
     return tuple(cells)
 
 
-# Many rows at once. SQLite joins the cells of each column to one text, a cell a line. To fetch and
-# check these texts takes a quarter of the time that `is_session` takes. The check may be stricter
-# than `is_session`, but never laxer. It is exact about where cells end, because no rule allows a
-# line end in a cell.
+# Many rows at once, in a fraction of the time that `is_session` takes: the texts of a column are
+# joined, a cell a line, and looked at together. This may be stricter than `is_session`, but never
+# laxer. It is exact about where cells end, because no rule allows a line end in a cell.
 
+Cells = Sequence[Any]  # of one column
+Columns = Sequence[Cells]
 Lines = Callable[[bytes, int], bool]  # whether a text is so many lines that keep a rule
 HEX_DIGITS = b"0123456789abcdef"
 DIGITS_TO_0 = bytes.maketrans(b"123456789", b"0" * 9)
@@ -285,32 +282,15 @@ def hash_lines(text: bytes, count: int) -> bool:
             and text[64::65] == ends == text.translate(None, HEX_DIGITS))
 
 
-def hash_or_null_lines(text: bytes, count: int) -> bool:
-    """Lines of 64 digits; an empty one stands for NULL."""
-    lengths = list(map(len, text.split(b"\n")))
-    return (len(lengths) == count and {0, 64}.issuperset(lengths)
-            and not text.translate(None, HEX_DIGITS + b"\n"))
-
-
-def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
-    """Moments in order, by their first characters: (these, first place, place after the last)."""
-    start = 0
-    while start < len(moments):
-        same = moments[start][:length]
-        end = bisect.bisect_left(moments, same + "~", start)
-        yield same, start, end
-        start = end
-
-
 def moment_lines(text: bytes, count: int) -> bool:
-    """Lines of moments with milliseconds, in order. An hour is looked at once."""
+    """Lines of moments with milliseconds. An hour is looked at once."""
     form = b"0000-00-00T00:00:00.000Z\n" * count
     if text.translate(DIGITS_TO_0) != form[:-1]:
         return False
-    lines = text.decode().split("\n")
     minutes_and_seconds = text[14::25] + text[17::25]  # the tens of each
-    return (lines == sorted(lines) and not minutes_and_seconds.translate(None, b"012345")
-            and all(stored_instant(hour + ":00:00Z") is not None for hour, _, _ in runs(lines, 13)))
+    hours = {line[:13] for line in text.split(b"\n")}
+    return (not minutes_and_seconds.translate(None, b"012345") and None not in (
+        stored_instant(hour.decode() + ":00:00Z") for hour in hours))
 
 
 def cell_pattern(kind: str, rule: Any) -> str:
@@ -322,50 +302,50 @@ def cell_pattern(kind: str, rule: Any) -> str:
     return STORED.pattern if rule == "moment" else rule + "|" * (kind == "string or null")
 
 
-def pattern_lines(kind: str, rule: Any) -> Lines:
-    fits = re.compile(b"(?:(?:%s)\n)*" % cell_pattern(kind, rule).encode()).fullmatch
+def pattern_lines(pattern: str) -> Lines:
+    fits = re.compile(b"(?:(?:%s)\n)*" % pattern.encode()).fullmatch
     return lambda text, count: text.count(b"\n") == count - 1 and fits(text + b"\n") is not None
 
 
-def number_lines(text: bytes, count: int) -> bool:
-    """Whole numbers. RIGHT_TYPES has looked at their range."""
-    return not text.translate(None, b"0123456789\n")
+SPECIAL: Dict[str, Lines] = {"identity_hash": hash_lines, "github_hash": hash_lines,
+                             "session_id_hash": hash_lines, "ended_at": moment_lines}
+LINES = [SPECIAL.get(name) or pattern_lines(cell_pattern(kind.split()[0], rule))
+         for name, kind, _, rule in FIELDS]
 
 
-SPECIAL: Dict[str, Lines] = {
-    "identity_hash": hash_lines, "github_hash": hash_or_null_lines, "session_id_hash": hash_lines,
-    "ended_at": moment_lines, "tool_count": number_lines, "tokens_saved": number_lines}
-LINES = [SPECIAL.get(name) or pattern_lines(kind, rule) for name, kind, _, rule in FIELDS]
+def keep(column: Cells, kind: str, rule: Any, lines: Lines) -> bool:
+    """True only if these cells, which are one or more, keep the rule of their field."""
+    if kind == "number":
+        return {*map(type, column)} == {int} and rule[0] <= min(column) <= max(column) <= rule[1]
+    if kind == "string or null":
+        column = [cell for cell in column if cell is not None]
+    try:
+        text = "\n".join(column).encode()
+    except TypeError:  # a cell is a number, a BLOB or NULL
+        return False
+    return not column or lines(text, len(column))
+
+
+def sound(columns: Columns) -> bool:
+    """True only if all of these rows are sessions."""
+    return all(keep(column, kind, rule, lines)
+               for column, (_, kind, _, rule), lines in zip(columns[1:], FIELDS, LINES))
+
+
+# How `ship` reads rows. An expression that is 1 where the cells of a row have the right types:
+# SQLite sorts numbers below every text, and BLOBs above. So no cell is a BLOB if the greatest is
+# less than x'', the least BLOB. A version is more than '' if it is no number. A branch or a GitHub
+# hash is, if it is neither a number nor empty: an empty cell stands for NULL alone.
 NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
 CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
          for column, nullable in zip(COLUMNS, NULLABLE)]
 TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
-# An expression that is 1 where the cells of a row have the right types, which the lines do not
-# show. SQLite sorts numbers below every text, and BLOBs above. So no cell is a BLOB if the greatest
-# is less than x'', the least BLOB. A version is more than '' if it is no number. A branch or a
-# GitHub hash is, if it is neither a number nor empty: an empty line stands for NULL alone.
 RIGHT_TYPES = " AND ".join([
     "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
     *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
     # The + takes the declared type away, so that a text '5' is not taken for the number 5.
     *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
       if kind == "number")])
-JOINED = ["group_concat(%s, '\n')" % cell for cell in CELLS]
-# With an end of the last line, too. `activity` takes a third longer with it.
-JOINED_WITH_END = ["group_concat(%s || '\n', '')" % cell for cell in CELLS]
-
-
-def sound(count: int, right: int, texts: Sequence[bytes]) -> bool:
-    """True only if all of these rows are sessions (see `Reader.joined`)."""
-    return count == right and all(check(text, count) for check, text in zip(LINES, texts[1:]))
-
-
-def cells_in(place: int, text: bytes) -> Sequence[Any]:
-    """The cells of one column of sound rows."""
-    if place in (ID, TOOLS, TOKENS):  # read as JSON in half of the time that int() takes
-        return json.loads(b"[%b]" % text.replace(b"\n", b","))  # type: ignore[no-any-return]
-    cells = text.decode("ascii").split("\n")
-    return [cell or None for cell in cells] if NULLABLE[place] else cells
 
 
 def refs_in(text: str) -> Sequence[str]:
@@ -378,7 +358,7 @@ def refs_in(text: str) -> Sequence[str]:
 
 def session_of(row: Sequence[Any], developer: str = "") -> Session:
     """A row that is sound or plain."""
-    row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row
+    row_id, identity, github, name, ended_at, tools, tokens, branch, refs, version = row[:WHO]
     ended = stored_instant(ended_at)
     assert ended is not None
     return Session(row_id, identity, github, name, ended, tools, tokens, branch and branch.lower(),
@@ -478,29 +458,19 @@ def passes(window: Window, github: Optional[str], refs: str) -> bool:
         wanted is None or (wanted in refs and wanted in refs_in(refs)))
 
 
-CHUNK = 1000  # rows in memory at once
-MOST_JOINED = 2_000  # rows of one moment, which are in one part; more are checked one by one
-FROM = "FROM session_events e %s WHERE e.ended_at %s AND e.ended_at %s"
-MOMENT_OF = "(SELECT ended_at FROM session_events WHERE id = ?)"
-CROWDED = "SELECT 1 FROM session_events WHERE ended_at = %s LIMIT 1 OFFSET ?" % MOMENT_OF
-# The index on ended_at alone, of all rows and in the order of bytes: it has rows of one moment in
-# the order of their ids. Another program's file may lack it, or have others.
-INDEX = """SELECT one.name FROM pragma_index_list('session_events') AS one,
-  pragma_index_xinfo(one.name) AS part WHERE NOT one.partial AND part.name = 'ended_at'
-  AND part.coll = 'BINARY' AND (SELECT count(*) FROM pragma_index_info(one.name)) = 1"""
+CHUNK = 100  # rows in memory at once; with 1,000, `activity` takes a third longer
+IN_WINDOW = "WHERE e.ended_at >= ? AND e.ended_at < ?"
 # Another program may write `...:56Z`. As text that sorts after `...:56.999Z`, which is later.
-BARE_SECOND = " AND length(e.ended_at) = 20"
+BARE_SECOND = "SELECT 1 FROM session_events e %s AND length(e.ended_at) = 20 LIMIT 1" % IN_WINDOW
 INSTANT = ("CASE length(e.ended_at) WHEN 20 THEN substr(e.ended_at, 1, 19) || '.000Z'"
            " ELSE e.ended_at END")
-BY_INSTANT = " AND %s >= ? AND %s < ? ORDER BY %s, e.id" % (INSTANT, INSTANT, INSTANT)
+BY_INSTANT = "{0} AND {1} >= ? AND {1} < ? ORDER BY {1}, e.id".format(IN_WINDOW, INSTANT)
 # Rows that are in no window: their ended_at is NULL, a number, a BLOB, or text outside the range of
 # moments. SQLite sorts numbers below every text and BLOBs above.
 NO_MOMENT = ("SELECT id FROM session_events WHERE ended_at IS NULL"
              " UNION ALL SELECT id FROM session_events WHERE ended_at < '0'"
              " UNION ALL SELECT id FROM session_events WHERE ended_at >= ?")
 Pair = Tuple[str, Optional[str]]  # (identity, GitHub hash)
-Rows = List[Tuple[Any, ...]]
-Columns = Sequence[Sequence[Any]]
 
 
 class Look(NamedTuple):
@@ -512,8 +482,8 @@ class Look(NamedTuple):
     newest: Deque[Tuple[Any, ...]]
 
 
-def columns_of(rows: Rows, places: Sequence[int]) -> Columns:
-    return [[row[place] for row in rows] for place in places]
+def lenient_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
 
 
 class Reader:
@@ -521,9 +491,8 @@ class Reader:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
-        # SQLite 3.34 cuts a joined text at a NUL (3.40 does not), so that a row could look sound.
-        self.cuts = not self.rows(
-            "SELECT length(CAST(group_concat(char(0)) AS BLOB))").fetchone()[0]
+        # Twice as fast as `lenient_text`, until a text is not UTF-8.
+        self.text_factory: Callable[[bytes], str] = str
         self.odd: Set[int] = set()  # ids of rows that are no sessions
         self.looks: Dict[Window, Look] = {}
         self.pairs: Dict[Window, List[Pair]] = {}  # see `everybody`
@@ -538,87 +507,55 @@ class Reader:
         return self.connection.execute(sql, [
             v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for v in values])
 
-    def checked(self, sql: str, values: Sequence[Any], most: int = CHUNK) -> Iterator[Rows]:
-        """The rows of `SELECT SELECTED` + sql that are sessions, as plain rows, up to `most` at a
-        time. Each is checked by itself. The ids of the other rows go to `odd`."""
-        cursor = self.rows("SELECT %s %s" % (SELECTED, sql), values)
-        for rows in iter(lambda: cursor.fetchmany(most), []):
-            good = []
-            for row in rows:
-                if is_session(row):
-                    good.append(plain_row(row))
-                else:
-                    self.odd.add(row[ID])
-            yield good
-
-    def joined(self, sql: str, values: Sequence[Any], places: Sequence[int] = range(len(COLUMNS))
-               ) -> Tuple[int, int, List[bytes]]:
-        """(how many rows, how many of them have the right types, the text of each column with a
-        cell a line). The ids are joined only if ID is among `places`. (-1, 0, []) if a text is too
-        long for SQLite."""
-        columns = JOINED_WITH_END if self.cuts else JOINED
-        columns = columns if ID in places else ["NULL", *columns[1:]]
-        lenient, self.connection.text_factory = self.connection.text_factory, bytes
+    def fetched(self, sql: str, values: Sequence[Any], done: int = 0
+                ) -> Iterator[List[Tuple[Any, ...]]]:
+        """The rows of a statement after the first `done`, up to CHUNK at a time."""
+        self.connection.text_factory = self.text_factory
         try:
-            count, right, *texts = self.rows("SELECT count(*), sum(%s), %s %s" % (
-                RIGHT_TYPES, ", ".join(columns), sql), values).fetchone()
-        except sqlite3.DataError:
-            count, right, texts = -1, 0, []
-        finally:
-            self.connection.text_factory = lenient
-        if self.cuts and count > 0:
-            texts = [text or b"" for text in texts]
-            right = right if all(text.endswith(b"\n") for text in texts[1:]) else -1
-            texts = [text[:-1] for text in texts]
-        return count, right, texts
+            cursor = self.rows(sql, values)
+            for _ in itertools.islice(cursor, done):
+                pass
+            for rows in iter(lambda: cursor.fetchmany(CHUNK), []):
+                done += len(rows)
+                yield rows
+        except sqlite3.OperationalError as error:
+            if self.text_factory is not str or "decode" not in str(error):
+                raise
+            self.text_factory = lenient_text
+            yield from self.fetched(sql, values, done)
 
-    def parts(self, index: str, since: str, until: str) -> Iterator[Tuple[str, List[Any], bool]]:
-        """The time from `since` to `until` in parts of about CHUNK rows, in order. Of each part:
-        its FROM and WHERE, their values, and whether it has too many rows to be joined. (The index
-        gives the order within a part. One query for all, with an ORDER BY below group_concat, takes
-        three times as long.)"""
-        by_index = 'INDEXED BY "%s"' % index.replace('"', '""')
-        lower: Tuple[str, Any] = (">= ?", since)
-        while lower[1] is not None:
-            end = "SELECT e.id %s ORDER BY e.ended_at LIMIT 1 OFFSET ?" % (
-                FROM % (by_index, lower[0], "< ?"))
-            (last,) = self.rows(end, [lower[1], until, CHUNK]).fetchone() or (None,)
-            upper = ("< ?", until) if last is None else ("<= " + MOMENT_OF, last)
-            crowded = self.rows(CROWDED, [last, MOST_JOINED]).fetchone() is not None
-            yield FROM % (by_index, lower[0], upper[0]), [lower[1], upper[1]], crowded
-            lower = "> " + MOMENT_OF, last
+    def checked(self, sql: str, values: Sequence[Any]) -> Iterator[Columns]:
+        """The sessions among the rows of `FROM session_events e` + sql, some at a time: the cells
+        of each of COLUMNS. The ids of the other rows go to `odd`."""
+        for rows in self.fetched("SELECT %s FROM session_events e %s" % (SELECTED, sql), values):
+            columns = list(zip(*rows))
+            if not sound(columns):
+                good = [row for row in rows if is_session(row)]
+                self.odd.update({row[ID] for row in rows}.difference(row[ID] for row in good))
+                columns = list(zip(*map(plain_row, good)))
+            if columns:
+                yield columns
 
-    def chunks(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """All sessions of the window's time, whatever its filters, oldest first, some at a time:
-        a list of cells for each of these places of COLUMNS."""
+    def chunks(self, window: Window) -> Iterator[Columns]:
+        """All sessions of the window's time, whatever its filters, oldest first, some at a time."""
         # A row without a moment could be of any time, so every window counts it as left out.
         self.odd.update(row_id for row_id, in self.rows(NO_MOMENT, [END_OF_TIME]))
         since, until = window[:2]
-        seconds, sql = [since[:19], until[:19] + "~"], FROM % ("", ">= ?", "< ?")
-        bare = self.rows("SELECT 1 %s %s LIMIT 1" % (sql, BARE_SECOND), seconds).fetchone()
-        index = self.rows(INDEX).fetchone()
-        if bare or not index:
-            for rows in self.checked(sql + BY_INSTANT, [*seconds, since, until]):
-                yield columns_of(rows, places)
-            return
-        for sql, values, crowded in self.parts(index[0], since, until):
-            count, right, texts = (-1, 0, []) if crowded else self.joined(sql, values, places)
-            if count and sound(count, right, texts):
-                yield [cells_in(place, texts[place]) for place in places]
-            elif count:
-                for rows in self.checked(sql + " ORDER BY e.ended_at, e.id", values):
-                    yield columns_of(rows, places)
+        seconds = [since[:19], until[:19] + "~"]
+        if self.rows(BARE_SECOND, seconds).fetchone():
+            return self.checked(BY_INSTANT, [*seconds, since, until])
+        return self.checked(IN_WINDOW + " ORDER BY e.ended_at, e.id", [since, until])
 
-    def columns(self, window: Window, places: Sequence[int]) -> Iterator[Columns]:
-        """The sessions of the window, oldest first, some at a time, as columns. The first column is
-        who it was, as a place in `everybody`. The others are at these places of COLUMNS."""
+    def columns(self, window: Window) -> Iterator[Columns]:
+        """The sessions of the window, oldest first, some at a time: the cells of each of COLUMNS,
+        and last who it was, as a place in `everybody`."""
         numbers: Dict[Pair, int] = collections.defaultdict(itertools.count().__next__)
-        filtered = window[2:] != NO_FILTER
-        needed = (IDENTITY, GITHUB, *places, *[REFS] * filtered)
-        for identities, githubs, *columns in self.chunks(window, needed):
-            columns.insert(0, list(map(numbers.__getitem__, zip(identities, githubs))))
-            if filtered:
-                kept = [passes(window, *cells) for cells in zip(githubs, columns.pop())]
+        for columns in self.chunks(window):
+            github, refs = columns[GITHUB], columns[REFS]
+            who = list(map(numbers.__getitem__, zip(columns[IDENTITY], github)))
+            columns = [*columns, who]
+            if window[2:] != NO_FILTER:
+                kept = [passes(window, *cells) for cells in zip(github, refs)]
                 columns = [list(itertools.compress(column, kept)) for column in columns]
             yield columns
         self.pairs[window] = list(numbers)
@@ -629,8 +566,8 @@ class Reader:
         if found is None or found.limit < limit:
             total = 0
             newest: Deque[Tuple[Any, ...]] = collections.deque(maxlen=limit)
-            for who, *columns in self.columns(window, range(len(COLUMNS)) if limit else ()):
-                total += len(who)
+            for columns in self.columns(window):
+                total += len(columns[WHO])
                 newest.extend(zip(*columns))
             found = self.looks[window] = Look(limit, total, newest)
         return found
@@ -641,29 +578,33 @@ class Reader:
             self.look(window)
         return self.pairs[window]
 
+    def names(self, window: Window) -> List[str]:
+        """The developer of each place in `everybody`."""
+        return list(developers_of(self.everybody(window)).values())
+
     def window(self, window: Window, limit: int = -1) -> List[Session]:
         """The sessions of a window, newest first. Of two that ended together the one that was
         stored later comes first."""
         limit = sys.maxsize if limit < 0 else limit
         newest = self.look(window, limit).newest
-        names = developers_of(self.everybody(window))
-        return [session_of(row, names[row[IDENTITY], row[GITHUB]])
+        names = self.names(window)
+        return [session_of(row, names[row[WHO]])
                 for row in itertools.islice(reversed(newest), limit)]
 
     def walk(self, window: Window) -> Iterator[Session]:
         """The sessions of a window, oldest first, one at a time."""
-        names = developers_of(self.everybody(window))
-        for _, *columns in self.columns(window, range(len(COLUMNS))):
+        names = self.names(window)
+        for columns in self.columns(window):
             for row in zip(*columns):
-                yield session_of(row, names[row[IDENTITY], row[GITHUB]])
+                yield session_of(row, names[row[WHO]])
 
     def count(self, window: Window) -> int:
         return self.look(window).total
 
     def some(self, sql: str, values: Sequence[Any]) -> Iterator[Session]:
         """The rows of `FROM session_events e` + sql that are sessions. For a query of few rows."""
-        for rows in self.checked("FROM session_events e " + sql, values, 50):
-            yield from map(session_of, rows)
+        for columns in self.checked(sql, values):
+            yield from map(session_of, zip(*columns))
 
 
 def hashes_of(pairs: Sequence[Pair]) -> Dict[Pair, str]:
@@ -776,15 +717,15 @@ class Timeline:
         self.more: List[List[Any]] = [[] for _ in more]
         self.touched: Dict[str, array.array[int]] = collections.defaultdict(
             lambda: array.array("I"))
-        for who, ended, *others, refs in reader.columns(window, (ENDED_AT, *more, REFS)):
-            for place, cell in enumerate(refs, len(self.ended)):
+        for columns in reader.columns(window):
+            for place, cell in enumerate(columns[REFS], len(self.ended)):
                 for ref in refs_in(cell):
                     if window.discovery in (None, ref):
                         self.touched[ref].append(place)
-            self.who.extend(who)
-            self.ended.extend(ended)
-            for whole, part in zip(self.more, others):
-                whole.extend(part)
+            self.who.extend(columns[WHO])
+            self.ended.extend(columns[ENDED_AT])
+            for whole, column in zip(self.more, more):
+                whole.extend(columns[column])
         developers = developers_of(reader.everybody(window))
         self.people = [(who, identity) for (identity, _), who in developers.items()]
 
@@ -1082,16 +1023,26 @@ class Day:
 Days = Dict[int, Day]  # by `datetime.date.toordinal`
 
 
+def runs(moments: Sequence[str], length: int) -> Iterator[Tuple[str, int, int]]:
+    """Moments in order, by their first characters: (these, first place, place after the last)."""
+    start = 0
+    while start < len(moments):
+        same = moments[start][:length]
+        end = bisect.bisect_left(moments, same + "~", start)
+        yield same, start, end
+        start = end
+
+
 def days_of(reader: Reader, window: Window) -> Days:
     """The window's sessions by day."""
     days: Dict[str, Day] = collections.defaultdict(Day)
-    for who, ended, tools, tokens in reader.columns(window, (ENDED_AT, TOOLS, TOKENS)):
-        for date, start, end in runs(ended, 10):
+    for columns in reader.columns(window):
+        for date, start, end in runs(columns[ENDED_AT], 10):
             day = days[date]
             day.sessions += end - start
-            day.tools += sum(tools[start:end])
-            day.tokens += sum(tokens[start:end])
-            day.who.update(who[start:end])
+            day.tools += sum(columns[TOOLS][start:end])
+            day.tokens += sum(columns[TOKENS][start:end])
+            day.who.update(columns[WHO][start:end])
     return {datetime.date.fromisoformat(date).toordinal(): day for date, day in days.items()}
 
 
@@ -1118,14 +1069,9 @@ def activity(reader: Reader, window: Window, now: Optional[int] = None) -> Plain
                      (outside, [names[pair] for pair in there])], last_day)
     previous = before_of(window, now)
     before = previous and dict(span(previous), days=periods(
-        previous, days_of(reader, previous), names_in(reader, previous))["days"])
+        previous, days_of(reader, previous), reader.names(previous))["days"])
     return dict(span(window), active=recent, before=before,
-                **periods(window, inside, names_in(reader, window), last_day))
-
-
-def names_in(reader: Reader, window: Window) -> List[str]:
-    """The developer of each place in `everybody`."""
-    return list(developers_of(reader.everybody(window)).values())
+                **periods(window, inside, reader.names(window), last_day))
 
 
 def active(parts: Sequence[Tuple[Days, Sequence[str]]], last_day: int) -> List[Plain]:
@@ -2542,7 +2488,7 @@ def begun(uri: str) -> sqlite3.Connection:
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         # A row may hold any bytes. The cache stays at 2 MB: with 64, steps take twice as long.
-        connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
+        connection.text_factory = lenient_text
         for pragma in ("query_only = 1", "trusted_schema = 0"):
             connection.execute("PRAGMA " + pragma)
         connection.execute("BEGIN")
