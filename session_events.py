@@ -144,7 +144,7 @@ compact_json = json.JSONEncoder(separators=(",", ":")).encode
 # ==================================================================================================
 
 is_slug = re.compile(RULES["discovery_refs"][1]).fullmatch
-SECOND = r"(\d{4}-\d\d-\d\d)T(?:[01]\d|2[0-3])(?::[0-5]\d){2}"  # the group is the date
+SECOND = r"\d{4}-\d\d-\d\dT(?:[01]\d|2[0-3])(?::[0-5]\d){2}"
 # What server.py stores. Another program may leave out the fraction.
 STORED = re.compile(SECOND + r"(?:\.\d{3})?Z", re.ASCII)
 MOMENT = re.compile(
@@ -176,7 +176,7 @@ def instant(text: object) -> Optional[int]:
     match = MOMENT.fullmatch(text) if isinstance(text, str) else None
     if not match:
         return None
-    moment, fraction, offset = match.string[:19], match[2] or "", match[3] or "+00:00"
+    moment, fraction, offset = match.string[:19], match[1] or "", match[2] or "+00:00"
     try:
         iso = moment + "." + (fraction + "000")[:3] + offset
         return (datetime.datetime.fromisoformat(iso) - EPOCH) // MILLISECOND
@@ -205,11 +205,6 @@ def moment_or_none(text: object) -> Optional[str]:
 
 def now_ms() -> int:
     return int(datetime.datetime.now(datetime.timezone.utc).timestamp() * 1000)
-
-
-@functools.lru_cache(4096)
-def midnight(date: str) -> Optional[int]:
-    return instant(date + "T00:00:00")
 
 
 def refs_of(text: object) -> Optional[List[str]]:
@@ -294,12 +289,10 @@ def moment_lines(text: bytes, count: int) -> bool:
 
 
 def cell_pattern(kind: str, rule: Any) -> str:
-    """The pattern of a cell as server.py writes it. An empty one stands for NULL."""
+    """The pattern of a text as server.py writes it."""
     if kind == "array":
         return r'\[\]|\["{0}"(?:,"{0}"){{0,{1}}}\]'.format(rule[1], rule[0] - 1)
-    if kind == "number":
-        return "[0-9]+"
-    return STORED.pattern if rule == "moment" else rule + "|" * (kind == "string or null")
+    return "[0-9]+" if kind == "number" else rule
 
 
 def pattern_lines(pattern: str) -> Lines:
@@ -309,7 +302,7 @@ def pattern_lines(pattern: str) -> Lines:
 
 SPECIAL: Dict[str, Lines] = {"identity_hash": hash_lines, "github_hash": hash_lines,
                              "session_id_hash": hash_lines, "ended_at": moment_lines}
-LINES = [SPECIAL.get(name) or pattern_lines(cell_pattern(kind.split()[0], rule))
+LINES = [SPECIAL.get(name) or pattern_lines(cell_pattern(kind, rule))
          for name, kind, _, rule in FIELDS]
 
 
@@ -330,22 +323,6 @@ def sound(columns: Columns) -> bool:
     """True only if all of these rows are sessions."""
     return all(keep(column, kind, rule, lines)
                for column, (_, kind, _, rule), lines in zip(columns[1:], FIELDS, LINES))
-
-
-# How `ship` reads rows. An expression that is 1 where the cells of a row have the right types:
-# SQLite sorts numbers below every text, and BLOBs above. So no cell is a BLOB if the greatest is
-# less than x'', the least BLOB. A version is more than '' if it is no number. A branch or a GitHub
-# hash is, if it is neither a number nor empty: an empty cell stands for NULL alone.
-NULLABLE = [False, *(kind == "string or null" for _, kind, *_ in FIELDS)]
-CELLS = ["ifnull(e.%s, '')" % column if nullable else "e." + column
-         for column, nullable in zip(COLUMNS, NULLABLE)]
-TEXTS = [cell for cell, (_, kind, *_) in zip(CELLS[1:], FIELDS) if kind != "number"]
-RIGHT_TYPES = " AND ".join([
-    "max(%s) < x''" % ", ".join(TEXTS), "e.plugin_version > ''",
-    *("ifnull(e.%s, '-') > ''" % name for name, kind, *_ in FIELDS if kind == "string or null"),
-    # The + takes the declared type away, so that a text '5' is not taken for the number 5.
-    *("+e.%s BETWEEN %d AND %d" % (name, *rule) for name, kind, _, rule in FIELDS
-      if kind == "number")])
 
 
 def refs_in(text: str) -> Sequence[str]:
@@ -2994,35 +2971,40 @@ class RowsRefused(Refused):
     """ClickHouse finds fault with the rows of an INSERT."""
 
 
-# -- Rows: SQLite makes a line of text of each, one pattern checks it, and ClickHouse gets it --
+# -- Rows: each is checked, and becomes a line of text --
 
-# The line is NULL where a cell has another type than its field. In it, NULL is an empty cell.
-SHIP_SQL = "SELECT e.id, CASE WHEN %s THEN %s END FROM session_events e" % (
-    "typeof(e.received_at) = 'text' AND " + RIGHT_TYPES,
-    " || '\t' || ".join(["e.received_at", *CELLS[1:ENDED_AT], INSTANT, *CELLS[ENDED_AT + 1:]]))
-# Its groups are the dates of received_at and ended_at. ClickHouse's DateTime has the years 1970 to
-# 2105, of which the last is for the nodes' own rows (see OWN_LINE).
-usual_line = re.compile("\t".join(["(?=19[7-9]|20|210[0-4])" + STORED.pattern, *(
-    "(?:%s)" % cell_pattern(kind, rule) for _, kind, _, rule in FIELDS)]), re.ASCII).fullmatch
+SHIP_SQL = "SELECT %s, e.received_at FROM session_events e WHERE e.id " % SELECTED
 ShipRow = Tuple[int, str]  # a row on its way: its id; received_at and the fields, with tabs between
 
 
-def checked_line(reader: Reader, row_id: int, line: Optional[str]) -> str:
-    """A row's line. Where another program wrote the row in another form, the line is made anew from
-    its cells. Raises Unfit if the row is no session; the text names the column, never a value."""
-    match = usual_line(line or "")
-    if match and None not in map(midnight, match.groups()):
-        return match.string
-    *row, received = reader.rows("SELECT %s, e.received_at FROM session_events e WHERE e.id = ?"
-                                 % SELECTED, [row_id]).fetchone()
+@functools.lru_cache(4096)
+def arrival(received: object) -> bool:
+    """Whether it is a moment that ClickHouse's DateTime has: 1970 to 2105. The last of these years
+    is for the nodes' own rows (see OWN_LINE)."""
+    return stored_instant(received) is not None and "1970" <= str(received) < "2105"
+
+
+def fit_row(row: Sequence[Any]) -> Sequence[Any]:
+    """A row of SHIP_SQL as server.py would have written it. Raises Unfit if it is no session; the
+    text names the column, never a value."""
     wrong = [name for name, fits, cell in zip(COLUMNS[1:], CHECKS, row[1:]) if not fits(cell)]
-    if stored_instant(received) is None or not "1970" <= received < "2105":
+    if not arrival(row[-1]):
         wrong.append("received_at")
     if wrong:
         raise Unfit("row id %s is no event: its %s breaks its rule (README, Contract 1). Nothing "
                     "from it on is shipped: correct the row, or delete it, and run this again"
-                    % (row_id, wrong[0]))
-    return "\t".join("" if cell is None else str(cell) for cell in (received, *plain_row(row)[1:]))
+                    % (row[ID], wrong[0]))
+    return plain_row(row)
+
+
+def ship_rows(reader: Reader, condition: str, value: int, most: int) -> Iterator[ShipRow]:
+    """At most `most` rows whose id meets the condition. Raises Unfit at one that is no session."""
+    for rows in reader.fetched(SHIP_SQL + condition + " LIMIT ?", [value, most]):
+        *columns, received = zip(*rows)
+        usual = sound(columns) and all(map(arrival, received))
+        for row in rows if usual else map(fit_row, rows):
+            yield row[ID], "\t".join(["" if cell is None else str(cell)
+                                      for cell in (row[-1], *row[1:-1])])
 
 
 def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[ShipRow]:
@@ -3031,17 +3013,15 @@ def ship_batch(reader: Reader, condition: str, value: int, most: int) -> List[Sh
     ends before a row that is no session. Raises Unfit if that is the first one."""
     rows: List[ShipRow] = []
     size = 0
-    for row_id, text in reader.rows(SHIP_SQL + " WHERE id %s LIMIT ?" % condition, [value, most]):
-        try:
-            line = checked_line(reader, row_id, text)
-        except Unfit:
-            if rows:
+    try:
+        for row in ship_rows(reader, condition, value, most):
+            if rows and (size > SHIP_BYTES or row[1][:4] != rows[0][1][:4]):
                 break
+            rows.append(row)
+            size += len(row[1])
+    except Unfit:
+        if not rows:
             raise
-        if rows and (size > SHIP_BYTES or line[:4] != rows[0][1][:4]):
-            break
-        rows.append((row_id, line))
-        size += len(line)
     return rows
 
 
