@@ -412,12 +412,10 @@ def github_login(cache: "Json") -> str:
 #   call MS                           a tool call; MS since 1970
 #   touch MS REF                      a discovery that was touched
 #   end MS TOKEN CALLS TOKENS         an end, and what stats.json said (CALLS is - without a bucket)
-#   kept TOKEN                        the event of that end is on the disk
-#   settled                           after a day of silence: all lines above are in events
 #
 # Each end appends a line, also when several come at once. The order of the lines decides: a part is
 # what stands between one end and the next, and an end with nothing new is a repeat. Every reader of
-# the file finds the same parts, so a part whose event was lost by a kill can be made again.
+# the file finds the same parts.
 
 
 class Part:
@@ -432,15 +430,13 @@ class Part:
 class Record:
     """What a session's file says. Lines of another form are left out.
 
-    `parts`; `kept`: the tokens of parts whose event is on the disk; since the last end: `calls`,
-    `refs`; `last`: ms of the last call or touch.
+    `parts`; since the last end: `calls`, `refs`; `last`: ms of the last call or touch.
     """
 
     def __init__(self, data: bytes) -> None:
         self.calls, self.last, self.said = 0, 0, [0, 0]  # said: calls and tokens of all parts
         self.parts: "List[Part]" = []
         self.refs: "List[str]" = []
-        self.kept: "Set[str]" = set()
         for line in data.decode("latin-1").split("\n"):
             kind, *words = line.split(" ")
             try:
@@ -451,8 +447,6 @@ class Record:
                     self.refs.append(words[1])
                 elif kind == "end":
                     self.end(number(words[0]), *words[1:4])
-                elif kind == "kept":
-                    self.kept.add(words[0])
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
                 pass
 
@@ -865,20 +859,19 @@ def age_of(path: str) -> float:
 
 
 def settle(caller: Caller, name: str) -> None:
-    """Capture the parts of a silent session that have no event yet. This makes its file new."""
-    home, data = caller.home, session_data(caller.home, name)
+    """Capture what a silent session did since its last end, which was its last call."""
     # A hash does not tell the session id. A parent process may have been the shell of one call.
-    if not data or data.endswith(b"\nsettled\n") or name.startswith(("long-", b"ppid:".hex())):
+    if name.startswith(("long-", b"ppid:".hex())):
         return
-    record, session = Record(data), decoded(bytes.fromhex(name))
+    home, session = caller.home, decoded(bytes.fromhex(name))
+    record = Record(session_data(home, name))
     if record.calls or record.refs:
         stats = counts(object_at(home + FOLDER + "stats.json"), {}, [session], time.time())
+        part = end_session(home, session, record.last, *stats, written=False)
+        if part:
+            keep(home, part, compose(caller, session, part))
+        # Only now, so that a kill in between loses nothing: the next sweep makes the same event.
         end_session(home, session, record.last, *stats)
-        record = Record(session_data(home, name))
-    missing = [part for part in record.parts if part.token not in record.kept]
-    for part in missing:
-        keep(home, part, compose(caller, session, part))
-    append(home, session, ["kept " + part.token for part in missing] + ["settled"])
 
 
 def keep(home: str, part: Part, event: "Json") -> str:
@@ -1274,7 +1267,7 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     if part:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
-        quietly(secure, home, caller.session, part, event, path)
+        quietly(secure, home, event, path)
     if consent_refused(caller):  # meanwhile
         return
     try:
@@ -1292,13 +1285,12 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
         expire(home, time.time())
 
 
-def secure(home: str, session: str, part: Part, event: "Json", path: str) -> None:
+def secure(home: str, event: "Json", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
     if event["branch_sha"] and os.path.exists(path):
         write_whole(path, as_sent(event))
     for kept in (path, os.path.dirname(path), home + FOLDER + "machine-id"):
         quietly(sync, kept)
-    append(home, session, ["kept " + part.token])
 
 
 def let_go(pipe: int, keep_errors: bool) -> None:

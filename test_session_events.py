@@ -926,7 +926,6 @@ def test_emit_parts():
                "touch 5 not/a/slug", "touch 5 " + "x" * 500, "end", "end 5 a", "end 5 a x 0",
                "end 5 a -3 0", "end 5 a %s 0" % ("9" * 5000), "id zz", "kept", "\0\xff", "rm -rf /"]
     assert replayed(call, *rubbish, "end 5 a - 0") == [(1, 1, 0, [])]
-    assert emit.Record(b"\nkept a\n").kept == {"a"}
     for session in ("s", "☃ é", b"\xff/x".decode("utf-8", "surrogateescape"), "x" * 120):
         name = emit.session_name(session)
         assert bytes.fromhex(name).decode("utf-8", "surrogateescape") == session
@@ -2205,8 +2204,7 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, rec
     assert end("again") == []
     person.tool("again", python=python)
     assert end("again") == [(part[4], 1, 0, [])]
-    record = emit.Record(person.session_file("again").read_bytes())
-    assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
+    assert len(emit.Record(person.session_file("again").read_bytes()).parts) == 5
     assert person.emit("status", python=python).returncode == 0
 
 
@@ -2243,12 +2241,10 @@ def test_emit_sends_sessions_that_never_ended(person, received):
 
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
     silent("sid-running", day / 2, "call %d")
-    silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
-    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took its event
-    silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
-    silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
+    silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "call %d")
+    silent("sid-done", 4 * day, "call %d", "end %d c - 0")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have lived for one call
-    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d", "settled")
+    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
     person.session_file("sid-a folder").mkdir()
@@ -2261,27 +2257,44 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     for _, _, body in received.requests:
         made = json.loads(body)
         assert sent.setdefault(made["session_id_hash"], made) is made
-    hashes = [
-        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")]
-    others = [
-        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")]
-    assert set(sent) == {*hashes, *others}
-    killed, ended, lost, old = (sent[name] for name in hashes)
+    hashes = [secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-old")]
+    assert set(sent) == {*hashes, *map(secret_hash, ("sid-another", "sid-and-another"))}
+    killed, ended, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
     assert emit.instant(killed["ended_at"]) == pytest.approx(now - 2 * day, abs=0.01)
-    assert (ended["tool_count"], lost["tool_count"], old["tool_count"]) == (1, 1, 1)
+    assert (ended["tool_count"], old["tool_count"]) == (1, 1)
     salt = emit.salt(now - 91 * day)
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
     assert not person.session_file("sid-forgotten").exists()
     assert person.session_file("sid-old").exists()
     assert person.session_file("sid-done").exists()
-    # What is settled is not read again, and so grows no younger.
-    file = person.session_file("sid-lost")
+    # What is sent does not grow younger.
+    file = person.session_file("sid-killed")
     text = file.read_text()
-    assert emit.Record(text.encode()).kept == {"b"} and text.count("settled") == 1
     os.utime(str(file), (now - 2 * day,) * 2)
     person.hook("sid-third")
-    assert file.read_text() == text
+    assert file.read_text() == text and text.count("end") == 1
+
+
+@quick
+def test_emit_makes_the_event_of_a_silent_session_before_its_end(person, monkeypatch):
+    """A kill between the two loses nothing. The next sweep makes the same event again."""
+    monkeypatch.setenv("HOME", str(person.home))
+    caller = emit.Caller({}, [])
+    caller.env, caller.machine = {}, MACHINE
+    emit.append(str(person.home), "sid-silent", ["call 1795468789000"])
+    name, append = person.session_file("sid-silent").name, emit.append
+    monkeypatch.setattr(emit, "append", lambda *_: {}["killed"])
+    with pytest.raises(KeyError):
+        emit.settle(caller, name)
+    [event] = person.pending.iterdir()
+    text = event.read_text()
+    monkeypatch.setattr(emit, "append", append)
+    emit.settle(caller, name)
+    assert [path.read_text() for path in person.pending.iterdir()] == [text]
+    event.unlink()
+    emit.settle(caller, name)
+    assert person.kept() == []
 
 
 @quick
