@@ -106,6 +106,7 @@ SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 # The names of this program's files: waiting events, sessions, files that are still being written.
+# An earlier version of this one counted the attempts in an event's name.
 EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
 SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
 LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
@@ -633,14 +634,9 @@ def as_sent(event: "Json") -> bytes:
     return ("{%s}" % ",".join('"%s":%s' % (name, text(event[name])) for name in event)).encode()
 
 
-def failures(name: str) -> int:
-    """How often a waiting event was sent before: the number after the second `-` of its name."""
-    return int(name[29:-5] or 0)
-
-
 def is_new(name: str, now: float) -> bool:
     """True if a waiting event's own child may still add the commit; `now` in s since 1970."""
-    return 0 <= now - int(name[:15]) / 1000 < COMMIT_S and not failures(name)
+    return 0 <= now - int(name[:15]) / 1000 < COMMIT_S
 
 
 def session_name(session: str) -> str:
@@ -809,8 +805,9 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tok
 
 
 def waiting(home: str) -> "List[str]":
-    """The names of the waiting events in sending order: least often sent first, then oldest."""
-    return sorted(names_in(home, PENDING, EVENT_NAME), key=lambda name: (failures(name), name))
+    """The names of the waiting events in sending order: by their last attempt, then by age."""
+    return sorted(names_in(home, PENDING, EVENT_NAME),
+                  key=lambda name: (changed(home + PENDING + name), name))
 
 
 def purge(home: str) -> int:
@@ -840,22 +837,22 @@ def expire(home: str, now: float) -> None:
 
 def sweep(caller: Caller) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
-    home = caller.home
+    home, now = caller.home, time.time()
     for name in names_in(home, SESSIONS, SESSION_NAME):
-        if age_of(home + SESSIONS + name) > DAY_S:
+        if now - changed(home + SESSIONS + name) > DAY_S:
             quietly(settle, caller, name)  # no room: the next session's end tries again
-        if age_of(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
+        if now - changed(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
             remove(home + SESSIONS + name)
     for folder in (FOLDER, OURS, PENDING, SESSIONS):
         for name in names_in(home, folder, LEFTOVER_NAME):
-            if age_of(home + folder + name) > LEFTOVER_S:
+            if now - changed(home + folder + name) > LEFTOVER_S:
                 remove(home + folder + name)
 
 
-def age_of(path: str) -> float:
-    """Seconds since the last change of a file; 0.0 if it is gone."""
+def changed(path: str) -> float:
+    """When a file was last changed, in seconds since 1970; now if it is gone."""
     found = quietly(os.lstat, path)
-    return time.time() - found.st_mtime if found else 0.0
+    return found.st_mtime if found else time.time()
 
 
 def settle(caller: Caller, name: str) -> None:
@@ -1087,14 +1084,15 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
 class Sender:
     """Sends waiting events to the endpoint, and records the result for `status`.
 
-    `failed`: how many events were answered and still wait; `stop`: why no more is sent, or "";
-    `again`: when the server wants to be asked again, in s since 1970, or 0.0.
+    `tried`: names; `failed`: how many events were answered and still wait; `stop`: why no more is
+    sent, or ""; `again`: when the server wants to be asked again, in s since 1970, or 0.0.
     """
 
     def __init__(self, caller: Caller) -> None:
         self.caller, self.home = caller, caller.home
         self.url, self.authorization, self.shown, _ = endpoint(caller.env)
         self.post: "Any" = None  # made when it is needed: urllib costs more than all else
+        self.tried: "Set[str]" = set()
         self.failed, self.stop, self.again = 0, "" if self.url else self.shown, 0.0
         say(caller, self.stop or "sending to %s, for 20 s at most: if no line follows, time ran out"
             % self.shown)
@@ -1108,9 +1106,8 @@ class Sender:
     def flush(self, own_name: str) -> None:
         """Send what waits, once no other process of this program is sending.
 
-        A new event of another session gets a second, in which its own child may add the commit.
-        `own_name`: of the event that this process captured, or "". Once it was sent in vain, its
-        name ends in another way: then it is left to the next session's end.
+        `own_name`: of the event that this process captured, or ""; it goes first. A new event of
+        another session gets a second, in which its own child may add the commit.
         """
         try:
             import fcntl
@@ -1121,8 +1118,9 @@ class Sender:
             pass
         if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
             time.sleep(COMMIT_S)
-        self.round([name for name in waiting(self.home) if name == own_name
-                    or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
+        names = [name for name in waiting(self.home) if name not in self.tried
+                 and (name == own_name or not is_new(name, time.time()))]
+        self.round(sorted(names, key=lambda name: name != own_name))
 
     def round(self, names: "Sequence[str]") -> None:
         """Send these, in this order, until the server or the person stops it."""
@@ -1146,9 +1144,9 @@ class Sender:
     def send(self, name: str) -> str:
         """What happened to a waiting event. OSError if it is not there.
 
-        It is deleted when it has arrived, is given up, or is no event. Before it is sent it moves
-        behind the others, so that no event, however it fails, holds them up. An event of another
-        version of the program stays as it is.
+        It is deleted when it has arrived, is given up, or is no event. Before it is sent its file
+        becomes the newest, so that no event, however it fails, holds the others up. An event of
+        another version of the program stays as it is.
         """
         path = self.home + PENDING + name
         event = loads_object(contents(path, EVENT_BYTES, NO_LINK))
@@ -1157,11 +1155,11 @@ class Sender:
         if not is_event(event):
             remove(path)
             return "removed, being no event"
-        later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
-        os.replace(path, later)
+        os.utime(path)
+        self.tried.add(name)
         words, settled = self.attempt(event)
         if settled:
-            remove(later)
+            remove(path)
         return words
 
     def attempt(self, event: "Json") -> "Tuple[str, bool]":
