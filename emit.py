@@ -1269,21 +1269,17 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
         quietly(secure, home, event, path)
-    if consent_refused(caller):  # meanwhile
-        return
-    try:
-        sender, own_name = Sender(caller), os.path.basename(path)
-        if part and not path:
-            said = sender.barred() or "1 " + sender.attempt(event)[0]
-            say(caller, "the event that is not kept: " + said)
-        elif path and wait:  # the caller stays for this one, so it is sent before the others
-            sender.round([own_name])
-        os.close(pipe)
-        if not consent_refused(caller):
-            sweep(caller)
-            sender.flush(own_name)
-    finally:
-        expire(home, time.time())
+    sender, own_name = Sender(caller), os.path.basename(path)
+    if part and not path:
+        said = sender.barred() or "1 " + sender.attempt(event)[0]
+        say(caller, "the event that is not kept: " + said)
+    elif path and wait:  # the caller stays for this one, so it is sent before the others
+        sender.round([own_name])
+    os.close(pipe)
+    if not consent_refused(caller):
+        sweep(caller)
+        sender.flush(own_name)
+    leave(home)
 
 
 def secure(home: str, event: "Json", path: str) -> None:
@@ -1306,7 +1302,10 @@ def let_go(pipe: int, keep_errors: bool) -> None:
 
 
 def leave(home: str) -> None:
-    """End this process when its time is over, also in a name look-up, which has no time limit."""
+    """End this process: all is done, or its time is over, be it in a name look-up without limit.
+
+    What waits is cut to its limits only now, when it had its chance.
+    """
     try:
         expire(home, time.time())
     finally:
