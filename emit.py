@@ -87,7 +87,7 @@ WAIT_S = 0.5  # for the answer, where the home may end with the session
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
-COMMIT_S = 1.0  # age before other processes send an event: its own child may still add the commit
+COMMIT_S = 1.0  # that an event is left to its own child, which may still add the commit
 FAILED_ANSWERS = 10  # in one run, before sending stops: fewer may each be about one event
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
@@ -625,11 +625,6 @@ def as_sent(event: "Json") -> bytes:
     return ("{%s}" % ",".join('"%s":%s' % (name, text(event[name])) for name in event)).encode()
 
 
-def is_new(name: str, now: float) -> bool:
-    """True if a waiting event's own child may still add the commit; `now` in s since 1970."""
-    return 0 <= now - int(name[:15]) / 1000 < COMMIT_S
-
-
 def session_name(session: str) -> str:
     """The name of a session's file: the raw id in hex, or its hash where that is too long."""
     data = encoded(session)  # hex saves `track` the import of hashlib
@@ -796,7 +791,10 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tok
 
 
 def waiting(home: str) -> "List[str]":
-    """The names of the waiting events in sending order: by their last attempt, then by age."""
+    """The names of the waiting events in sending order: by their last attempt, then by age.
+
+    The time of a file is that of the last attempt; ahead, while the commit is looked for.
+    """
     return sorted(names_in(home, PENDING, EVENT_NAME),
                   key=lambda name: (changed(home + PENDING + name), name))
 
@@ -840,6 +838,11 @@ def changed(path: str) -> float:
     """When a file was last changed, in seconds since 1970; now if it is gone."""
     found = quietly(os.lstat, path)
     return found.st_mtime if found else time.time()
+
+
+def is_new(path: str) -> bool:
+    """True if a waiting event's own child may still add the commit: its file is dated ahead."""
+    return 0 < changed(path) - time.time() < COMMIT_S
 
 
 def settle(caller: Caller, name: str) -> None:
@@ -1045,8 +1048,7 @@ def place_of(error: BaseException) -> str:
 def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
     """A function that posts bytes to a URL and returns the answer. It follows no redirect.
 
-    It goes through the environment's proxies, but to this machine itself directly. Told if the
-    proxy is of no known kind.
+    It goes through the environment's proxies, but to this machine itself directly.
     """
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
@@ -1056,11 +1058,8 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
     parts, proxies = urlsplit(url), u.getproxies_environment()
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         proxies = {}
-    kind, mark, _ = proxies.get(parts.scheme, "").partition("://")
-    if mark and kind not in ("http", "https"):
-        raise Told("a proxy of an unknown kind")
     director = u.OpenerDirector()
-    for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler()):
+    for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
         director.add_handler(way)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
@@ -1071,15 +1070,16 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
 class Sender:
     """Sends waiting events to the endpoint, and records the result for `status`.
 
-    `tried`: names; `failed`: how many events were answered and still wait; `stop`: why no more is
-    sent, or ""; `again`: when the server wants to be asked again, in s since 1970, or 0.0.
+    `said`: what happened to each event; `failed`: how many were answered and still wait; `stop`:
+    why no more is sent, or ""; `again`: when the server wants to be asked again, in s since 1970,
+    or 0.0.
     """
 
     def __init__(self, caller: Caller) -> None:
         self.caller, self.home = caller, caller.home
         self.url, self.authorization, self.shown, _ = endpoint(caller.env)
         self.post: "Any" = None  # made when it is needed: urllib costs more than all else
-        self.tried: "Set[str]" = set()
+        self.said: "List[str]" = []
         self.failed, self.stop, self.again = 0, "" if self.url else self.shown, 0.0
         say(caller, self.stop or "sending to %s, for 20 s at most: if no line follows, time ran out"
             % self.shown)
@@ -1090,11 +1090,12 @@ class Sender:
         wish = "the server asked for nothing before " + iso(again) if again else ""
         return self.stop or consent_refused(self.caller) or wish
 
-    def flush(self, own_name: str) -> None:
+    def flush(self, own_name: str, pipe: int) -> None:
         """Send what waits, once no other process of this program is sending.
 
-        `own_name`: of the event that this process captured, or ""; it goes first. A new event of
-        another session gets a second, in which its own child may add the commit.
+        `own_name`: of the event that this process captured, or "". It goes first, and then the
+        caller need not stay: `pipe` is closed. A new event of another session is left to its own
+        child, which may still add the commit.
         """
         try:
             import fcntl
@@ -1103,30 +1104,31 @@ class Sender:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
         except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
-        if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
-            time.sleep(COMMIT_S)
-        names = [name for name in waiting(self.home) if name not in self.tried
-                 and (name == own_name or not is_new(name, time.time()))]
-        self.round(sorted(names, key=lambda name: name != own_name))
-
-    def round(self, names: "Sequence[str]") -> None:
-        """Send these, in this order, until the server or the person stops it."""
-        said: "List[str]" = []
-        if self.stop:  # in the round before
-            return
-        for name in names:
-            self.stop = self.barred()
-            if self.stop:
-                break
-            if not said:
-                self.record("began, and did not finish (yet)")
-            words = quietly(self.send, name)  # None: another process has sent it
-            said += [words] if words else []
-        counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
+        self.round([own_name] if own_name else [])
+        os.close(pipe)
+        refused = consent_refused(self.caller)
+        if refused:
+            self.stop = refused
+        else:
+            sweep(self.caller)
+        self.round([name for name in waiting(self.home)
+                    if name != own_name and not is_new(self.home + PENDING + name)])
+        counted = ["%d %s" % (self.said.count(words), words) for words in dict.fromkeys(self.said)]
         result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not consent_refused(self.caller):
             self.record(result)
         say(self.caller, result or "nothing waits")
+
+    def round(self, names: "Sequence[str]") -> None:
+        """Send these, in this order, until the server or the person stops it."""
+        for name in names:
+            self.stop = self.barred()
+            if self.stop:
+                break
+            if not self.said:
+                self.record("began, and did not finish (yet)")
+            words = quietly(self.send, name)  # None: another process has sent it
+            self.said += [words] if words else []
 
     def send(self, name: str) -> str:
         """What happened to a waiting event. OSError if it is not there.
@@ -1143,7 +1145,6 @@ class Sender:
             remove(path)
             return "removed, being no event"
         os.utime(path)
-        self.tried.add(name)
         words, settled = self.attempt(event)
         if settled:
             remove(path)
@@ -1204,7 +1205,7 @@ def hook(caller: Caller) -> int:
     wait = wait_of(caller.env, caller.flags)
     child, pipe = fork()
     if child <= 0:
-        end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
+        end(caller, pipe, LIFE_S if child == 0 else wait or WAIT_S)
     elif os.read(pipe, 1) and wait:
         from select import select
         select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
@@ -1233,17 +1234,18 @@ def fork() -> "Tuple[int, int]":
     return child, theirs
 
 
-def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
+def end(caller: Caller, pipe: int, life: float) -> None:
     """Capture, release the caller, then add the commit, sync and send.
 
-    `wait`: seconds that the caller stays for the answer; `pipe`: to it; `life`: seconds that this
-    process goes on after the capture.
+    `pipe`: to the caller; `life`: seconds that this process goes on after the capture.
     """
     home, path = caller.home, ""
     part, event = close_part(caller, machine_id(home))
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
         path = keep(home, part, event) if part else ""
+        if path:
+            os.utime(path, (time.time() + COMMIT_S,) * 2)
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
     let_go(pipe, caller.debug)
@@ -1256,22 +1258,17 @@ def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
         quietly(secure, home, event, path)
-    sender, own_name = Sender(caller), os.path.basename(path)
+    sender = Sender(caller)
     if part and not path:
         said = sender.barred() or "1 " + sender.attempt(event)[0]
         say(caller, "the event that is not kept: " + said)
-    elif path and wait:  # the caller stays for this one, so it is sent before the others
-        sender.round([own_name])
-    os.close(pipe)
-    if not consent_refused(caller):
-        sweep(caller)
-        sender.flush(own_name)
+    sender.flush(os.path.basename(path), pipe)
     leave(home)
 
 
 def secure(home: str, event: "Json", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
-    if event["branch_sha"] and os.path.exists(path):
+    if os.path.exists(path):  # or another process has sent it
         write_whole(path, as_sent(event))
     for kept in (path, os.path.dirname(path), home + FOLDER + "machine-id"):
         quietly(sync, kept)

@@ -1675,9 +1675,10 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
         [sender] = person.senders()
         assert os.getsid(sender) == sender and os.readlink("/proc/%d/cwd" % sender) == "/"
         open_files = {os.readlink(path) for path in glob.glob("/proc/%d/fd/*" % sender)}
-        ours = {
-            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")}
-        assert ours <= {str(person.ashlr / "session-events" / "flush.lock")}
+        # A pipe is the one that said that the event is captured.
+        kinds = sorted(path.partition(":")[0] for path in open_files if path != "/dev/null")
+        lock = str(person.ashlr / "session-events" / "flush.lock")
+        assert kinds in ([lock, "pipe"], [lock, "pipe", "socket"])
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("leaves")]
         kept = [person.pending.parent, person.pending, *person.pending.iterdir()]
         assert [oct(path.stat().st_mode & 0o777) for path in kept] == ["0o700", "0o700", "0o600"]
@@ -1946,7 +1947,7 @@ def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
         assert len(proxy.requests) == 1
         said = person.hook(
             "by socks", python=python, env={"http_proxy": proxy.url.replace("http:", "socks5:")})
-        assert "a proxy of an unknown kind" in said and len(proxy.requests) == 1
+        assert "without an answer (URLError)" in said and len(proxy.requests) == 1
         assert secret_hash("by socks") in [kept["session_id_hash"] for kept in person.kept()]
 
 
@@ -2026,6 +2027,7 @@ def test_emit_survives_kills(person, received):
     at_once(kill, range(30), 6)
     assert all(
         emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
+    time.sleep(emit.COMMIT_S)  # by which their own senders would have added the commit
     said = person.hook("after the kills")
     assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
     assert set(captured) <= set(received.sessions()) and person.kept() == [], said
@@ -2387,16 +2389,16 @@ def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path)
 
 
 @quick
-def test_emit_leaves_a_new_event_to_its_own_child():
+def test_emit_leaves_a_new_event_to_its_own_child(person):
     """A new event waits for its own child, which adds the commit. Later any process sends it."""
-    name = "001764000000000-%012x.json" % 1
-    for after, new in (
-        (0, True),
-        (emit.COMMIT_S - 0.01, True),
-        (emit.COMMIT_S, False),
-        (-0.01, False),  # the clock was ahead then
+    path = person.waits(5, 5)
+    for ahead, new in (
+        (emit.COMMIT_S - 0.1, True),
+        (0, False),
+        (emit.COMMIT_S + 60, False),  # the clock was ahead then
     ):
-        assert emit.is_new(name, 1764000000 + after) == new, after
+        os.utime(str(path), (time.time() + ahead,) * 2)
+        assert emit.is_new(str(path)) == new, ahead
 
 
 # -- Where the home may end with the session -------------------------------------------------------
@@ -2854,8 +2856,7 @@ def test_emit_makes_one_machine_id(python, person, received):
     hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
     person.hook("first-7")
-    # Some may come twice: the hook that stays sends its event beside the sender of another one.
-    until(lambda: len(set(received.sessions())) == 7)
+    until(lambda: len(received.sessions()) == 7)
     machine = (person.ashlr / "machine-id").read_text()
     SECRETS.add(machine)
     assert re.fullmatch(r"[0-9a-f-]{36}", machine)
