@@ -1258,6 +1258,8 @@ def end(caller: Caller, pipe: int, life: float) -> None:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
         quietly(secure, home, event, path)
+    if consent_refused(caller):  # meanwhile
+        leave(home)
     sender = Sender(caller)
     if part and not path:
         said = sender.barred() or "1 " + sender.attempt(event)[0]
