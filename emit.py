@@ -92,6 +92,7 @@ FAILED_ANSWERS = 10  # in one run, before sending stops: fewer may each be about
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
 SESSION_DAYS = 90  # that a session's file is kept after its last line: hosts continue none after 30
+LEFTOVER_S = 3600.0  # age at which a file that a kill left half-written is deleted
 INPUT_BYTES = 1 << 26  # more than any host writes
 FILE_BYTES = 1 << 22  # of a file in the home; what is larger counts as unreadable
 SESSION_BYTES = 1 << 21  # of a session's file; half of it for calls, 50,000
@@ -175,14 +176,15 @@ CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 def loads(data: bytes) -> "Any":
-    """`json.loads` of UTF-8 text. ValueError also for NaN, Infinity and a key that stands twice."""
+    """`json.loads` of UTF-8 text. ValueError also for NaN, thousands of digits, a key twice."""
     text = (data[3:] if data[:3] == b"\xef\xbb\xbf" else data).decode()
     try:
         return quick_json(text)
     except (ValueError, IndexError, RecursionError):
         import json
     try:
-        return json.loads(text, parse_constant=int, object_pairs_hook=object_of)
+        return json.loads(text, parse_constant=short_int, parse_int=short_int,
+                          object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError("not JSON") from None
 
@@ -242,6 +244,13 @@ def object_of(pairs: "List[Tuple[str, Any]]") -> "Json":
     if len(value) < len(pairs):
         raise ValueError("a key appears twice")
     return value
+
+
+def short_int(digits: str) -> int:
+    """A whole number of a JSON text. ValueError for thousands of digits: the time grows by n**2."""
+    if len(digits) > 4300:  # as in Python itself, but only since 3.11
+        raise ValueError("too many digits")
+    return int(digits)
 
 
 def loads_object(data: bytes) -> "Json":
@@ -825,13 +834,17 @@ def expire(home: str, now: float) -> None:
 
 
 def sweep(caller: Caller) -> None:
-    """Capture sessions that fell silent without an end; remove the files of old ones."""
+    """Capture sessions that fell silent without an end; remove old and half-written files."""
     home, now = caller.home, time.time()
     for name in names_in(home, SESSIONS, SESSION_NAME):
         if now - changed(home + SESSIONS + name) > DAY_S:
             quietly(settle, caller, name)  # no room: the next session's end tries again
         if now - changed(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
             remove(home + SESSIONS + name)
+    for folder in (FOLDER, OURS, PENDING, SESSIONS):
+        for name in names_in(home, folder, LEFTOVER_NAME):
+            if now - changed(home + folder + name) > LEFTOVER_S:
+                remove(home + folder + name)
 
 
 def changed(path: str) -> float:

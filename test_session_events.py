@@ -1092,6 +1092,19 @@ def test_emit_starts_from_a_folder_that_cannot_be_written(python, person, tmp_pa
 
 
 @every_python
+def test_emit_refuses_endless_numbers(python, person):
+    """Every Python refuses a number of more than 4,300 digits. A million would cost 4 s of work."""
+    unlimited = "getattr(sys, 'set_int_max_str_digits', int)(0)"
+    for digits in (4300, 4301):
+        shown = person.emit("show", python=python, before=unlimited, recorded=False,
+                            input='{"session_id": "digits", "x": [%s]}' % ("1" * digits))
+        assert (secret_hash("digits") in shown.stdout) == (digits == 4300), shown.stderr
+    person.put("config.json", '{"telemetry": "opt-in", "x": %s}' % ("1" * 4301))
+    status = person.emit("status", python=python, before=unlimited, env={"ASHLR_TELEMETRY": None})
+    assert "config.json cannot be read" in status.stdout
+
+
+@every_python
 def test_emit_imports_no_more_than_it_needs(python, person):
     """The modules that are loaded when the caller is let go. They are the cost of a start."""
     watch = (
@@ -1838,6 +1851,11 @@ def test_emit_sends_all_that_is_good(person):
     (person.pending / ("%015d-%012x.json" % (now, 5005))).mkdir()
     theirs = person.put("an event of somebody else", event("theirs"))
     (person.pending / ("%015d-%012x.json" % (now, 5006))).symlink_to(theirs)
+    stale, young = (
+        person.put(folder + "/.0123456789abcdef.tmp", "{")
+        for folder in ("session-events/pending", "session-events")
+    )
+    os.utime(str(stale), (1, 1))
     with Odd() as server:
         said = person.hook("thousand", env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert "1001 answered 202" in said and "6 removed" in said
@@ -1846,6 +1864,7 @@ def test_emit_sends_all_that_is_good(person):
         assert "secret" not in str(server.requests)
     assert {path.name for path in person.pending.iterdir()} == {
         *foreign, "%015d-%012x.json" % (now, 5005), "%015d-%012x.json" % (now, 5006)}
+    assert young.exists()
 
 
 def test_emit_lets_500_events_wait_for_30_days(person):
