@@ -3247,10 +3247,12 @@ class ClickHouse:
     def missing(self, rows: Sequence[ShipRow]) -> Dict[int, str]:
         """{id: month of `ended`, such as 202605} of the rows whose session is not in the table, and
         therefore not in the view. The months of these rows are searched first. A session that is
-        not there may be in another month, if another node received it too."""
+        not there may be in another month, if another node received it too. Raises Refused."""
         said = (self.ask(MISSING.format(months=SAME_MONTHS), rows)
                 and self.ask(MISSING.format(months=""), rows))
-        return {int(row_id): month for row_id, month in re.findall("(.+)\t(.+)", said)}
+        if not re.fullmatch("(?:-?[0-9]{1,19}\t[0-9]{6}\n)*", said):
+            raise Refused(self.name + " answers what was not asked; is it one?")
+        return {int(row_id): month for row_id, month in map(str.split, said.splitlines())}
 
 
 # -- The mark, in the file; one step --

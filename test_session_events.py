@@ -10641,6 +10641,17 @@ def test_ship_asks_for_sessions_without_naming_them(tmp_path):
         assert digest.encode() in body and digest.encode() not in head
 
 
+@quick
+@pytest.mark.parametrize("said", [b"<html>", b"1\t202605", b"1\t1 OR 1\n", b"x\t202605\n"])
+def test_ship_check_believes_no_other_answer(tmp_path, said):
+    """What is no list of ids and months is not taken for "nothing is missing"."""
+    with session_events.reading(stored(tmp_path / "a.db", *many(3))) as reader:
+        rows = session_events.ship_batch(reader, "> ? ORDER BY id", 0, 10)
+    with Pretender(reply(200, b"1\t202605\n"), reply(200, said)) as pretender:
+        with pytest.raises(session_events.Refused, match="answers what was not asked"):
+            session_events.ClickHouse(pretender.url, {}).missing(rows)
+
+
 def test_ship_seniority(clickhouse):
     """Sooner comes before later, then the node whose name is less; all moments and names fit into
     64 bits.
