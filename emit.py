@@ -87,7 +87,7 @@ WAIT_S = 0.5  # for the answer, where the home may end with the session
 INPUT_FIRST_S, INPUT_REST_S = 0.25, 1.0  # for the hook's JSON to begin, and to end
 PROGRAM_S = 0.25  # for git, and for ps
 ANSWER_S = 10.0  # for each step of one request
-COMMIT_S = 1.0  # that an event is left to its own child, which may still add the commit
+COMMIT_S = 1.0  # age before other processes send an event: its own child may still add the commit
 FAILED_ANSWERS = 10  # in one run, before sending stops: fewer may each be about one event
 DAY_S = 86400.0  # the longest Retry-After that is believed; silence after which a session has ended
 WAITING_EVENTS, WAITING_DAYS = 500, 30
@@ -106,7 +106,6 @@ SAFELY = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 # The names of this program's files: waiting events, sessions, files that are still being written.
-# An earlier version of this one counted the attempts in an event's name.
 EVENT_NAME = "[0-9]{15}-[0-9a-f]{12}(-[0-9]{1,3})?[.]json"
 SESSION_NAME = "([0-9a-f]{2}){1,120}|long-[0-9a-f]{64}"
 LEFTOVER_NAME = "[.][0-9a-f]{16}[.]tmp"
@@ -413,10 +412,12 @@ def github_login(cache: "Json") -> str:
 #   call MS                           a tool call; MS since 1970
 #   touch MS REF                      a discovery that was touched
 #   end MS TOKEN CALLS TOKENS         an end, and what stats.json said (CALLS is - without a bucket)
+#   kept TOKEN                        the event of that end is on the disk
+#   settled                           after a day of silence: all lines above are in events
 #
 # Each end appends a line, also when several come at once. The order of the lines decides: a part is
 # what stands between one end and the next, and an end with nothing new is a repeat. Every reader of
-# the file finds the same parts.
+# the file finds the same parts, so a part whose event was lost by a kill can be made again.
 
 
 class Part:
@@ -431,13 +432,15 @@ class Part:
 class Record:
     """What a session's file says. Lines of another form are left out.
 
-    `parts`; since the last end: `calls`, `refs`; `last`: ms of the last call or touch.
+    `parts`; `kept`: the tokens of parts whose event is on the disk; since the last end: `calls`,
+    `refs`; `last`: ms of the last call or touch.
     """
 
     def __init__(self, data: bytes) -> None:
         self.calls, self.last, self.said = 0, 0, [0, 0]  # said: calls and tokens of all parts
         self.parts: "List[Part]" = []
         self.refs: "List[str]" = []
+        self.kept: "Set[str]" = set()
         for line in data.decode("latin-1").split("\n"):
             kind, *words = line.split(" ")
             try:
@@ -448,6 +451,8 @@ class Record:
                     self.refs.append(words[1])
                 elif kind == "end":
                     self.end(number(words[0]), *words[1:4])
+                elif kind == "kept":
+                    self.kept.add(words[0])
             except (IndexError, TypeError, ValueError):  # cut short by a full disk, or not ours
                 pass
 
@@ -634,6 +639,16 @@ def as_sent(event: "Json") -> bytes:
     return ("{%s}" % ",".join('"%s":%s' % (name, text(event[name])) for name in event)).encode()
 
 
+def failures(name: str) -> int:
+    """How often a waiting event was sent before: the number after the second `-` of its name."""
+    return int(name[29:-5] or 0)
+
+
+def is_new(name: str, now: float) -> bool:
+    """True if a waiting event's own child may still add the commit; `now` in s since 1970."""
+    return 0 <= now - int(name[:15]) / 1000 < COMMIT_S and not failures(name)
+
+
 def session_name(session: str) -> str:
     """The name of a session's file: the raw id in hex, or its hash where that is too long."""
     data = encoded(session)  # hex saves `track` the import of hashlib
@@ -800,12 +815,8 @@ def end_session(home: str, session: str, ended: int, calls: "Optional[int]", tok
 
 
 def waiting(home: str) -> "List[str]":
-    """The names of the waiting events in sending order: by their last attempt, then by age.
-
-    The time of a file is that of the last attempt; ahead, while the commit is looked for.
-    """
-    return sorted(names_in(home, PENDING, EVENT_NAME),
-                  key=lambda name: (changed(home + PENDING + name), name))
+    """The names of the waiting events in sending order: least often sent first, then oldest."""
+    return sorted(names_in(home, PENDING, EVENT_NAME), key=lambda name: (failures(name), name))
 
 
 def purge(home: str) -> int:
@@ -835,46 +846,39 @@ def expire(home: str, now: float) -> None:
 
 def sweep(caller: Caller) -> None:
     """Capture sessions that fell silent without an end; remove old and half-written files."""
-    home, now = caller.home, time.time()
+    home = caller.home
     for name in names_in(home, SESSIONS, SESSION_NAME):
-        if now - changed(home + SESSIONS + name) > DAY_S:
+        if age_of(home + SESSIONS + name) > DAY_S:
             quietly(settle, caller, name)  # no room: the next session's end tries again
-        if now - changed(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
+        if age_of(home + SESSIONS + name) > SESSION_DAYS * DAY_S:  # and not settled now
             remove(home + SESSIONS + name)
     for folder in (FOLDER, OURS, PENDING, SESSIONS):
         for name in names_in(home, folder, LEFTOVER_NAME):
-            if now - changed(home + folder + name) > LEFTOVER_S:
+            if age_of(home + folder + name) > LEFTOVER_S:
                 remove(home + folder + name)
 
 
-def changed(path: str) -> float:
-    """When a file was last changed, in seconds since 1970; now if it is gone."""
+def age_of(path: str) -> float:
+    """Seconds since the last change of a file; 0.0 if it is gone."""
     found = quietly(os.lstat, path)
-    return found.st_mtime if found else time.time()
-
-
-def is_new(path: str) -> bool:
-    """True if a waiting event's own child may still add the commit: its file is dated ahead."""
-    return 0 < changed(path) - time.time() < COMMIT_S
+    return time.time() - found.st_mtime if found else 0.0
 
 
 def settle(caller: Caller, name: str) -> None:
-    """Capture what a silent session did since its last end, which was its last call."""
+    """Capture the parts of a silent session that have no event yet. This makes its file new."""
+    home, data = caller.home, session_data(caller.home, name)
     # A hash does not tell the session id. A parent process may have been the shell of one call.
-    if name.startswith(("long-", b"ppid:".hex())):
+    if not data or data.endswith(b"\nsettled\n") or name.startswith(("long-", b"ppid:".hex())):
         return
-    home, session = caller.home, decoded(bytes.fromhex(name))
-    data = session_data(home, name)
-    if data.rstrip().rpartition(b"\n")[2].startswith(b"end "):  # as in most files: a quick answer
-        return
-    record = Record(data)
+    record, session = Record(data), decoded(bytes.fromhex(name))
     if record.calls or record.refs:
         stats = counts(object_at(home + FOLDER + "stats.json"), {}, [session], time.time())
-        part = end_session(home, session, record.last, *stats, written=False)
-        if part:
-            keep(home, part, compose(caller, session, part))
-        # Only now, so that a kill in between loses nothing: the next sweep makes the same event.
         end_session(home, session, record.last, *stats)
+        record = Record(session_data(home, name))
+    missing = [part for part in record.parts if part.token not in record.kept]
+    for part in missing:
+        keep(home, part, compose(caller, session, part))
+    append(home, session, ["kept " + part.token for part in missing] + ["settled"])
 
 
 def keep(home: str, part: Part, event: "Json") -> str:
@@ -1061,7 +1065,8 @@ def place_of(error: BaseException) -> str:
 def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
     """A function that posts bytes to a URL and returns the answer. It follows no redirect.
 
-    It goes through the environment's proxies, but to this machine itself directly.
+    It goes through the environment's proxies, but to this machine itself directly. Told if the
+    proxy is of no known kind.
     """
     if sys.platform == "darwin":  # urllib would load _scproxy, which crashes after a fork
         sys.modules["_scproxy"] = stub = type(sys)("_scproxy")
@@ -1071,8 +1076,11 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
     parts, proxies = urlsplit(url), u.getproxies_environment()
     if parts.hostname in ("127.0.0.1", "localhost", "::1"):
         proxies = {}
+    kind, mark, _ = proxies.get(parts.scheme, "").partition("://")
+    if mark and kind not in ("http", "https"):
+        raise Told("a proxy of an unknown kind")
     director = u.OpenerDirector()
-    for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler(), u.UnknownHandler()):
+    for way in (u.ProxyHandler(proxies), u.HTTPHandler(), u.HTTPSHandler()):
         director.add_handler(way)
     headers = {"Content-Type": "application/json", "User-Agent": "emit.py"}
     if authorization:
@@ -1083,16 +1091,14 @@ def poster(url: str, authorization: str) -> "Callable[[bytes], Any]":
 class Sender:
     """Sends waiting events to the endpoint, and records the result for `status`.
 
-    `said`: what happened to each event; `failed`: how many were answered and still wait; `stop`:
-    why no more is sent, or ""; `again`: when the server wants to be asked again, in s since 1970,
-    or 0.0.
+    `failed`: how many events were answered and still wait; `stop`: why no more is sent, or "";
+    `again`: when the server wants to be asked again, in s since 1970, or 0.0.
     """
 
     def __init__(self, caller: Caller) -> None:
         self.caller, self.home = caller, caller.home
         self.url, self.authorization, self.shown, _ = endpoint(caller.env)
         self.post: "Any" = None  # made when it is needed: urllib costs more than all else
-        self.said: "List[str]" = []
         self.failed, self.stop, self.again = 0, "" if self.url else self.shown, 0.0
         say(caller, self.stop or "sending to %s, for 20 s at most: if no line follows, time ran out"
             % self.shown)
@@ -1103,12 +1109,12 @@ class Sender:
         wish = "the server asked for nothing before " + iso(again) if again else ""
         return self.stop or consent_refused(self.caller) or wish
 
-    def flush(self, own_name: str, pipe: int) -> None:
+    def flush(self, own_name: str) -> None:
         """Send what waits, once no other process of this program is sending.
 
-        `own_name`: of the event that this process captured, or "". It goes first, and then the
-        caller need not stay: `pipe` is closed. A new event of another session is left to its own
-        child, which may still add the commit.
+        A new event of another session gets a second, in which its own child may add the commit.
+        `own_name`: of the event that this process captured, or "". Once it was sent in vain, its
+        name ends in another way: then it is left to the next session's end.
         """
         try:
             import fcntl
@@ -1117,38 +1123,36 @@ class Sender:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends
         except (ImportError, OSError):  # without a lock: the server stores an event only once
             pass
-        self.round([own_name] if own_name else [])
-        os.close(pipe)
-        refused = consent_refused(self.caller)
-        if refused:
-            self.stop = refused
-        else:
-            sweep(self.caller)
-        self.round([name for name in waiting(self.home)
-                    if name != own_name and not is_new(self.home + PENDING + name)])
-        counted = ["%d %s" % (self.said.count(words), words) for words in dict.fromkeys(self.said)]
+        if any(is_new(name, time.time()) for name in waiting(self.home) if name != own_name):
+            time.sleep(COMMIT_S)
+        self.round([name for name in waiting(self.home) if name == own_name
+                    or (name[:28] != own_name[:28] and not is_new(name, time.time()))])
+
+    def round(self, names: "Sequence[str]") -> None:
+        """Send these, in this order, until the server or the person stops it."""
+        said: "List[str]" = []
+        if self.stop:  # in the round before
+            return
+        for name in names:
+            self.stop = self.barred()
+            if self.stop:
+                break
+            if not said:
+                self.record("began, and did not finish (yet)")
+            words = quietly(self.send, name)  # None: another process has sent it
+            said += [words] if words else []
+        counted = ["%d %s" % (said.count(words), words) for words in dict.fromkeys(said)]
         result = ", ".join(filter(None, [*counted, self.stop]))
         if result and not consent_refused(self.caller):
             self.record(result)
         say(self.caller, result or "nothing waits")
 
-    def round(self, names: "Sequence[str]") -> None:
-        """Send these, in this order, until the server or the person stops it."""
-        for name in names:
-            self.stop = self.barred()
-            if self.stop:
-                break
-            if not self.said:
-                self.record("began, and did not finish (yet)")
-            words = quietly(self.send, name)  # None: another process has sent it
-            self.said += [words] if words else []
-
     def send(self, name: str) -> str:
         """What happened to a waiting event. OSError if it is not there.
 
-        It is deleted when it has arrived, is given up, or is no event. Before it is sent its file
-        becomes the newest, so that no event, however it fails, holds the others up. An event of
-        another version of the program stays as it is.
+        It is deleted when it has arrived, is given up, or is no event. Before it is sent it moves
+        behind the others, so that no event, however it fails, holds them up. An event of another
+        version of the program stays as it is.
         """
         path = self.home + PENDING + name
         event = loads_object(contents(path, EVENT_BYTES, NO_LINK))
@@ -1157,10 +1161,11 @@ class Sender:
         if not is_event(event):
             remove(path)
             return "removed, being no event"
-        os.utime(path)
+        later = "%s%s-%d.json" % (self.home + PENDING, name[:28], min(failures(name) + 1, 999))
+        os.replace(path, later)
         words, settled = self.attempt(event)
         if settled:
-            remove(path)
+            remove(later)
         return words
 
     def attempt(self, event: "Json") -> "Tuple[str, bool]":
@@ -1218,7 +1223,7 @@ def hook(caller: Caller) -> int:
     wait = wait_of(caller.env, caller.flags)
     child, pipe = fork()
     if child <= 0:
-        end(caller, pipe, LIFE_S if child == 0 else wait or WAIT_S)
+        end(caller, wait, pipe, LIFE_S if child == 0 else wait or WAIT_S)
     elif os.read(pipe, 1) and wait:
         from select import select
         select([pipe], [], [], max(0.0, wait - (time.monotonic() - begun)))
@@ -1240,25 +1245,24 @@ def fork() -> "Tuple[int, int]":
         child = os.fork()
     except (AttributeError, OSError):
         return -1, null
-    os.close(theirs if child else ours)  # the child may need that descriptor: there may be few
     if child:
+        os.close(theirs)
         return child, ours
     os.setsid()
     return child, theirs
 
 
-def end(caller: Caller, pipe: int, life: float) -> None:
+def end(caller: Caller, wait: float, pipe: int, life: float) -> None:
     """Capture, release the caller, then add the commit, sync and send.
 
-    `pipe`: to the caller; `life`: seconds that this process goes on after the capture.
+    `wait`: seconds that the caller stays for the answer; `pipe`: to it; `life`: seconds that this
+    process goes on after the capture.
     """
     home, path = caller.home, ""
     part, event = close_part(caller, machine_id(home))
     result = "captured" if part else "nothing new since this session's last end, so no event"
     try:
         path = keep(home, part, event) if part else ""
-        if path:
-            os.utime(path, (time.time() + COMMIT_S,) * 2)
     except OSError as error:
         result += ", but not kept (%s)" % reason(error)
     let_go(pipe, caller.debug)
@@ -1270,23 +1274,31 @@ def end(caller: Caller, pipe: int, life: float) -> None:
     if part:
         event["branch_sha"] = branch_sha(caller.project)
     if part and path:  # without room, the event waits without its commit
-        quietly(secure, home, event, path)
+        quietly(secure, home, caller.session, part, event, path)
     if consent_refused(caller):  # meanwhile
-        leave(home)
-    sender = Sender(caller)
-    if part and not path:
-        said = sender.barred() or "1 " + sender.attempt(event)[0]
-        say(caller, "the event that is not kept: " + said)
-    sender.flush(os.path.basename(path), pipe)
-    leave(home)
+        return
+    try:
+        sender, own_name = Sender(caller), os.path.basename(path)
+        if part and not path:
+            said = sender.barred() or "1 " + sender.attempt(event)[0]
+            say(caller, "the event that is not kept: " + said)
+        elif path and wait:  # the caller stays for this one, so it is sent before the others
+            sender.round([own_name])
+        os.close(pipe)
+        if not consent_refused(caller):
+            sweep(caller)
+            sender.flush(own_name)
+    finally:
+        expire(home, time.time())
 
 
-def secure(home: str, event: "Json", path: str) -> None:
+def secure(home: str, session: str, part: Part, event: "Json", path: str) -> None:
     """Add the commit to a waiting event, and ask the disk to keep it through a power cut."""
-    if os.path.exists(path):  # or another process has sent it
+    if event["branch_sha"] and os.path.exists(path):
         write_whole(path, as_sent(event))
     for kept in (path, os.path.dirname(path), home + FOLDER + "machine-id"):
         quietly(sync, kept)
+    append(home, session, ["kept " + part.token])
 
 
 def let_go(pipe: int, keep_errors: bool) -> None:
@@ -1301,10 +1313,7 @@ def let_go(pipe: int, keep_errors: bool) -> None:
 
 
 def leave(home: str) -> None:
-    """End this process: all is done, or its time is over, be it in a name look-up without limit.
-
-    What waits is cut to its limits only now, when it had its chance.
-    """
+    """End this process when its time is over, also in a name look-up, which has no time limit."""
     try:
         expire(home, time.time())
     finally:

@@ -926,6 +926,7 @@ def test_emit_parts():
                "touch 5 not/a/slug", "touch 5 " + "x" * 500, "end", "end 5 a", "end 5 a x 0",
                "end 5 a -3 0", "end 5 a %s 0" % ("9" * 5000), "id zz", "kept", "\0\xff", "rm -rf /"]
     assert replayed(call, *rubbish, "end 5 a - 0") == [(1, 1, 0, [])]
+    assert emit.Record(b"\nkept a\n").kept == {"a"}
     for session in ("s", "☃ é", b"\xff/x".decode("utf-8", "surrogateescape"), "x" * 120):
         name = emit.session_name(session)
         assert bytes.fromhex(name).decode("utf-8", "surrogateescape") == session
@@ -1021,6 +1022,8 @@ def test_emit_reads_retry_after_arguments_logins_and_file_names():
         r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", emit.random_uuid())
     assert emit.github_login({"valid": True, "githubLogin": " octocat\n"}) == "octocat"
     name = "000000000000009-abababababab.json"
+    assert emit.failures(name) == 0
+    assert emit.failures(name.replace(".json", "-12.json")) == 12
     for text, ours in (
         (name, True),
         (name.replace(".json", "-999.json"), True),
@@ -1601,7 +1604,7 @@ def test_emit_consent_off_does_nothing(python, person, tmp_path):
         for n in range(3):
             person.waits(n, n)
         assert "consent is off" in person.hook("on", python=python)
-        assert server.sessions() == [secret_hash("on")] and person.kept() == []
+        assert server.sessions() == [event(0)["session_id_hash"]] and person.kept() == []
         assert not (person.ashlr / "session-events" / "last.json").exists() and log.exists()
 
 
@@ -1688,10 +1691,9 @@ def test_emit_leaves_its_caller_alone(python, person, tmp_path):
         [sender] = person.senders()
         assert os.getsid(sender) == sender and os.readlink("/proc/%d/cwd" % sender) == "/"
         open_files = {os.readlink(path) for path in glob.glob("/proc/%d/fd/*" % sender)}
-        # A pipe is the one that said that the event is captured.
-        kinds = sorted(path.partition(":")[0] for path in open_files if path != "/dev/null")
-        lock = str(person.ashlr / "session-events" / "flush.lock")
-        assert kinds in ([lock, "pipe"], [lock, "pipe", "socket"])
+        ours = {
+            path for path in open_files if path != "/dev/null" and not path.startswith("socket:")}
+        assert ours <= {str(person.ashlr / "session-events" / "flush.lock")}
         assert [kept["session_id_hash"] for kept in person.kept()] == [secret_hash("leaves")]
         kept = [person.pending.parent, person.pending, *person.pending.iterdir()]
         assert [oct(path.stat().st_mode & 0o777) for path in kept] == ["0o700", "0o700", "0o600"]
@@ -1732,10 +1734,11 @@ def test_emit_empties_no_backlog(status, person):
         server.answer = lambda n, body: (202, {})
         del server.requests[:]
         assert "answered 202" in person.hook("backlog-2") and person.kept() == []
-        # The session's own event is the first. What failed is behind the others.
-        failed = [secret_hash("backlog"), *(event(n)["session_id_hash"] for n in range(9))]
-        others = [event(n)["session_id_hash"] for n in range(9, 15)]
-        assert server.sessions() == [secret_hash("backlog-2"), *others, *failed]
+        # What failed is behind the others.
+        late = [event(n)["session_id_hash"] for n in range(10)]
+        assert [hash for hash in server.sessions() if hash in late] == late
+        early = [event(n)["session_id_hash"] for n in range(10, 15)]
+        assert set(server.sessions()[:5]) == set(early) and len(server.requests) == 17
 
 
 def test_emit_lets_no_failing_event_hold_up_the_rest(person):
@@ -1750,11 +1753,11 @@ def test_emit_lets_no_failing_event_hold_up_the_rest(person):
 
     with Odd(answer) as server:
         person.env["ASHLR_SESSION_EVENTS_URL"] = server.url
-        for session in ("first", "second", "third"):  # each is sent, whatever waits
-            person.hook(session)
-            assert secret_hash(session) in server.sessions()
+        person.hook("first")
+        assert len(person.kept()) == 21
+        person.hook("second")
         kept = {kept["session_id_hash"] for kept in person.kept()}
-        assert kept == bad
+        assert bad <= kept and not kept & {event(n)["session_id_hash"] for n in range(12, 20)}
 
 
 def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
@@ -1762,7 +1765,7 @@ def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
     for n in range(2):
         person.waits(1000 + n, n)
     arrived = threading.Event()
-    with Odd(lambda n, body: (202, {}) if n == 1 else arrived.set()) as server:
+    with Odd(lambda n, body: (arrived.set(), None)[1]) as server:
         env = {**person.env, "ASHLR_SESSION_EVENTS_URL": server.url, "CLAUDE_SESSION_ID": "drip"}
         run([sys.executable, *HOOK], env=env)
         assert arrived.wait(60)
@@ -1770,7 +1773,8 @@ def test_emit_moves_an_event_behind_the_others_before_it_is_sent(person):
             os.kill(pid, signal.SIGKILL)
         until(lambda: not person.senders())
     waiting = emit.waiting(str(person.home))
-    assert len(waiting) == 2 and waiting[-1].startswith("%015d" % 1000)
+    assert [emit.failures(name) for name in waiting] == [0, 0, 1]
+    assert waiting[-1].startswith("%015d" % 1000)
 
 
 def test_emit_leaves_events_of_another_version(person):
@@ -1827,7 +1831,7 @@ def test_emit_keeps_away_as_long_as_the_server_asks(tmp_path):
 
 
 def test_emit_sends_all_that_is_good(person):
-    """1,000 events wait among rubbish. Each is sent once, after the session's own the oldest first.
+    """1,000 events wait among rubbish. Each is sent once, the oldest first.
 
     Two of them come from a clock that was a year off.
     """
@@ -1860,7 +1864,7 @@ def test_emit_sends_all_that_is_good(person):
         said = person.hook("thousand", env={"ASHLR_SESSION_EVENTS_URL": server.url})
         assert "1001 answered 202" in said and "6 removed" in said
         expected = [event(n)["session_id_hash"] for n in range(1000)]
-        assert server.sessions() == [secret_hash("thousand"), *expected]
+        assert server.sessions() == [*expected[:-1], secret_hash("thousand"), expected[-1]]
         assert "secret" not in str(server.requests)
     assert {path.name for path in person.pending.iterdir()} == {
         *foreign, "%015d-%012x.json" % (now, 5005), "%015d-%012x.json" % (now, 5006)}
@@ -1966,7 +1970,7 @@ def test_emit_goes_through_the_proxy_that_the_environment_names(python, person):
         assert len(proxy.requests) == 1
         said = person.hook(
             "by socks", python=python, env={"http_proxy": proxy.url.replace("http:", "socks5:")})
-        assert "without an answer (URLError)" in said and len(proxy.requests) == 1
+        assert "a proxy of an unknown kind" in said and len(proxy.requests) == 1
         assert secret_hash("by socks") in [kept["session_id_hash"] for kept in person.kept()]
 
 
@@ -2046,7 +2050,6 @@ def test_emit_survives_kills(person, received):
     at_once(kill, range(30), 6)
     assert all(
         emit.is_event(json.loads(path.read_text())) for path in person.pending.glob("[0-9]*"))
-    time.sleep(emit.COMMIT_S)  # by which their own senders would have added the commit
     said = person.hook("after the kills")
     assert all(emit.is_event(json.loads(body)) for _, _, body in received.requests)
     assert set(captured) <= set(received.sessions()) and person.kept() == [], said
@@ -2202,7 +2205,8 @@ def test_emit_sends_a_part_for_each_end_that_meant_something(python, person, rec
     assert end("again") == []
     person.tool("again", python=python)
     assert end("again") == [(part[4], 1, 0, [])]
-    assert len(emit.Record(person.session_file("again").read_bytes()).parts) == 5
+    record = emit.Record(person.session_file("again").read_bytes())
+    assert record.kept == {made.token for made in record.parts} and len(record.parts) == 5
     assert person.emit("status", python=python).returncode == 0
 
 
@@ -2239,10 +2243,12 @@ def test_emit_sends_sessions_that_never_ended(person, received):
 
     silent("sid-killed", 2 * day, "call %d", "touch %d of-the-killed", "call %d")
     silent("sid-running", day / 2, "call %d")
-    silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "call %d")
-    silent("sid-done", 4 * day, "call %d", "end %d c - 0")
+    silent("sid-ended", 2 * day, "call %d", "end %d a - 0", "kept a", "call %d")
+    silent("sid-lost", 3 * day, "call %d", "end %d b - 0")  # a kill took its event
+    silent("sid-crossed", 2 * day, "call %d", "end %d e - 0", "call %d", "end %d f - 0", "kept e")
+    silent("sid-done", 4 * day, "call %d", "end %d c - 0", "kept c")
     silent("ppid:5:77:" + MACHINE, 2 * day, "touch %d x")  # its parent may have lived for one call
-    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0")
+    silent("sid-forgotten", 91 * day, "call %d", "end %d d - 0", "kept d", "settled")
     silent("sid-old", 91 * day, "call %d")
     os.mkfifo(str(person.session_file("sid-a pipe")))
     person.session_file("sid-a folder").mkdir()
@@ -2255,44 +2261,27 @@ def test_emit_sends_sessions_that_never_ended(person, received):
     for _, _, body in received.requests:
         made = json.loads(body)
         assert sent.setdefault(made["session_id_hash"], made) is made
-    hashes = [secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-old")]
-    assert set(sent) == {*hashes, *map(secret_hash, ("sid-another", "sid-and-another"))}
-    killed, ended, old = (sent[name] for name in hashes)
+    hashes = [
+        secret_hash(name) for name in ("sid-killed", "sid-ended:part:2", "sid-lost", "sid-old")]
+    others = [
+        secret_hash(name) for name in ("sid-another", "sid-and-another", "sid-crossed:part:2")]
+    assert set(sent) == {*hashes, *others}
+    killed, ended, lost, old = (sent[name] for name in hashes)
     assert (killed["tool_count"], killed["discovery_refs"]) == (2, ["of-the-killed"])
     assert emit.instant(killed["ended_at"]) == pytest.approx(now - 2 * day, abs=0.01)
-    assert (ended["tool_count"], old["tool_count"]) == (1, 1)
+    assert (ended["tool_count"], lost["tool_count"], old["tool_count"]) == (1, 1, 1)
     salt = emit.salt(now - 91 * day)
     assert old["identity_hash"] == secret_hash(MACHINE + salt)
     assert not person.session_file("sid-forgotten").exists()
     assert person.session_file("sid-old").exists()
     assert person.session_file("sid-done").exists()
-    # What is sent does not grow younger.
-    file = person.session_file("sid-killed")
+    # What is settled is not read again, and so grows no younger.
+    file = person.session_file("sid-lost")
     text = file.read_text()
+    assert emit.Record(text.encode()).kept == {"b"} and text.count("settled") == 1
     os.utime(str(file), (now - 2 * day,) * 2)
     person.hook("sid-third")
-    assert file.read_text() == text and text.count("end") == 1
-
-
-@quick
-def test_emit_makes_the_event_of_a_silent_session_before_its_end(person, monkeypatch):
-    """A kill between the two loses nothing. The next sweep makes the same event again."""
-    monkeypatch.setenv("HOME", str(person.home))
-    caller = emit.Caller({}, [])
-    caller.env, caller.machine = {}, MACHINE
-    emit.append(str(person.home), "sid-silent", ["call 1795468789000"])
-    name, append = person.session_file("sid-silent").name, emit.append
-    monkeypatch.setattr(emit, "append", lambda *_: {}["killed"])
-    with pytest.raises(KeyError):
-        emit.settle(caller, name)
-    [event] = person.pending.iterdir()
-    text = event.read_text()
-    monkeypatch.setattr(emit, "append", append)
-    emit.settle(caller, name)
-    assert [path.read_text() for path in person.pending.iterdir()] == [text]
-    event.unlink()
-    emit.settle(caller, name)
-    assert person.kept() == []
+    assert file.read_text() == text
 
 
 @quick
@@ -2408,16 +2397,17 @@ def test_emit_adds_the_commit_to_the_waiting_event(person, repository, tmp_path)
 
 
 @quick
-def test_emit_leaves_a_new_event_to_its_own_child(person):
+def test_emit_leaves_a_new_event_to_its_own_child():
     """A new event waits for its own child, which adds the commit. Later any process sends it."""
-    path = person.waits(5, 5)
-    for ahead, new in (
-        (emit.COMMIT_S - 0.1, True),
-        (0, False),
-        (emit.COMMIT_S + 60, False),  # the clock was ahead then
+    name = "001764000000000-%012x%s.json"
+    for after, attempts, new in (
+        (0, "", True),
+        (emit.COMMIT_S - 0.01, "", True),
+        (emit.COMMIT_S, "", False),
+        (-0.01, "", False),  # the clock was ahead then
+        (0, "-1", False),  # its own child has sent it once
     ):
-        os.utime(str(path), (time.time() + ahead,) * 2)
-        assert emit.is_new(str(path)) == new, ahead
+        assert emit.is_new(name % (1, attempts), 1764000000 + after) == new, (after, attempts)
 
 
 # -- Where the home may end with the session -------------------------------------------------------
@@ -2761,21 +2751,10 @@ def test_emit_names_the_line_of_a_fault(person):
 
 
 def test_emit_without_descriptors_says_so_in_one_line(person):
-    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))"
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))"
     done = person.emit(before=few, env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "few"})
     assert re.search(r"failed: OSError: .* \(in \w+, line \d+\)\n$", done.stderr), done.stderr
     assert done.returncode == 0 and "Traceback" not in done.stderr
-
-
-@oldest_and_newest
-def test_emit_captures_with_few_descriptors(python, person):
-    """Two more than the standard streams are enough. The child holds no end of the pipe for two."""
-    for n in range(5, 9):
-        few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d))" % (n, n)
-        done = person.emit(python=python, before=few, env={"CLAUDE_SESSION_ID": "few %d" % n})
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    found = {kept["session_id_hash"] for kept in person.kept()}
-    assert found == {secret_hash("few %d" % n) for n in range(5, 9)}
 
 
 # -- What the person sees --------------------------------------------------------------------------
@@ -2875,7 +2854,8 @@ def test_emit_makes_one_machine_id(python, person, received):
     hooks = [person.starts("first-%d" % n, *waits, python=python, code=SOON) for n in range(6)]
     assert [process.wait(60) for process in hooks] == [0] * 6
     person.hook("first-7")
-    until(lambda: len(received.sessions()) == 7)
+    # Some may come twice: the hook that stays sends its event beside the sender of another one.
+    until(lambda: len(set(received.sessions())) == 7)
     machine = (person.ashlr / "machine-id").read_text()
     SECRETS.add(machine)
     assert re.fullmatch(r"[0-9a-f-]{36}", machine)
