@@ -1245,8 +1245,8 @@ def fork() -> "Tuple[int, int]":
         child = os.fork()
     except (AttributeError, OSError):
         return -1, null
+    os.close(theirs if child else ours)  # the child may need that descriptor: there may be few
     if child:
-        os.close(theirs)
         return child, ours
     os.setsid()
     return child, theirs

@@ -2751,10 +2751,21 @@ def test_emit_names_the_line_of_a_fault(person):
 
 
 def test_emit_without_descriptors_says_so_in_one_line(person):
-    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (6, 6))"
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4))"
     done = person.emit(before=few, env={"ASHLR_TELEMETRY_DEBUG": "1", "CLAUDE_SESSION_ID": "few"})
     assert re.search(r"failed: OSError: .* \(in \w+, line \d+\)\n$", done.stderr), done.stderr
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+@oldest_and_newest
+def test_emit_captures_with_few_descriptors(python, person):
+    """Two more than the standard streams are enough. The child holds no end of the pipe for two."""
+    for n in range(5, 9):
+        few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (%d, %d))" % (n, n)
+        done = person.emit(python=python, before=few, env={"CLAUDE_SESSION_ID": "few %d" % n})
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = {kept["session_id_hash"] for kept in person.kept()}
+    assert found == {secret_hash("few %d" % n) for n in range(5, 9)}
 
 
 # -- What the person sees --------------------------------------------------------------------------
