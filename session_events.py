@@ -252,10 +252,11 @@ def is_session(row: Sequence[Any]) -> bool:
 
 
 def plain_row(row: Sequence[Any]) -> Tuple[Any, ...]:
-    """A session's row as server.py would have written it: with milliseconds, each ref once."""
+    """A session's row as server.py would have written it: with milliseconds, refs without blanks.
+    (A ref may stand twice.)"""
     cells = list(row)
     cells[ENDED_AT] = row[ENDED_AT][:19] + (row[ENDED_AT][19:-1] or ".000") + "Z"
-    cells[REFS] = compact_json(refs_of(row[REFS]))
+    cells[REFS] = compact_json(json.loads(row[REFS]))
     return tuple(cells)
 
 

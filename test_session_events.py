@@ -10461,6 +10461,8 @@ def test_ship_rows_by_the_rules(tmp_path):
         ("github_hash", None, ""),
         ("discovery_refs_json", '["\\u0061b", "c"]', '["ab","c"]'),
         ("discovery_refs_json", " [ ] ", "[]"),
+        ("discovery_refs_json", '["b","a","b"]', '["b","a","b"]'),
+        ("discovery_refs_json", '["b", "a", "b"]', '["b","a","b"]'),
     ]
     bad = [
         *UNFIT,
