@@ -3977,55 +3977,36 @@ def check_rules(turned):
             assert c.mask or c in crowd.backlog
             assert phase != server.IDLE or not c.held or c in crowd.backlog
     assert set(listed.values()) <= {1} and set(crowd.backlog) <= set(listed)
-    assert crowd.held == sum(c.held for c in listed) and not crowd.answering and not crowd.fresh
+    assert crowd.held == sum(c.held for c in listed) and not crowd.answering
 
 
 @quick
-def test_server_answers_a_fresh_connection_like_a_watched_one(monkeypatch):
-    """One commit serves who sent before the turn, also behind a silent client, and who sends in it.
+def test_server_answers_a_new_connection_like_a_watched_one(monkeypatch):
+    """One client has sent when it is accepted, one a turn later, one when it is watched.
 
-    The silent client sends when it is watched. All get the same answer.
+    Only the last is ever watched. All get the same answer.
     """
     monkeypatch.setattr(server, "READING_SECONDS", 60.0)
-    sends = [request(as_sent(event(n)), headers=["Connection: close"]) for n in range(4)]
+    sends = [request(as_sent(event(n)), headers=["Connection: close"]) for n in range(3)]
     with turning() as turned, contextlib.ExitStack() as stack:
-        clients = [
+        at_once, later, last = clients = [
             stack.enter_context(socket.create_connection(turned.server_address, timeout=30))
             for _ in sends
         ]
-        before, during, silent, behind = clients
-        before.sendall(sends[0])
-        behind.sendall(sends[1])
-        select, late = turned.selector.select, [sends[2]]
-
-        def looked(timeout=None):
-            if turned.connections.fresh and late:
-                during.sendall(late.pop())
-            return select(timeout)
-
-        monkeypatch.setattr(turned.selector, "select", looked)
-        turned.turn(10)
-        check_rules(turned)
-        assert turned.metrics.rows.sum == 3 and sum(turned.metrics.rows.counts) == 1
-        [watched] = turned.connections.all()
-        assert watched.mask == server.READ
-        silent.sendall(sends[3])
-        turned.turn(10)
-        assert turned.metrics.rows.sum == 4 and not turned.connections
+        register, watched = turned.selector.register, []
+        monkeypatch.setattr(turned.selector, "register", lambda sock, mask, data: (
+            watched.append(sock.getpeername()), register(sock, mask, data)))
+        for stored, client, backlog in ((1, at_once, 2), (2, later, 0), (3, last, 0)):
+            client.sendall(sends[stored - 1])
+            turned.turn(10)
+            check_rules(turned)
+            assert turned.metrics.rows.sum == stored
+            assert len(turned.connections.backlog) == backlog
+        assert watched == [last.getsockname()]
+        assert not turned.connections
         replies = [client.makefile("rb").read() for client in clients]
     assert all(reply.startswith(b"HTTP/1.1 202 ") for reply in replies)
     assert len({re.sub(rb"Date: [^\r]+", b"", reply) for reply in replies}) == 1
-
-
-@quick
-def test_server_silent_client_delays_no_turn_for_long():
-    """The turn waits for its first bytes for SPIN_SECONDS, and then the selector does."""
-    with turning() as turned, socket.create_connection(turned.server_address):
-        started = time.thread_time()
-        turned.turn(10)
-        assert time.thread_time() - started < 0.05
-        [silent] = turned.connections.all()
-        assert silent.mask == server.READ and not turned.connections.fresh
 
 
 @quick
