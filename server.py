@@ -989,13 +989,13 @@ class Retention:
             self.offset, self.steady_since, self.renewed = offset, monotonic, monotonic
         elif monotonic - self.renewed > HOUR:
             self.offset, self.renewed = offset, monotonic
-        seconds, reason = self.doubt()
+        seconds, reason = self.required_steadiness()
         if monotonic - self.steady_since < seconds:
             return reason
         self.believed = self.offset
         return ""
 
-    def doubt(self) -> Tuple[float, str]:
+    def required_steadiness(self) -> Tuple[float, str]:
         """How many seconds the clock has to be steady, and why."""
         if self.believed is not None:
             if abs(self.offset - self.believed) > SMALL_JUMP:
@@ -1198,7 +1198,7 @@ class Store:
         self.max_bytes, self.pepper, self.retain_days = max_bytes, pepper, retain_days
         self.moved = False
         self.cache = 0  # KiB of pages, as SQLite was told
-        self.room_missed = -1  # pages that were left when rows last did not fit under `max_bytes`
+        self.pages_left_then = -1  # when rows last did not fit under `max_bytes`; -1: they fit
         self.sweep: Optional[Sweep] = None
         self.checkpoints: Optional[Checkpoints] = None
         # The open files: what was at each path when they were opened.
@@ -1456,7 +1456,7 @@ class Store:
         hidden = [self.hide(row) for row in rows] if self.pepper else rows
         try:
             with self.transaction():
-                self.room_missed = self.room()  # and so it stays when the rows do not fit
+                self.pages_left_then = self.pages_left()  # and so it stays when the rows do not fit
                 # The deletion comes first: at the size limit, it makes the room.
                 swept = self.sweep.delete(sweep) if self.sweep and sweep else 0
                 stored, refused, undone = self.insert([(*row, received_at) for row in hidden])
@@ -1465,7 +1465,7 @@ class Store:
                 self.sweep.pause(TICK)
             raise
         if rows or swept:
-            self.room_missed = -1
+            self.pages_left_then = -1
         if self.checkpoints:
             self.checkpoints.count(stored + swept)
         return Written(stored, refused, 0 if undone else swept)
@@ -1541,7 +1541,7 @@ class Store:
             total += 0 if self.in_memory else os.stat(self.path + "-wal").st_size
         return total
 
-    def room(self) -> int:
+    def pages_left(self) -> int:
         """Pages that may still be filled before `max_bytes` is reached; -1 without such a limit."""
         if self.max_bytes is None:
             return -1
@@ -1551,7 +1551,7 @@ class Store:
     def probe(self) -> None:
         """Commit a transaction that writes a page and changes nothing. Raises Unavailable."""
         with self.transaction():
-            if self.max_bytes and self.room() <= self.room_missed < LARGEST_EVENT:
+            if self.max_bytes and self.pages_left() <= self.pages_left_then < LARGEST_EVENT:
                 raise sqlite3.OperationalError("database or disk is full")  # SQLite's words for it
             self.db.execute("PRAGMA user_version = %d" % pragma(self.db, "user_version"))
 
@@ -1563,7 +1563,7 @@ class Store:
             self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.db.close()
         if self.checkpoints:
-            self.checkpoints.let_go()
+            self.checkpoints.close_file()
 
 
 NEXT_ROWS = ("SELECT id, received_at FROM session_events"
@@ -1620,7 +1620,7 @@ class Sweep:
             return whole
         return SWEEP_PIECE if quiet >= SWEEP_QUIET else 0
 
-    def patience(self, now: float, most: float, quiet: float) -> float:
+    def waiting_time(self, now: float, most: float, quiet: float) -> float:
         """How many seconds the loop may wait for requests, at most `most`."""
         due = self.clock_at if self.waits != "" else self.next_at
         return min(most, max(due - now, SWEEP_QUIET - quiet, 0.0))
@@ -1889,7 +1889,7 @@ class Checkpoints:
             self.thread.join()
         self.db.close()
 
-    def let_go(self) -> None:
+    def close_file(self) -> None:
         """Close the descriptor.
 
         Last of all, when every connection is closed: it ends this process's locks on the file.
@@ -1940,7 +1940,7 @@ def make_pepper(path: str) -> bytes:
                 file.flush()
                 os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):
-                take_name(made, path)
+                claim_name(made, path)
         with contextlib.suppress(OSError):  # not every system can do that to a folder
             sync(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     except OSError as error:
@@ -2020,14 +2020,14 @@ class Command:
         self.every = 0.2 if self.terminal else 5.0  # seconds between two lines
         self.due = time.monotonic() + self.every
 
-    def heed_signals(self) -> None:
+    def catch_signals(self) -> None:
         """From now on signals do not end the process: check() raises Interrupted instead."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             signum = getattr(signal, name, None)
             if signum is not None and signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-                signal.signal(signum, self.take)
+                signal.signal(signum, self.note_signal)
 
-    def take(self, signum: int, *_: Any) -> None:
+    def note_signal(self, signum: int, *_: Any) -> None:
         self.received = signum
 
     def check(self) -> None:
@@ -2103,7 +2103,7 @@ def back_up(path: str, target: str, command: Command) -> None:
                 sync(copy, os.O_RDWR)
                 size = os.path.getsize(copy)  # now: somebody may take the copy away at once
                 command.check()
-                take_name(copy, target)
+                claim_name(copy, target)
             except FileExistsError:
                 raise CommandError("%s appeared meanwhile: it was left as it is" % target) from None
             except (OSError, sqlite3.Error) as error:
@@ -2165,7 +2165,7 @@ def sync(path: str, flags: int) -> None:
         os.close(descriptor)
 
 
-def take_name(path: str, target: str) -> None:
+def claim_name(path: str, target: str) -> None:
     """Give the file the name `target`. Raises FileExistsError where that is taken."""
     try:
         os.link(path, target)  # a rename would replace another process's new file
@@ -2419,7 +2419,7 @@ def files_with(folder: str, hashes: Sequence[str], command: Command) -> List[str
                                   for name in files_with(entry.path, hashes, command)]
                     except PermissionError:
                         found.append(entry.name)
-                elif (entry.is_file() and holds(entry.path, pieces, command)
+                elif (entry.is_file() and has_piece(entry.path, pieces, command)
                         and not any(os.path.samestat(entry.stat(), own) for own in streams)):
                     found.append(entry.name)
     return found
@@ -2437,7 +2437,7 @@ def has_file(stream: Any) -> bool:
         return False
 
 
-def holds(path: str, pieces: Sequence[bytes], command: Command) -> bool:
+def has_piece(path: str, pieces: Sequence[bytes], command: Command) -> bool:
     """True if one of `pieces`, each of PIECE bytes, is in the file, or nobody can tell."""
     try:
         with open(path, "rb", buffering=0) as file:
@@ -2719,7 +2719,7 @@ class Connection:
         if data is None:
             self.others.backlog[self] = None
         else:
-            self.take(data)
+            self.process(data)
 
     def on_ready(self, mask: int) -> None:
         """The selector saw the socket ready."""
@@ -2823,9 +2823,9 @@ class Connection:
         if data is None:
             self.watch(READ)
         else:
-            self.take(data)
+            self.process(data)
 
-    def take(self, data: bytes) -> None:
+    def process(self, data: bytes) -> None:
         """Go on with what was received."""
         if not data:
             self.close()
@@ -3229,7 +3229,7 @@ class IngestServer(http.server.HTTPServer):
     def turn(self, timeout: float) -> None:
         """Wait for `timeout` seconds at most; read, commit, and then answer."""
         if self.store.sweep:
-            timeout = self.store.sweep.patience(self.now, timeout, self.now - self.answered_at)
+            timeout = self.store.sweep.waiting_time(self.now, timeout, self.now - self.answered_at)
         ready = self.ready_sockets(timeout)
         self.now, self.second = time.monotonic(), int(time.time())
         self.taken = 0
@@ -3831,11 +3831,11 @@ def run_command(options: argparse.Namespace) -> int:
         if options.backup is not None:
             if hasattr(os, "nice"):
                 os.nice(10)  # the server goes first
-            command.heed_signals()
+            command.catch_signals()
             back_up(options.db, options.backup, command)
         else:
             hashes = read_hashes(options.db, options.forget, options.pepper_file)
-            command.heed_signals()
+            command.catch_signals()
             forget(options.db, hashes, command)
         return 0
     except (KeyboardInterrupt, Interrupted) as error:

@@ -5851,7 +5851,7 @@ def test_server_sweep_gains_on_what_comes_in(tmp_path):
                 gone += due
             assert 1.2 * rows * turns <= gone <= 1.3 * rows * turns
         assert sweep.due(now, 0, 0.0) == 0  # somebody may be about to send
-        assert sweep.patience(now, 0.25, 0.0) <= server.SWEEP_QUIET
+        assert sweep.waiting_time(now, 0.25, 0.0) <= server.SWEEP_QUIET
         assert 0 < sweep.due(now, 0, 0.05) < 50  # rows: a request may have to wait for them
 
 
@@ -6206,7 +6206,8 @@ def test_server_backup_that_cannot_be_made_leaves_nothing(tmp_path):
     scripted(tmp_path / "other.db", "CREATE TABLE t (x)")
     # Ctrl-C in the middle of the copy: from the function that shows the progress.
     stop = "server.Command.show = lambda *_: " + kill
-    late = "take = server.take_name\nserver.take_name = lambda a, b: (open(b, 'x'), take(a, b))"
+    late = ("claim = server.claim_name\n"
+            "server.claim_name = lambda a, b: (open(b, 'x'), claim(a, b))")
     not_begun = (
         (db, "taken.db", "is there already"),
         (db, ".", "is there already"),
@@ -6250,8 +6251,8 @@ def test_server_backup_is_done_when_the_copy_has_its_name(tmp_path):
     not let the folder in which it was made be deleted.
     """
     db = crowded(tmp_path / "events.db", 10)
-    taken = ("take = server.take_name\n"
-             "server.take_name = lambda a, b: (take(a, b), os.rename(b, 'taken.db'))")
+    taken = ("claim = server.claim_name\n"
+             "server.claim_name = lambda a, b: (claim(a, b), os.rename(b, 'taken.db'))")
     kept = "import errno\ndef no(*_, **__): raise OSError(errno.ENOTEMPTY, 'no')\nos.rmdir = no"
     for patch, copy in ((taken, "taken.db"), (kept, "copy.db")):
         done = command(db, "--backup", "copy.db", patch=patch, cwd=str(tmp_path))
